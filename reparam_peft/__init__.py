@@ -1,0 +1,31 @@
+"""Compress pretrained transformers by low-rank reparameterisation, as a PEFT method.
+
+Importing the package registers the method REPARAM with PEFT.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+
+from .registration import register
+
+register()
+
+from .config import ReparamConfig  # noqa: E402  the enum's member must exist first
+from .decompositions import Factors, factorize  # noqa: E402
+from .evaluation import Benchmark, MatrixSize, SizeReport, benchmark, perplexity, text_batches  # noqa: E402
+from .model import ReparamModel  # noqa: E402
+
+__version__ = version("reparam_peft")
+__all__ = [
+    "Benchmark",
+    "Factors",
+    "MatrixSize",
+    "ReparamConfig",
+    "ReparamModel",
+    "SizeReport",
+    "benchmark",
+    "factorize",
+    "perplexity",
+    "text_batches",
+]

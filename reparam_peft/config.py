@@ -1,0 +1,238 @@
+"""`ReparamConfig`: what to factorise, to which size, and how."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import PeftType
+
+from .model_card import update_model_card
+
+METHODS = ("svd", "whitened", "autoencoder")
+ALLOCATIONS = ("uniform", "loss")
+FORMS = ("factors", "pivot")
+# What the version at hand can do; the message says what the others wait for.
+UNAVAILABLE = {
+    "whitened": "needs calibration data, which `get_peft_model` has no way to pass; this version has `method='svd'` only",
+    "autoencoder": "needs calibration data, which `get_peft_model` has no way to pass; this version has `method='svd'` only",
+    "loss": "needs calibration data to predict the loss; this version has `allocation='uniform'` only",
+    "pivot": "needs the pivot form, which is not implemented; this version has `form='factors'` only",
+}
+
+
+@dataclass
+class ReparamConfig(PeftConfig):
+    """Replace each target weight W (out, in) by a product A B of low rank, and drop W.
+
+    `model.peft_config[adapter_name]` is a copy of the config that was passed, in which what was resolved is filled in:
+    `method`, `allocation`, `form`, one rank per module in `rank_pattern`, `dense_modules`, and the sizes. The copy is what
+    `save_pretrained` writes, so that loading computes nothing.
+
+    Raises:
+        TypeError: a field has the wrong type.
+        ValueError: a field is out of its range, two fields exclude each other, or a value needs what this version lacks.
+
+    >>> ReparamConfig(target_modules=["query", "key", "value"], r=64).r
+    64
+    """
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules to factorise: a list of name endings, a regular expression, or 'all-linear'. None: the attention "
+            "and MLP projections of the known architectures."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone: a list of name endings or a regular expression."}
+    )
+    r: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "One rank for all targets; 'full': every matrix at rank min(out, in), exactly the original function; "
+            "None: `keep` decides. A matrix that rank `r` would not make smaller stays dense."
+        },
+    )
+    keep: float = field(
+        default=0.8,
+        metadata={"help": "Fraction of the targeted parameters that is stored, 0 < keep <= 1. Used where `r` is None."},
+    )
+    method: str | None = field(
+        default=None,
+        metadata={"help": "How to factorise: 'svd', 'whitened' or 'autoencoder'. None: 'svd' in `get_peft_model`."},
+    )
+    allocation: str | None = field(
+        default=None,
+        metadata={"help": "How to choose ranks: 'uniform' or 'loss'. None: 'uniform' in `get_peft_model`."},
+    )
+    form: str | None = field(
+        default=None,
+        metadata={"help": "How the product is stored: 'factors' (A, B) or 'pivot'. None: 'factors' in `get_peft_model`."},
+    )
+    keep_base: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep W beside the factors, so that `disable_adapter()` and `unload()` work. This saves no memory; it "
+            "gives a teacher."
+        },
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Rank per module: exact names, or regular expressions that match the end of a name. Comes before `r` and "
+            "`keep`, and is obeyed even where the factors are larger than the matrix."
+        },
+    )
+    dense_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Exact names of targets that keep their dense weight; they count toward `keep` in full."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to factorise; None: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the module list that `layers_to_transform` counts in, e.g. 'layers' or 'h'."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained and saved whole beside the factors, e.g. a new classifier."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "False: random factors of the weight's norm instead of its decomposition, for tests and baselines."},
+    )
+    dense_parameters: int | None = field(
+        default=None, metadata={"help": "Filled in: parameters of the targeted matrices before."}
+    )
+    stored_parameters: int | None = field(
+        default=None, metadata={"help": "Filled in: parameters stored for them, dense ones included."}
+    )
+    dense_bytes: int | None = field(default=None, metadata={"help": "Filled in: bytes of the targeted matrices before."})
+    stored_bytes: int | None = field(
+        default=None, metadata={"help": "Filled in: bytes stored for them in the base model's dtype, dense ones included."}
+    )
+    evaluation: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "Figures for the model card, e.g. {'dense perplexity': 19.4, 'perplexity': 25.4}; set by you."},
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.peft_type = PeftType.REPARAM
+        # `from_pretrained` makes the config out of a file, where PEFT always writes inference_mode=True.
+        self._made_for_inference = self.inference_mode
+        self._from_file = self.stored_parameters is not None
+        self._check_size()
+        self._check_choices()
+        self._check_modules()
+        self._check_filled_in()
+
+    @property
+    def loading(self) -> bool:
+        """Whether weights from a checkpoint are about to follow, so that nothing needs to be decomposed.
+
+        True for a config out of a checkpoint, and for one that `PeftModel.from_pretrained(config=...)` switched to inference
+        after it was made.
+        """
+        return (self._from_file and self._made_for_inference) or (self.inference_mode and not self._made_for_inference)
+
+    def module_rank(self, name: str) -> int | None:
+        """The entry of `rank_pattern` for a module: its exact name before any pattern, as PEFT matches patterns."""
+        if name in self.rank_pattern:
+            return self.rank_pattern[name]
+        return next((rank for key, rank in self.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name)), None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as a dict that JSON can hold; sets as sorted lists, so that equal configs make equal files."""
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+
+    def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
+        """Write `adapter_config.json`; when a model is being saved, also its sizes and how to load it into the model card."""
+        saving_model = "auto_mapping_dict" in kwargs  # PEFT passes it from `PeftModel.save_pretrained` only
+        super().save_pretrained(save_directory, **kwargs)
+        if saving_model:
+            update_model_card(save_directory, self)
+
+    def _check_size(self) -> None:
+        if not (self.r is None or self.r == "full"):
+            if isinstance(self.r, bool) or not isinstance(self.r, int):
+                raise TypeError(f"`r` must be a positive int, 'full' or None, got {self.r!r}.")
+            if self.r < 1:
+                raise ValueError(f"`r` must be a positive int, 'full' or None, got {self.r!r}.")
+        if isinstance(self.keep, bool) or not isinstance(self.keep, (int, float)):
+            raise TypeError(f"`keep` must be a number in (0, 1], got {self.keep!r}.")
+        if not 0 < self.keep <= 1:
+            raise ValueError(f"`keep` must be in (0, 1], the fraction of the parameters that is stored; got {self.keep!r}.")
+        if not isinstance(self.rank_pattern, dict):
+            raise TypeError(f"`rank_pattern` must be a dict of module name to rank, got {self.rank_pattern!r}.")
+        for name, rank in self.rank_pattern.items():
+            if not isinstance(name, str) or isinstance(rank, bool) or not isinstance(rank, int):
+                raise TypeError(f"`rank_pattern` must map module names to ints, got {name!r}: {rank!r}.")
+            if rank < 1:
+                raise ValueError(f"`rank_pattern` must hold ranks of at least 1, got {name!r}: {rank}.")
+            _check_regex("rank_pattern", name)
+
+    def _check_choices(self) -> None:
+        for name, value, allowed in (
+            ("method", self.method, METHODS),
+            ("allocation", self.allocation, ALLOCATIONS),
+            ("form", self.form, FORMS),
+        ):
+            if value is not None and value not in allowed:
+                raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))} or None, got {value!r}.")
+            if value in UNAVAILABLE:
+                raise ValueError(f"`{name}={value!r}` {UNAVAILABLE[value]}.")
+        for name in ("keep_base", "init_weights", "inference_mode"):
+            if not isinstance(getattr(self, name), bool):
+                raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+
+    def _check_modules(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "dense_modules"):
+            value = getattr(self, name)
+            allows_str = name not in ("modules_to_save", "dense_modules")
+            if value is None or (allows_str and isinstance(value, str)):
+                continue
+            if not isinstance(value, (list, tuple, set)) or not all(isinstance(item, str) and item for item in value):
+                raise TypeError(f"`{name}` must be a {'str or ' * allows_str}list of module names, got {value!r}.")
+        if isinstance(self.target_modules, str):
+            for name in ("layers_to_transform", "layers_pattern"):
+                if getattr(self, name) is not None:
+                    raise ValueError(
+                        f"`{name}` cannot be used when `target_modules` is a str, got {self.target_modules!r}; write the layers "
+                        "into the expression, or list the module names."
+                    )
+            _check_regex("target_modules", self.target_modules)
+        if isinstance(self.exclude_modules, str):
+            _check_regex("exclude_modules", self.exclude_modules)
+        indices = self.layers_to_transform
+        for index in indices if isinstance(indices, (list, tuple)) else [indices]:
+            if index is not None and (isinstance(index, bool) or not isinstance(index, int)):
+                raise TypeError(f"`layers_to_transform` must be an int or a list of ints, got {indices!r}.")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError("`layers_pattern` has no effect without `layers_to_transform`; set both or neither.")
+        for name in ("target_modules", "exclude_modules"):
+            value = getattr(self, name)
+            if isinstance(value, (list, tuple)):
+                setattr(self, name, set(value))
+
+    def _check_filled_in(self) -> None:
+        for name in ("dense_parameters", "stored_parameters", "dense_bytes", "stored_bytes"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise TypeError(f"`{name}` is filled in by the model and must be a count or None, got {value!r}.")
+        figures = self.evaluation
+        if figures is not None and not (
+            isinstance(figures, dict) and all(isinstance(k, str) and isinstance(v, (int, float)) for k, v in figures.items())
+        ):
+            raise TypeError(f"`evaluation` must be a dict of names to numbers, got {figures!r}.")
+
+
+def _check_regex(name: str, pattern: str) -> None:
+    """Raise `ValueError` where `re` would fail later, inside PEFT's matching."""
+    try:
+        re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"`{name}` holds {pattern!r}, which is not a valid regular expression: {error}.") from error

@@ -1,0 +1,282 @@
+"""The one file that knows layer kinds: for each, its matrix, its input rows and its factorised module.
+
+A kind is one class below and one entry in `KINDS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
+from transformers.pytorch_utils import Conv1D
+
+from .decompositions import Factors
+
+
+class FactorizedModule(nn.Module):
+    """B, then A: the layer of a matrix W (out, in) ≈ A B, without W.
+
+    Attributes:
+        B: maps the input to r features.
+        A: maps r features to the output; its weight has r input features.
+    """
+
+    A: nn.Module
+    B: nn.Module
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A (B x) + `bias`; `bias` has shape (out,)."""
+        y = self.A(self.B(x))
+        return y if bias is None else y + bias.to(y.dtype)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that inputs are cast to."""
+        return self.B.weight.dtype
+
+    @property
+    def factors(self) -> Factors:
+        """A (out, r) and B (r, in): views of the parameters."""
+        return Factors(self.A.weight.flatten(1), self.B.weight.flatten(1))
+
+    @torch.no_grad()
+    def set_factors(self, factors: Factors) -> None:
+        """Copy A (out, r) and B (r, in) into the parameters, in their dtype."""
+        for own, new in zip(self.factors, factors, strict=True):
+            own.copy_(new)
+
+
+class FactorizedLinear(FactorizedModule):
+    """`nn.Linear` (or GPT-2's `Conv1D`) of a product: x (..., in) → A (B x) (..., out)."""
+
+    def __init__(self, in_features: int, out_features: int, rank: int, **like: torch.device | torch.dtype | None) -> None:
+        super().__init__()
+        self.B = nn.Linear(in_features, rank, bias=False, **like)
+        self.A = nn.Linear(rank, out_features, bias=False, **like)
+
+
+class FactorizedConv2d(FactorizedModule):
+    """`nn.Conv2d` of a product: B is the convolution with r output channels, A a 1 × 1 convolution."""
+
+    def __init__(self, layer: nn.Conv2d, rank: int, **like: torch.device | torch.dtype | None) -> None:
+        super().__init__()
+        self.B = nn.Conv2d(
+            layer.in_channels,
+            rank,
+            layer.kernel_size,
+            layer.stride,
+            layer.padding,
+            layer.dilation,
+            bias=False,
+            padding_mode=layer.padding_mode,
+            **like,
+        )
+        self.A = nn.Conv2d(rank, layer.out_channels, 1, bias=False, **like)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return super().forward(x, None if bias is None else bias.view(-1, 1, 1))
+
+
+class FactorizedEmbedding(FactorizedModule):
+    """`nn.Embedding` of a product: the table's transpose W (embedding_dim, num_embeddings) is A B."""
+
+    def __init__(self, layer: nn.Embedding, rank: int, **like: torch.device | torch.dtype | None) -> None:
+        super().__init__()
+        self.B = nn.Embedding(
+            layer.num_embeddings,
+            rank,
+            padding_idx=layer.padding_idx,
+            scale_grad_by_freq=layer.scale_grad_by_freq,
+            sparse=layer.sparse,
+            **like,
+        )
+        self.A = nn.Linear(rank, layer.embedding_dim, bias=False, **like)
+        # Gemma and BART multiply their embeddings by a constant, in the dtype of the table; Gemma's tensor may be on meta.
+        scale = getattr(layer, "scalar_embed_scale", getattr(layer, "embed_scale", 1.0))
+        self.scale = float(torch.tensor(float(scale), dtype=self.A.weight.dtype))
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = super().forward(x, bias)
+        return y if self.scale == 1.0 else y * self.scale
+
+    @property
+    def factors(self) -> Factors:
+        return Factors(self.A.weight, self.B.weight.mT)
+
+
+class LayerKind(ABC):
+    """A kind of layer that computes y = W x + b for a matrix W (out, in) and rows x that it makes from its input."""
+
+    layer_class: type[nn.Module]
+
+    def check(self, layer: nn.Module) -> None:
+        """Raise `TypeError` or `ValueError`, with the reason and the remedy, where this layer cannot be factorised."""
+        if not self.computes_alike(layer):
+            raise TypeError(
+                f"a {type(layer).__name__} computes differently from {self.layer_class.__name__} and cannot be factorised; "
+                "leave it out with `exclude_modules`."
+            )
+        if is_parametrized(layer) or not isinstance(layer._parameters.get("weight"), nn.Parameter):
+            raise TypeError(
+                f"the weight of this {type(layer).__name__} is not a plain parameter; remove its parametrisation, or leave it "
+                "out with `exclude_modules`."
+            )
+        if not layer.weight.dtype.is_floating_point:
+            raise TypeError(
+                f"the weight of this {type(layer).__name__} has dtype {layer.weight.dtype}; dequantise it first, or leave it "
+                "out with `exclude_modules`."
+            )
+
+    def computes_alike(self, layer: nn.Module) -> bool:
+        """Whether the layer computes as its class does; nn.MultiheadAttention reads the weight of its output layer itself."""
+        return type(layer).forward is self.layer_class.forward and not isinstance(layer, NonDynamicallyQuantizableLinear)
+
+    @abstractmethod
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        """(out, in) of the matrix, also of a layer whose weight was dropped."""
+
+    @abstractmethod
+    def matrix(self, weight: Tensor) -> Tensor:
+        """W, shape (out, in): a view of a layer's weight."""
+
+    @abstractmethod
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `matrix`: W (out, in) in the `shape` of a layer's weight, contiguous."""
+
+    @abstractmethod
+    def rows(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+        """X, shape (n, in): the rows that W multiplies, one for each row of outputs (n, out)."""
+
+    @abstractmethod
+    def factorized(self, layer: nn.Module, rank: int, *, device: torch.device | None, dtype: torch.dtype) -> FactorizedModule:
+        """The factorised module with parameters of arbitrary content."""
+
+
+class LinearKind(LayerKind):
+    """`nn.Linear`: the weight is the matrix."""
+
+    layer_class = nn.Linear
+
+    def shape(self, layer: nn.Linear) -> tuple[int, int]:
+        return layer.out_features, layer.in_features
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        return matrix.contiguous()
+
+    def rows(self, layer: nn.Linear, inputs: Tensor) -> Tensor:
+        return inputs.reshape(-1, inputs.shape[-1])
+
+    def factorized(self, layer: nn.Linear, rank: int, **like: torch.device | torch.dtype | None) -> FactorizedLinear:
+        out_features, in_features = self.shape(layer)
+        return FactorizedLinear(in_features, out_features, rank, **like)
+
+
+class Conv1DKind(LinearKind):
+    """transformers' `Conv1D`: a linear layer whose weight is stored transposed, (in, out)."""
+
+    layer_class = Conv1D
+
+    def shape(self, layer: Conv1D) -> tuple[int, int]:
+        return layer.nf, layer.nx
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        return matrix.mT.contiguous()
+
+
+class Conv2dKind(LayerKind):
+    """`nn.Conv2d` with one group: the kernel as a matrix (out, in · height · width), the input as its patches."""
+
+    layer_class = nn.Conv2d
+
+    def check(self, layer: nn.Conv2d) -> None:
+        super().check(layer)
+        if layer.groups != 1:
+            raise ValueError(
+                f"`groups` of a Conv2d must be 1, got {layer.groups}: a grouped convolution is {layer.groups} small matrices; "
+                "leave it out with `exclude_modules`."
+            )
+
+    def shape(self, layer: nn.Conv2d) -> tuple[int, int]:
+        return layer.out_channels, layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        return matrix.reshape(shape).contiguous()
+
+    def rows(self, layer: nn.Conv2d, inputs: Tensor) -> Tensor:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+        patches = F.unfold(padded, layer.kernel_size, layer.dilation, stride=layer.stride)
+        return patches.mT.flatten(0, -2)
+
+    def factorized(self, layer: nn.Conv2d, rank: int, **like: torch.device | torch.dtype | None) -> FactorizedConv2d:
+        return FactorizedConv2d(layer, rank, **like)
+
+
+class EmbeddingKind(LayerKind):
+    """`nn.Embedding`: the transposed table (embedding_dim, num_embeddings), the input as one-hot rows."""
+
+    layer_class = nn.Embedding
+
+    def computes_alike(self, layer: nn.Embedding) -> bool:
+        """A subclass that only multiplies by a constant, as Gemma's, is a plain embedding with a scale."""
+        return super().computes_alike(layer) or hasattr(layer, "embed_scale")
+
+    def check(self, layer: nn.Embedding) -> None:
+        super().check(layer)
+        if layer.max_norm is not None:
+            raise ValueError(
+                f"`max_norm` of an Embedding must be None, got {layer.max_norm}: it rescales rows of the table, which factors "
+                "do not have; leave it out with `exclude_modules`."
+            )
+
+    def shape(self, layer: nn.Embedding) -> tuple[int, int]:
+        return layer.embedding_dim, layer.num_embeddings
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        return matrix.mT.contiguous()
+
+    def rows(self, layer: nn.Embedding, inputs: Tensor) -> Tensor:
+        return F.one_hot(inputs.flatten(), layer.num_embeddings).to(layer.weight.dtype)
+
+    def factorized(self, layer: nn.Embedding, rank: int, **like: torch.device | torch.dtype | None) -> FactorizedEmbedding:
+        return FactorizedEmbedding(layer, rank, **like)
+
+
+KINDS: tuple[LayerKind, ...] = (LinearKind(), Conv1DKind(), Conv2dKind(), EmbeddingKind())
+
+
+def layer_kind(layer: nn.Module) -> LayerKind:
+    """The kind of a layer, checked: a layer for which this returns can be factorised.
+
+    Raises:
+        TypeError: no kind fits, or the layer is a variant that computes or stores something else.
+        ValueError: an option of the layer (groups, max_norm) rules it out.
+
+    >>> layer_kind(nn.Linear(3, 2)).shape(nn.Linear(3, 2))
+    (2, 3)
+    """
+    for kind in KINDS:
+        if isinstance(layer, kind.layer_class):
+            kind.check(layer)
+            return kind
+    supported = ", ".join(kind.layer_class.__name__ for kind in KINDS)
+    raise TypeError(
+        f"a {type(layer).__name__} cannot be factorised, only {supported} can; choose other `target_modules`, or leave it out "
+        "with `exclude_modules`."
+    )

@@ -1,0 +1,438 @@
+"""The PEFT tuner: finds the targets, factorises them, replaces them, and only then drops their weights."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .allocation import factor_parameters, saves_parameters, uniform_rank
+from .config import ReparamConfig
+from .decompositions import Factors, check_rank, factorize, random_factors
+from .evaluation import MatrixSize, SizeReport
+from .factorized import Conv2dKind, EmbeddingKind, layer_kind
+from .layer import REMEDY, W_IS_GONE, Conv2d, Embedding, Linear, ReparamLayer
+from .target_modules import TARGET_MODULES
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to factorise at `rank`, or to leave dense where `rank` is None."""
+
+    module: nn.Module
+    rank: int | None
+    factors: Factors | None = None
+
+
+class ReparamModel(BaseTuner):
+    """PEFT's tuner for `ReparamConfig`. Use it through `get_peft_model`, which returns a `PeftModel` around it.
+
+    Nothing of the model is changed before every target is checked and every factor exists: an error leaves it as it was.
+    """
+
+    prefix = "reparam_"
+    tuner_layer_cls = ReparamLayer
+    target_module_mapping = TARGET_MODULES
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """PEFT's injection, with the factors computed before it and the original weights dropped after it.
+
+        Raises:
+            TypeError: a target is of a kind that cannot be factorised.
+            ValueError: a weight is tied, holds no data, or holds NaN or inf; a rank is out of range; or the adapter cannot
+                stand beside the ones that are there.
+        """
+        config = self.peft_config[adapter_name]
+        loading = low_cpu_mem_usage or config.loading or _parameters_start_on_meta()
+        if not loading:
+            # What is resolved below belongs to this model, not to a config that may be used for another one too.
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)
+        self._injection = (adapter_name, loading, state_dict)
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+        finally:
+            targets = self.__dict__.pop("_targets", {})
+            del self._injection
+        self._fill_in(config, targets)
+        self._drop_base_weights(model)
+
+    def _prepare_model(self, peft_config: ReparamConfig, model: nn.Module) -> None:
+        """Check and factorise all targets; PEFT calls this before it replaces the first."""
+        adapter_name, loading, state_dict = self._injection
+        targets = self._find_targets(peft_config, model, state_dict)
+        self._check_targets(peft_config, model, adapter_name, targets, loading)
+        self._targets = targets if loading else self._factorize(peft_config, targets)
+
+    def _find_targets(self, config: ReparamConfig, model: nn.Module, state_dict: dict[str, Tensor] | None) -> dict[str, Target]:
+        """The modules that PEFT is about to replace, by name, with their ranks."""
+        config = _maybe_include_all_linear_layers(config, model)
+        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+        stored = None if state_dict is None else {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
+        targets = {}
+        for name, module in model.named_modules():
+            if not name or name.startswith(inside):
+                continue
+            if not (self._check_target_module_exists(config, name) if stored is None else name in stored):
+                continue
+            try:
+                targets[name] = Target(module, resolve_rank(config, name, _matrix_shape(module)))
+            except (TypeError, ValueError) as error:
+                raise type(error)(f"{name}: {error}") from error
+        unknown = sorted(set(config.dense_modules or []) - set(targets))
+        if unknown:
+            warnings.warn(f"`dense_modules` {unknown} are not targeted and were ignored.", RuntimeWarning, stacklevel=2)
+        return targets
+
+    def _check_targets(
+        self,
+        config: ReparamConfig,
+        model: nn.Module,
+        adapter_name: str,
+        targets: dict[str, Target],
+        loading: bool,
+    ) -> None:
+        """Raise `ValueError` where the targets cannot be factorised in this model."""
+        factorized = {name for name, target in targets.items() if target.rank is not None}
+        if targets and not factorized:
+            warnings.warn(
+                f"All {len(targets)} targets stay dense: at this size factors would be no smaller. Lower `r` or `keep`.",
+                stacklevel=2,
+            )
+        owners = defaultdict(list)
+        for name, parameter in model.named_parameters(remove_duplicate=False):
+            owners[id(parameter)].append(name)
+        for name in sorted(factorized):
+            module = targets[name].module
+            if isinstance(module, ReparamLayer):
+                if module.base_weight_dropped and config.keep_base:
+                    raise ValueError(f"{name}: `keep_base=True` cannot be honoured, {W_IS_GONE}. To keep it, {REMEDY}.")
+                continue
+            if module.weight.device.type == "meta" and not loading:
+                raise ValueError(
+                    f"{name}: the weight is on the meta device (offloaded or not loaded) and holds no data; load the model "
+                    "without offloading before factorising it."
+                )
+            if len(owners[id(module.weight)]) > 1 and not config.keep_base:
+                raise ValueError(
+                    f"{name}: the weight is shared ({', '.join(owners[id(module.weight)])}) and cannot be dropped in one place. "
+                    "Leave it out with `exclude_modules`, or untie it first: set `config.tie_word_embeddings = False` and give "
+                    "one of the modules a copy, `module.weight = nn.Parameter(module.weight.clone())`."
+                )
+        for name, layer in _layers(model):
+            if layer.base_weight_dropped and name not in factorized:
+                raise ValueError(
+                    f"{name}: adapter {adapter_name!r} has no factors for this layer and {W_IS_GONE}, so that it could never be "
+                    f"active. Give all adapters the same factorised modules, or {REMEDY}."
+                )
+
+    def _factorize(self, config: ReparamConfig, targets: dict[str, Target]) -> dict[str, Target]:
+        """The targets with their factors."""
+        sources = set()
+        done = dict(targets)
+        todo = [(name, target) for name, target in targets.items() if target.rank is not None]
+        for name, target in tqdm(todo, desc="Factorising", unit="matrix", delay=1, disable=None):
+            source = None
+            if isinstance(target.module, ReparamLayer):
+                matrix, source = target.module.source_matrix()
+            else:
+                matrix = layer_kind(target.module).matrix(target.module.weight.detach())
+            if source is not None:
+                sources.add(source)
+            try:
+                factors = (factorize if config.init_weights else random_factors)(matrix, target.rank)
+            except (TypeError, ValueError, torch.linalg.LinAlgError) as error:
+                raise type(error)(f"{name}: {error}") from error
+            done[name] = Target(target.module, target.rank, factors)
+        if sources:
+            warnings.warn(
+                f"The new adapter factorises the product of adapter {', '.join(map(repr, sorted(sources)))}, because "
+                f"{W_IS_GONE}. To factorise the original, {REMEDY}.",
+                stacklevel=2,
+            )
+        return done
+
+    def _create_and_replace(
+        self,
+        peft_config: ReparamConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        planned = self._targets[current_key]
+        if planned.rank is None:
+            return
+        layer = target if isinstance(target, ReparamLayer) else _wrap(target)
+        layer.update_layer(adapter_name, planned.rank, planned.factors, peft_config.inference_mode)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Both directions: the layers are built on the right device, and an unloaded base layer is already whole.
+        setattr(parent, child_name, new_module.train(child.training))
+
+    def _drop_base_weights(self, model: nn.Module) -> None:
+        """Drop W where every adapter of the model has factors and none asks to keep it."""
+        if any(config.keep_base for config in self.peft_config.values()):
+            return
+        for _, layer in _layers(model):
+            if set(layer.reparam_factors) >= set(self.peft_config):
+                layer.drop_base_weight()
+
+    def _fill_in(self, config: ReparamConfig, targets: dict[str, Target]) -> None:
+        """Write what was resolved into the config, so that a checkpoint loads without computing anything."""
+        config.method = config.method or "svd"
+        config.allocation = config.allocation or "uniform"
+        config.form = config.form or "factors"
+        config.rank_pattern = {name: target.rank for name, target in targets.items() if target.rank is not None}
+        config.dense_modules = sorted(name for name, target in targets.items() if target.rank is None)
+        sizes = [_matrix_size(name, target.module, target.rank) for name, target in targets.items()]
+        config.dense_parameters = sum(size.dense_parameters for size in sizes)
+        config.stored_parameters = sum(size.stored_parameters for size in sizes)
+        config.dense_bytes = sum(size.dense_bytes for size in sizes)
+        config.stored_bytes = sum(size.stored_bytes for size in sizes)
+
+    def size_report(self, adapter_name: str | None = None) -> SizeReport:
+        """Parameters and bytes of the targets and of the whole model, before and after.
+
+        Bytes are those of a checkpoint: factors count in the base model's dtype, whatever dtype they train in.
+
+        Args:
+            adapter_name: which adapter; None: the active one.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        adapter_name = adapter_name or self.active_adapters[0]
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"`adapter_name` must be one of {list(self.peft_config)}, got {adapter_name!r}.")
+        config = self.peft_config[adapter_name]
+        modules = dict(self.model.named_modules())
+        sizes = [_matrix_size(name, modules[name], rank) for name, rank in config.rank_pattern.items()]
+        sizes += [_matrix_size(name, modules[name], None) for name in config.dense_modules or []]
+        inside = {id(p) for _, layer in _layers(self.model) for p in layer.reparam_factors.parameters()}
+        kept = {id(layer.base_layer.weight) for _, layer in _layers(self.model) if layer.base_layer.weight is not None}
+        dense = {id(modules[name].weight) for name in config.dense_modules or []}
+        rest = [p for p in self.model.parameters() if id(p) not in inside | kept | dense]
+        return SizeReport(
+            matrices=sizes,
+            other_parameters=sum(p.numel() for p in rest),
+            other_bytes=sum(p.numel() * p.element_size() for p in rest),
+        )
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for name, layer in _layers(self.model):
+            if layer.base_weight_dropped:
+                with _naming(name):
+                    layer.check_active([n for n in names if n in layer.reparam_factors])
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def disable_adapter_layers(self) -> None:
+        self._check_base_weights("adapters cannot be disabled")
+        super().disable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if list(self.peft_config) == [adapter_name]:
+            self._check_base_weights(f"adapter {adapter_name!r} is the last one and cannot be deleted")
+        super().delete_adapter(adapter_name)
+
+    def unload(self) -> nn.Module:
+        """The base model without adapters.
+
+        Raises:
+            ValueError: W was dropped; `merge_and_unload` gives a dense model of the products.
+        """
+        self._check_base_weights("the base model cannot be restored (`merge_and_unload` gives a dense model of the products)")
+        for _, layer in _layers(self.model):
+            if layer.merged:
+                layer.unmerge()
+        return super().unload()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_mergeable(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_mergeable(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise before the first layer is merged where a later one could not be."""
+        for name, layer in _layers(self.model):
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            new = [n for n in names if n in layer.reparam_factors and n not in layer.merged_adapters]
+            if layer.base_weight_dropped and not new and not layer.merged:
+                raise ValueError(f"{name}: none of the adapters {names} has factors for this layer, and {W_IS_GONE}.")
+            if new:
+                with _naming(name):
+                    layer.check_mergeable(new, safe_merge)
+
+    def _check_base_weights(self, what: str) -> None:
+        for name, layer in _layers(self.model):
+            with _naming(name):
+                layer.check_base_weight(what)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "`adapter_names` cannot mix adapters within a batch: each adapter replaces the weights. Use `set_adapter`."
+            )
+        yield
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Upcast half-precision factors to float32 for training only: for inference it would double the stored bytes."""
+        trains = not self.peft_config[adapter_name].inference_mode
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype and trains)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: ReparamConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors, factors in the base model's dtype: what a checkpoint holds."""
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        for name, layer in _layers(model):
+            if adapter_name in layer.awaited:
+                raise RuntimeError(
+                    f"{name}: the factors of adapter {adapter_name!r} were never loaded; run the model once first."
+                )
+            for key in _factor_keys(name, layer, adapter_name):
+                if key in selected:
+                    selected[key] = selected[key].to(layer.base_dtype)
+        return selected
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return re.sub(rf"(\breparam_factors)\.{re.escape(adapter_name)}(?=\.)", r"\1", key, count=1)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: ReparamConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's renaming, plus a check that every factor is there and fits, before the first is loaded or W goes.
+
+        Raises:
+            ValueError: the checkpoint lacks factors, holds NaN or inf, or their shapes are not those of the config.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        waiting = [layer for _, layer in _layers(model) if adapter_name in layer.awaited]
+        for name, layer in _layers(model):
+            for key, parameter in _factor_keys(name, layer, adapter_name).items():
+                tensor = remapped.get(key)
+                if tensor is None and layer in waiting:
+                    raise ValueError(f"{name}: the checkpoint has no tensor for {key!r}; it is damaged or of another model.")
+                if tensor is not None and tensor.shape != parameter.shape:
+                    raise ValueError(
+                        f"{name}: the checkpoint has shape {tuple(tensor.shape)} for {key!r}, the config says "
+                        f"{tuple(parameter.shape)}; the two do not belong together."
+                    )
+                if tensor is not None and not torch.isfinite(tensor).all():
+                    raise ValueError(f"{name}: {key!r} of the checkpoint contains NaN or infinite values; it is damaged.")
+        for layer in waiting:
+            layer.loaded(adapter_name)
+        return remapped
+
+
+def resolve_rank(config: ReparamConfig, name: str, shape: tuple[int, int]) -> int | None:
+    """The rank of a module's matrix (out, in), or None where it stays dense.
+
+    `dense_modules` comes first, then `rank_pattern`, `r`, and `keep`.
+
+    Raises:
+        ValueError: `rank_pattern` holds a rank above min(out, in).
+    """
+    if name in (config.dense_modules or ()):
+        return None
+    rank = config.module_rank(name)
+    if rank is not None:
+        check_rank(rank, shape)
+        return rank
+    if config.r is None:
+        return uniform_rank(config.keep, *shape)
+    if config.r == "full":
+        return min(shape)
+    return config.r if saves_parameters(config.r, *shape) else None
+
+
+def _wrap(module: nn.Module) -> ReparamLayer:
+    """The tuner layer around a module that `layer_kind` has passed."""
+    kind = layer_kind(module)
+    classes = {Conv2dKind: Conv2d, EmbeddingKind: Embedding}
+    return classes.get(type(kind), Linear)(module)
+
+
+def _matrix_shape(module: nn.Module) -> tuple[int, int]:
+    if isinstance(module, ReparamLayer):
+        return module.out_features, module.in_features
+    return layer_kind(module).shape(module)
+
+
+def _matrix_size(name: str, module: nn.Module, rank: int | None) -> MatrixSize:
+    out_features, in_features = shape = _matrix_shape(module)
+    dtype = module.base_dtype if isinstance(module, ReparamLayer) else module.weight.dtype
+    stored = out_features * in_features if rank is None else factor_parameters(rank, out_features, in_features)
+    return MatrixSize(name, shape, rank, stored, dtype.itemsize)
+
+
+def _layers(model: nn.Module) -> Iterator[tuple[str, ReparamLayer]]:
+    """The tuner layers by name; names as in a state dict, also under FSDP."""
+    for name, module in model.named_modules():
+        if isinstance(module, ReparamLayer):
+            yield name.replace("_fsdp_wrapped_module.", ""), module
+
+
+def _factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str, nn.Parameter]:
+    """State-dict keys of an adapter's factors in a layer, with the parameters."""
+    if adapter_name not in layer.reparam_factors:
+        return {}
+    prefix = f"{name}." if name else ""
+    factors = layer.reparam_factors[adapter_name]
+    return {f"{prefix}reparam_factors.{adapter_name}.{key}": p for key, p in factors.named_parameters()}
+
+
+@contextmanager
+def _naming(name: str) -> Iterator[None]:
+    """Put the module's name before the message of an error."""
+    try:
+        yield
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _parameters_start_on_meta() -> bool:
+    """Whether a loader has switched parameter creation to the meta device (accelerate's `init_empty_weights`)."""
+    return nn.Linear(1, 1, bias=False, device="cpu").weight.device.type == "meta"

@@ -1,0 +1,83 @@
+"""The part of a checkpoint's README.md that says what was done and how to load it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from huggingface_hub import ModelCard, ModelCardData
+
+if TYPE_CHECKING:
+    from .config import ReparamConfig
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+BEGIN, END = "<!-- reparam_peft: begin -->", "<!-- reparam_peft: end -->"
+
+
+def model_card_section(config: ReparamConfig) -> str:
+    """Markdown on the base model, the method, the sizes, the evaluation and how to load, from a resolved config alone."""
+    rows = [
+        ("base model", config.base_model_name_or_path or "not known"),
+        ("method", config.method),
+        ("rank allocation", config.allocation),
+        ("form", config.form),
+        ("size asked for", f"keep = {config.keep}" if config.r is None else f"r = {config.r}"),
+        ("matrices factorised", len(config.rank_pattern)),
+        ("matrices left dense", len(config.dense_modules or [])),
+    ]
+    if config.dense_parameters and config.dense_bytes:
+        rows += [
+            ("targeted parameters before", f"{config.dense_parameters:,}"),
+            ("stored parameters", _fraction(config.stored_parameters, config.dense_parameters)),
+            ("targeted bytes before", f"{config.dense_bytes:,}"),
+            ("stored bytes", _fraction(config.stored_bytes, config.dense_bytes)),
+        ]
+    rows += [(name, f"{value:.6g}") for name, value in (config.evaluation or {}).items()]
+    auto_class = AUTO_CLASSES.get(config.task_type, "AutoPeftModel")
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""{BEGIN}
+## Low-rank reparameterisation
+
+Each targeted weight W (out × in) of the base model is replaced by a product A B of low rank.
+
+| | |
+| --- | --- |
+{table}
+
+### How to load
+
+```python
+import reparam_peft  # registers the method with PEFT; needed before loading
+from peft import {auto_class}, PeftModel
+
+model = {auto_class}.from_pretrained("<this repository or folder>")
+# or, onto a base model that is at hand:
+model = PeftModel.from_pretrained(base_model, "<this repository or folder>")
+```
+{END}"""
+
+
+def update_model_card(folder: str, config: ReparamConfig) -> None:
+    """Write the section into `folder`/README.md: in place of an earlier one, else at the top; the rest stays."""
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData(library_name="peft"))
+    section = model_card_section(config)
+    earlier = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    # A function, so that a backslash in the section is not read as a group reference.
+    text, replaced = earlier.subn(lambda _: section, card.text)
+    card.text = text if replaced else f"\n{section}\n\n{text.lstrip()}"
+    tags = set(card.data.tags or []) | {"reparam", "low-rank"}
+    card.data.tags = sorted(tags)
+    card.save(path)
+
+
+def _fraction(part: int | None, whole: int) -> str:
+    return f"{part or 0:,} ({(part or 0) / whole:.1%})"

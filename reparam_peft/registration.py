@@ -1,0 +1,46 @@
+"""Make PEFT know the method REPARAM. PEFT has no plug-in interface: its registry demands a member of an enum."""
+
+from __future__ import annotations
+
+import warnings
+
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils import PeftType, register_peft_method
+
+NAME = "reparam"  # transformers derives the adapter's key prefix from it
+
+
+def extend_peft_types(name: str) -> None:
+    """Add the member `name` (upper case) to `peft.PeftType`; does nothing where it exists.
+
+    The member behaves as one of the class body's: by name, by value, in iteration, compared with and hashed as its string.
+    """
+    if name in PeftType.__members__:
+        return
+    member = str.__new__(PeftType, name)
+    member._name_ = member._value_ = name
+    member.__objclass__ = PeftType
+    member._sort_order_ = len(PeftType.__members__)
+    PeftType._member_names_.append(name)
+    PeftType._member_map_[name] = member
+    PeftType._value2member_map_[name] = member
+    # EnumType refuses assignment of members, so go around it.
+    type.__setattr__(PeftType, name, member)
+
+
+def register() -> None:
+    """Register method REPARAM with PEFT. Idempotent; yields, with a warning, where PEFT has a method of this name itself."""
+    extend_peft_types(NAME.upper())
+    # Imported here because the config's class body needs the enum's member.
+    from .config import ReparamConfig
+    from .model import ReparamModel
+
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.REPARAM)
+    if registered is None:
+        register_peft_method(name=NAME, config_cls=ReparamConfig, model_cls=ReparamModel)
+    elif registered.__module__ != ReparamConfig.__module__:
+        warnings.warn(
+            f"PEFT already has a method REPARAM ({registered.__module__}); reparam_peft leaves it in place. Its own checkpoints "
+            "cannot be loaded in this process.",
+            stacklevel=2,
+        )
