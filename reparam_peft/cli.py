@@ -107,14 +107,20 @@ def compress(
     err.print("loading it again …")
     source, _ = _load(model, dtype, device)
     reloaded = PeftModel.from_pretrained(source, output)
-    result = {"model": model, "output": str(output), "seconds": round(seconds, 2), "keep": sizes.keep, **sizes.to_dict()}
+    result: dict[str, Any] = {
+        "model": model,
+        "output": str(output),
+        "seconds": round(seconds, 2),
+        "keep": sizes.keep,
+        "size": sizes.to_dict(),
+        "dense_modules": sizes.dense_modules,
+    }
     if evaluate:
         err.print("measuring perplexity after …")
         figures["perplexity"] = perplexity(reloaded, batches)
         reloaded.peft_config["default"].evaluation = dict(figures)
         _save(reloaded, tokenizer, output)
         result |= {"evaluation": figures, "sample": {"dense": sample, "compressed": _generate(reloaded, tokenizer)}}
-    result["dense_modules"] = sizes.dense_modules
     if as_json:
         print(json.dumps(result))
         return
@@ -149,7 +155,7 @@ def evaluate(
         figures |= {name.replace("_", " "): value for name, value in timing.to_dict().items() if value is not None}
     sizes = loaded.size_report() if hasattr(loaded, "peft_config") else None
     if as_json:
-        print(json.dumps({"model": model, **figures, **(sizes.to_dict() if sizes else {})}))
+        print(json.dumps({"model": model, **figures, **({"size": sizes.to_dict()} if sizes else {})}))
         return
     out.print(_figures_table(figures))
     if sizes:
@@ -260,9 +266,8 @@ def _size_table(sizes: SizeReport) -> Table:
         for unit in ("parameters", "bytes"):
             before, after = row[f"dense_{unit}"], row[f"stored_{unit}"]
             table.add_row(f"{part}, {unit}", f"{before:,}", f"{after:,}", f"{after / max(before, 1):.1%}")
-    table.caption = (
-        f"{len(sizes.matrices) - len(sizes.dense_modules)} matrices factorised, {len(sizes.dense_modules)} left dense"
-    )
+    dense = len(sizes.dense_modules)
+    table.caption = f"{len(sizes.matrices) - dense} matrices factorised, {dense} left dense"
     return table
 
 

@@ -201,8 +201,8 @@ class ReparamConfig(PeftConfig):
             for name in ("layers_to_transform", "layers_pattern"):
                 if getattr(self, name) is not None:
                     raise ValueError(
-                        f"`{name}` cannot be used when `target_modules` is a str, got {self.target_modules!r}; write the layers "
-                        "into the expression, or list the module names."
+                        f"`{name}` cannot be used when `target_modules` is a str, got {self.target_modules!r}; write the "
+                        "layers into the expression, or list the module names."
                     )
             _check_regex("target_modules", self.target_modules)
         if isinstance(self.exclude_modules, str):

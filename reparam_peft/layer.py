@@ -196,7 +196,7 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
     def unmerge(self) -> None:
         """Undo `merge`, to the bit."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.")
+            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
             return
         if self.base_weight_dropped:
             self.base_layer.weight = None

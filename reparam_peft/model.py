@@ -130,16 +130,17 @@ class ReparamModel(BaseTuner):
                     "without offloading before factorising it."
                 )
             if len(owners[id(module.weight)]) > 1 and not config.keep_base:
+                shared = ", ".join(owners[id(module.weight)])
                 raise ValueError(
-                    f"{name}: the weight is shared ({', '.join(owners[id(module.weight)])}) and cannot be dropped in one place. "
+                    f"{name}: the weight is shared ({shared}) and cannot be dropped in one place. "
                     "Leave it out with `exclude_modules`, or untie it first: set `config.tie_word_embeddings = False` and give "
                     "one of the modules a copy, `module.weight = nn.Parameter(module.weight.clone())`."
                 )
         for name, layer in _layers(model):
             if layer.base_weight_dropped and name not in factorized:
                 raise ValueError(
-                    f"{name}: adapter {adapter_name!r} has no factors for this layer and {W_IS_GONE}, so that it could never be "
-                    f"active. Give all adapters the same factorised modules, or {REMEDY}."
+                    f"{name}: adapter {adapter_name!r} has no factors for this layer and {W_IS_GONE}, so that it could never "
+                    f"be active. Give all adapters the same factorised modules, or {REMEDY}."
                 )
 
     def _factorize(self, config: ReparamConfig, targets: dict[str, Target]) -> dict[str, Target]:

@@ -40,7 +40,7 @@ def register() -> None:
         register_peft_method(name=NAME, config_cls=ReparamConfig, model_cls=ReparamModel)
     elif registered.__module__ != ReparamConfig.__module__:
         warnings.warn(
-            f"PEFT already has a method REPARAM ({registered.__module__}); reparam_peft leaves it in place. Its own checkpoints "
-            "cannot be loaded in this process.",
+            f"PEFT already has a method REPARAM ({registered.__module__}); reparam_peft leaves it in place. Its own "
+            "checkpoints cannot be loaded in this process.",
             stacklevel=2,
         )
