@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
-from peft.utils import PeftType
+from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from safetensors import SafetensorError, safe_open
 
 from .model_card import update_model_card
 
@@ -145,6 +147,20 @@ class ReparamConfig(PeftConfig):
             return self.rank_pattern[name]
         return next((rank for key, rank in self.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name)), None)
 
+    @classmethod
+    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> ReparamConfig:
+        """PEFT's loading of `adapter_config.json`, plus a look at the weights beside it, before any model is touched.
+
+        Raises:
+            ValueError: there is no config; a field is wrong; or the weights, in a local folder, are truncated, damaged or of
+                other ranks than the config.
+        """
+        config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
+        weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
+        if isinstance(config, ReparamConfig) and weights.is_file():
+            _check_weights(weights, config.rank_pattern)
+        return config
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict that JSON can hold; sets as sorted lists, so that equal configs make equal files."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
@@ -228,6 +244,26 @@ class ReparamConfig(PeftConfig):
             isinstance(figures, dict) and all(isinstance(k, str) and isinstance(v, (int, float)) for k, v in figures.items())
         ):
             raise TypeError(f"`evaluation` must be a dict of names to numbers, got {figures!r}.")
+
+
+def _check_weights(path: Path, ranks: dict[str, int]) -> None:
+    """Raise `ValueError` unless the header of a safetensors file is whole and lists factors of these ranks."""
+    try:
+        with safe_open(path, framework="pt") as file:
+            keys = file.keys()
+            shapes = {key.removeprefix("base_model.model."): file.get_slice(key).get_shape() for key in keys}
+    except SafetensorError as error:
+        raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from error
+    for name, rank in ranks.items():
+        for factor in "AB":
+            shape = shapes.get(f"{name}.reparam_factors.{factor}.weight")
+            if shape is None:
+                raise ValueError(f"{path} has no factor {factor} of {name}; it is damaged or of another model.")
+            if rank not in shape:
+                raise ValueError(
+                    f"{path} has a factor {factor} of shape {tuple(shape)} for {name}, and its config says rank {rank}; the two "
+                    "do not belong together."
+                )
 
 
 def _check_regex(name: str, pattern: str) -> None:

@@ -109,6 +109,10 @@ class ReparamModel(BaseTuner):
         loading: bool,
     ) -> None:
         """Raise `ValueError` where the targets cannot be factorised in this model."""
+        if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+            raise ValueError(
+                f"`adapter_name` must hold no dot and not be the name of a method of torch modules, got {adapter_name!r}."
+            )
         factorized = {name for name, target in targets.items() if target.rank is not None}
         if targets and not factorized:
             warnings.warn(

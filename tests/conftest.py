@@ -36,7 +36,7 @@ def llama(**options: object) -> LlamaForCausalLM:
     torch.manual_seed(0)
     sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 100}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128}
-    return LlamaForCausalLM(LlamaConfig(**sizes, **heads, **{"bos_token_id": 1, "eos_token_id": 2, **options})).eval()
+    return LlamaForCausalLM(LlamaConfig(**{**sizes, **heads, "bos_token_id": 1, "eos_token_id": 2, **options})).eval()
 
 
 def gpt2() -> GPT2LMHeadModel:
