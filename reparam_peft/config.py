@@ -250,8 +250,8 @@ def _check_weights(path: Path, ranks: dict[str, int]) -> None:
     """Raise `ValueError` unless the header of a safetensors file is whole and lists factors of these ranks."""
     try:
         with safe_open(path, framework="pt") as file:
-            keys = file.keys()
-            shapes = {key.removeprefix("base_model.model."): file.get_slice(key).get_shape() for key in keys}
+            names = {key: key.removeprefix("base_model.model.") for key in file.keys()}  # noqa: SIM118
+            shapes = {name: file.get_slice(key).get_shape() for key, name in names.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from error
     for name, rank in ranks.items():

@@ -2,9 +2,8 @@
 
     OMP_NUM_THREADS=2 python tests/benchmarks/decomposition.py [--repeats 3]
 
-Weights have the spectrum of a trained layer's kind, σ_i ∝ (i + 1)^−0.35, in random orthogonal bases would be costly to make;
-a Gaussian matrix scaled by such a spectrum along one side stands in for it, beside a plain Gaussian. The optimum of the error
-is the tail of the float64 singular values, from the eigenvalues of the Gram matrix in float64.
+Two kinds of weights: Gaussian, whose spectrum is flat, and Gaussian with rows scaled by (i + 1)^−0.35, whose spectrum decays
+as a trained layer's. The optimum of the error is the tail of the eigenvalues of the Gram matrix in float64.
 """
 
 from __future__ import annotations
@@ -50,7 +49,7 @@ def main() -> None:
             weight = torch.randn(shape)
             if spectrum == "decaying":
                 weight *= torch.arange(1, shape[0] + 1).pow(-0.35)[:, None]
-            ours = statistics.median(seconds(lambda w=weight: factorize(w, rank)) for _ in range(repeats))
+            ours = statistics.median(seconds(lambda w=weight, r=rank: factorize(w, r)) for _ in range(repeats))
             theirs = statistics.median(
                 seconds(lambda w=weight: torch.linalg.svd(w, full_matrices=False)) for _ in range(repeats)
             )
