@@ -261,8 +261,8 @@ def _check_weights(path: Path, ranks: dict[str, int]) -> None:
                 raise ValueError(f"{path} has no factor {factor} of {name}; it is damaged or of another model.")
             if rank not in shape:
                 raise ValueError(
-                    f"{path} has a factor {factor} of shape {tuple(shape)} for {name}, and its config says rank {rank}; the two "
-                    "do not belong together."
+                    f"{path} has a factor {factor} of shape {tuple(shape)} for {name}, and its config says rank {rank}; "
+                    "the two do not belong together."
                 )
 
 

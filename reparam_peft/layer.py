@@ -14,6 +14,7 @@ from .factorized import layer_kind
 
 BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"  # PEFT's words, which its users match
 W_IS_GONE = "the original weight was dropped when it was factorised"
+DAMAGED = "the checkpoint is damaged or of another model"
 REMEDY = "create the model with `keep_base=True`, or reload the base model"
 
 
@@ -66,7 +67,7 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
 
     def dense_matrix(self, adapter_name: str) -> Tensor:
         """A B of an adapter, shape (out, in), in the base dtype; computed anew at each call."""
-        self.settle()
+        self.check_loaded()
         A, B = self.reparam_factors[adapter_name].factors
         precision = torch.promote_types(A.dtype, torch.float32)
         return (A.to(precision) @ B.to(precision)).to(self.base_dtype)
@@ -108,36 +109,49 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
             self.base_layer.weight = None
             self.base_weight_dropped = True
 
-    def loaded(self, adapter_name: str) -> None:
-        """Say that the factors of an adapter have arrived."""
+    def has_arrived(self, adapter_name: str) -> bool:
+        """Whether a loader has filled in the factors: they are not on meta, nor still the NaN of `update_layer`."""
+        parameters = self.reparam_factors[adapter_name].parameters()
+        return all(parameter.device.type != "meta" and not parameter.isnan().all() for parameter in parameters)
+
+    def receive(self, adapter_name: str) -> None:
+        """Take the factors that a loader has filled in.
+
+        Raises:
+            ValueError: they hold NaN or inf.
+        """
+        if not all(parameter.isfinite().all() for parameter in self.reparam_factors[adapter_name].parameters()):
+            raise ValueError(f"the loaded factors of adapter {adapter_name!r} contain NaN or infinite values; {DAMAGED}.")
+        self.release(adapter_name)
+
+    def release(self, adapter_name: str) -> None:
+        """Stop waiting for an adapter's factors; W goes with the last of them."""
         self.awaited.discard(adapter_name)
         if self.drop_when_loaded and not self.awaited:
             self.drop_when_loaded = False
             self.drop_base_weight()
 
-    def settle(self) -> None:
-        """Make sure that no adapter waits for factors: what no loader has brought is decomposed now, from W.
-
-        Raises:
-            RuntimeError: factors are missing and W holds no data either.
-        """
+    def check_loaded(self) -> None:
+        """Raise `RuntimeError` where an adapter still waits for its factors; take those that have arrived."""
         for adapter_name in sorted(self.awaited):
-            if not self._has_arrived(adapter_name):
-                if self.base_layer.weight.device.type == "meta":
-                    raise RuntimeError(
-                        f"the factors of adapter {adapter_name!r} were never loaded, and the base weight is on the meta "
-                        "device; load a checkpoint with `PeftModel.from_pretrained` or `load_adapter`."
-                    )
-                factors = factorize(self._base_matrix(), self.r[adapter_name])
-                module = self.reparam_factors[adapter_name].to_empty(device=factors.A.device)
-                module.set_factors(factors)
-            self.loaded(adapter_name)
+            if not self.has_arrived(adapter_name):
+                raise RuntimeError(
+                    f"the factors of adapter {adapter_name!r} were never loaded: {DAMAGED}, or it was not loaded at all. Load "
+                    "a whole one with `PeftModel.from_pretrained` or `load_adapter`, onto a fresh base model."
+                )
+            self.receive(adapter_name)
+
+    def factorize_base(self, adapter_name: str) -> None:
+        """Fill in factors that no loader has brought, from W."""
+        factors = factorize(self._base_matrix(), self.r[adapter_name])
+        self.reparam_factors[adapter_name].to_empty(device=factors.A.device).set_factors(factors)
+        self.receive(adapter_name)
 
     def train(self, mode: bool = True) -> ReparamLayer:
         # Every loader ends with `eval()`: the moment to see which factors have arrived, so that W can go.
         for adapter_name in sorted(self.awaited):
-            if self._has_arrived(adapter_name):
-                self.loaded(adapter_name)
+            if self.has_arrived(adapter_name):
+                self.receive(adapter_name)
         return super().train(mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -146,7 +160,7 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         if self.awaited:
-            self.settle()
+            self.check_loaded()
         active = [name for name in self.active_adapters if name in self.reparam_factors]
         if len(active) == 1:
             return self._product(active[0], x)
@@ -250,14 +264,6 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
         """W, shape (out, in), of a layer that has kept it, merged or not."""
         weight = self.base_layer.weight if self.unmerged_weight is None else self.unmerged_weight
         return self.kind.matrix(weight.detach())
-
-    def _is_on_meta(self, adapter_name: str) -> bool:
-        return any(parameter.device.type == "meta" for parameter in self.reparam_factors[adapter_name].parameters())
-
-    def _has_arrived(self, adapter_name: str) -> bool:
-        """Whether a loader has filled in the factors: none is on meta or still holds the NaN of `update_layer`."""
-        parameters = list(self.reparam_factors[adapter_name].parameters())
-        return not self._is_on_meta(adapter_name) and not any(parameter.flatten()[0].isnan() for parameter in parameters)
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         return self.placeholder.device, self.base_dtype

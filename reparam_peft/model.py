@@ -21,7 +21,7 @@ from .config import ReparamConfig
 from .decompositions import Factors, check_rank, factorize, random_factors
 from .evaluation import MatrixSize, SizeReport
 from .factorized import Conv2dKind, EmbeddingKind, layer_kind
-from .layer import REMEDY, W_IS_GONE, Conv2d, Embedding, Linear, ReparamLayer
+from .layer import DAMAGED, REMEDY, W_IS_GONE, Conv2d, Embedding, Linear, ReparamLayer
 from .target_modules import TARGET_MODULES
 
 
@@ -70,6 +70,7 @@ class ReparamModel(BaseTuner):
         finally:
             targets = self.__dict__.pop("_targets", {})
             del self._injection
+        self._awaits_factors = loading
         self._fill_in(config, targets)
         self._drop_base_weights(model)
 
@@ -312,7 +313,18 @@ class ReparamModel(BaseTuner):
             raise ValueError(
                 "`adapter_names` cannot mix adapters within a batch: each adapter replaces the weights. Use `set_adapter`."
             )
+        if self._awaits_factors:
+            self._factorize_awaited()
         yield
+
+    def _factorize_awaited(self) -> None:
+        """Factorise W where a config out of a checkpoint was used without its weights, so that none of them has arrived."""
+        awaited = [(name, layer, adapter) for name, layer in _layers(self.model) for adapter in sorted(layer.awaited)]
+        if not any(layer.has_arrived(adapter) for _, layer, adapter in awaited):
+            for name, layer, adapter in awaited:
+                with _naming(name):
+                    layer.factorize_base(adapter)
+        self._awaits_factors = False
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Upcast half-precision factors to float32 for training only: for inference it would double the stored bytes."""
@@ -354,21 +366,16 @@ class ReparamModel(BaseTuner):
             ValueError: the checkpoint lacks factors, holds NaN or inf, or their shapes are not those of the config.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        waiting = [layer for _, layer in _layers(model) if adapter_name in layer.awaited]
-        for name, layer in _layers(model):
-            for key, parameter in _factor_keys(name, layer, adapter_name).items():
-                tensor = remapped.get(key)
-                if tensor is None and layer in waiting:
-                    raise ValueError(f"{name}: the checkpoint has no tensor for {key!r}; it is damaged or of another model.")
-                if tensor is not None and tensor.shape != parameter.shape:
-                    raise ValueError(
-                        f"{name}: the checkpoint has shape {tuple(tensor.shape)} for {key!r}, the config says "
-                        f"{tuple(parameter.shape)}; the two do not belong together."
-                    )
-                if tensor is not None and not torch.isfinite(tensor).all():
-                    raise ValueError(f"{name}: {key!r} of the checkpoint contains NaN or infinite values; it is damaged.")
-        for layer in waiting:
-            layer.loaded(adapter_name)
+        try:
+            for name, layer in _layers(model):
+                for key, parameter in _factor_keys(name, layer, adapter_name).items():
+                    if key in remapped or adapter_name in layer.awaited:
+                        _check_loaded_tensor(key, remapped.get(key), parameter.shape)
+        except ValueError:
+            _withdraw(model, adapter_name)
+            raise
+        for _, layer in _layers(model):
+            layer.release(adapter_name)
         return remapped
 
 
@@ -427,6 +434,32 @@ def _factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str,
     prefix = f"{name}." if name else ""
     factors = layer.reparam_factors[adapter_name]
     return {f"{prefix}reparam_factors.{adapter_name}.{key}": p for key, p in factors.named_parameters()}
+
+
+def _check_loaded_tensor(key: str, tensor: Tensor | None, shape: torch.Size) -> None:
+    """Raise `ValueError` where the tensor for a factor is missing, misshapen or not finite."""
+    name = key.removeprefix("base_model.model.")
+    if tensor is None:
+        raise ValueError(f"{name}: the checkpoint has no such tensor; {DAMAGED}.")
+    if tensor.shape != shape:
+        raise ValueError(
+            f"{name}: the checkpoint has shape {tuple(tensor.shape)}, and its config on this model says {tuple(shape)}; the "
+            "two do not belong together."
+        )
+    if not torch.isfinite(tensor).all():
+        raise ValueError(f"{name}: the checkpoint contains NaN or infinite values; {DAMAGED}.")
+
+
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter whose factors did not arrive out of the model again, and its layers where it was their only one."""
+    awaiting = [(name, layer) for name, layer in _layers(model) if adapter_name in layer.awaited]
+    for name, layer in awaiting:
+        layer.delete_adapter(adapter_name)
+        if not layer.reparam_factors:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+    if awaiting and len(model.peft_config) > 1:
+        del model.peft_config[adapter_name]
 
 
 @contextmanager

@@ -11,8 +11,17 @@ from dataclasses import dataclass, field
 
 import pytest
 import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor, nn
-from transformers import BertConfig, BertForSequenceClassification, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    BertConfig,
+    BertForSequenceClassification,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedTokenizerFast,
+)
 
 import reparam_peft  # noqa: F401  registers the method
 
@@ -69,6 +78,18 @@ class ConvNet(nn.Module):
 def convnet() -> ConvNet:
     torch.manual_seed(0)
     return ConvNet().eval()
+
+
+def byte_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:
+    """One token for each byte, 3 to 258; 0 to 2 are <unk>, <s> and </s>. With `bos`, a text starts with <s>, as Llama's do."""
+    special = ["<unk>", "<s>", "</s>"]
+    vocabulary = {token: index for index, token in enumerate(special + sorted(pre_tokenizers.ByteLevel.alphabet()))}
+    tokenizer = Tokenizer(models.BPE(vocabulary, [], unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    if bos:
+        tokenizer.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, unk_token="<unk>", bos_token="<s>", eos_token="</s>")
 
 
 @dataclass

@@ -175,7 +175,7 @@ def test_factors_that_never_arrive_are_not_saved_and_not_run(tmp_path: Path) -> 
     with torch.device("meta"):
         skeleton = type(llama())(llama().config)
     on_meta = get_peft_model(skeleton, PeftConfig.from_pretrained(tmp_path / "good"))
-    with pytest.raises(RuntimeError, match="were never loaded, and the base weight is on the meta device"):
+    with pytest.raises(RuntimeError, match="the factors of adapter 'default' were never loaded"):
         on_meta.model.model.layers[0].self_attn.q_proj(torch.ones(1, 64))
 
 
@@ -368,8 +368,9 @@ SEEN_BEFOREHAND = [
 ]
 SEEN_WHILE_LOADING = [
     (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model|[Rr]epo id"),
-    (edit_tensors(lambda t: t[KEY].fill_(torch.nan)), "contains NaN or infinite values; it is damaged"),
-    (edit_tensors(lambda t: t.update({KEY: t[KEY][:-1].clone()})), r"q_proj: the checkpoint has shape \(63, 16\)"),
+    (edit_tensors(lambda t: t[KEY].fill_(torch.nan)), "contains NaN or infinite values; the checkpoint is damaged"),
+    (edit_tensors(lambda t: t[KEY][0, 0].fill_(torch.inf)), "contains NaN or infinite values; the checkpoint is damaged"),
+    (edit_tensors(lambda t: t.update({KEY: t[KEY][:-1].clone()})), r"q_proj.*: the checkpoint has shape \(63, 16\)"),
 ]
 
 
@@ -385,8 +386,54 @@ def test_damaged_checkpoint_raises_and_the_base_loses_nothing(
         PeftModel.from_pretrained(base, str(tmp_path / "bad"))
     if any(damage is seen for seen, _ in SEEN_BEFOREHAND):
         assert_untouched(base, llama())
+    elif "adapter_model" not in match:  # seen while loading: the modules are put back, but PEFT has frozen them by then
+        assert_untouched(base.requires_grad_(), llama())
+    else:  # PEFT looks for the file last; what it leaves says so
+        with pytest.raises(RuntimeError, match="were never loaded"):
+            base(**token_inputs())
     for got, expected in zip(base.model.layers, llama().model.layers, strict=True):
         assert torch.equal(got.self_attn.q_proj.weight, expected.self_attn.q_proj.weight), "the original weight is gone"
+
+
+def test_damaged_second_adapter_leaves_the_first(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        compress(llama(), target_modules=["q_proj"], keep=0.5).save_pretrained(tmp_path / name)
+    edit_tensors(lambda t: t[KEY].fill_(torch.nan))(tmp_path / "second")
+    small = PeftModel.from_pretrained(llama(), tmp_path / "first")
+    expected, state = small(**token_inputs()).logits, list(small.state_dict())
+    with pytest.raises(ValueError, match="contains NaN"):
+        small.load_adapter(tmp_path / "second", adapter_name="second")
+    assert list(small.peft_config) == ["default"]
+    assert list(small.state_dict()) == state
+    assert torch.equal(small(**token_inputs()).logits, expected)
+    with pytest.raises(ValueError, match="contains NaN"):
+        small.load_adapter(tmp_path / "second", adapter_name="default")
+    assert torch.equal(small(**token_inputs()).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        edit_tensors(lambda t: t[KEY].fill_(torch.nan)),
+        edit_tensors(lambda t: t[KEY][0, 0].fill_(torch.nan)),
+        edit_tensors(lambda t: t[KEY][0, 0].fill_(torch.inf)),
+        edit_tensors(lambda t: t.pop(KEY)),
+    ],
+    ids=["all NaN", "one NaN", "one inf", "missing"],
+)
+def test_transformers_load_adapter_of_a_damaged_checkpoint_does_not_pass_silently(
+    damage: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    compress(llama(), target_modules=["q_proj"], keep=0.5).save_pretrained(tmp_path)
+    damage(tmp_path)
+
+    def load_and_run() -> None:
+        model = llama()
+        model.load_adapter(str(tmp_path))
+        model(**token_inputs())
+
+    with pytest.raises((ValueError, RuntimeError), match="damaged"):
+        load_and_run()
 
 
 def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:

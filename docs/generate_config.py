@@ -1,0 +1,96 @@
+"""Print docs/config.md, made from the fields of `ReparamConfig`.
+
+python docs/generate_config.py > docs/config.md
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+
+from peft import PeftConfig
+
+from reparam_peft import ReparamConfig
+
+INTRODUCTION = """\
+<!-- Made by docs/generate_config.py; do not edit. -->
+
+# ReparamConfig
+
+`ReparamConfig` says what to factorise, to which size, and how. It is a dataclass and a `peft.PeftConfig`. Every field is
+checked when the config is made: a wrong type raises `TypeError`, a wrong value `ValueError`.
+
+```python
+from reparam_peft import ReparamConfig
+
+config = ReparamConfig(target_modules=["query", "key", "value"], r=64)
+assert config.keep == 0.8  # the default; not used, because `r` is given
+
+try:
+    ReparamConfig(keep=1.5)
+except ValueError as error:
+    assert "`keep` must be in (0, 1]" in str(error)
+```
+
+This version has one value each for three fields: `method="svd"`, `allocation="uniform"`, `form="factors"`. None means the
+same. The other names are reserved and raise.
+
+```python
+for reserved in ({"method": "whitened"}, {"method": "autoencoder"}, {"allocation": "loss"}, {"form": "pivot"}):
+    try:
+        ReparamConfig(**reserved)
+    except ValueError as error:
+        assert "this version has" in str(error)
+    else:
+        raise AssertionError(f"{reserved} works now; describe it")
+```
+
+The rank of a target is decided in this order: `dense_modules`, `rank_pattern`, `r`, `keep`.
+
+`get_peft_model` copies the config, resolves it, and keeps the copy in `model.peft_config[adapter_name]`. The copy names the
+`method`, `allocation` and `form` that were used, one rank per module in `rank_pattern`, and the sizes. It is what
+`save_pretrained` writes to `adapter_config.json`. Your own config is not changed.
+"""
+
+
+def main() -> None:
+    """Print the page."""
+    print(page(), end="")
+
+
+def page() -> str:
+    """The whole page as Markdown."""
+    inherited = {field.name for field in dataclasses.fields(PeftConfig)}
+    fields = dataclasses.fields(ReparamConfig)
+    own = section("Fields of this package", (field for field in fields if field.name not in inherited))
+    peft = section("Fields of every PEFT config", (field for field in fields if field.name in inherited))
+    return "\n".join([INTRODUCTION, own, peft])
+
+
+def section(title: str, fields: Iterable[dataclasses.Field]) -> str:
+    """A heading, and an entry per field: name, type, default, help."""
+    entries = (
+        f"### `{field.name}`\n\n`{type_name(field)}`, default `{default(field)}`\n\n{sentence(field)}\n" for field in fields
+    )
+    return f"## {title}\n\n" + "\n".join(entries)
+
+
+def type_name(field: dataclasses.Field) -> str:
+    """The annotation as the source writes it."""
+    return field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+
+
+def default(field: dataclasses.Field) -> str:
+    """The default as Python writes it."""
+    if field.default_factory is not dataclasses.MISSING:
+        return repr(field.default_factory())
+    return repr(field.default)
+
+
+def sentence(field: dataclasses.Field) -> str:
+    """The field's help, with a full stop."""
+    return field.metadata["help"].rstrip(".") + "."
+
+
+if __name__ == "__main__":
+    main()

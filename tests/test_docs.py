@@ -1,0 +1,157 @@
+"""The documentation is true: its Python blocks run, its links resolve, and it names everything that is public."""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+import inspect
+import os
+import pkgutil
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import typer.main
+from transformers import BertConfig, BertForSequenceClassification
+
+import reparam_peft
+from reparam_peft.cli import app
+
+ROOT = Path(__file__).parents[1]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+MARKDOWN = [*PAGES, ROOT / "CHANGELOG.md"]
+FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
+
+
+def relative(path: Path) -> str:
+    """A test id."""
+    return path.relative_to(ROOT).as_posix()
+
+
+def blocks(path: Path, language: str) -> list[str]:
+    """Fenced blocks of a language, each after as many empty lines as make its line numbers those of the page."""
+    text = path.read_text(encoding="utf-8")
+    found = (match for match in FENCE.finditer(text) if match[1] == language)
+    return ["\n" * text.count("\n", 0, match.start(2)) + match[2] for match in found]
+
+
+@pytest.fixture
+def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A working directory in which README's `bert-base-uncased` is a folder, with matrices that rank 64 makes smaller."""
+    monkeypatch.chdir(tmp_path)
+    sizes = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50}
+    torch.manual_seed(0)
+    BertForSequenceClassification(BertConfig(**sizes)).save_pretrained("bert-base-uncased")
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=relative)
+@pytest.mark.usefixtures("stand_ins")
+def test_python_blocks_run(page: Path) -> None:
+    namespace: dict[str, Any] = {"__name__": relative(page)}
+    for block in blocks(page, "python"):
+        exec(compile(block, str(page), "exec"), namespace)
+
+
+def test_readme_example_has_six_lines() -> None:
+    lines = blocks(ROOT / "README.md", "python")[0].split("\n")
+    assert len([line for line in lines if line]) == 6
+
+
+def test_ci_runs_the_test_command_of_the_readme() -> None:
+    (command,) = (block.strip() for block in blocks(ROOT / "README.md", "bash") if "pytest" in block)
+    assert "\n" not in command
+    script = ROOT / ".ci" / "run"
+    assert script.read_text(encoding="utf-8").splitlines()[-1] == command
+    assert os.access(script, os.X_OK)
+
+
+def test_config_page_is_generated() -> None:
+    spec = importlib.util.spec_from_file_location("generate_config", ROOT / "docs" / "generate_config.py")
+    generator = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(generator)
+    committed = (ROOT / "docs" / "config.md").read_text(encoding="utf-8")
+    assert committed == generator.page(), "run: python docs/generate_config.py > docs/config.md"
+
+
+@pytest.mark.parametrize("name", reparam_peft.__all__)
+def test_api_page_has_public_name_and_its_parameters(name: str) -> None:
+    text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
+    section = re.search(rf"^### `{name}`$(.*?)(?=^##? |^### |\Z)", text, re.DOTALL | re.MULTILINE)
+    assert section, f"docs/api.md has no section on {name}"
+    value = getattr(reparam_peft, name)
+    if inspect.isfunction(value):
+        assert {p for p in inspect.signature(value).parameters if f"- `{p}`: " not in section[1]} == set()
+    elif name != "ReparamConfig":
+        members = {key for key, member in vars(value).items() if isinstance(member, property) or key == "to_dict"}
+        members |= set(getattr(value, "__dataclass_fields__", ())) | set(getattr(value, "_fields", ()))
+        assert {member for member in members if not re.search(rf"\b{member}\b", section[1])} == set()
+
+
+def command_options() -> Iterator[tuple[str, str]]:
+    """The command line's options, with the command."""
+    for command_name, command in typer.main.get_command(app).commands.items():
+        for parameter in command.params:
+            for option in [*parameter.opts, *parameter.secondary_opts]:
+                if option.startswith("--") and option not in ("--help", "--install-completion", "--show-completion"):
+                    yield command_name, option
+
+
+def test_quickstart_has_every_command_and_option() -> None:
+    text = (ROOT / "docs" / "quickstart.md").read_text(encoding="utf-8")
+    missing = [(command, option) for command, option in command_options() if f"`{option}`" not in text]
+    assert missing == []
+    assert {command for command, _ in command_options() if f"reparam {command} " not in text} == set()
+
+
+def test_readme_has_every_file() -> None:
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    files = [*(ROOT / "reparam_peft").glob("*.py"), *(ROOT / "notebooks").glob("*.ipynb")]
+    assert [file.name for file in files if f" {file.name} " not in text.replace("\n", " ")] == []
+    links = re.findall(r"\]\((docs/[^)#]+)", text)
+    assert {relative(page) for page in PAGES if page.parent.name == "docs"} == set(links)
+
+
+def anchors(path: Path) -> set[str]:
+    """The anchors of a page's headings, as GitHub and mkdocs make them."""
+    headings = re.findall(r"^#+ (.*)$", FENCE.sub("", path.read_text(encoding="utf-8")), re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=relative)
+def test_relative_links_resolve(page: Path) -> None:
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    for link in re.findall(r"\]\(([^)\s]+)\)", text):
+        if re.match(r"\w+:", link):
+            continue
+        target, _, anchor = link.partition("#")
+        path = page.parent / target if target else page
+        assert path.exists(), link
+        assert not anchor or anchor in anchors(path), link
+
+
+def public_objects() -> Iterator[tuple[str, Any, type | None]]:
+    """Every module, class, function, method and property of the package, with the class that it is a member of."""
+    yield "reparam_peft", reparam_peft, None
+    for info in pkgutil.iter_modules(reparam_peft.__path__, "reparam_peft."):
+        module = importlib.import_module(info.name)
+        yield info.name, module, None
+        for name, value in vars(module).items():
+            if name.startswith("_") or getattr(value, "__module__", None) != info.name or not callable(value):
+                continue
+            yield f"{info.name}.{name}", value, None
+            for key, member in vars(value).items() if inspect.isclass(value) else ():
+                if not key.startswith("_") and isinstance(member, property | classmethod | staticmethod | type(relative)):
+                    yield f"{info.name}.{name}.{key}", member, value
+
+
+def test_everything_public_has_a_docstring() -> None:
+    def inherits(owner: type | None, key: str) -> bool:
+        return owner is not None and any(hasattr(base, key) for base in owner.__mro__[1:])
+
+    bare = [
+        name for name, value, owner in public_objects() if not value.__doc__ and not inherits(owner, name.rpartition(".")[2])
+    ]
+    assert bare == []
