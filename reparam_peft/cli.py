@@ -22,12 +22,14 @@ from datasets import load_dataset
 from peft import PeftConfig, PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
 
 from .config import ReparamConfig
 from .demo import demo_folder, reference_text
 from .evaluation import SizeReport, benchmark, perplexity, predicts_next_token, text_batches
+from .model import ReparamModel
 from .model_card import AUTO_CLASSES
 
 app = typer.Typer(
@@ -46,7 +48,7 @@ ModelArgument = Annotated[
 TextOption = Annotated[
     str | None,
     typer.Option(
-        help="Text to measure perplexity on: a file, or a Hub data set as NAME[:CONFIG][:SPLIT]. "
+        help="Text to measure perplexity on: a file, or a Hub data set as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT. "
         "Default: Python's language reference."
     ),
 ]
@@ -85,6 +87,8 @@ def compress(
         raise CliError("--keep and --rank exclude each other; give one.")
     if output.exists() and (output.is_file() or any(output.iterdir())) and not overwrite:
         raise CliError(f"{output} already exists; choose another folder or add --overwrite.")
+    if os.path.isdir(model) and Path(model).resolve().is_relative_to(output.resolve()):
+        raise CliError(f"{output} holds the model itself, which must not be overwritten; choose another folder.")
     config = _config(keep, rank, target_modules, exclude_modules)
     base, tokenizer = _load(model, dtype, device)
     if hasattr(base, "peft_config"):
@@ -153,7 +157,7 @@ def evaluate(
     if speed:
         timing = benchmark(loaded, prompt_length=length)
         figures |= {name.replace("_", " "): value for name, value in timing.to_dict().items() if value is not None}
-    sizes = loaded.size_report() if hasattr(loaded, "peft_config") else None
+    sizes = loaded.size_report() if isinstance(getattr(loaded, "base_model", None), ReparamModel) else None
     if as_json:
         print(json.dumps({"model": model, **figures, **({"size": sizes.to_dict()} if sizes else {})}))
         return
@@ -171,7 +175,7 @@ def main() -> None:
         app()
     try:
         app()
-    except (CliError, ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError) as error:
+    except (CliError, ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, SafetensorError) as error:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
@@ -207,14 +211,17 @@ def _load(model: str, dtype: str, device: str | None) -> tuple[Any, PreTrainedTo
     source = str(demo_folder()) if model == "demo" else model
     if os.path.exists(source) and not os.path.isdir(source):
         raise CliError(f"{source} is a file; MODEL must be a folder, a Hub id or `demo`.")
-    if os.path.exists(os.path.join(source, "adapter_config.json")):
-        task_type = PeftConfig.from_pretrained(source).task_type
-        loader = getattr(peft, AUTO_CLASSES.get(task_type, "AutoPeftModel"))
-    else:
-        architectures = AutoConfig.from_pretrained(source).architectures or [""]
-        loader = getattr(transformers, architectures[0], AutoModel)
-    loaded = loader.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-    tokenizer = AutoTokenizer.from_pretrained(source)
+    try:
+        if os.path.exists(os.path.join(source, "adapter_config.json")):
+            task_type = PeftConfig.from_pretrained(source).task_type
+            loader = getattr(peft, AUTO_CLASSES.get(task_type, "AutoPeftModel"))
+        else:
+            architectures = AutoConfig.from_pretrained(source).architectures or [""]
+            loader = getattr(transformers, architectures[0], AutoModel)
+        loaded = loader.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        tokenizer = AutoTokenizer.from_pretrained(source)
+    except (OSError, ValueError, KeyError, SafetensorError) as error:
+        raise CliError(f"{model} cannot be loaded: {error}") from error
     return loaded.to(device or PartialState().default_device).eval(), tokenizer
 
 
@@ -244,13 +251,18 @@ def _batches(tokenizer: PreTrainedTokenizerBase, text: str | None, length: int, 
     else:
         name, *rest = text.split(":")
         split = rest.pop() if rest else "test"
-        words = "\n\n".join(row["text"] for row in load_dataset(name, *rest, split=split))
+        rows = load_dataset(name, *rest, split=split)
+        try:
+            words = "\n\n".join(row["text"] for row in rows)
+        except KeyError:
+            raise CliError(f"--text {text}: the data set has no column `text`.") from None
     return text_batches(tokenizer, words, length=length, limit=windows)
 
 
 def _check_language_model(model: Any, name: str, remedy: str) -> None:
     if not predicts_next_token(model):
-        raise CliError(f"{name} is a {type(model).__name__}, and perplexity is of causal language models only{remedy}.")
+        base = model.get_base_model() if isinstance(model, PeftModel) else model
+        raise CliError(f"{name} is a {type(base).__name__}, and perplexity is of causal language models only{remedy}.")
 
 
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -256,14 +256,14 @@ def _check_weights(path: Path, ranks: dict[str, int]) -> None:
         raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from error
     for name, rank in ranks.items():
         for factor in "AB":
-            shape = shapes.get(f"{name}.reparam_factors.{factor}.weight")
-            if shape is None:
+            if f"{name}.reparam_factors.{factor}.weight" not in shapes:
                 raise ValueError(f"{path} has no factor {factor} of {name}; it is damaged or of another model.")
-            if rank not in shape:
-                raise ValueError(
-                    f"{path} has a factor {factor} of shape {tuple(shape)} for {name}, and its config says rank {rank}; "
-                    "the two do not belong together."
-                )
+        shape = tuple(shapes[f"{name}.reparam_factors.A.weight"])
+        if len(shape) < 2 or shape[1] != rank:
+            raise ValueError(
+                f"{path} has a factor A of shape {shape} for {name}, and its config says rank {rank}; the two do not belong "
+                "together."
+            )
 
 
 def _check_regex(name: str, pattern: str) -> None:

@@ -10,11 +10,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-# A float32 eigendecomposition errs by a few 1e-7 · λ₁ in every eigenvalue. It is taken only where the discarded energy is
-# this many λ₁, so that the error of its subspace stays far below the error of the truncation itself.
-FLOAT32_TAIL = 1e-2
-# Below this fraction of the energy, the rounding of a float64 Gram (which squares the condition number) shows in the tail.
-FLOAT64_TAIL = 1e-10
+# An `eigh` of an n × n Gram in precision eps captures less energy than the optimum by up to about 0.025 · eps · n · λ₁
+# (measured, worst case: eigenvalues that crowd around the cut). Its subspace is taken where the discarded energy is at least
+# 2500 · eps · n · λ₁: then the error of A B is within 1e-5, relatively, of the optimum, with a factor of two to spare.
+RESOLVED = 2500
 
 
 class Factors(NamedTuple):
@@ -57,11 +56,11 @@ def factorize(weight: Tensor, rank: int) -> Factors:
     fewer columns than rows, A = W V_r and B = V_rᵀ instead, so that only the smaller Gram matrix is decomposed. At full
     rank one factor is the identity and the other is W: the original matrix to the last bit.
 
-    Accuracy: U_r comes from `eigh` of the Gram matrix, accumulated in float64. A Gram squares the condition number:
-    directions whose singular value is below about 1e-7 σ₁ are not resolved. Therefore
-    (1) `eigh` runs in float32, at half the cost, where the discarded energy Σ_{i>r} σ_i² is at least 0.01 σ₁²;
-    (2) otherwise in float64, where the discarded energy is at least 1e-10 of the whole;
-    (3) otherwise, for matrices that are of rank `rank` to within 1e-5, `torch.linalg.svd` runs in float64.
+    Accuracy: U_r comes from `eigh` of the Gram matrix of the smaller side n, accumulated in float64. A Gram squares the
+    condition number: directions whose singular value is below about 1e-7 σ₁ are not resolved. Therefore
+    (1) `eigh` runs in float32, at half the cost, where the discarded energy Σ_{i>r} σ_i² is at least 3e-4 · n · σ₁²;
+    (2) otherwise in float64, where it is at least 6e-13 · n · σ₁²;
+    (3) otherwise, for matrices that are nearly of rank `rank`, `torch.linalg.svd` runs in float64.
     In each case ‖W − A B‖_F is within a relative 1e-5 of the optimum, up to the one rounding of A and B to the dtype of
     `weight`.
 
@@ -73,7 +72,8 @@ def factorize(weight: Tensor, rank: int) -> Factors:
         `Factors(A, B)`, shapes (out, r) and (r, in), contiguous, with the dtype and device of `weight`.
 
     Raises:
-        ValueError: `rank` is out of range, or `weight` is no matrix, holds no data, or holds NaN or inf.
+        ValueError: `rank` is out of range; `weight` is no matrix, holds no data, or holds NaN or inf; or its values are so near
+            the largest of its dtype that the factors overflow.
         TypeError: `rank` is no int, or `weight` has no floating dtype.
 
     >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
@@ -94,7 +94,7 @@ def factorize(weight: Tensor, rank: int) -> Factors:
     basis = _leading_left_singular_vectors(wide, rank)
     projected = basis.mT @ wide.to(basis.dtype)
     A, B = (basis, projected) if out_features <= in_features else (projected.mT, basis.mT)
-    return Factors(*(factor.to(weight.device, weight.dtype).contiguous() for factor in (A, B)))
+    return _rounded(A, B, weight)
 
 
 def random_factors(weight: Tensor, rank: int) -> Factors:
@@ -113,11 +113,23 @@ def random_factors(weight: Tensor, rank: int) -> Factors:
     check_matrix(weight)
     check_rank(rank, weight.shape)
     out_features, in_features = weight.shape
-    # E‖A B‖_F² = out · in · r · var(A) · var(B); both factors get the same variance.
-    variance = weight.float().pow(2).mean().div(rank).sqrt()
-    A = torch.randn(out_features, rank, device=weight.device) * variance.sqrt()
-    B = torch.randn(rank, in_features, device=weight.device) * variance.sqrt()
-    return Factors(A.to(weight.dtype), B.to(weight.dtype))
+    # E‖A B‖_F² = out · in · r · std(A)² · std(B)²; both factors get the same standard deviation.
+    largest = weight.detach().abs().amax().double()
+    rms = (weight.detach().double() / largest.clamp(min=torch.finfo(torch.float64).tiny)).square().mean().sqrt() * largest
+    std = rms.sqrt() / rank**0.25
+    like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
+    A = torch.randn(out_features, rank, **like) * std
+    B = torch.randn(rank, in_features, **like) * std
+    return _rounded(A, B, weight)
+
+
+def _rounded(A: Tensor, B: Tensor, weight: Tensor) -> Factors:
+    """Factors with the dtype and device of `weight`, in storage of their own."""
+    like = {"device": weight.device, "dtype": weight.dtype}
+    factors = Factors(*(factor.to(**like).clone(memory_format=torch.contiguous_format) for factor in (A, B)))
+    if not all(torch.isfinite(factor).all() for factor in factors):
+        raise ValueError(f"the factors of `weight` overflow {weight.dtype}; scale it down, or convert it to a wider dtype.")
+    return factors
 
 
 def _leading_left_singular_vectors(wide: Tensor, rank: int) -> Tensor:
@@ -128,22 +140,10 @@ def _leading_left_singular_vectors(wide: Tensor, rank: int) -> Tensor:
     # Scaling keeps the Gram of very large or very small weights within the range of float32.
     exact = exact / exact.abs().amax().clamp(min=torch.finfo(torch.float64).tiny)
     gram = exact @ exact.mT
-    if wide.dtype != torch.float64:
-        eigenvalues, U = torch.linalg.eigh(gram.float())
-        if _tail(eigenvalues, rank) >= FLOAT32_TAIL * eigenvalues[-1].double():
-            return _leading(U, rank)
-        del U
-    eigenvalues, U = torch.linalg.eigh(gram)
-    if _tail(eigenvalues, rank) >= FLOAT64_TAIL * eigenvalues.sum():
-        return _leading(U, rank)
+    for dtype in [torch.float32, torch.float64] if wide.dtype != torch.float64 else [torch.float64]:
+        eigenvalues, U = torch.linalg.eigh(gram.to(dtype))
+        # Eigenvalues below zero are rounding; they come in ascending order.
+        discarded = eigenvalues[:-rank].double().clamp(min=0).sum()
+        if discarded >= RESOLVED * torch.finfo(dtype).eps * len(gram) * eigenvalues[-1].double():
+            return U[:, -rank:].flip(1)
     return torch.linalg.svd(exact, full_matrices=False).U[:, :rank]
-
-
-def _tail(eigenvalues: Tensor, rank: int) -> Tensor:
-    """Σ_{i>r} λ_i of ascending eigenvalues; those below zero are rounding."""
-    return eigenvalues[:-rank].double().clamp(min=0).sum()
-
-
-def _leading(U: Tensor, rank: int) -> Tensor:
-    """The last `rank` columns of ascending eigenvectors, largest first."""
-    return U[:, -rank:].flip(1)

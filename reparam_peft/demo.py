@@ -47,7 +47,7 @@ def demo_folder() -> Path:
 
 
 def reference_text() -> str:
-    """English prose that every Python installation holds: the language reference in `pydoc_data.topics` (700 kB)."""
+    """English prose that every Python installation holds: the language reference in `pydoc_data.topics` (500 kB)."""
     from pydoc_data.topics import topics
 
     return "\n\n".join(topics[name] for name in sorted(topics))

@@ -372,5 +372,7 @@ def _labels(batch: Mapping[str, Tensor], shifts: bool, index: int) -> Tensor:
         labels = batch["input_ids"]
     mask = batch.get("attention_mask")
     if shifts and mask is not None:
-        labels = labels.masked_fill(mask == 0, IGNORED)
+        # Neither padding itself nor the first token after it, which nothing was there to predict from.
+        after_padding = F.pad(mask[:, :-1] == 0, (1, 0), value=False)
+        labels = labels.masked_fill((mask == 0) | after_padding, IGNORED)
     return labels

@@ -95,9 +95,11 @@ class FactorizedEmbedding(FactorizedModule):
             **like,
         )
         self.A = nn.Linear(rank, layer.embedding_dim, bias=False, **like)
-        # Gemma and BART multiply their embeddings by a constant, in the dtype of the table; Gemma's tensor may be on meta.
-        scale = getattr(layer, "scalar_embed_scale", getattr(layer, "embed_scale", 1.0))
-        self.scale = float(torch.tensor(float(scale), dtype=self.A.weight.dtype))
+        # BART multiplies its embeddings by a number, Gemma by a tensor in the dtype of the table, which may be on meta.
+        scale = getattr(layer, "embed_scale", 1.0)
+        if isinstance(scale, Tensor):
+            scale = torch.tensor(float(getattr(layer, "scalar_embed_scale", scale)), dtype=self.A.weight.dtype)
+        self.scale = float(scale)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = super().forward(x, bias)
@@ -232,7 +234,7 @@ class EmbeddingKind(LayerKind):
 
     def computes_alike(self, layer: nn.Embedding) -> bool:
         """A subclass that only multiplies by a constant, as Gemma's, is a plain embedding with a scale."""
-        return super().computes_alike(layer) or hasattr(layer, "embed_scale")
+        return super().computes_alike(layer) or (hasattr(layer, "embed_scale") and set(layer._parameters) == {"weight"})
 
     def check(self, layer: nn.Embedding) -> None:
         super().check(layer)

@@ -282,3 +282,13 @@ class Conv2d(ReparamLayer):
 
 class Embedding(ReparamLayer):
     """`ReparamLayer` of an `nn.Embedding`."""
+
+
+def reparam_layer(module: nn.Module) -> ReparamLayer:
+    """The layer around a module of a known kind.
+
+    Raises:
+        TypeError, ValueError: as for `factorized.layer_kind`.
+    """
+    classes = {nn.Conv2d: Conv2d, nn.Embedding: Embedding}
+    return classes.get(layer_kind(module).layer_class, Linear)(module)

@@ -4,34 +4,20 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
-from .allocation import factor_parameters, saves_parameters, uniform_rank
 from .config import ReparamConfig
-from .decompositions import Factors, check_rank, factorize, random_factors
-from .evaluation import MatrixSize, SizeReport
-from .factorized import Conv2dKind, EmbeddingKind, layer_kind
-from .layer import DAMAGED, REMEDY, W_IS_GONE, Conv2d, Embedding, Linear, ReparamLayer
+from .evaluation import SizeReport
+from .layer import DAMAGED, W_IS_GONE, ReparamLayer, reparam_layer
 from .target_modules import TARGET_MODULES
-
-
-@dataclass(frozen=True)
-class Target:
-    """A module to factorise at `rank`, or to leave dense where `rank` is None."""
-
-    module: nn.Module
-    rank: int | None
-    factors: Factors | None = None
+from .targets import Target, check_targets, factorize_targets, find_targets, matrix_size, naming, reparam_layers
 
 
 class ReparamModel(BaseTuner):
@@ -77,102 +63,14 @@ class ReparamModel(BaseTuner):
     def _prepare_model(self, peft_config: ReparamConfig, model: nn.Module) -> None:
         """Check and factorise all targets; PEFT calls this before it replaces the first."""
         adapter_name, loading, state_dict = self._injection
-        targets = self._find_targets(peft_config, model, state_dict)
-        self._check_targets(peft_config, model, adapter_name, targets, loading)
-        self._targets = targets if loading else self._factorize(peft_config, targets)
-
-    def _find_targets(self, config: ReparamConfig, model: nn.Module, state_dict: dict[str, Tensor] | None) -> dict[str, Target]:
-        """The modules that PEFT is about to replace, by name, with their ranks."""
-        config = _maybe_include_all_linear_layers(config, model)
-        inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
-        stored = None if state_dict is None else {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
-        targets = {}
-        for name, module in model.named_modules():
-            if not name or name.startswith(inside):
-                continue
-            if not (self._check_target_module_exists(config, name) if stored is None else name in stored):
-                continue
-            try:
-                targets[name] = Target(module, resolve_rank(config, name, _matrix_shape(module)))
-            except (TypeError, ValueError) as error:
-                raise type(error)(f"{name}: {error}") from error
-        unknown = sorted(set(config.dense_modules or []) - set(targets))
-        if unknown:
-            warnings.warn(f"`dense_modules` {unknown} are not targeted and were ignored.", RuntimeWarning, stacklevel=2)
-        return targets
-
-    def _check_targets(
-        self,
-        config: ReparamConfig,
-        model: nn.Module,
-        adapter_name: str,
-        targets: dict[str, Target],
-        loading: bool,
-    ) -> None:
-        """Raise `ValueError` where the targets cannot be factorised in this model."""
-        if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
-            raise ValueError(
-                f"`adapter_name` must hold no dot and not be the name of a method of torch modules, got {adapter_name!r}."
-            )
-        factorized = {name for name, target in targets.items() if target.rank is not None}
-        if targets and not factorized:
-            warnings.warn(
-                f"All {len(targets)} targets stay dense: at this size factors would be no smaller. Lower `r` or `keep`.",
-                stacklevel=2,
-            )
-        owners = defaultdict(list)
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            owners[id(parameter)].append(name)
-        for name in sorted(factorized):
-            module = targets[name].module
-            if isinstance(module, ReparamLayer):
-                if module.base_weight_dropped and config.keep_base:
-                    raise ValueError(f"{name}: `keep_base=True` cannot be honoured, {W_IS_GONE}. To keep it, {REMEDY}.")
-                continue
-            if module.weight.device.type == "meta" and not loading:
-                raise ValueError(
-                    f"{name}: the weight is on the meta device (offloaded or not loaded) and holds no data; load the model "
-                    "without offloading before factorising it."
-                )
-            if len(owners[id(module.weight)]) > 1 and not config.keep_base:
-                shared = ", ".join(owners[id(module.weight)])
-                raise ValueError(
-                    f"{name}: the weight is shared ({shared}) and cannot be dropped in one place. "
-                    "Leave it out with `exclude_modules`, or untie it first: set `config.tie_word_embeddings = False` and give "
-                    "one of the modules a copy, `module.weight = nn.Parameter(module.weight.clone())`."
-                )
-        for name, layer in _layers(model):
-            if layer.base_weight_dropped and name not in factorized:
-                raise ValueError(
-                    f"{name}: adapter {adapter_name!r} has no factors for this layer and {W_IS_GONE}, so that it could never "
-                    f"be active. Give all adapters the same factorised modules, or {REMEDY}."
-                )
-
-    def _factorize(self, config: ReparamConfig, targets: dict[str, Target]) -> dict[str, Target]:
-        """The targets with their factors."""
-        sources = set()
-        done = dict(targets)
-        todo = [(name, target) for name, target in targets.items() if target.rank is not None]
-        for name, target in tqdm(todo, desc="Factorising", unit="matrix", delay=1, disable=None):
-            source = None
-            if isinstance(target.module, ReparamLayer):
-                matrix, source = target.module.source_matrix()
-            else:
-                matrix = layer_kind(target.module).matrix(target.module.weight.detach())
-            if source is not None:
-                sources.add(source)
-            try:
-                factors = (factorize if config.init_weights else random_factors)(matrix, target.rank)
-            except (TypeError, ValueError, torch.linalg.LinAlgError) as error:
-                raise type(error)(f"{name}: {error}") from error
-            done[name] = Target(target.module, target.rank, factors)
-        if sources:
-            warnings.warn(
-                f"The new adapter factorises the product of adapter {', '.join(map(repr, sorted(sources)))}, because "
-                f"{W_IS_GONE}. To factorise the original, {REMEDY}.",
-                stacklevel=2,
-            )
-        return done
+        peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        if state_dict is None:
+            targets = find_targets(peft_config, model, partial(self._check_target_module_exists, peft_config))
+        else:  # PEFT replaces what the state dict has keys of
+            names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
+            targets = find_targets(peft_config, model, names.__contains__)
+        check_targets(targets, peft_config, model, adapter_name, loading)
+        self._targets = targets if loading else factorize_targets(targets, peft_config)
 
     def _create_and_replace(
         self,
@@ -187,7 +85,7 @@ class ReparamModel(BaseTuner):
         planned = self._targets[current_key]
         if planned.rank is None:
             return
-        layer = target if isinstance(target, ReparamLayer) else _wrap(target)
+        layer = target if isinstance(target, ReparamLayer) else reparam_layer(target)
         layer.update_layer(adapter_name, planned.rank, planned.factors, peft_config.inference_mode)
         if layer is not target:
             if adapter_name not in self.active_adapters:
@@ -202,7 +100,7 @@ class ReparamModel(BaseTuner):
         """Drop W where every adapter of the model has factors and none asks to keep it."""
         if any(config.keep_base for config in self.peft_config.values()):
             return
-        for _, layer in _layers(model):
+        for _, layer in reparam_layers(model):
             if set(layer.reparam_factors) >= set(self.peft_config):
                 layer.drop_base_weight()
 
@@ -213,7 +111,7 @@ class ReparamModel(BaseTuner):
         config.form = config.form or "factors"
         config.rank_pattern = {name: target.rank for name, target in targets.items() if target.rank is not None}
         config.dense_modules = sorted(name for name, target in targets.items() if target.rank is None)
-        sizes = [_matrix_size(name, target.module, target.rank) for name, target in targets.items()]
+        sizes = [matrix_size(name, target.module, target.rank) for name, target in targets.items()]
         config.dense_parameters = sum(size.dense_parameters for size in sizes)
         config.stored_parameters = sum(size.stored_parameters for size in sizes)
         config.dense_bytes = sum(size.dense_bytes for size in sizes)
@@ -235,10 +133,10 @@ class ReparamModel(BaseTuner):
             raise ValueError(f"`adapter_name` must be one of {list(self.peft_config)}, got {adapter_name!r}.")
         config = self.peft_config[adapter_name]
         modules = dict(self.model.named_modules())
-        sizes = [_matrix_size(name, modules[name], rank) for name, rank in config.rank_pattern.items()]
-        sizes += [_matrix_size(name, modules[name], None) for name in config.dense_modules or []]
-        inside = {id(p) for _, layer in _layers(self.model) for p in layer.reparam_factors.parameters()}
-        kept = {id(layer.base_layer.weight) for _, layer in _layers(self.model) if layer.base_layer.weight is not None}
+        sizes = [matrix_size(name, modules[name], rank) for name, rank in config.rank_pattern.items()]
+        sizes += [matrix_size(name, modules[name], None) for name in config.dense_modules or []]
+        inside = {id(p) for _, layer in reparam_layers(self.model) for p in layer.reparam_factors.parameters()}
+        kept = {id(layer.base_layer.weight) for _, layer in reparam_layers(self.model) if layer.base_layer.weight is not None}
         dense = {id(modules[name].weight) for name in config.dense_modules or []}
         rest = [p for p in self.model.parameters() if id(p) not in inside | kept | dense]
         return SizeReport(
@@ -249,9 +147,9 @@ class ReparamModel(BaseTuner):
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
-        for name, layer in _layers(self.model):
+        for name, layer in reparam_layers(self.model):
             if layer.base_weight_dropped:
-                with _naming(name):
+                with naming(name):
                     layer.check_active([n for n in names if n in layer.reparam_factors])
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
@@ -271,7 +169,7 @@ class ReparamModel(BaseTuner):
             ValueError: W was dropped; `merge_and_unload` gives a dense model of the products.
         """
         self._check_base_weights("the base model cannot be restored (`merge_and_unload` gives a dense model of the products)")
-        for _, layer in _layers(self.model):
+        for _, layer in reparam_layers(self.model):
             if layer.merged:
                 layer.unmerge()
         return super().unload()
@@ -293,18 +191,18 @@ class ReparamModel(BaseTuner):
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raise before the first layer is merged where a later one could not be."""
-        for name, layer in _layers(self.model):
+        for name, layer in reparam_layers(self.model):
             names = layer.active_adapters if adapter_names is None else adapter_names
             new = [n for n in names if n in layer.reparam_factors and n not in layer.merged_adapters]
             if layer.base_weight_dropped and not new and not layer.merged:
                 raise ValueError(f"{name}: none of the adapters {names} has factors for this layer, and {W_IS_GONE}.")
             if new:
-                with _naming(name):
+                with naming(name):
                     layer.check_mergeable(new, safe_merge)
 
     def _check_base_weights(self, what: str) -> None:
-        for name, layer in _layers(self.model):
-            with _naming(name):
+        for name, layer in reparam_layers(self.model):
+            with naming(name):
                 layer.check_base_weight(what)
 
     @contextmanager
@@ -319,10 +217,10 @@ class ReparamModel(BaseTuner):
 
     def _factorize_awaited(self) -> None:
         """Factorise W where a config out of a checkpoint was used without its weights, so that none of them has arrived."""
-        awaited = [(name, layer, adapter) for name, layer in _layers(self.model) for adapter in sorted(layer.awaited)]
+        awaited = [(name, layer, adapter) for name, layer in reparam_layers(self.model) for adapter in sorted(layer.awaited)]
         if not any(layer.has_arrived(adapter) for _, layer, adapter in awaited):
             for name, layer, adapter in awaited:
-                with _naming(name):
+                with naming(name):
                     layer.factorize_base(adapter)
         self._awaits_factors = False
 
@@ -342,7 +240,7 @@ class ReparamModel(BaseTuner):
     ) -> dict[str, Tensor]:
         """The adapter's tensors, factors in the base model's dtype: what a checkpoint holds."""
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
-        for name, layer in _layers(model):
+        for name, layer in reparam_layers(model):
             if adapter_name in layer.awaited:
                 raise RuntimeError(
                     f"{name}: the factors of adapter {adapter_name!r} were never loaded; run the model once first."
@@ -367,64 +265,16 @@ class ReparamModel(BaseTuner):
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
-            for name, layer in _layers(model):
+            for name, layer in reparam_layers(model):
                 for key, parameter in _factor_keys(name, layer, adapter_name).items():
                     if key in remapped or adapter_name in layer.awaited:
                         _check_loaded_tensor(key, remapped.get(key), parameter.shape)
         except ValueError:
             _withdraw(model, adapter_name)
             raise
-        for _, layer in _layers(model):
+        for _, layer in reparam_layers(model):
             layer.release(adapter_name)
         return remapped
-
-
-def resolve_rank(config: ReparamConfig, name: str, shape: tuple[int, int]) -> int | None:
-    """The rank of a module's matrix (out, in), or None where it stays dense.
-
-    `dense_modules` comes first, then `rank_pattern`, `r`, and `keep`.
-
-    Raises:
-        ValueError: `rank_pattern` holds a rank above min(out, in).
-    """
-    if name in (config.dense_modules or ()):
-        return None
-    rank = config.module_rank(name)
-    if rank is not None:
-        check_rank(rank, shape)
-        return rank
-    if config.r is None:
-        return uniform_rank(config.keep, *shape)
-    if config.r == "full":
-        return min(shape)
-    return config.r if saves_parameters(config.r, *shape) else None
-
-
-def _wrap(module: nn.Module) -> ReparamLayer:
-    """The tuner layer around a module that `layer_kind` has passed."""
-    kind = layer_kind(module)
-    classes = {Conv2dKind: Conv2d, EmbeddingKind: Embedding}
-    return classes.get(type(kind), Linear)(module)
-
-
-def _matrix_shape(module: nn.Module) -> tuple[int, int]:
-    if isinstance(module, ReparamLayer):
-        return module.out_features, module.in_features
-    return layer_kind(module).shape(module)
-
-
-def _matrix_size(name: str, module: nn.Module, rank: int | None) -> MatrixSize:
-    out_features, in_features = shape = _matrix_shape(module)
-    dtype = module.base_dtype if isinstance(module, ReparamLayer) else module.weight.dtype
-    stored = out_features * in_features if rank is None else factor_parameters(rank, out_features, in_features)
-    return MatrixSize(name, shape, rank, stored, dtype.itemsize)
-
-
-def _layers(model: nn.Module) -> Iterator[tuple[str, ReparamLayer]]:
-    """The tuner layers by name; names as in a state dict, also under FSDP."""
-    for name, module in model.named_modules():
-        if isinstance(module, ReparamLayer):
-            yield name.replace("_fsdp_wrapped_module.", ""), module
 
 
 def _factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str, nn.Parameter]:
@@ -452,7 +302,7 @@ def _check_loaded_tensor(key: str, tensor: Tensor | None, shape: torch.Size) -> 
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
     """Take an adapter whose factors did not arrive out of the model again, and its layers where it was their only one."""
-    awaiting = [(name, layer) for name, layer in _layers(model) if adapter_name in layer.awaited]
+    awaiting = [(name, layer) for name, layer in reparam_layers(model) if adapter_name in layer.awaited]
     for name, layer in awaiting:
         layer.delete_adapter(adapter_name)
         if not layer.reparam_factors:
@@ -460,15 +310,6 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
             setattr(model.get_submodule(parent), child, layer.base_layer)
     if awaiting and len(model.peft_config) > 1:
         del model.peft_config[adapter_name]
-
-
-@contextmanager
-def _naming(name: str) -> Iterator[None]:
-    """Put the module's name before the message of an error."""
-    try:
-        yield
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from error
 
 
 def _parameters_start_on_meta() -> bool:

@@ -7,13 +7,15 @@ is not listed needs `target_modules`, for example "all-linear".
 from __future__ import annotations
 
 LLAMA = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-BART = ["q_proj", "k_proj", "v_proj", "out_proj", "fc1", "fc2"]
+BART = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj", "encoder_attn.out_proj", "fc1", "fc2"]
+OPT = ["q_proj", "k_proj", "v_proj", "self_attn.out_proj", "fc1", "fc2"]
 BERT = ["query", "key", "value", "intermediate.dense", "output.dense"]
-GPT2 = ["c_attn", "c_proj", "c_fc"]
+GPT2 = ["c_attn", "q_attn", "c_proj", "c_fc"]
 NEOX = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 PHI3 = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 T5 = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
 VIT = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
+DINOV2 = [*VIT, "gate_proj", "up_proj", "down_proj"]
 
 _FAMILIES: list[tuple[list[str], list[str]]] = [
     (
@@ -36,13 +38,15 @@ _FAMILIES: list[tuple[list[str], list[str]]] = [
             "helium",
         ],
     ),
-    (BART, ["opt", "bart", "mbart", "marian", "pegasus", "m2m_100", "whisper", "clip", "clip_vision_model", "clip_text_model"]),
+    (OPT, ["opt", "clip", "clip_vision_model", "clip_text_model"]),
+    (BART, ["bart", "mbart", "marian", "pegasus", "m2m_100", "whisper"]),
     (BERT, ["bert", "roberta", "xlm-roberta", "camembert", "electra"]),
     (GPT2, ["gpt2", "gpt_bigcode"]),
     (NEOX, ["gpt_neox", "bloom"]),
     (PHI3, ["phi3"]),
     (T5, ["t5", "mt5", "umt5", "longt5"]),
-    (VIT, ["vit", "deit", "dinov2"]),
+    (VIT, ["vit", "deit"]),
+    (DINOV2, ["dinov2"]),
     (["q_lin", "k_lin", "v_lin", "out_lin", "lin1", "lin2"], ["distilbert"]),
     (["query_proj", "key_proj", "value_proj", "intermediate.dense", "output.dense"], ["deberta-v2"]),
     (["q_proj", "k_proj", "v_proj", "out_proj", "fc_in", "fc_out"], ["gptj"]),

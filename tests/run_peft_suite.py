@@ -19,7 +19,7 @@ import tarfile
 import tempfile
 from pathlib import Path
 
-CASES = '''
+CASES = """
 import reparam_peft
 from reparam_peft import ReparamConfig
 
@@ -43,8 +43,8 @@ MULTIPLE_ACTIVE_ADAPTERS_TEST_CASES = [
 def configs(task_type):
     kwargs = {"task_type": task_type, "target_modules": None}
     return [(ReparamConfig, {**kwargs, "r": 4, "keep_base": True}), (ReparamConfig, {**kwargs, "r": 4})]
-'''
-MODELS = '''
+"""
+MODELS = """
 import sys
 from pathlib import Path
 from transformers import (
@@ -75,8 +75,8 @@ for name, model in {
     "tiny-BertForSequenceClassification": BertForSequenceClassification(BertConfig(**encoder)),
 }.items():
     model.save_pretrained(folder / name)
-'''
-CONFTEST = '''
+"""
+CONFTEST = """
 import pytest
 W = "needs the original weight, which is dropped without keep_base"
 HALF = "half-precision factors stay so when loaded for inference; upcasting doubles their bytes"
@@ -103,7 +103,7 @@ def pytest_collection_modifyitems(items):
         for test, parameters, reason in EXPECTED:
             if test in item.name and parameters in item.name + kind:
                 item.add_marker(pytest.mark.xfail(reason=reason))
-'''
+"""
 # For each file of PEFT's suite, what the names in it are replaced by.
 PATCHES = {
     "test_custom_models.py": {
@@ -152,7 +152,18 @@ def main() -> int:
             (tests / file).write_text(text)
         environment = {**os.environ, "HF_HUB_OFFLINE": "1"}
         subprocess.run([sys.executable, "-c", MODELS, str(root / "models")], check=True, env=environment)
-        arguments = ["-k", "(Reparam or config_kwargs) and not prompt_learning", "-o", "addopts=", "-o", "filterwarnings=default", "-q", "-p", "no:cacheprovider", *sys.argv[1:]]
+        arguments = [
+            "-k",
+            "(Reparam or config_kwargs) and not prompt_learning",
+            "-o",
+            "addopts=",
+            "-o",
+            "filterwarnings=default",
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            *sys.argv[1:],
+        ]
         files = [f"tests/{file}" for file in PATCHES]
         return subprocess.run([sys.executable, "-m", "pytest", *files, *arguments], cwd=root, env=environment).returncode
 

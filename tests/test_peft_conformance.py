@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from reparam_peft import ReparamConfig, decompositions, layer, model
+from reparam_peft import ReparamConfig, decompositions, layer, targets
 from reparam_peft.layer import ReparamLayer
 
 ROUTES = {
@@ -40,7 +40,7 @@ def decompositions_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]
         shapes.append(tuple(weight.shape))
         return decompositions.factorize(weight, rank)
 
-    for module in (layer, model):
+    for module in (layer, targets):
         monkeypatch.setattr(module, "factorize", counted)
     for name in ("svd", "eigh", "qr", "svdvals"):
         original = getattr(torch.linalg, name)

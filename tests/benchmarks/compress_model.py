@@ -20,7 +20,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reparam_peft.layer
-import reparam_peft.model
+import reparam_peft.targets
 from reparam_peft import ReparamConfig, factorize
 from reparam_peft.demo import demo_folder
 
@@ -93,7 +93,7 @@ def main() -> None:
         for name, load in routes.items():
             counter = mock.Mock(side_effect=factorize)
             with (
-                mock.patch.object(reparam_peft.model, "factorize", counter),
+                mock.patch.object(reparam_peft.targets, "factorize", counter),
                 mock.patch.object(reparam_peft.layer, "factorize", counter),
             ):
                 loaded = load()

@@ -1,0 +1,174 @@
+"""The modules that an adapter replaces: which they are, at which rank, whether they can be, and their factors."""
+
+from __future__ import annotations
+
+import warnings
+from collections import defaultdict
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+from tqdm.auto import tqdm
+
+from .allocation import factor_parameters, saves_parameters, uniform_rank
+from .config import ReparamConfig
+from .decompositions import Factors, check_rank, factorize, random_factors
+from .evaluation import MatrixSize
+from .factorized import layer_kind
+from .layer import REMEDY, W_IS_GONE, ReparamLayer
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to factorise at `rank`, or to leave dense where `rank` is None; with its factors once they exist."""
+
+    module: nn.Module
+    rank: int | None
+    factors: Factors | None = None
+
+
+def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str], object]) -> dict[str, Target]:
+    """The modules whose names match, except inside of tuner layers, by name and with their ranks.
+
+    Raises:
+        TypeError, ValueError: a module cannot be factorised, or its rank is out of range.
+    """
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    targets = {}
+    for name, module in model.named_modules():
+        if name and not name.startswith(inside) and matches(name):
+            with naming(name):
+                targets[name] = Target(module, resolve_rank(config, name, matrix_shape(module)))
+    unknown = sorted(set(config.dense_modules or []) - set(targets))
+    if unknown:
+        warnings.warn(f"`dense_modules` {unknown} are not targeted and were ignored.", RuntimeWarning, stacklevel=2)
+    return targets
+
+
+def resolve_rank(config: ReparamConfig, name: str, shape: tuple[int, int]) -> int | None:
+    """The rank of a module's matrix (out, in), or None where it stays dense.
+
+    `dense_modules` comes first, then `rank_pattern`, `r`, and `keep`.
+
+    Raises:
+        ValueError: `rank_pattern` holds a rank above min(out, in).
+    """
+    if name in (config.dense_modules or ()):
+        return None
+    rank = config.module_rank(name)
+    if rank is not None:
+        check_rank(rank, shape)
+        return rank
+    if config.r is None:
+        return uniform_rank(config.keep, *shape)
+    if config.r == "full":
+        return min(shape)
+    return config.r if saves_parameters(config.r, *shape) else None
+
+
+def check_targets(
+    targets: dict[str, Target], config: ReparamConfig, model: nn.Module, adapter_name: str, loading: bool
+) -> None:
+    """Raise `ValueError` where the targets cannot be factorised in this model; warn where none would be."""
+    if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        raise ValueError(
+            f"`adapter_name` must hold no dot and not be the name of a method of torch modules, got {adapter_name!r}."
+        )
+    factorized = {name: target.module for name, target in targets.items() if target.rank is not None}
+    if targets and not factorized:
+        warnings.warn(
+            f"All {len(targets)} targets stay dense: at this size factors would be no smaller. Lower `r` or `keep`.",
+            stacklevel=2,
+        )
+    owners = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name)
+    for name, module in factorized.items():
+        with naming(name):
+            if isinstance(module, ReparamLayer):
+                if module.base_weight_dropped and config.keep_base:
+                    raise ValueError(f"`keep_base=True` cannot be honoured, {W_IS_GONE}. To keep it, {REMEDY}.")
+            else:
+                _check_weight(module, owners[id(module.weight)], config.keep_base, loading)
+    for name, layer in reparam_layers(model):
+        if layer.base_weight_dropped and name not in factorized:
+            raise ValueError(
+                f"{name}: adapter {adapter_name!r} has no factors for this layer and {W_IS_GONE}, so that it could never be "
+                f"active. Give all adapters the same factorised modules, or {REMEDY}."
+            )
+
+
+def factorize_targets(targets: dict[str, Target], config: ReparamConfig) -> dict[str, Target]:
+    """The targets with their factors; changes nothing in the model.
+
+    Raises:
+        TypeError, ValueError, torch.linalg.LinAlgError: a weight cannot be factorised.
+    """
+    compute = factorize if config.init_weights else random_factors
+    sources = set()
+    done = dict(targets)
+    todo = [(name, target) for name, target in targets.items() if target.rank is not None]
+    for name, target in tqdm(todo, desc="Factorising", unit="matrix", delay=1, disable=None):
+        if isinstance(target.module, ReparamLayer):
+            matrix, source = target.module.source_matrix()
+            sources |= {source} - {None}
+        else:
+            matrix = layer_kind(target.module).matrix(target.module.weight.detach())
+        with naming(name):
+            done[name] = replace(target, factors=compute(matrix, target.rank))
+    if sources:
+        warnings.warn(
+            f"The new adapter factorises the product of adapter {', '.join(map(repr, sorted(sources)))}, because {W_IS_GONE}. "
+            f"To factorise the original, {REMEDY}.",
+            stacklevel=2,
+        )
+    return done
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a target, wrapped or not."""
+    if isinstance(module, ReparamLayer):
+        return module.out_features, module.in_features
+    return layer_kind(module).shape(module)
+
+
+def matrix_size(name: str, module: nn.Module, rank: int | None) -> MatrixSize:
+    """The size of a target, wrapped or not, at a rank."""
+    out_features, in_features = shape = matrix_shape(module)
+    dtype = module.base_dtype if isinstance(module, ReparamLayer) else module.weight.dtype
+    stored = out_features * in_features if rank is None else factor_parameters(rank, out_features, in_features)
+    return MatrixSize(name, shape, rank, stored, dtype.itemsize)
+
+
+def reparam_layers(model: nn.Module) -> Iterator[tuple[str, ReparamLayer]]:
+    """The tuner layers by name; names as in a state dict, also under FSDP."""
+    for name, module in model.named_modules():
+        if isinstance(module, ReparamLayer):
+            yield name.replace("_fsdp_wrapped_module.", ""), module
+
+
+@contextmanager
+def naming(name: str) -> Iterator[None]:
+    """Put the module's name before the message of an error."""
+    try:
+        yield
+    except (TypeError, ValueError, torch.linalg.LinAlgError) as error:
+        raise type(error)(f"{name}: {error}") from error
+
+
+def _check_weight(module: nn.Module, owners: list[str], keep_base: bool, loading: bool) -> None:
+    """Raise `ValueError` where a module's weight cannot be read, or cannot be dropped because it has other owners."""
+    if module.weight.device.type == "meta" and not loading:
+        raise ValueError(
+            "the weight is on the meta device (offloaded or not loaded) and holds no data; load the model without offloading "
+            "before factorising it."
+        )
+    if len(owners) > 1 and not keep_base:
+        raise ValueError(
+            f"the weight is shared ({', '.join(owners)}) and cannot be dropped in one place. Leave it out with "
+            "`exclude_modules`, or untie it first: set `config.tie_word_embeddings = False` and give one of the modules a "
+            "copy, `module.weight = nn.Parameter(module.weight.clone())`."
+        )
