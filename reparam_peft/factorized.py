@@ -43,11 +43,12 @@ class FactorizedModule(nn.Module):
         """A (out, r) and B (r, in): views of the parameters."""
         return Factors(self.A.weight.flatten(1), self.B.weight.flatten(1))
 
-    @torch.no_grad()
     def set_factors(self, factors: Factors) -> None:
-        """Copy A (out, r) and B (r, in) into the parameters, in their dtype."""
-        for own, new in zip(self.factors, factors, strict=True):
-            own.copy_(new)
+        """Make A (out, r) and B (r, in) the parameters, in their dtype; copied only where needed. Works on meta."""
+        for child, factor in ((self.A, factors.A), (self.B, factors.B)):
+            own = child.weight
+            shaped = factor.detach().reshape(own.shape).to(own.dtype).contiguous()
+            child.weight = nn.Parameter(shaped, requires_grad=own.requires_grad)
 
 
 class FactorizedLinear(FactorizedModule):
@@ -57,6 +58,17 @@ class FactorizedLinear(FactorizedModule):
         super().__init__()
         self.B = nn.Linear(in_features, rank, bias=False, **like)
         self.A = nn.Linear(rank, out_features, bias=False, **like)
+
+    def train(self, mode: bool = True) -> FactorizedLinear:
+        """As usual; and in float32 on a CPU, eval mode stores A by columns, training by rows.
+
+        The product of A with a single vector reads A by rows of r numbers, which are short: at 2048 → 2048 with r = 512 it
+        takes 1.7 times as long as by columns. Only the strides of the parameter change, neither its shape nor its values.
+        """
+        weight = self.A.weight if type(self.A) is nn.Linear else None
+        if weight is not None and _can_be_laid_out(weight) and weight.is_contiguous() != mode:
+            weight.data = weight.data.contiguous() if mode else weight.data.mT.contiguous().mT
+        return super().train(mode)
 
 
 class FactorizedConv2d(FactorizedModule):
@@ -108,6 +120,16 @@ class FactorizedEmbedding(FactorizedModule):
     @property
     def factors(self) -> Factors:
         return Factors(self.A.weight, self.B.weight.mT)
+
+    def set_factors(self, factors: Factors) -> None:
+        super().set_factors(Factors(factors.A, factors.B.mT))
+
+
+def _can_be_laid_out(parameter: nn.Parameter) -> bool:
+    """Whether a parameter is float32 in CPU memory of its own: not sharded, nor a view into a flat buffer of a trainer."""
+    data = parameter.data
+    plain = type(data) is Tensor and data.device.type == "cpu" and data.dtype == torch.float32
+    return plain and data.untyped_storage().nbytes() == data.numel() * data.element_size()
 
 
 class LayerKind(ABC):

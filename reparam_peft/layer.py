@@ -88,7 +88,9 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
             factors: A (out, r) and B (r, in); None where a loader is about to fill them in.
             inference_mode: whether the factors are frozen.
         """
-        module = self.kind.factorized(self.base_layer, rank, device=self.placeholder.device, dtype=self.base_dtype)
+        # On meta a module takes no memory until it is given its factors, which are not copied.
+        device = self.placeholder.device if factors is None else torch.device("meta")
+        module = self.kind.factorized(self.base_layer, rank, device=device, dtype=self.base_dtype)
         if factors is None:
             # Parameters that were never filled in must not look like weights.
             with torch.no_grad():
@@ -144,7 +146,7 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
     def factorize_base(self, adapter_name: str) -> None:
         """Fill in factors that no loader has brought, from W."""
         factors = factorize(self._base_matrix(), self.r[adapter_name])
-        self.reparam_factors[adapter_name].to_empty(device=factors.A.device).set_factors(factors)
+        self.reparam_factors[adapter_name].set_factors(factors)
         self.receive(adapter_name)
 
     def train(self, mode: bool = True) -> ReparamLayer:

@@ -19,7 +19,7 @@ from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWor
 from transformers.pytorch_utils import Conv1D
 
 from reparam_peft.decompositions import Factors, factorize, random_factors
-from reparam_peft.factorized import KINDS, FactorizedModule, layer_kind
+from reparam_peft.factorized import KINDS, FactorizedLinear, FactorizedModule, layer_kind
 
 sizes = st.integers(1, 12)
 batches = st.lists(st.integers(1, 3), max_size=3).map(tuple)
@@ -194,6 +194,26 @@ def test_set_factors_casts_and_refuses_other_shapes() -> None:
     assert torch.equal(module.factors.A, A.bfloat16())
     with pytest.raises(RuntimeError, match="size"):
         module.set_factors(Factors(A[:, :1].expand(4, 3), B))
+
+
+def test_eval_mode_lays_out_a_by_columns_and_changes_no_value() -> None:
+    module = FactorizedLinear(7, 6, 3)
+    expected, weight, parameter = module.factors.A.clone(), module.factors.A.stride(), module.A.weight
+    module.eval()
+    assert module.A.weight is parameter, "optimisers hold on to the parameter"
+    assert module.factors.A.stride() == (1, 6)
+    assert torch.equal(module.factors.A, expected)
+    assert module.train().factors.A.stride() == weight
+    assert torch.equal(module.factors.A, expected)
+
+
+def test_eval_mode_leaves_views_of_a_flat_buffer_alone() -> None:
+    """As sharded training makes them: other memory would no longer follow the buffer."""
+    module, flat = FactorizedLinear(7, 6, 3), torch.zeros(100)
+    module.A.weight.data = flat[:18].view(6, 3)
+    module.eval()
+    flat.fill_(2.0)
+    assert torch.equal(module.factors.A, torch.full((6, 3), 2.0))
 
 
 def test_the_padding_row_gets_no_gradient() -> None:
