@@ -58,6 +58,7 @@ class FactorizedLinear(FactorizedModule):
         super().__init__()
         self.B = nn.Linear(in_features, rank, bias=False, **like)
         self.A = nn.Linear(rank, out_features, bias=False, **like)
+        self.register_state_dict_post_hook(_store_by_rows)
 
     def train(self, mode: bool = True) -> FactorizedLinear:
         """As usual; and in float32 on a CPU, eval mode stores A by columns, training by rows.
@@ -123,6 +124,13 @@ class FactorizedEmbedding(FactorizedModule):
 
     def set_factors(self, factors: Factors) -> None:
         super().set_factors(Factors(factors.A, factors.B.mT))
+
+
+def _store_by_rows(module: FactorizedLinear, state_dict: dict[str, Tensor], prefix: str, metadata: object) -> None:
+    """State-dict hook: A by rows again, because safetensors refuses other strides; not where parameters are asked for."""
+    key = f"{prefix}A.weight"
+    if key in state_dict and not isinstance(state_dict[key], nn.Parameter):
+        state_dict[key] = state_dict[key].contiguous()
 
 
 def _can_be_laid_out(parameter: nn.Parameter) -> bool:

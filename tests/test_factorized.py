@@ -6,6 +6,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
+import safetensors.torch
 import torch
 from conftest import assert_close
 from hypothesis import given
@@ -205,6 +206,17 @@ def test_eval_mode_lays_out_a_by_columns_and_changes_no_value() -> None:
     assert torch.equal(module.factors.A, expected)
     assert module.train().factors.A.stride() == weight
     assert torch.equal(module.factors.A, expected)
+
+
+def test_state_dict_in_eval_mode_holds_a_by_rows() -> None:
+    """safetensors refuses other strides."""
+    module = FactorizedLinear(7, 6, 3).eval()
+    saved = safetensors.torch.load(safetensors.torch.save(module.state_dict()))
+    assert torch.equal(saved["A.weight"], module.factors.A)
+    twin = FactorizedLinear(7, 6, 3).eval()
+    twin.load_state_dict(saved)
+    assert torch.equal(twin.factors.A, module.factors.A)
+    assert module.state_dict(keep_vars=True)["A.weight"] is module.A.weight
 
 
 def test_eval_mode_leaves_views_of_a_flat_buffer_alone() -> None:
