@@ -90,11 +90,12 @@ def factorize(weight: Tensor, rank: int) -> Factors:
         identity = torch.eye(rank, dtype=weight.dtype, device=weight.device)
         dense = weight.detach().clone(memory_format=torch.contiguous_format)
         return Factors(identity, dense) if out_features <= in_features else Factors(dense, identity)
+    stored = _empty_factors(weight, rank)
     wide = weight.detach() if out_features <= in_features else weight.detach().mT
     basis = _leading_left_singular_vectors(wide, rank)
-    projected = basis.mT @ wide.to(basis.dtype)
+    projected = basis.mT @ wide.to(basis)
     A, B = (basis, projected) if out_features <= in_features else (projected.mT, basis.mT)
-    return _rounded(A, B, weight)
+    return _round_into(stored, A, B)
 
 
 def random_factors(weight: Tensor, rank: int) -> Factors:
@@ -120,25 +121,35 @@ def random_factors(weight: Tensor, rank: int) -> Factors:
     like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
     A = torch.randn(out_features, rank, **like) * std
     B = torch.randn(rank, in_features, **like) * std
-    return _rounded(A, B, weight)
+    return _round_into(_empty_factors(weight, rank), A, B)
 
 
-def _rounded(A: Tensor, B: Tensor, weight: Tensor) -> Factors:
-    """Factors with the dtype and device of `weight`, in storage of their own."""
-    like = {"device": weight.device, "dtype": weight.dtype}
-    factors = Factors(*(factor.to(**like).clone(memory_format=torch.contiguous_format) for factor in (A, B)))
-    if not all(torch.isfinite(factor).all() for factor in factors):
-        raise ValueError(f"the factors of `weight` overflow {weight.dtype}; scale it down, or convert it to a wider dtype.")
-    return factors
+def _empty_factors(weight: Tensor, rank: int) -> Factors:
+    """Memory for factors with the dtype and device of `weight`.
+
+    It is taken before the memory of intermediate results, which else leaves holes between the factors of many matrices.
+    """
+    out_features, in_features = weight.shape
+    like = {"dtype": weight.dtype, "device": weight.device}
+    return Factors(torch.empty(out_features, rank, **like), torch.empty(rank, in_features, **like))
+
+
+def _round_into(stored: Factors, A: Tensor, B: Tensor) -> Factors:
+    """Copy A and B into `stored`, rounding them to its dtype."""
+    stored.A.copy_(A)
+    stored.B.copy_(B)
+    if not all(torch.isfinite(factor).all() for factor in stored):
+        raise ValueError(f"the factors of `weight` overflow {stored.A.dtype}; scale it down, or convert it to a wider dtype.")
+    return stored
 
 
 def _leading_left_singular_vectors(wide: Tensor, rank: int) -> Tensor:
     """U_r, shape (m, r), of a matrix with m ≤ n and r < m; float32 or float64, as `factorize` says."""
     if wide.device.type == "mps":  # neither float64 nor eigh there
         wide = wide.cpu()
-    exact = wide.double()
+    exact = wide.to(torch.float64, copy=True)
     # Scaling keeps the Gram of very large or very small weights within the range of float32.
-    exact = exact / exact.abs().amax().clamp(min=torch.finfo(torch.float64).tiny)
+    exact /= torch.linalg.vector_norm(exact, torch.inf).clamp(min=torch.finfo(torch.float64).tiny)
     gram = exact @ exact.mT
     for dtype in [torch.float32, torch.float64] if wide.dtype != torch.float64 else [torch.float64]:
         eigenvalues, U = torch.linalg.eigh(gram.to(dtype))

@@ -6,6 +6,7 @@ import copy
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -86,6 +87,7 @@ class ReparamModel(BaseTuner):
         if planned.rank is None:
             return
         layer = target if isinstance(target, ReparamLayer) else reparam_layer(target)
+        self._targets[current_key] = replace(planned, factors=None)  # the layer is their only owner now
         layer.update_layer(adapter_name, planned.rank, planned.factors, peft_config.inference_mode)
         if layer is not target:
             if adapter_name not in self.active_adapters:
