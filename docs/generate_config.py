@@ -49,7 +49,8 @@ The rank of a target is decided in this order: `dense_modules`, `rank_pattern`, 
 
 `get_peft_model` copies the config, resolves it, and keeps the copy in `model.peft_config[adapter_name]`. The copy names the
 `method`, `allocation` and `form` that were used, one rank per module in `rank_pattern`, and the sizes. It is what
-`save_pretrained` writes to `adapter_config.json`. Your own config is not changed.
+`save_pretrained` writes to `adapter_config.json`. Your own config is not changed, except one that is passed to
+`PeftModel.from_pretrained(…, config=…)`, which PEFT keeps.
 """
 
 

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedTokenizerBase
+from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
 from .config import ReparamConfig
 from .demo import demo_folder, reference_text
@@ -85,10 +85,8 @@ def compress(
     """Compress MODEL, save it to OUT, load it again, and say how large and how good it is."""
     if keep is not None and rank is not None:
         raise CliError("--keep and --rank exclude each other; give one.")
-    if output.exists() and (output.is_file() or any(output.iterdir())) and not overwrite:
-        raise CliError(f"{output} already exists; choose another folder or add --overwrite.")
-    if os.path.isdir(model) and Path(model).resolve().is_relative_to(output.resolve()):
-        raise CliError(f"{output} holds the model itself, which must not be overwritten; choose another folder.")
+    output = output.resolve()
+    _check_output(output, model, overwrite)
     config = _config(keep, rank, target_modules, exclude_modules)
     base, tokenizer = _load(model, dtype, device)
     if hasattr(base, "peft_config"):
@@ -127,14 +125,8 @@ def compress(
         result |= {"evaluation": figures, "sample": {"dense": sample, "compressed": _generate(reloaded, tokenizer)}}
     if as_json:
         print(json.dumps(result))
-        return
-    out.print(_size_table(sizes))
-    if evaluate:
-        out.print(_figures_table(figures))
-        for name, words in result["sample"].items():
-            out.print(f"[bold]{name}:[/] ", end="")
-            out.print(words, markup=False, highlight=False)
-    out.print(f"factorised in {seconds:.1f} s, saved to {output}", highlight=False)
+    else:
+        _print_compression(result, sizes)
 
 
 @app.command(epilog="Example: `reparam evaluate compressed --text article.txt --json`")
@@ -181,6 +173,20 @@ def main() -> None:
         sys.exit(1)
 
 
+def _check_output(output: Path, model: str, overwrite: bool) -> None:
+    """Refuse, before any work, an OUT whose replacement would delete something else than an earlier result."""
+    if output.exists() and (output.is_file() or any(output.iterdir())) and not overwrite:
+        raise CliError(f"{output} already exists; choose another folder or add --overwrite.")
+    if output.is_file():
+        raise CliError(f"{output} is a file; OUT must be a folder.")
+    if Path.cwd().is_relative_to(output):
+        raise CliError(f"{output} is or holds the current folder; choose another folder.")
+    if os.path.isdir(model) and Path(model).resolve().is_relative_to(output):
+        raise CliError(f"{output} holds the model itself, which must not be overwritten; choose another folder.")
+    if output.exists() and any(output.iterdir()) and not (output / "adapter_config.json").exists():
+        raise CliError(f"{output} holds no compressed model but other files, which are not overwritten; choose another folder.")
+
+
 def _config(keep: float | None, rank: str | None, target_modules: str, exclude_modules: str | None) -> Any:
     """The config of `compress`, its values checked."""
     options: dict[str, Any] = {"target_modules": _names(target_modules)}
@@ -208,6 +214,11 @@ def _load(model: str, dtype: str, device: str | None) -> tuple[Any, PreTrainedTo
     transformers.logging.disable_progress_bar()
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
         raise CliError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
+    try:
+        target = torch.device(device) if device else PartialState().default_device
+        torch.empty(0, device=target)
+    except (RuntimeError, AssertionError) as error:
+        raise CliError(f"--device {device}: {error}") from error
     source = str(demo_folder()) if model == "demo" else model
     if os.path.exists(source) and not os.path.isdir(source):
         raise CliError(f"{source} is a file; MODEL must be a folder, a Hub id or `demo`.")
@@ -217,27 +228,33 @@ def _load(model: str, dtype: str, device: str | None) -> tuple[Any, PreTrainedTo
             loader = getattr(peft, AUTO_CLASSES.get(task_type, "AutoPeftModel"))
         else:
             architectures = AutoConfig.from_pretrained(source).architectures or [""]
-            loader = getattr(transformers, architectures[0], AutoModel)
+            named = getattr(transformers, architectures[0], None)
+            loader = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else AutoModel
         loaded = loader.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CliError(f"{model} cannot be loaded: {error}") from error
-    return loaded.to(device or PartialState().default_device).eval(), tokenizer
+    return loaded.to(target).eval(), tokenizer
 
 
 def _save(model: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
     """Write model and tokenizer beside `output` and move them there whole, so that nothing half-written stays."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent))
+    folder, aside = (Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent)) for _ in range(2))
     try:
         model.save_pretrained(folder)
         tokenizer.save_pretrained(folder)
         folder.chmod(0o755)
-        if output.exists():
-            shutil.rmtree(output)
-        folder.rename(output)
+        earlier = output.rename(aside / output.name) if output.exists() else None
+        try:
+            folder.rename(output)
+        except OSError:
+            if earlier is not None:
+                earlier.rename(output)
+            raise
     finally:
         shutil.rmtree(folder, ignore_errors=True)
+        shutil.rmtree(aside, ignore_errors=True)
 
 
 def _batches(tokenizer: PreTrainedTokenizerBase, text: str | None, length: int, windows: int) -> list[dict[str, Tensor]]:
@@ -270,6 +287,16 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     prompt = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
     tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
     return tokenizer.decode(tokens[0], skip_special_tokens=True)
+
+
+def _print_compression(result: dict[str, Any], sizes: SizeReport) -> None:
+    out.print(_size_table(sizes))
+    if "evaluation" in result:
+        out.print(_figures_table(result["evaluation"]))
+        for name, words in result["sample"].items():
+            out.print(f"[bold]{name}:[/] ", end="")
+            out.print(words, markup=False, highlight=False)
+    out.print(f"factorised in {result['seconds']:.1f} s, saved to {result['output']}", highlight=False)
 
 
 def _size_table(sizes: SizeReport) -> Table:

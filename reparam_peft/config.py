@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -241,9 +242,10 @@ class ReparamConfig(PeftConfig):
                 raise TypeError(f"`{name}` is filled in by the model and must be a count or None, got {value!r}.")
         figures = self.evaluation
         if figures is not None and not (
-            isinstance(figures, dict) and all(isinstance(k, str) and isinstance(v, (int, float)) for k, v in figures.items())
+            isinstance(figures, dict)
+            and all(isinstance(k, str) and isinstance(v, (int, float)) and math.isfinite(v) for k, v in figures.items())
         ):
-            raise TypeError(f"`evaluation` must be a dict of names to numbers, got {figures!r}.")
+            raise TypeError(f"`evaluation` must be a dict of names to finite numbers, got {figures!r}.")
 
 
 def _check_weights(path: Path, ranks: dict[str, int]) -> None:

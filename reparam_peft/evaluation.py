@@ -236,13 +236,20 @@ def benchmark(
         A `Benchmark`.
 
     Raises:
-        ValueError: an argument is out of range.
+        ValueError: an argument is out of range, or a model has no config or is an encoder-decoder.
     """
     sizes = {"prompt_length": prompt_length, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
     for name, value in sizes.items():
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     models = [model] if baseline is None else [model, baseline]
+    for given in models:
+        config = getattr(given, "config", None)
+        if config is None or config.is_encoder_decoder:
+            raise ValueError(
+                f"`benchmark` takes transformers models that are encoders or decoders, got a {type(given).__name__}"
+                f"{' without a config' if config is None else ', which is both'}."
+            )
     runs: list[list[tuple[float, float | None, int]]] = [[] for _ in models]
     for repeat in range(repeats + 1):
         for timed, own in zip(models, runs, strict=True):
@@ -286,11 +293,10 @@ def _flush_buffer(device: torch.device) -> Tensor:
 def _time_once(model: nn.Module, prompt_length: int, new_tokens: int, batch_size: int) -> tuple[float, float | None, int]:
     """Milliseconds of the prefill, milliseconds per decoded token, and peak bytes."""
     device = next(model.parameters()).device
-    config = getattr(model, "config", None)
-    vocabulary = config.get_text_config().vocab_size
+    vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.arange(batch_size * prompt_length, device=device).view(batch_size, -1) % vocabulary
     # An encoder has no cache to decode with.
-    caches = predicts_next_token(model) and not config.is_encoder_decoder
+    caches = predicts_next_token(model)
     options = {"use_cache": True} if caches else {}
 
     def timed(call: Callable[[], Any]) -> tuple[float, Any]:

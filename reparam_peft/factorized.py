@@ -16,6 +16,10 @@ from transformers.pytorch_utils import Conv1D
 
 from .decompositions import Factors
 
+# The operator that PyTorch's compiler emits for linear layers on a CPU; None in builds without oneDNN.
+SINGLE_ROW_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+SINGLE_ROW_LEAST = 2**18  # parameters below which starting the operator costs more than it saves
+
 
 class FactorizedModule(nn.Module):
     """B, then A: the layer of a matrix W (out, in) ≈ A B, without W.
@@ -48,7 +52,36 @@ class FactorizedModule(nn.Module):
         for child, factor in ((self.A, factors.A), (self.B, factors.B)):
             own = child.weight
             shaped = factor.detach().reshape(own.shape).to(own.dtype).contiguous()
-            child.weight = nn.Parameter(shaped, requires_grad=own.requires_grad)
+            if own.device.type == "meta":
+                child.weight = nn.Parameter(shaped, requires_grad=own.requires_grad)
+            else:
+                own.data = shaped  # the same parameter: an optimiser may hold it
+
+
+class FactorLinear(nn.Linear):
+    """An `nn.Linear` that multiplies single rows, as in decoding, by oneDNN where PyTorch's own product is slow.
+
+    For one row PyTorch calls a matrix–vector product that runs on one core and is slow on the short rows of factors. It is
+    replaced in float32 on a CPU, outside of autograd, autocast and tracing; results agree to rounding.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == self.in_features and self._is_slow(x):
+            return SINGLE_ROW_PRODUCT(x, self.weight, self.bias, "none", [], "")
+        return super().forward(x)
+
+    def _is_slow(self, x: Tensor) -> bool:
+        plain = type(x) is Tensor and type(self.weight) is nn.Parameter and x.device.type == "cpu" and x.dim() > 0
+        return (
+            plain
+            and SINGLE_ROW_PRODUCT is not None
+            and x.dtype == self.weight.dtype == torch.float32
+            and self.weight.numel() >= SINGLE_ROW_LEAST
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+        )
 
 
 class FactorizedLinear(FactorizedModule):
@@ -56,20 +89,8 @@ class FactorizedLinear(FactorizedModule):
 
     def __init__(self, in_features: int, out_features: int, rank: int, **like: torch.device | torch.dtype | None) -> None:
         super().__init__()
-        self.B = nn.Linear(in_features, rank, bias=False, **like)
-        self.A = nn.Linear(rank, out_features, bias=False, **like)
-        self.register_state_dict_post_hook(_store_by_rows)
-
-    def train(self, mode: bool = True) -> FactorizedLinear:
-        """As usual; and in float32 on a CPU, eval mode stores A by columns, training by rows.
-
-        The product of A with a single vector reads A by rows of r numbers, which are short: at 2048 → 2048 with r = 512 it
-        takes 1.7 times as long as by columns. Only the strides of the parameter change, neither its shape nor its values.
-        """
-        weight = self.A.weight if type(self.A) is nn.Linear else None
-        if weight is not None and _can_be_laid_out(weight) and weight.is_contiguous() != mode:
-            weight.data = weight.data.contiguous() if mode else weight.data.mT.contiguous().mT
-        return super().train(mode)
+        self.B = FactorLinear(in_features, rank, bias=False, **like)
+        self.A = FactorLinear(rank, out_features, bias=False, **like)
 
 
 class FactorizedConv2d(FactorizedModule):
@@ -126,20 +147,6 @@ class FactorizedEmbedding(FactorizedModule):
         super().set_factors(Factors(factors.A, factors.B.mT))
 
 
-def _store_by_rows(module: FactorizedLinear, state_dict: dict[str, Tensor], prefix: str, metadata: object) -> None:
-    """State-dict hook: A by rows again, because safetensors refuses other strides; not where parameters are asked for."""
-    key = f"{prefix}A.weight"
-    if key in state_dict and not isinstance(state_dict[key], nn.Parameter):
-        state_dict[key] = state_dict[key].contiguous()
-
-
-def _can_be_laid_out(parameter: nn.Parameter) -> bool:
-    """Whether a parameter is float32 in CPU memory of its own: not sharded, nor a view into a flat buffer of a trainer."""
-    data = parameter.data
-    plain = type(data) is Tensor and data.device.type == "cpu" and data.dtype == torch.float32
-    return plain and data.untyped_storage().nbytes() == data.numel() * data.element_size()
-
-
 class LayerKind(ABC):
     """A kind of layer that computes y = W x + b for a matrix W (out, in) and rows x that it makes from its input."""
 
@@ -165,7 +172,10 @@ class LayerKind(ABC):
 
     def computes_alike(self, layer: nn.Module) -> bool:
         """Whether the layer computes as its class does; nn.MultiheadAttention reads the weight of its output layer itself."""
-        return type(layer).forward is self.layer_class.forward and not isinstance(layer, NonDynamicallyQuantizableLinear)
+        # accelerate replaces `forward` too, to move inputs between devices
+        patched = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
+        alike = type(layer).forward is self.layer_class.forward and not isinstance(layer, NonDynamicallyQuantizableLinear)
+        return alike and not patched
 
     @abstractmethod
     def shape(self, layer: nn.Module) -> tuple[int, int]:
@@ -229,6 +239,9 @@ class Conv2dKind(LayerKind):
     """`nn.Conv2d` with one group: the kernel as a matrix (out, in · height · width), the input as its patches."""
 
     layer_class = nn.Conv2d
+
+    def computes_alike(self, layer: nn.Conv2d) -> bool:
+        return super().computes_alike(layer) and type(layer)._conv_forward is nn.Conv2d._conv_forward
 
     def check(self, layer: nn.Conv2d) -> None:
         super().check(layer)

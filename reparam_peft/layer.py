@@ -144,7 +144,7 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
             self.receive(adapter_name)
 
     def factorize_base(self, adapter_name: str) -> None:
-        """Fill in factors that no loader has brought, from W."""
+        """Fill in factors that no loader has brought, from W; the parameters stay the same objects."""
         factors = factorize(self._base_matrix(), self.r[adapter_name])
         self.reparam_factors[adapter_name].set_factors(factors)
         self.receive(adapter_name)

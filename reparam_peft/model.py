@@ -11,14 +11,26 @@ from functools import partial
 from typing import Any
 
 import torch
+from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
 from .config import ReparamConfig
 from .evaluation import SizeReport
 from .layer import DAMAGED, W_IS_GONE, ReparamLayer, reparam_layer
+from .model_card import upload_with_section
 from .target_modules import TARGET_MODULES
-from .targets import Target, check_targets, factorize_targets, find_targets, matrix_size, naming, reparam_layers
+from .targets import (
+    Target,
+    check_targets,
+    factorize_targets,
+    find_targets,
+    matrix_size,
+    naming,
+    parameter_owners,
+    reparam_layers,
+)
 
 
 class ReparamModel(BaseTuner):
@@ -30,6 +42,7 @@ class ReparamModel(BaseTuner):
     prefix = "reparam_"
     tuner_layer_cls = ReparamLayer
     target_module_mapping = TARGET_MODULES
+    _awaits_factors = False
 
     def inject_adapter(
         self,
@@ -52,12 +65,16 @@ class ReparamModel(BaseTuner):
             # What is resolved below belongs to this model, not to a config that may be used for another one too.
             config = self.peft_config[adapter_name] = copy.deepcopy(config)
         self._injection = (adapter_name, loading, state_dict)
+        injected = False
         try:
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            injected = True
         finally:
+            if not injected and len(self.peft_config) > 1:  # transformers' models keep the dict from one adapter to the next
+                del self.peft_config[adapter_name]
             targets = self.__dict__.pop("_targets", {})
             del self._injection
-        self._awaits_factors = loading
+        self._awaits_factors |= loading
         self._fill_in(config, targets)
         self._drop_base_weights(model)
 
@@ -100,10 +117,12 @@ class ReparamModel(BaseTuner):
 
     def _drop_base_weights(self, model: nn.Module) -> None:
         """Drop W where every adapter of the model has factors and none asks to keep it."""
-        if any(config.keep_base for config in self.peft_config.values()):
+        layers = [layer for _, layer in reparam_layers(model)]
+        adapters = {adapter_name for layer in layers for adapter_name in layer.reparam_factors}
+        if any(self.peft_config[adapter_name].keep_base for adapter_name in adapters):
             return
-        for _, layer in reparam_layers(model):
-            if set(layer.reparam_factors) >= set(self.peft_config):
+        for layer in layers:
+            if set(layer.reparam_factors) == adapters:
                 layer.drop_base_weight()
 
     def _fill_in(self, config: ReparamConfig, targets: dict[str, Target]) -> None:
@@ -138,6 +157,9 @@ class ReparamModel(BaseTuner):
         sizes = [matrix_size(name, modules[name], rank) for name, rank in config.rank_pattern.items()]
         sizes += [matrix_size(name, modules[name], None) for name in config.dense_modules or []]
         inside = {id(p) for _, layer in reparam_layers(self.model) for p in layer.reparam_factors.parameters()}
+        # A module that is saved whole beside the factors has copies for each adapter; it counts once.
+        copies = [m.modules_to_save for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
+        inside |= {id(p) for module in copies for p in module.parameters()}
         kept = {id(layer.base_layer.weight) for _, layer in reparam_layers(self.model) if layer.base_layer.weight is not None}
         dense = {id(modules[name].weight) for name in config.dense_modules or []}
         rest = [p for p in self.model.parameters() if id(p) not in inside | kept | dense]
@@ -193,11 +215,18 @@ class ReparamModel(BaseTuner):
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raise before the first layer is merged where a later one could not be."""
+        owners = parameter_owners(self.model)
         for name, layer in reparam_layers(self.model):
             names = layer.active_adapters if adapter_names is None else adapter_names
             new = [n for n in names if n in layer.reparam_factors and n not in layer.merged_adapters]
             if layer.base_weight_dropped and not new and not layer.merged:
                 raise ValueError(f"{name}: none of the adapters {names} has factors for this layer, and {W_IS_GONE}.")
+            shared = [] if layer.base_weight_dropped else owners[id(layer.base_layer.weight)]
+            if len(shared) > 1:
+                raise ValueError(
+                    f"{name}: the weight is shared ({', '.join(shared)}), so that merging would change the other too. Untie it "
+                    "before factorising."
+                )
             if new:
                 with naming(name):
                     layer.check_mergeable(new, safe_merge)
@@ -220,7 +249,8 @@ class ReparamModel(BaseTuner):
     def _factorize_awaited(self) -> None:
         """Factorise W where a config out of a checkpoint was used without its weights, so that none of them has arrived."""
         awaited = [(name, layer, adapter) for name, layer in reparam_layers(self.model) for adapter in sorted(layer.awaited)]
-        if not any(layer.has_arrived(adapter) for _, layer, adapter in awaited):
+        on_meta = any(layer.base_layer.weight.is_meta for _, layer, _ in awaited)
+        if not on_meta and not any(layer.has_arrived(adapter) for _, layer, adapter in awaited):
             for name, layer, adapter in awaited:
                 with naming(name):
                     layer.factorize_base(adapter)
@@ -250,6 +280,16 @@ class ReparamModel(BaseTuner):
             for key in _factor_keys(name, layer, adapter_name):
                 if key in selected:
                     selected[key] = selected[key].to(layer.base_dtype)
+                    if not torch.isfinite(selected[key]).all():
+                        raise ValueError(
+                            f"{key}: the factor holds NaN or inf, or overflows {layer.base_dtype} in which it is saved; "
+                            "it was not saved. Lower the learning rate, or use a base model in a wider dtype."
+                        )
+            # PEFT adds the base weight of targeted embeddings, which the factors stand in for.
+            state_dict.pop(f"{name}.base_layer.weight", None)
+        if isinstance(model, PeftModel):
+            # `push_to_hub` saves, then puts the repository's own card over the saved one, then calls this.
+            model._upload_modified_files = partial(upload_with_section, model)
         return selected
 
     @classmethod
@@ -269,8 +309,9 @@ class ReparamModel(BaseTuner):
         try:
             for name, layer in reparam_layers(model):
                 for key, parameter in _factor_keys(name, layer, adapter_name).items():
-                    if key in remapped or adapter_name in layer.awaited:
-                        _check_loaded_tensor(key, remapped.get(key), parameter.shape)
+                    _check_loaded_tensor(key, remapped.get(key), parameter.shape)
+                if adapter_name in layer.merged_adapters:
+                    raise ValueError(f"{name}: adapter {adapter_name!r} is merged; unmerge it before loading others into it.")
         except ValueError:
             _withdraw(model, adapter_name)
             raise
@@ -312,6 +353,8 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
             setattr(model.get_submodule(parent), child, layer.base_layer)
     if awaiting and len(model.peft_config) > 1:
         del model.peft_config[adapter_name]
+    elif awaiting:
+        del (model.base_model.model if isinstance(model, PeftModel) else model).peft_config
 
 
 def _parameters_start_on_meta() -> bool:

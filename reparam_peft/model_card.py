@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from .config import ReparamConfig
 
 AUTO_CLASSES = {
@@ -77,6 +79,13 @@ def update_model_card(folder: str, config: ReparamConfig) -> None:
     tags = set(card.data.tags or []) | {"reparam", "low-rank"}
     card.data.tags = sorted(tags)
     card.save(path)
+
+
+def upload_with_section(model: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+    """`PeftModel._upload_modified_files`, with the section in the card that `push_to_hub` has just written over ours."""
+    if Path(working_dir, "adapter_config.json").exists():  # at the top there is the adapter "default", if any
+        update_model_card(working_dir, model.peft_config["default"])
+    return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
 
 
 def _fraction(part: int | None, whole: int) -> str:

@@ -83,11 +83,13 @@ def check_targets(
             f"All {len(targets)} targets stay dense: at this size factors would be no smaller. Lower `r` or `keep`.",
             stacklevel=2,
         )
-    owners = defaultdict(list)
-    for name, parameter in model.named_parameters(remove_duplicate=False):
-        owners[id(parameter)].append(name)
+    owners = parameter_owners(model)
     for name, module in factorized.items():
         with naming(name):
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+                raise ValueError(
+                    "nn.TransformerEncoderLayer reads the weights of its layers itself; leave it out with `exclude_modules`."
+                )
             if isinstance(module, ReparamLayer):
                 if module.base_weight_dropped and config.keep_base:
                     raise ValueError(f"`keep_base=True` cannot be honoured, {W_IS_GONE}. To keep it, {REMEDY}.")
@@ -132,6 +134,10 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
     """(out, in) of a target, wrapped or not."""
     if isinstance(module, ReparamLayer):
         return module.out_features, module.in_features
+    if isinstance(module, BaseTunerLayer):
+        raise TypeError(
+            f"the module is wrapped by another PEFT method already ({type(module).__module__}); merge or unload that one first."
+        )
     return layer_kind(module).shape(module)
 
 
@@ -150,6 +156,14 @@ def reparam_layers(model: nn.Module) -> Iterator[tuple[str, ReparamLayer]]:
             yield name.replace("_fsdp_wrapped_module.", ""), module
 
 
+def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
+    """The names of each parameter, by its id: more than one for a weight that is shared."""
+    owners = defaultdict(list)
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        owners[id(parameter)].append(name)
+    return owners
+
+
 @contextmanager
 def naming(name: str) -> Iterator[None]:
     """Put the module's name before the message of an error."""
@@ -165,6 +179,11 @@ def _check_weight(module: nn.Module, owners: list[str], keep_base: bool, loading
         raise ValueError(
             "the weight is on the meta device (offloaded or not loaded) and holds no data; load the model without offloading "
             "before factorising it."
+        )
+    if module._forward_hooks or module._forward_pre_hooks:
+        warnings.warn(
+            f"The forward hooks of {owners[0].removesuffix('.weight')} do not run once it is factorised; register them again.",
+            stacklevel=3,
         )
     if len(owners) > 1 and not keep_base:
         raise ValueError(

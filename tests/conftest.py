@@ -7,7 +7,7 @@ import os
 os.environ["HF_HUB_OFFLINE"] = "1"
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -100,7 +100,6 @@ class Case:
     build: Callable[[], nn.Module]
     target_modules: list[str] | str
     inputs: Callable[[], dict[str, Tensor]]
-    options: dict[str, object] = field(default_factory=dict)
 
     def model(self) -> nn.Module:
         return self.build()

@@ -274,6 +274,32 @@ def test_never_overwrites_the_model_that_it_compresses(run: Run, models: Path, t
     assert {path.name: path.read_bytes() for path in model.iterdir()} == before
 
 
+def test_replaces_only_an_earlier_result(run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["compress", models / "llama"]
+    output = tmp_path / "out"
+    for _ in range(2):
+        assert run(*arguments, output, "--no-evaluate", "--overwrite").code == 0
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years")
+    assert_error(run(*arguments, precious, "--overwrite"), "holds no compressed model but other files")
+    assert_error(run(*arguments, precious / "thesis.txt", "--overwrite"), "is a file; OUT must be a folder")
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "inner")
+    for place in (".", "..", "../.."):
+        assert_error(run(*arguments, place, "--overwrite"), "is or holds the current folder")
+    assert (precious / "thesis.txt").read_text() == "years"
+    assert (output / "adapter_config.json").exists()
+
+
+def test_a_device_that_is_not_there_and_an_architecture_that_is_no_model(run: Run, models: Path, tmp_path: Path) -> None:
+    assert_error(run("evaluate", models / "llama", "--device", "nowhere"), "--device nowhere")
+    folder = shutil.copytree(models / "llama", tmp_path / "odd")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["pipeline"]}))
+    assert_error(run("evaluate", folder), "perplexity is of causal language models only")
+
+
 @pytest.mark.parametrize("command", ["compress", "evaluate"])
 def test_damaged_and_incomplete_folders(run: Run, models: Path, tmp_path: Path, command: str) -> None:
     output = [tmp_path / "out"] if command == "compress" else []
@@ -332,6 +358,7 @@ def test_a_failure_while_writing_leaves_what_was_there(
         assert list(tmp_path.iterdir()) == []
         output.mkdir()
         (output / "mine.txt").write_text("mine")
+        (output / "adapter_config.json").write_text("{}")
         assert_error(run(*arguments, "--overwrite"), "No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (output / "mine.txt").read_text() == "mine"

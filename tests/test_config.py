@@ -74,9 +74,9 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
         for name in ("dense_parameters", "stored_parameters", "dense_bytes", "stored_bytes")
         for value in (-1, 1.5, True, "1")
     ),
-    ("evaluation", [1.0], TypeError, "`evaluation` must be a dict of names to numbers, got"),
-    ("evaluation", {"perplexity": "20"}, TypeError, "`evaluation` must be a dict of names to numbers, got"),
-    ("evaluation", {1: 2.0}, TypeError, "`evaluation` must be a dict of names to numbers, got"),
+    ("evaluation", [1.0], TypeError, "`evaluation` must be a dict of names to finite numbers, got"),
+    ("evaluation", {"perplexity": "20"}, TypeError, "`evaluation` must be a dict of names to finite numbers, got"),
+    ("evaluation", {1: 2.0}, TypeError, "`evaluation` must be a dict of names to finite numbers, got"),
     ("task_type", "POETRY", ValueError, "Invalid task type: 'POETRY'"),
 ]
 

@@ -377,6 +377,7 @@ def test_benchmark_times_each_model_repeatedly_and_in_turn(monkeypatch: pytest.M
 
     monkeypatch.setattr(evaluation, "_time_once", once)
     model, baseline = nn.Linear(1, 1), nn.Linear(1, 1)
+    model.config = baseline.config = SimpleNamespace(is_encoder_decoder=False)
     result = benchmark(model, baseline, prompt_length=7, new_tokens=3, batch_size=2, repeats=3)
     assert [call[0] for call in calls] == [model, baseline] * 4, "one run warms up"
     assert {call[1:] for call in calls} == {((7, 3, 2), False)}
@@ -384,6 +385,15 @@ def test_benchmark_times_each_model_repeatedly_and_in_turn(monkeypatch: pytest.M
     assert (result.prefill_ms, result.decode_ms, result.peak_bytes) == (5.0, 50.0, 7)
     assert (result.baseline.prefill_ms, result.baseline.decode_ms, result.baseline.peak_bytes) == (6.0, 60.0, 8)
     assert (result.prefill_speedup, result.decode_speedup) == (1.2, 1.2)
+
+
+def test_benchmark_refuses_models_that_it_cannot_run() -> None:
+    with pytest.raises(ValueError, match="got a Linear without a config"):
+        benchmark(nn.Linear(1, 1))
+    both = nn.Linear(1, 1)
+    both.config = SimpleNamespace(is_encoder_decoder=True)
+    with pytest.raises(ValueError, match="which is both"):
+        benchmark(both)
 
 
 @pytest.mark.parametrize("name", ["prompt_length", "new_tokens", "batch_size", "repeats"])

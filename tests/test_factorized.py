@@ -6,7 +6,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import pytest
-import safetensors.torch
 import torch
 from conftest import assert_close
 from hypothesis import given
@@ -19,8 +18,9 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
+import reparam_peft.factorized as factorized_module
 from reparam_peft.decompositions import Factors, factorize, random_factors
-from reparam_peft.factorized import KINDS, FactorizedLinear, FactorizedModule, layer_kind
+from reparam_peft.factorized import KINDS, FactorizedLinear, FactorizedModule, FactorLinear, layer_kind
 
 sizes = st.integers(1, 12)
 batches = st.lists(st.integers(1, 3), max_size=3).map(tuple)
@@ -197,35 +197,38 @@ def test_set_factors_casts_and_refuses_other_shapes() -> None:
         module.set_factors(Factors(A[:, :1].expand(4, 3), B))
 
 
-def test_eval_mode_lays_out_a_by_columns_and_changes_no_value() -> None:
-    module = FactorizedLinear(7, 6, 3)
-    expected, weight, parameter = module.factors.A.clone(), module.factors.A.stride(), module.A.weight
-    module.eval()
-    assert module.A.weight is parameter, "optimisers hold on to the parameter"
-    assert module.factors.A.stride() == (1, 6)
-    assert torch.equal(module.factors.A, expected)
-    assert module.train().factors.A.stride() == weight
-    assert torch.equal(module.factors.A, expected)
+@pytest.mark.parametrize("shape", [(1, 600), (1, 1, 600), (600,), (2, 600), (0, 600)])
+def test_single_rows_agree_with_the_plain_product(shape: tuple[int, ...]) -> None:
+    layer = FactorLinear(600, 500)
+    x = torch.randn(shape)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        assert_close(layer(x), expected)
+        assert layer(x).shape == expected.shape
+    assert layer(x).requires_grad, "autograd needs the plain product"
 
 
-def test_state_dict_in_eval_mode_holds_a_by_rows() -> None:
-    """safetensors refuses other strides."""
-    module = FactorizedLinear(7, 6, 3).eval()
-    saved = safetensors.torch.load(safetensors.torch.save(module.state_dict()))
-    assert torch.equal(saved["A.weight"], module.factors.A)
-    twin = FactorizedLinear(7, 6, 3).eval()
-    twin.load_state_dict(saved)
-    assert torch.equal(twin.factors.A, module.factors.A)
-    assert module.state_dict(keep_vars=True)["A.weight"] is module.A.weight
+def test_single_rows_take_the_fast_product_only_where_it_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(factorized_module, "SINGLE_ROW_PRODUCT", lambda x, weight, *rest: calls.append(1) or x @ weight.mT)
+    layer, x = FactorLinear(600, 500, bias=False), torch.randn(1, 600)
+    layer(x)
+    with torch.no_grad():
+        layer(torch.randn(2, 600))
+        FactorLinear(600, 500).bfloat16()(x.bfloat16())
+        FactorLinear(8, 8)(torch.randn(1, 8))
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        assert calls == []
+        layer(x)
+    assert calls == [1]
 
 
-def test_eval_mode_leaves_views_of_a_flat_buffer_alone() -> None:
-    """As sharded training makes them: other memory would no longer follow the buffer."""
-    module, flat = FactorizedLinear(7, 6, 3), torch.zeros(100)
-    module.A.weight.data = flat[:18].view(6, 3)
-    module.eval()
-    flat.fill_(2.0)
-    assert torch.equal(module.factors.A, torch.full((6, 3), 2.0))
+def test_set_factors_keeps_the_parameters_that_an_optimiser_holds() -> None:
+    module = FactorizedLinear(5, 4, 2)
+    held = list(module.parameters())
+    module.set_factors(Factors(torch.ones(4, 2), torch.ones(2, 5)))
+    assert all(a is b for a, b in zip(module.parameters(), held, strict=True))
 
 
 def test_the_padding_row_gets_no_gradient() -> None:

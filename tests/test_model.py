@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from conftest import ConvNet, assert_close, bert, convnet, gpt2, llama, token_inputs
-from peft import PeftConfig, PeftModel, get_peft_model
+from huggingface_hub import ModelCard
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -315,6 +319,145 @@ def test_keep_base_cannot_come_too_late() -> None:
 def test_unknown_dense_module_warns() -> None:
     with pytest.warns(RuntimeWarning, match=r"`dense_modules` \['nowhere'\] are not targeted"):
         compress(llama(), target_modules=["q_proj"], dense_modules=["nowhere"])
+
+
+# States that must not go wrong silently
+
+
+def test_factors_that_are_made_late_are_those_that_the_optimiser_holds(tmp_path: Path) -> None:
+    compress(llama(), target_modules=["q_proj"], keep=0.5).save_pretrained(tmp_path)
+    config = PeftConfig.from_pretrained(tmp_path)
+    config.inference_mode = False
+    small = get_peft_model(llama(), config)
+    held = [parameter for parameter in small.parameters() if parameter.requires_grad]
+    small(**token_inputs()).logits.square().mean().backward()
+    assert len(held) == 4
+    assert all(parameter.grad is not None and parameter.isfinite().all() for parameter in held)
+
+
+def test_after_a_failed_load_another_adapter_drops_the_weight(tmp_path: Path) -> None:
+    for name in ("good", "bad"):
+        compress(llama(), target_modules=["q_proj"], keep=0.5).save_pretrained(tmp_path / name)
+    edit_tensors(lambda t: t[KEY].fill_(torch.nan))(tmp_path / "bad")
+    base = llama()
+    with pytest.raises(ValueError, match="contains NaN"):
+        PeftModel.from_pretrained(base, tmp_path / "bad")
+    assert not hasattr(base, "peft_config")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "good", adapter_name="good")
+    assert all(layer.base_weight_dropped for layer in loaded.modules() if isinstance(layer, ReparamLayer))
+
+
+def test_a_checkpoint_with_missing_factors_does_not_resume(tmp_path: Path) -> None:
+    small = compress(llama(), target_modules=["q_proj"], keep=0.5)
+    small.save_pretrained(tmp_path)
+    edit_tensors(lambda t: t.pop(KEY))(tmp_path)
+    with pytest.raises(ValueError, match="the checkpoint has no such tensor"):
+        small.load_adapter(tmp_path, "default", is_trainable=True)
+
+
+def test_nothing_is_loaded_into_a_merged_adapter(tmp_path: Path) -> None:
+    small = compress(llama(), target_modules=["q_proj"], keep=0.5)
+    small.save_pretrained(tmp_path)
+    small.merge_adapter()
+    with pytest.raises(ValueError, match="adapter 'default' is merged; unmerge it"):
+        small.load_adapter(tmp_path, "default")
+
+
+def test_merging_a_shared_weight_is_refused() -> None:
+    small = compress(tied(), target_modules=["lm_head"], keep=0.5, keep_base=True)
+    expected = small(**token_inputs()).logits
+    for merge in (small.merge_adapter, small.merge_and_unload):
+        with pytest.raises(ValueError, match=r"the weight is shared .* merging would change the other too"):
+            merge()
+    assert torch.equal(small(**token_inputs()).logits, expected)
+
+
+@pytest.mark.parametrize("keep_base", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+def test_checkpoint_of_an_embedding_holds_the_factors_alone(keep_base: bool, merged: bool, tmp_path: Path) -> None:
+    options = {"target_modules": ["embed_tokens", "lm_head"], "keep": 0.5, "keep_base": keep_base}
+    small = compress(llama(), **options).eval()
+    expected = small(**token_inputs()).logits
+    if merged:
+        small.merge_adapter()
+    small.save_pretrained(tmp_path)
+    assert all("reparam_factors" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(loaded(**token_inputs()).logits, expected)
+    if keep_base:
+        with loaded.disable_adapter():
+            assert torch.equal(loaded(**token_inputs()).logits, llama()(**token_inputs()).logits)
+
+
+def test_factors_that_overflow_the_checkpoints_dtype_are_not_saved(tmp_path: Path) -> None:
+    small = compress(llama().half(), target_modules=["q_proj"], keep=0.5)
+    small.model.model.layers[0].self_attn.q_proj.reparam_factors["default"].A.weight.data[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"overflows torch\.float16 in which it is saved"):
+        small.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_a_patched_forward_is_refused_and_hooks_are_told_of() -> None:
+    model = llama()
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.register_forward_hook(lambda module, inputs, output: 3 * output)
+    with pytest.warns(UserWarning, match=r"forward hooks of model\.layers\.0\.self_attn\.q_proj do not run"):
+        compress(model, target_modules=["q_proj"], keep=0.5)
+    model = llama()
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.forward = lambda x: 3 * nn.Linear.forward(projection, x)
+    with pytest.raises(TypeError, match="a Linear computes differently from Linear"):
+        compress(model, target_modules=["q_proj"], keep=0.5)
+
+
+def test_layers_whose_weights_torch_reads_itself_are_refused() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True))
+    with pytest.raises(ValueError, match=r"0\.linear1: nn\.TransformerEncoderLayer reads the weights of its layers itself"):
+        compress(model, target_modules=["linear1", "linear2"])
+
+
+def test_layers_of_another_method_are_refused() -> None:
+    model = llama()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]), "lora")
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(TypeError, match=r"q_proj: the module is wrapped by another PEFT method already \(peft\.tuners\.lora"):
+        model.add_adapter(ReparamConfig(target_modules=["q_proj"], keep=0.5), "reparam")
+    assert list(model.peft_config) == ["lora"]
+    assert [type(module) for module in model.modules()] == before
+
+
+def test_size_report_counts_modules_to_save_once() -> None:
+    total = sum(parameter.numel() for parameter in bert().parameters())
+    report = compress(bert(), target_modules=["query"], r=4, task_type="SEQ_CLS").size_report()
+    assert report.to_dict()["model"]["dense_parameters"] == total
+
+
+def test_push_to_hub_uploads_the_card_and_the_weights(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    uploaded: dict[str, str] = {}
+
+    def upload(self: Any, working_dir: Any, repo_id: str, files_timestamps: Any, **kwargs: Any) -> None:
+        uploaded.update({path.name: path.read_text(errors="replace") for path in Path(working_dir).iterdir()})
+
+    monkeypatch.setattr(PeftModel, "_upload_modified_files", upload)
+    api = SimpleNamespace(create_repo=lambda *args, **kwargs: SimpleNamespace(repo_id="me/small"))
+    monkeypatch.setattr("transformers.utils.hub.hf_api", lambda: api)
+    own_card = ModelCard("---\ntags: [mine]\n---\n# My words\n")
+    monkeypatch.setattr("transformers.utils.hub.create_and_tag_model_card", lambda *args, **kwargs: own_card)
+    small = compress(llama(), target_modules=["q_proj"], keep=0.5)
+    small.peft_config["default"].evaluation = {"perplexity": 25.25}
+    small.push_to_hub("me/small")
+    assert torch.equal(copy.deepcopy(small)(**token_inputs()).logits, small(**token_inputs()).logits)
+    pickle.loads(pickle.dumps(small))
+    assert set(uploaded) == {"README.md", "adapter_config.json", "adapter_model.safetensors"}
+    for words in (
+        "My words",
+        "import reparam_peft",
+        "| method | svd |",
+        "keep = 0.5",
+        "| perplexity | 25.25 |",
+        "stored parameters",
+    ):
+        assert words in uploaded["README.md"]
 
 
 # Damaged checkpoints

@@ -31,7 +31,7 @@ def main() -> None:
         copies = max(3, -(-CACHE_BYTES // (4 * 2 * rank * size)))
         layers = {
             "dense": [nn.Linear(size, size, bias=False) for _ in range(copies)],
-            "factorised": [FactorizedLinear(size, size, rank).eval() for _ in range(copies)],
+            "factorised": [FactorizedLinear(size, size, rank) for _ in range(copies)],
         }
         for tokens, rounds in ((512, 15), (1, 60)):
             x = torch.randn(tokens, size)
