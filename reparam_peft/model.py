@@ -117,12 +117,12 @@ class ReparamModel(BaseTuner):
 
     def _drop_base_weights(self, model: nn.Module) -> None:
         """Drop W where every adapter of the model has factors and none asks to keep it."""
-        layers = [layer for _, layer in reparam_layers(model)]
-        adapters = {adapter_name for layer in layers for adapter_name in layer.reparam_factors}
-        if any(self.peft_config[adapter_name].keep_base for adapter_name in adapters):
+        # A model of transformers may hold adapters of other methods too.
+        configs = {name: config for name, config in self.peft_config.items() if isinstance(config, ReparamConfig)}
+        if any(config.keep_base for config in configs.values()):
             return
-        for layer in layers:
-            if set(layer.reparam_factors) == adapters:
+        for _, layer in reparam_layers(model):
+            if set(layer.reparam_factors) == set(configs):
                 layer.drop_base_weight()
 
     def _fill_in(self, config: ReparamConfig, targets: dict[str, Target]) -> None:

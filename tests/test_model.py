@@ -335,6 +335,26 @@ def test_factors_that_are_made_late_are_those_that_the_optimiser_holds(tmp_path:
     assert all(parameter.grad is not None and parameter.isfinite().all() for parameter in held)
 
 
+def test_an_adapter_that_is_all_dense_keeps_the_weights_of_the_next_one(tmp_path: Path) -> None:
+    expected = llama()(**token_inputs()).logits
+    with pytest.warns(UserWarning, match="stay dense"):
+        small = compress(llama(), target_modules=["q_proj"], keep=1.0)
+    small.add_adapter("smaller", ReparamConfig(target_modules=["q_proj"], keep=0.5))
+    small.set_adapter("smaller")
+    assert not torch.equal(small(**token_inputs()).logits, expected)
+    small.set_adapter("default")
+    assert torch.equal(small(**token_inputs()).logits, expected)
+
+
+def test_adapters_of_another_method_stay_beside_ours() -> None:
+    model = llama()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"], init_lora_weights=False), "lora")
+    model.add_adapter(ReparamConfig(target_modules=["v_proj"], keep=0.5), "small")
+    layers = [module for module in model.modules() if isinstance(module, ReparamLayer)]
+    assert len(layers) == 2
+    assert all(layer.base_weight_dropped for layer in layers)
+
+
 def test_after_a_failed_load_another_adapter_drops_the_weight(tmp_path: Path) -> None:
     for name in ("good", "bad"):
         compress(llama(), target_modules=["q_proj"], keep=0.5).save_pretrained(tmp_path / name)

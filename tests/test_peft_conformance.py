@@ -143,11 +143,27 @@ def test_loads_onto_a_base_on_meta(case: Case, tmp_path: Path, decompositions_ru
         )
 
 
-@pytest.mark.parametrize("build", [llama, gpt2, bert])
+def test_base_on_meta_runs_once_the_rest_is_loaded(tmp_path: Path) -> None:
+    saved = compressed(CASES[0])
+    saved.save_pretrained(tmp_path)
+    with torch.device("meta"):
+        skeleton = LlamaForCausalLM(saved.config)
+    loaded = PeftModel.from_pretrained(skeleton, tmp_path, low_cpu_mem_usage=True).eval()
+    base = loaded.get_base_model()
+    base.load_state_dict(llama().state_dict(), strict=False, assign=True)
+    base.model.rotary_emb = llama().model.rotary_emb  # its buffers are in no checkpoint
+    assert torch.equal(CASES[0].output(loaded), CASES[0].output(saved))
+
+
+@pytest.mark.parametrize(
+    ("build", "targets"),
+    [(llama, "all-linear"), (gpt2, "all-linear"), (bert, "all-linear"), (llama, ["embed_tokens", "lm_head"])],
+    ids=["Linear", "Conv1D", "Linear with bias", "Embedding"],
+)
 def test_transformers_load_adapter(
-    build: Callable[[], PreTrainedModel], tmp_path: Path, decompositions_run: list[tuple[int, ...]]
+    build: Callable[[], PreTrainedModel], targets: str | list[str], tmp_path: Path, decompositions_run: list[tuple[int, ...]]
 ) -> None:
-    saved = get_peft_model(build(), ReparamConfig(target_modules="all-linear", keep=0.5)).eval()
+    saved = get_peft_model(build(), ReparamConfig(target_modules=targets, keep=0.5)).eval()
     saved.save_pretrained(tmp_path)
     decompositions_run.clear()
     loaded = build()
