@@ -301,10 +301,8 @@ def _print_compression(result: dict[str, Any], sizes: SizeReport) -> None:
 
 def _size_table(sizes: SizeReport) -> Table:
     table = Table("size", "before", "after", "kept")
-    for part, row in sizes.to_dict().items():
-        for unit in ("parameters", "bytes"):
-            before, after = row[f"dense_{unit}"], row[f"stored_{unit}"]
-            table.add_row(f"{part}, {unit}", f"{before:,}", f"{after:,}", f"{after / max(before, 1):.1%}")
+    for part, unit, before, after, kept in sizes.rows():
+        table.add_row(f"{part}, {unit}", f"{before:,}", f"{after:,}", f"{kept:.1%}")
     dense = len(sizes.dense_modules)
     table.caption = f"{len(sizes.matrices) - dense} matrices factorised, {dense} left dense"
     return table

@@ -8,7 +8,7 @@ import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from typing import Any
 
@@ -172,13 +172,18 @@ class SizeReport:
         rest = {name: self.other_parameters if "parameters" in name else self.other_bytes for name in fields}
         return {"targets": targets, "model": {name: targets[name] + rest[name] for name in fields}}
 
+    def rows(self) -> list[tuple[str, str, int, int, float]]:
+        """The table: part (targets or model), unit (parameters or bytes), before, after, and after over before."""
+        return [
+            (part, unit, before := sizes[f"dense_{unit}"], after := sizes[f"stored_{unit}"], after / before if before else 1.0)
+            for part, sizes in self.to_dict().items()
+            for unit in ("parameters", "bytes")
+        ]
+
     def __str__(self) -> str:
         lines = [f"{'':14}{'before':>16}{'after':>16}{'kept':>8}"]
-        for part, sizes in self.to_dict().items():
-            for unit in ("parameters", "bytes"):
-                before, after = sizes[f"dense_{unit}"], sizes[f"stored_{unit}"]
-                kept = after / before if before else 1.0
-                lines.append(f"{part + ' ' + unit:18}{before:>12,}{after:>16,}{kept:>8.1%}")
+        for part, unit, before, after, kept in self.rows():
+            lines.append(f"{part + ' ' + unit:18}{before:>12,}{after:>16,}{kept:>8.1%}")
         dense = self.dense_modules
         lines.append(f"{len(self.matrices) - len(dense)} matrices factorised, {len(dense)} left dense")
         return "\n".join(lines + [f"  dense: {name}" for name in dense])
@@ -268,10 +273,8 @@ def benchmark(
     if baseline is None:
         return results[0]
     own, other = results
-    return Benchmark(
-        own.prefill_ms,
-        own.decode_ms,
-        own.peak_bytes,
+    return replace(
+        own,
         prefill_speedup=other.prefill_ms / own.prefill_ms,
         decode_speedup=None if own.decode_ms is None or other.decode_ms is None else other.decode_ms / own.decode_ms,
         baseline=other,

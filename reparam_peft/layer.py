@@ -126,6 +126,12 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
             raise ValueError(f"the loaded factors of adapter {adapter_name!r} contain NaN or infinite values; {DAMAGED}.")
         self.release(adapter_name)
 
+    def receive_arrived(self) -> None:
+        """Take the factors of every adapter that has stopped waiting for them."""
+        for adapter_name in sorted(self.awaited):
+            if self.has_arrived(adapter_name):
+                self.receive(adapter_name)
+
     def release(self, adapter_name: str) -> None:
         """Stop waiting for an adapter's factors; W goes with the last of them."""
         self.awaited.discard(adapter_name)
@@ -135,13 +141,12 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
 
     def check_loaded(self) -> None:
         """Raise `RuntimeError` where an adapter still waits for its factors; take those that have arrived."""
-        for adapter_name in sorted(self.awaited):
-            if not self.has_arrived(adapter_name):
-                raise RuntimeError(
-                    f"the factors of adapter {adapter_name!r} were never loaded: {DAMAGED}, or it was not loaded at all. Load "
-                    "a whole one with `PeftModel.from_pretrained` or `load_adapter`, onto a fresh base model."
-                )
-            self.receive(adapter_name)
+        self.receive_arrived()
+        if self.awaited:
+            raise RuntimeError(
+                f"the factors of adapter {min(self.awaited)!r} were never loaded: {DAMAGED}, or it was not loaded at all. Load "
+                "a whole one with `PeftModel.from_pretrained` or `load_adapter`, onto a fresh base model."
+            )
 
     def factorize_base(self, adapter_name: str) -> None:
         """Fill in factors that no loader has brought, from W; the parameters stay the same objects."""
@@ -151,9 +156,7 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
 
     def train(self, mode: bool = True) -> ReparamLayer:
         # Every loader ends with `eval()`: the moment to see which factors have arrived, so that W can go.
-        for adapter_name in sorted(self.awaited):
-            if self.has_arrived(adapter_name):
-                self.receive(adapter_name)
+        self.receive_arrived()
         return super().train(mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -223,8 +226,7 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_names] if isinstance(adapter_names, str) else adapter_names
-        if self.base_weight_dropped:
-            self.check_active([name for name in names if name in self.reparam_factors])
+        self.check_active(names)
         super().set_adapter(adapter_names, inference_mode=inference_mode)
 
     def enable_adapters(self, enabled: bool) -> None:
@@ -245,8 +247,9 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
         if self.base_weight_dropped:
             raise ValueError(f"{what}: {W_IS_GONE}. To do this, {REMEDY}.")
 
-    def check_active(self, active: list[str]) -> None:
-        """Raise `ValueError` unless one adapter is active or W is there to stand in."""
+    def check_active(self, adapter_names: list[str]) -> None:
+        """Raise `ValueError` unless one of these adapters has factors here, or W is there to stand in."""
+        active = [name for name in adapter_names if name in self.reparam_factors]
         if self.base_weight_dropped and len(active) != 1:
             raise ValueError(
                 f"exactly one adapter must be active in a layer, got {active} of {list(self.reparam_factors)}: {W_IS_GONE}. "

@@ -75,7 +75,7 @@ class ReparamModel(BaseTuner):
             targets = self.__dict__.pop("_targets", {})
             del self._injection
         self._awaits_factors |= loading
-        self._fill_in(config, targets)
+        self._fill_in(adapter_name, targets)
         self._drop_base_weights(model)
 
     def _prepare_model(self, peft_config: ReparamConfig, model: nn.Module) -> None:
@@ -125,18 +125,16 @@ class ReparamModel(BaseTuner):
             if set(layer.reparam_factors) == set(configs):
                 layer.drop_base_weight()
 
-    def _fill_in(self, config: ReparamConfig, targets: dict[str, Target]) -> None:
+    def _fill_in(self, adapter_name: str, targets: dict[str, Target]) -> None:
         """Write what was resolved into the config, so that a checkpoint loads without computing anything."""
+        config = self.peft_config[adapter_name]
         config.method = config.method or "svd"
         config.allocation = config.allocation or "uniform"
         config.form = config.form or "factors"
         config.rank_pattern = {name: target.rank for name, target in targets.items() if target.rank is not None}
         config.dense_modules = sorted(name for name, target in targets.items() if target.rank is None)
-        sizes = [matrix_size(name, target.module, target.rank) for name, target in targets.items()]
-        config.dense_parameters = sum(size.dense_parameters for size in sizes)
-        config.stored_parameters = sum(size.stored_parameters for size in sizes)
-        config.dense_bytes = sum(size.dense_bytes for size in sizes)
-        config.stored_bytes = sum(size.stored_bytes for size in sizes)
+        for field, value in self.size_report(adapter_name).to_dict()["targets"].items():
+            setattr(config, field, value)
 
     def size_report(self, adapter_name: str | None = None) -> SizeReport:
         """Parameters and bytes of the targets and of the whole model, before and after.
@@ -172,9 +170,8 @@ class ReparamModel(BaseTuner):
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
         for name, layer in reparam_layers(self.model):
-            if layer.base_weight_dropped:
-                with naming(name):
-                    layer.check_active([n for n in names if n in layer.reparam_factors])
+            with naming(name):
+                layer.check_active(names)
         super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def disable_adapter_layers(self) -> None:
