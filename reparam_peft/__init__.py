@@ -11,21 +11,29 @@ from .registration import register
 
 register()
 
-from .config import ReparamConfig  # noqa: E402  the enum's member must exist first
+from .compression import calibrate, compress, plan  # noqa: E402  the enum's member must exist first
+from .config import ReparamConfig  # noqa: E402
 from .decompositions import Factors, factorize  # noqa: E402
 from .evaluation import Benchmark, MatrixSize, SizeReport, benchmark, perplexity, text_batches  # noqa: E402
 from .model import ReparamModel  # noqa: E402
+from .planning import Plan  # noqa: E402
+from .statistics import Statistics  # noqa: E402
 
 __version__ = version("reparam_peft")
 __all__ = [
     "Benchmark",
     "Factors",
     "MatrixSize",
+    "Plan",
     "ReparamConfig",
     "ReparamModel",
     "SizeReport",
+    "Statistics",
     "benchmark",
+    "calibrate",
+    "compress",
     "factorize",
     "perplexity",
+    "plan",
     "text_batches",
 ]

@@ -1,48 +1,224 @@
-"""Choose ranks under a budget. `keep` is the fraction of a matrix's parameters that is stored."""
+"""Choose ranks under a budget. `keep` is the fraction of the matrices' parameters that is stored."""
 
 from __future__ import annotations
 
+import heapq
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from torch import Tensor
+
+RANK_MULTIPLE = 8  # inner dimensions that matrix products run at full speed on
 
 
-def factor_parameters(rank: int, out_features: int, in_features: int) -> int:
-    """Parameters that factors A (out, r) and B (r, in) hold: r (out + in).
+class Point(NamedTuple):
+    """One way to store a matrix.
 
-    >>> factor_parameters(2, 10, 20)
-    60
+    Attributes:
+        rank: of its product; None: dense.
+        parameters: numbers stored.
+        loss: predicted increase of the loss, nats per token.
     """
-    return rank * (out_features + in_features)
+
+    rank: int | None
+    parameters: int
+    loss: float
 
 
-def uniform_rank(keep: float, out_features: int, in_features: int) -> int | None:
-    """The largest rank whose factors hold at most `keep` of the matrix's parameters, or None for a matrix that stays dense.
+@dataclass(frozen=True)
+class Storage:
+    """What the product of a matrix W (out, in) takes, by rank.
 
-    r = ⌊keep · out · in / (out + in)⌋, at least 1. Factors at r ≥ out · in / (out + in) would be no smaller than the matrix.
-    `keep` = 1 keeps the matrix: truncating it would lose accuracy and save nothing that was asked for.
+    Attributes:
+        out_features: rows.
+        in_features: columns.
+        form: "factors", A (out, r) and B (r, in); or "pivot", r rows of the product, coefficients of the others, and one bit
+            for each row that says which is which.
+        bias: whether a bias is stored along.
+    """
+
+    out_features: int
+    in_features: int
+    form: str = "factors"
+    bias: bool = False
+
+    @property
+    def dense(self) -> int:
+        """out · in."""
+        return self.out_features * self.in_features
+
+    @property
+    def mask(self) -> int:
+        """Bytes of the mask that holds a bit for each row in pivot form; each counts as a number stored."""
+        return math.ceil(self.out_features / 8) if self.form == "pivot" else 0
+
+    @property
+    def overhead(self) -> int:
+        """Numbers stored at any rank: bias and mask."""
+        return self.bias * self.out_features + self.mask
+
+    def parameters(self, rank: int) -> int:
+        """r (out + in), in pivot form r (out + in − r), and the overhead.
+
+        >>> Storage(10, 20).parameters(2), Storage(10, 20, "pivot").parameters(2)
+        (60, 58)
+        """
+        across = self.out_features + self.in_features - (rank if self.form == "pivot" else 0)
+        return rank * across + self.overhead
+
+    def saves(self, rank: int) -> bool:
+        """Whether the product at this rank takes fewer numbers than the matrix.
+
+        >>> Storage(10, 10).saves(5), Storage(10, 10).saves(4)
+        (False, True)
+        """
+        return self.parameters(rank) < self.dense
+
+    def largest_rank(self, parameters: float) -> int:
+        """The largest rank, at most min(out, in), whose product takes at most so many numbers; 0 where there is none.
+
+        >>> Storage(576, 576).largest_rank(0.8 * 576 * 576), Storage(576, 576, "pivot").largest_rank(0.8 * 576 * 576)
+        (230, 318)
+        """
+        room, across = parameters - self.overhead, self.out_features + self.in_features
+        if room <= 0:
+            return 0
+        # The smaller root of r (out + in − r) = room, and the slack that keeps a whole result from being floored away.
+        root = (across - math.sqrt(max(across**2 - 4 * room, 0))) / 2 if self.form == "pivot" else room / across
+        return min(math.floor(root * (1 + 1e-12)), self.out_features, self.in_features)
+
+
+def uniform_rank(keep: float, storage: Storage) -> int | None:
+    """The largest rank whose product takes at most `keep` of the matrix's parameters, or None for a matrix that stays dense.
+
+    At least 1. `keep` = 1 keeps the matrix: truncating it would lose accuracy and save nothing that was asked for.
 
     Args:
         keep: fraction of out · in that is stored, 0 < keep ≤ 1.
-        out_features: rows of the matrix.
-        in_features: columns of the matrix.
+        storage: the matrix and the form of its product.
 
-    >>> uniform_rank(0.8, 576, 576)
+    >>> uniform_rank(0.8, Storage(576, 576))
     230
-    >>> uniform_rank(1.0, 576, 1536) is None
+    >>> uniform_rank(1.0, Storage(576, 1536)) is None
     True
-    >>> uniform_rank(0.5, 1, 10) is None
+    >>> uniform_rank(0.5, Storage(1, 10)) is None
     True
     """
     if keep >= 1:
         return None
-    # The correction keeps a product that is whole in exact arithmetic (0.6 · 400 / 40 = 6) from being floored to 5.
-    rank = max(1, math.floor(keep * out_features * in_features / (out_features + in_features) * (1 + 1e-12)))
-    return rank if saves_parameters(rank, out_features, in_features) else None
+    rank = max(1, storage.largest_rank(keep * storage.dense))
+    return rank if storage.saves(rank) else None
 
 
-def saves_parameters(rank: int, out_features: int, in_features: int) -> bool:
-    """Whether factors of this rank hold fewer parameters than the matrix.
+def points(
+    losses: Tensor, storage: Storage, multiple: int = RANK_MULTIPLE, floor: float = 0.0, ceiling: float = 1.0
+) -> list[Point]:
+    """The curve of a matrix: the ranks to choose from and dense, cheapest first, with what each stores and loses.
 
-    >>> saves_parameters(5, 10, 10), saves_parameters(4, 10, 10)
-    (False, True)
+    Rank r loses Σ_{i>r} q_i. Ranks are multiples of `multiple` that save parameters; where there is none, ranks from 1 up.
+
+    Args:
+        losses: q, shape (min(out, in),), as from `decompositions.direction_losses`.
+        storage: the matrix and the form of its product.
+        multiple: what ranks are a multiple of.
+        floor: the least fraction of the matrix's parameters that is stored, 0 ≤ floor < 1.
+        ceiling: the most, floor ≤ ceiling ≤ 1; below 1 the matrix is never dense.
     """
-    return factor_parameters(rank, out_features, in_features) < out_features * in_features
+    tails = [*losses.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+    for step in (multiple, 1):
+        ranks = [rank for rank in range(step, len(tails), step) if storage.saves(rank)]
+        within = [r for r in ranks if floor * storage.dense <= storage.parameters(r) <= ceiling * storage.dense]
+        if within:
+            break
+    curve = [Point(rank, storage.parameters(rank), tails[rank]) for rank in within]
+    return curve if ceiling < 1 and curve else [*curve, Point(None, storage.dense, 0.0)]
+
+
+def allocate(curves: Sequence[Sequence[Point]], budget: int) -> list[int]:
+    """For each curve the point to take, so that the predicted losses sum up to the least within the budget.
+
+    One Lagrange multiplier μ for all curves, found by bisection over the slopes of their lower convex hulls: each takes the
+    point with the least loss + μ · parameters. What is left of the budget goes, step by step, to the matrix that gains most
+    per parameter; less than one rank step of every matrix remains.
+
+    Args:
+        curves: for each matrix its points, cheapest first; losses fall.
+        budget: the most parameters in all.
+
+    Returns:
+        The index of a point for each curve.
+
+    Raises:
+        ValueError: the cheapest points already exceed the budget.
+
+    >>> near, far = [Point(8, 80, 0.1), Point(None, 100, 0.0)], [Point(8, 80, 5.0), Point(None, 100, 0.0)]
+    >>> allocate([near, far], 180)
+    [0, 1]
+    """
+    least = sum(curve[0].parameters for curve in curves)
+    if least > budget:
+        raise ValueError(f"the least that can be stored is {least:,} parameters, and the budget is {budget:,}.")
+    hulls = [_lower_hull(curve) for curve in curves]
+    slopes = sorted({slope for hull in hulls for _, slope in hull[1:]}, reverse=True)
+    low, high = 0, len(slopes)  # segments at least as steep as slopes[: low] fit the budget
+    while low < high:
+        middle = (low + high + 1) // 2
+        chosen = [_reach(hull, slopes[middle - 1]) for hull in hulls]
+        fits = sum(curve[i].parameters for curve, i in zip(curves, chosen, strict=True)) <= budget
+        low, high = (middle, high) if fits else (low, middle - 1)
+    chosen = [_reach(hull, slopes[low - 1]) if low else 0 for hull in hulls]
+    return _spend(curves, chosen, budget - sum(curve[i].parameters for curve, i in zip(curves, chosen, strict=True)))
+
+
+def _lower_hull(curve: Sequence[Point]) -> list[tuple[int, float]]:
+    """Indices of the points of the lower convex hull, each with the loss saved per parameter on the way to it."""
+    hull: list[tuple[int, float]] = [(0, math.inf)]
+    for index in range(1, len(curve)):
+        while True:
+            last = hull[-1][0]
+            slope = _gain(curve, last, index)
+            if slope < hull[-1][1]:
+                break
+            hull.pop()  # the last point lies above the line from the one before it
+        if slope > 0:
+            hull.append((index, slope))
+    return hull
+
+
+def _reach(hull: Sequence[tuple[int, float]], slope: float) -> int:
+    """The last point of a hull that is reached by segments at least this steep."""
+    return [index for index, own in hull if own >= slope][-1]
+
+
+def _gain(curve: Sequence[Point], start: int, end: int) -> float:
+    """The loss saved per parameter between two points."""
+    return (curve[start].loss - curve[end].loss) / (curve[end].parameters - curve[start].parameters)
+
+
+def _spend(curves: Sequence[Sequence[Point]], chosen: list[int], left: int) -> list[int]:
+    """Move curves to dearer points, the greatest gain per parameter first, as long as one fits."""
+    chosen = list(chosen)
+
+    def best(number: int) -> tuple[float, int, int] | None:
+        curve, start = curves[number], chosen[number]
+        steps = [
+            (-_gain(curve, start, end), number, end)
+            for end in range(start + 1, len(curve))
+            if curve[end].parameters - curve[start].parameters <= left
+        ]
+        return min(steps, default=None)
+
+    queue = [step for step in map(best, range(len(curves))) if step]
+    heapq.heapify(queue)
+    while queue:
+        _, number, end = heapq.heappop(queue)
+        price = curves[number][end].parameters - curves[number][chosen[number]].parameters
+        if price <= left:
+            left -= price
+            chosen[number] = end
+        again = best(number)
+        if again:
+            heapq.heappush(queue, again)
+    return chosen

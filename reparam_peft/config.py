@@ -17,13 +17,12 @@ from .model_card import update_model_card
 METHODS = ("svd", "whitened", "autoencoder")
 ALLOCATIONS = ("uniform", "loss")
 FORMS = ("factors", "pivot")
-# What the version at hand can do; the message says what the others wait for.
-UNAVAILABLE = {
-    "whitened": "needs calibration data, which `get_peft_model` has no way to pass; this version has `method='svd'` only",
-    "autoencoder": "needs calibration data, which `get_peft_model` has no way to pass; this version has `method='svd'` only",
-    "loss": "needs calibration data to predict the loss; this version has `allocation='uniform'` only",
-    "pivot": "needs the pivot form, which is not implemented; this version has `form='factors'` only",
-}
+INPUT_METRICS = ("gram", "diagonal", "none")
+OUTPUT_METRICS = ("fisher", "diagonal", "none")
+CALIBRATED_METHODS = ("whitened", "autoencoder")
+# What `get_peft_model` and `compress` do where a field is None.
+DATA_FREE = {"method": "svd", "allocation": "uniform", "form": "factors"}
+CALIBRATED = {"method": "whitened", "allocation": "loss", "form": "pivot"}
 
 
 @dataclass
@@ -65,15 +64,59 @@ class ReparamConfig(PeftConfig):
     )
     method: str | None = field(
         default=None,
-        metadata={"help": "How to factorise: 'svd', 'whitened' or 'autoencoder'. None: 'svd' in `get_peft_model`."},
+        metadata={
+            "help": "How to factorise: 'svd', or with calibration data 'whitened' or 'autoencoder'. None: 'svd' "
+            "in `get_peft_model`, 'whitened' in `compress`."
+        },
     )
     allocation: str | None = field(
         default=None,
-        metadata={"help": "How to choose ranks: 'uniform' or 'loss'. None: 'uniform' in `get_peft_model`."},
+        metadata={
+            "help": "How to choose ranks: 'uniform', or with calibration data 'loss', by the predicted loss. None: "
+            "'uniform' in `get_peft_model` and where `r` is given, 'loss' in `compress`."
+        },
     )
     form: str | None = field(
         default=None,
-        metadata={"help": "How the product is stored: 'factors' (A, B) or 'pivot'. None: 'factors' in `get_peft_model`."},
+        metadata={
+            "help": "How the product is stored: 'factors' (A, B), or 'pivot': r of its rows and the coefficients of the "
+            "others, which takes fewer numbers. None: 'factors' in `get_peft_model`, 'pivot' in `compress`."
+        },
+    )
+    input_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a calibrated method weighs errors over the inputs: by their 'gram' matrix; 'diagonal', by the root of "
+            "its diagonal (ASVD); or 'none'. None: 'gram'."
+        },
+    )
+    output_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a calibrated method weighs errors over the outputs: by the 'fisher' matrix of the gradients there; "
+            "'diagonal', by its diagonal (FWSVD); or 'none' (SVD-LLM). None: 'fisher'."
+        },
+    )
+    shrinkage: float | None = field(
+        default=None,
+        metadata={"help": "Part of the input metric, in [0, 1], replaced by the identity. None: by the number of tokens."},
+    )
+    output_shrinkage: float | None = field(
+        default=None,
+        metadata={"help": "Likewise for the output metric. None: by the number of tokens."},
+    )
+    rank_multiple: int | None = field(
+        default=None, metadata={"help": "What ranks are a multiple of with `allocation='loss'`. None: 8."}
+    )
+    floor: float | None = field(
+        default=None,
+        metadata={"help": "The least fraction of a matrix that `allocation='loss'` stores, 0 <= floor < 1. None: 0."},
+    )
+    ceiling: float | None = field(
+        default=None,
+        metadata={
+            "help": "The most that it stores of a matrix, floor <= ceiling <= 1; below 1 no matrix stays dense. None: 1."
+        },
     )
     keep_base: bool = field(
         default=False,
@@ -117,6 +160,20 @@ class ReparamConfig(PeftConfig):
     stored_bytes: int | None = field(
         default=None, metadata={"help": "Filled in: bytes stored for them in the base model's dtype, dense ones included."}
     )
+    moved_bias: bool = field(
+        default=False,
+        metadata={"help": "Filled in: whether factorised modules with a bias hold one of their own, moved by E[(W - AB) x]."},
+    )
+    calibration_tokens: int | None = field(
+        default=None, metadata={"help": "Filled in: input rows that the statistics were taken of."}
+    )
+    gradient_tokens: int | None = field(
+        default=None, metadata={"help": "Filled in: labels sampled for the gradients that the statistics were taken of."}
+    )
+    seed: int | None = field(default=None, metadata={"help": "Filled in: the seed of the sampled labels."})
+    predicted_loss: float | None = field(
+        default=None, metadata={"help": "Filled in: predicted increase of the loss, nats per token."}
+    )
     evaluation: dict[str, float] | None = field(
         default=None,
         metadata={"help": "Figures for the model card, e.g. {'dense perplexity': 19.4, 'perplexity': 25.4}; set by you."},
@@ -130,6 +187,7 @@ class ReparamConfig(PeftConfig):
         self._from_file = self.stored_parameters is not None
         self._check_size()
         self._check_choices()
+        self._check_calibration()
         self._check_modules()
         self._check_filled_in()
 
@@ -159,7 +217,7 @@ class ReparamConfig(PeftConfig):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if isinstance(config, ReparamConfig) and weights.is_file():
-            _check_weights(weights, config.rank_pattern)
+            _check_weights(weights, config.rank_pattern, config.form)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -197,14 +255,43 @@ class ReparamConfig(PeftConfig):
             ("method", self.method, METHODS),
             ("allocation", self.allocation, ALLOCATIONS),
             ("form", self.form, FORMS),
+            ("input_metric", self.input_metric, INPUT_METRICS),
+            ("output_metric", self.output_metric, OUTPUT_METRICS),
         ):
             if value is not None and value not in allowed:
                 raise ValueError(f"`{name}` must be one of {', '.join(map(repr, allowed))} or None, got {value!r}.")
-            if value in UNAVAILABLE:
-                raise ValueError(f"`{name}={value!r}` {UNAVAILABLE[value]}.")
-        for name in ("keep_base", "init_weights", "inference_mode"):
+        for name in ("keep_base", "init_weights", "inference_mode", "moved_bias"):
             if not isinstance(getattr(self, name), bool):
                 raise TypeError(f"`{name}` must be True or False, got {getattr(self, name)!r}.")
+
+    def _check_calibration(self) -> None:
+        for name in ("shrinkage", "output_shrinkage", "floor", "ceiling"):
+            value = getattr(self, name)
+            if value is not None and (isinstance(value, bool) or not isinstance(value, (int, float))):
+                raise TypeError(f"`{name}` must be a number in [0, 1] or None, got {value!r}.")
+            if value is not None and not 0 <= value <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1], got {value!r}.")
+        if self.rank_multiple is not None and (isinstance(self.rank_multiple, bool) or not isinstance(self.rank_multiple, int)):
+            raise TypeError(f"`rank_multiple` must be a positive int or None, got {self.rank_multiple!r}.")
+        if self.rank_multiple is not None and self.rank_multiple < 1:
+            raise ValueError(f"`rank_multiple` must be a positive int or None, got {self.rank_multiple!r}.")
+        floor, ceiling = self.floor or 0.0, 1.0 if self.ceiling is None else self.ceiling
+        if floor >= 1 or floor > ceiling:
+            raise ValueError(f"`floor` must be below 1 and at most `ceiling`, got {floor!r} and {ceiling!r}.")
+        if self.allocation is None and self.r is None and not self._from_file and floor > self.keep:
+            raise ValueError(f"`floor` must be at most `keep`, got {floor!r} and {self.keep!r}.")
+        if self.r is not None and self.allocation == "loss":
+            raise ValueError(f"`r={self.r!r}` fixes the ranks, and `allocation='loss'` chooses them under `keep`; give one.")
+        # What would have no effect is refused.
+        without_loss = self.allocation == "uniform" or self.r is not None
+        for name in ("rank_multiple", "floor", "ceiling"):
+            if without_loss and getattr(self, name) is not None:
+                raise ValueError(f"`{name}` has an effect with `allocation='loss'` only; leave it out.")
+        for name in ("input_metric", "output_metric", "shrinkage", "output_shrinkage"):
+            if self.method == "svd" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` has an effect with a calibrated method only, not with `method='svd'`; leave it out."
+                )
 
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "dense_modules"):
@@ -236,7 +323,15 @@ class ReparamConfig(PeftConfig):
                 setattr(self, name, set(value))
 
     def _check_filled_in(self) -> None:
-        for name in ("dense_parameters", "stored_parameters", "dense_bytes", "stored_bytes"):
+        counts = (
+            "dense_parameters",
+            "stored_parameters",
+            "dense_bytes",
+            "stored_bytes",
+            "calibration_tokens",
+            "gradient_tokens",
+        )
+        for name in (*counts, "seed"):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise TypeError(f"`{name}` is filled in by the model and must be a count or None, got {value!r}.")
@@ -248,20 +343,21 @@ class ReparamConfig(PeftConfig):
             raise TypeError(f"`evaluation` must be a dict of names to finite numbers, got {figures!r}.")
 
 
-def _check_weights(path: Path, ranks: dict[str, int]) -> None:
-    """Raise `ValueError` unless the header of a safetensors file is whole and lists factors of these ranks."""
+def _check_weights(path: Path, ranks: dict[str, int], form: str | None) -> None:
+    """Raise `ValueError` unless the header of a safetensors file is whole and lists products of these ranks."""
     try:
         with safe_open(path, framework="pt") as file:
             names = {key: key.removeprefix("base_model.model.") for key in file.keys()}  # noqa: SIM118
-            shapes = {name: file.get_slice(key).get_shape() for key, name in names.items()}
+            shapes = {name: tuple(file.get_slice(key).get_shape()) for key, name in names.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from error
+    expanding = "A.K.weight" if form == "pivot" else "A.weight"
     for name, rank in ranks.items():
-        for factor in "AB":
-            if f"{name}.reparam_factors.{factor}.weight" not in shapes:
-                raise ValueError(f"{path} has no factor {factor} of {name}; it is damaged or of another model.")
-        shape = tuple(shapes[f"{name}.reparam_factors.A.weight"])
-        if len(shape) < 2 or shape[1] != rank:
+        for tensor in ("B.weight", "A.mask" if form == "pivot" else "A.weight"):
+            if f"{name}.reparam_factors.{tensor}" not in shapes:
+                raise ValueError(f"{path} has no factor {tensor[0]} of {name} ({tensor}); it is damaged or of another model.")
+        shape = shapes.get(f"{name}.reparam_factors.{expanding}")  # the pivot form of rank `out` has none
+        if shape is not None and (len(shape) < 2 or shape[1] != rank):
             raise ValueError(
                 f"{path} has a factor A of shape {shape} for {name}, and its config says rank {rank}; the two do not belong "
                 "together."

@@ -10,6 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .metrics import Metric, check_metric
+
 # An `eigh` of an n × n Gram in precision eps captures less energy than the optimum by up to about 0.025 · eps · n · λ₁
 # (measured, worst case: eigenvalues that crowd around the cut). Its subspace is taken where the discarded energy is at least
 # 2500 · eps · n · λ₁: then the error of A B is within 1e-5, relatively, of the optimum, with a factor of two to spare.
@@ -49,15 +51,24 @@ def check_matrix(weight: Tensor) -> None:
         raise ValueError("`weight` contains NaN or infinite values; repair or exclude it.")
 
 
-def factorize(weight: Tensor, rank: int) -> Factors:
-    """Rank-`rank` factors with the least Frobenius error: the truncated singular value decomposition.
+def factorize(weight: Tensor, rank: int, gram: Tensor | None = None, output_gram: Tensor | None = None) -> Factors:
+    """Rank-`rank` factors with the least error: of the weight or, with metrics, of the outputs on the calibration rows.
 
-    Minimises ‖W − A B‖_F (Eckart & Young 1936): A = U_r, the leading left singular vectors, and B = U_rᵀ W. Where W has
-    fewer columns than rows, A = W V_r and B = V_rᵀ instead, so that only the smaller Gram matrix is decomposed. At full
-    rank one factor is the identity and the other is W: the original matrix to the last bit.
+    Without metrics minimises ‖W − A B‖_F (Eckart & Young 1936): A = U_r, the leading left singular vectors, and B = U_rᵀ W.
+    Where W has fewer columns than rows, A = W V_r and B = V_rᵀ instead, so that only the smaller Gram matrix is decomposed.
 
-    Accuracy: U_r comes from `eigh` of the Gram matrix of the smaller side n, accumulated in float64. A Gram squares the
-    condition number: directions whose singular value is below about 1e-7 σ₁ are not resolved. Therefore
+    With metrics minimises ‖F^½ (W − A B) G^½‖_F. Let S Sᵀ = G and T Tᵀ = F, and U_r the leading left singular vectors of
+    Tᵀ W S: then A = T⁻ᵀ U_r and B = U_rᵀ Tᵀ W. G is never inverted, so that a singular one is no special case; of a singular F
+    the pseudo-inverse is taken. G alone is the whitening of SVD-LLM (Wang et al. 2024, arXiv:2403.07378) as Swift-SVD
+    computes it (arXiv:2604.01609); both together are KFAC-SVD. A vector is a diagonal metric: squared scales of the input
+    channels are ASVD (Yuan et al. 2023, arXiv:2312.05821), the Fisher information of each output FWSVD (Hsu et al. 2022,
+    arXiv:2207.00112).
+
+    At full rank one factor is the identity and the other is W: the original matrix to the last bit.
+
+    Accuracy: with metrics, all is float64. Without, U_r comes from `eigh` of the Gram matrix of the smaller side n,
+    accumulated in float64. A Gram squares the condition number: directions whose singular value is below about 1e-7 σ₁ are
+    not resolved. Therefore
     (1) `eigh` runs in float32, at half the cost, where the discarded energy Σ_{i>r} σ_i² is at least 3e-4 · n · σ₁²;
     (2) otherwise in float64, where it is at least 6e-13 · n · σ₁²;
     (3) otherwise, for matrices that are nearly of rank `rank`, `torch.linalg.svd` runs in float64.
@@ -67,13 +78,15 @@ def factorize(weight: Tensor, rank: int) -> Factors:
     Args:
         weight: W, shape (out, in), any floating dtype; half precision is decomposed in float32 or float64.
         rank: r, with 1 ≤ r ≤ min(out, in).
+        gram: G = XᵀX, shape (in, in), or a diagonal, shape (in,); positive semidefinite, of any scale. None: the identity.
+        output_gram: F = E[g gᵀ] of the gradients at the outputs, shape (out, out) or (out,); likewise.
 
     Returns:
         `Factors(A, B)`, shapes (out, r) and (r, in), contiguous, with the dtype and device of `weight`.
 
     Raises:
-        ValueError: `rank` is out of range; `weight` is no matrix, holds no data, or holds NaN or inf; or its values are so near
-            the largest of its dtype that the factors overflow.
+        ValueError: `rank` is out of range; `weight` is no matrix, holds no data, or holds NaN or inf; a metric has the wrong
+            shape or holds NaN or inf; or values are so near the largest of the dtype that the factors overflow.
         TypeError: `rank` is no int, or `weight` has no floating dtype.
 
     >>> W = torch.tensor([[3.0, 0.0], [0.0, 1.0], [0.0, 0.0]])
@@ -85,17 +98,58 @@ def factorize(weight: Tensor, rank: int) -> Factors:
     """
     check_matrix(weight)
     check_rank(rank, weight.shape)
+    metrics = _metrics(weight, gram, output_gram)
     out_features, in_features = weight.shape
     if rank == min(weight.shape):
         identity = torch.eye(rank, dtype=weight.dtype, device=weight.device)
         dense = weight.detach().clone(memory_format=torch.contiguous_format)
         return Factors(identity, dense) if out_features <= in_features else Factors(dense, identity)
     stored = _empty_factors(weight, rank)
+    if gram is not None or output_gram is not None:
+        A, B = _nested_factors(weight, *metrics)
+        return _round_into(stored, A[:, :rank], B[:rank])
     wide = weight.detach() if out_features <= in_features else weight.detach().mT
     basis = _leading_left_singular_vectors(wide, rank)
     projected = basis.mT @ wide.to(basis)
     A, B = (basis, projected) if out_features <= in_features else (projected.mT, basis.mT)
     return _round_into(stored, A, B)
+
+
+def direction_losses(
+    weight: Tensor,
+    gram: Tensor,
+    fisher: Tensor,
+    input_metric: Tensor | None = None,
+    output_metric: Tensor | None = None,
+) -> Tensor:
+    """What dropping each direction of a factorisation is predicted to add to the loss.
+
+    Direction i of the factors A B = W of full rank costs q_i = ½ (a_iᵀ F a_i) (b_i G b_iᵀ), with a_i a column of A and b_i a
+    row of B: the second-order increase, where F is the Fisher information of the outputs, but for terms between directions.
+    Where the factorisation minimises this very error those vanish, and q_i = ½ σ_i² with σ_i the singular values of
+    F^½ W G^½ (KFAC-SVD; with G alone as the metric, the Gauss–Newton form of ZS-SVD, arXiv:2602.02848).
+
+    Args:
+        weight: W, shape (out, in).
+        gram: G, mean over the tokens, shape (in, in) or (in,), in which the cost is measured.
+        fisher: F, mean over the tokens, shape (out, out) or (out,), in which the cost is measured.
+        input_metric: what `factorize` gets as `gram`; None: the identity.
+        output_metric: what `factorize` gets as `output_gram`; None: the identity.
+
+    Returns:
+        q, shape (min(out, in),), float64, ≥ 0, in nats per token where F is of the loss in nats: rank r keeps the first r.
+
+    Raises:
+        ValueError, TypeError: as for `factorize`.
+    """
+    check_matrix(weight)
+    measured = _metrics(weight, gram, fisher)
+    if input_metric is gram and output_metric is fisher:
+        exact, largest = _scaled(weight)
+        energies, _ = _decompose(exact, *measured, vectors=False)
+        return energies.flip(0).clamp(min=0) * (largest**2 * measured[0].scale * measured[1].scale / 2)
+    A, B = _nested_factors(weight, *_metrics(weight, input_metric, output_metric))
+    return measured[1].norms(A) * measured[0].norms(B.mT) / 2
 
 
 def random_factors(weight: Tensor, rank: int) -> Factors:
@@ -141,6 +195,50 @@ def _round_into(stored: Factors, A: Tensor, B: Tensor) -> Factors:
     if not all(torch.isfinite(factor).all() for factor in stored):
         raise ValueError(f"the factors of `weight` overflow {stored.A.dtype}; scale it down, or convert it to a wider dtype.")
     return stored
+
+
+def _metrics(weight: Tensor, gram: Tensor | None, output_gram: Tensor | None) -> tuple[Metric, Metric]:
+    """G and F, checked; the identity, as a diagonal, where there is none."""
+    out_features, in_features = weight.shape
+    given = []
+    for name, metric, size in (("gram", gram, in_features), ("output_gram", output_gram, out_features)):
+        if metric is None:
+            metric = torch.ones(size, device=weight.device)
+        check_metric(name, metric, size)
+        given.append(Metric(metric.to(weight.device)))
+    return given[0], given[1]
+
+
+def _nested_factors(weight: Tensor, gram: Metric, output_gram: Metric) -> tuple[Tensor, Tensor]:
+    """A (out, k) and B (k, in), k = min(out, in), float64: their first r columns and rows are the best factors of rank r."""
+    W, largest = _scaled(weight)
+    _, U = _decompose(W, gram, output_gram)
+    U = U.flip(1)
+    A, B = output_gram.unwhiten(U), U.mT @ output_gram.whiten(W)
+    return A, B * largest
+
+
+def _decompose(W: Tensor, gram: Metric, output_gram: Metric, vectors: bool = True) -> tuple[Tensor, Tensor | None]:
+    """Squared singular values of M = Tᵀ W S, ascending, and on request the left singular vectors (out, k)."""
+    whitened = output_gram.whiten(W)
+    tall = W.shape[0] > W.shape[1]
+    M = gram.whiten(whitened.mT).mT if tall else whitened
+    square = M.mT @ M if tall else M @ gram.times(M.mT)
+    square = (square + square.mT) / 2
+    if not vectors:
+        return torch.linalg.eigvalsh(square), None
+    energies, vectors_of_square = torch.linalg.eigh(square)
+    if not tall:
+        return energies, vectors_of_square
+    # M v_i = σ_i u_i. QR, largest first, makes them orthonormal also where σ_i is lost in rounding.
+    return energies, torch.linalg.qr(M @ vectors_of_square.flip(1)).Q.flip(1)
+
+
+def _scaled(weight: Tensor) -> tuple[Tensor, float]:
+    """`weight` in float64 with a largest entry of 1, which keeps products of very large weights finite; and that entry."""
+    exact = (weight.cpu() if weight.device.type == "mps" else weight).detach().double()  # MPS has neither float64 nor eigh
+    largest = float(torch.linalg.vector_norm(exact, torch.inf).clamp(min=torch.finfo(torch.float64).tiny))
+    return exact / largest, largest
 
 
 def _leading_left_singular_vectors(wide: Tensor, rank: int) -> Tensor:

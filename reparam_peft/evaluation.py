@@ -51,7 +51,7 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> flo
     """
     shifts = predicts_next_token(model)
     total, count = 0.0, 0
-    with _evaluating(model):
+    with evaluating(model):
         for index, batch in enumerate(batches):
             batch = _to_device(batch, model, index)
             labels = _labels(batch, shifts, index)
@@ -116,6 +116,7 @@ class MatrixSize:
         rank: of its factors, or None where it stays dense.
         stored_parameters: what a checkpoint holds.
         bytes_per_parameter: in the base model's dtype.
+        mask_bytes: how many of the stored parameters are bytes of the mask of the pivot form.
     """
 
     name: str
@@ -123,6 +124,7 @@ class MatrixSize:
     rank: int | None
     stored_parameters: int
     bytes_per_parameter: int
+    mask_bytes: int = 0
 
     @property
     def dense_parameters(self) -> int:
@@ -137,7 +139,7 @@ class MatrixSize:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the factors, or of the matrix where it stays dense."""
-        return self.stored_parameters * self.bytes_per_parameter
+        return (self.stored_parameters - self.mask_bytes) * self.bytes_per_parameter + self.mask_bytes
 
 
 @dataclass(frozen=True)
@@ -258,7 +260,7 @@ def benchmark(
     runs: list[list[tuple[float, float | None, int]]] = [[] for _ in models]
     for repeat in range(repeats + 1):
         for timed, own in zip(models, runs, strict=True):
-            with _evaluating(timed):
+            with evaluating(timed):
                 run = _time_once(timed, prompt_length, new_tokens, batch_size)
             if repeat:
                 own.append(run)
@@ -348,7 +350,7 @@ def _peak_memory(device: torch.device) -> Iterator[list[int]]:
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
+def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, and each module's own mode again afterwards."""
     training = [module for module in model.modules() if module.training]
     model.eval()

@@ -6,6 +6,8 @@ A kind is one class below and one entry in `KINDS`.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -14,113 +16,39 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 from transformers.pytorch_utils import Conv1D
 
-from .decompositions import Factors
-
-# The operator that PyTorch's compiler emits for linear layers on a CPU; None in builds without oneDNN.
-SINGLE_ROW_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-SINGLE_ROW_LEAST = 2**18  # parameters below which starting the operator costs more than it saves
-
-
-class FactorizedModule(nn.Module):
-    """B, then A: the layer of a matrix W (out, in) ≈ A B, without W.
-
-    Attributes:
-        B: maps the input to r features.
-        A: maps r features to the output; its weight has r input features.
-    """
-
-    A: nn.Module
-    B: nn.Module
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        """A (B x) + `bias`; `bias` has shape (out,)."""
-        y = self.A(self.B(x))
-        return y if bias is None else y + bias.to(y.dtype)
-
-    @property
-    def dtype(self) -> torch.dtype:
-        """The dtype that inputs are cast to."""
-        return self.B.weight.dtype
-
-    @property
-    def factors(self) -> Factors:
-        """A (out, r) and B (r, in): views of the parameters."""
-        return Factors(self.A.weight.flatten(1), self.B.weight.flatten(1))
-
-    def set_factors(self, factors: Factors) -> None:
-        """Make A (out, r) and B (r, in) the parameters, in their dtype; copied only where needed. Works on meta."""
-        for child, factor in ((self.A, factors.A), (self.B, factors.B)):
-            own = child.weight
-            shaped = factor.detach().reshape(own.shape).to(own.dtype).contiguous()
-            if own.device.type == "meta":
-                child.weight = nn.Parameter(shaped, requires_grad=own.requires_grad)
-            else:
-                own.data = shaped  # the same parameter: an optimiser may hold it
-
-
-class FactorLinear(nn.Linear):
-    """An `nn.Linear` that multiplies single rows, as in decoding, by oneDNN where PyTorch's own product is slow.
-
-    For one row PyTorch calls a matrix–vector product that runs on one core and is slow on the short rows of factors. It is
-    replaced in float32 on a CPU, outside of autograd, autocast and tracing; results agree to rounding.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == self.in_features and self._is_slow(x):
-            return SINGLE_ROW_PRODUCT(x, self.weight, self.bias, "none", [], "")
-        return super().forward(x)
-
-    def _is_slow(self, x: Tensor) -> bool:
-        plain = type(x) is Tensor and type(self.weight) is nn.Parameter and x.device.type == "cpu" and x.dim() > 0
-        return (
-            plain
-            and SINGLE_ROW_PRODUCT is not None
-            and x.dtype == self.weight.dtype == torch.float32
-            and self.weight.numel() >= SINGLE_ROW_LEAST
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-        )
+from .products import FactorizedModule, FactorLinear, Like
 
 
 class FactorizedLinear(FactorizedModule):
     """`nn.Linear` (or GPT-2's `Conv1D`) of a product: x (..., in) → A (B x) (..., out)."""
 
-    def __init__(self, in_features: int, out_features: int, rank: int, **like: torch.device | torch.dtype | None) -> None:
-        super().__init__()
-        self.B = FactorLinear(in_features, rank, bias=False, **like)
-        self.A = FactorLinear(rank, out_features, bias=False, **like)
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, form: str = "factors", bias: bool = False, **like: Like
+    ) -> None:
+        expand = partial(FactorLinear, rank, bias=False, **like)
+        super().__init__(FactorLinear(in_features, rank, bias=False, **like), expand, rank, out_features, form, bias, **like)
 
 
 class FactorizedConv2d(FactorizedModule):
     """`nn.Conv2d` of a product: B is the convolution with r output channels, A a 1 × 1 convolution."""
 
-    def __init__(self, layer: nn.Conv2d, rank: int, **like: torch.device | torch.dtype | None) -> None:
-        super().__init__()
-        self.B = nn.Conv2d(
-            layer.in_channels,
-            rank,
-            layer.kernel_size,
-            layer.stride,
-            layer.padding,
-            layer.dilation,
-            bias=False,
-            padding_mode=layer.padding_mode,
-            **like,
+    def __init__(self, layer: nn.Conv2d, rank: int, form: str = "factors", bias: bool = False, **like: Like) -> None:
+        options = {"padding_mode": layer.padding_mode, "bias": False, **like}
+        B = nn.Conv2d(
+            layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups=1, **options
         )
-        self.A = nn.Conv2d(rank, layer.out_channels, 1, bias=False, **like)
+        expand = partial(nn.Conv2d, rank, kernel_size=1, bias=False, **like)
+        super().__init__(B, expand, rank, layer.out_channels, form, bias, dim=-3, **like)
 
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        return super().forward(x, None if bias is None else bias.view(-1, 1, 1))
+    def _shaped(self, bias: Tensor) -> Tensor:
+        return bias.view(-1, 1, 1)
 
 
 class FactorizedEmbedding(FactorizedModule):
     """`nn.Embedding` of a product: the table's transpose W (embedding_dim, num_embeddings) is A B."""
 
-    def __init__(self, layer: nn.Embedding, rank: int, **like: torch.device | torch.dtype | None) -> None:
-        super().__init__()
-        self.B = nn.Embedding(
+    def __init__(self, layer: nn.Embedding, rank: int, form: str = "factors", bias: bool = False, **like: Like) -> None:
+        B = nn.Embedding(
             layer.num_embeddings,
             rank,
             padding_idx=layer.padding_idx,
@@ -128,29 +56,30 @@ class FactorizedEmbedding(FactorizedModule):
             sparse=layer.sparse,
             **like,
         )
-        self.A = nn.Linear(rank, layer.embedding_dim, bias=False, **like)
-        # BART multiplies its embeddings by a number, Gemma by a tensor in the dtype of the table, which may be on meta.
-        scale = getattr(layer, "embed_scale", 1.0)
-        if isinstance(scale, Tensor):
-            scale = torch.tensor(float(getattr(layer, "scalar_embed_scale", scale)), dtype=self.A.weight.dtype)
-        self.scale = float(scale)
+        super().__init__(B, partial(nn.Linear, rank, bias=False, **like), rank, layer.embedding_dim, form, bias, **like)
+        self.scale = embedding_scale(layer)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = super().forward(x, bias)
         return y if self.scale == 1.0 else y * self.scale
 
-    @property
-    def factors(self) -> Factors:
-        return Factors(self.A.weight, self.B.weight.mT)
+    def _matrix_of_B(self, weight: Tensor) -> Tensor:
+        return weight.mT
 
-    def set_factors(self, factors: Factors) -> None:
-        super().set_factors(Factors(factors.A, factors.B.mT))
+
+def embedding_scale(layer: nn.Embedding) -> float:
+    """What an embedding multiplies its rows by: BART a number, Gemma a tensor in the table's dtype, which may be on meta."""
+    scale = getattr(layer, "embed_scale", 1.0)
+    if isinstance(scale, Tensor):
+        scale = torch.tensor(float(getattr(layer, "scalar_embed_scale", scale)), dtype=layer.weight.dtype)
+    return float(scale)
 
 
 class LayerKind(ABC):
     """A kind of layer that computes y = W x + b for a matrix W (out, in) and rows x that it makes from its input."""
 
     layer_class: type[nn.Module]
+    one_hot = False  # whether each row picks one column, so that Gram matrices are diagonal
 
     def check(self, layer: nn.Module) -> None:
         """Raise `TypeError` or `ValueError`, with the reason and the remedy, where this layer cannot be factorised."""
@@ -194,8 +123,18 @@ class LayerKind(ABC):
         """X, shape (n, in): the rows that W multiplies, one for each row of outputs (n, out)."""
 
     @abstractmethod
-    def factorized(self, layer: nn.Module, rank: int, *, device: torch.device | None, dtype: torch.dtype) -> FactorizedModule:
-        """The factorised module with parameters of arbitrary content."""
+    def factorized(
+        self, layer: nn.Module, rank: int, form: str = "factors", bias: bool = False, **like: Like
+    ) -> FactorizedModule:
+        """The factorised module with parameters of arbitrary content, on the device and in the dtype of `like`."""
+
+    def gradient_rows(self, layer: nn.Module, gradients: Tensor) -> Tensor:
+        """g, shape (n, out): the rows of gradients with respect to W x, of gradients with respect to the layer's output."""
+        return gradients.reshape(-1, gradients.shape[-1])
+
+    def row_counts(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+        """The diagonal of G = XᵀX, shape (in,): all of it for a kind whose rows are one-hot."""
+        return self.rows(layer, inputs).square().sum(0)
 
 
 class LinearKind(LayerKind):
@@ -215,9 +154,9 @@ class LinearKind(LayerKind):
     def rows(self, layer: nn.Linear, inputs: Tensor) -> Tensor:
         return inputs.reshape(-1, inputs.shape[-1])
 
-    def factorized(self, layer: nn.Linear, rank: int, **like: torch.device | torch.dtype | None) -> FactorizedLinear:
+    def factorized(self, layer: nn.Linear, rank: int, *args: Any, **like: Like) -> FactorizedLinear:
         out_features, in_features = self.shape(layer)
-        return FactorizedLinear(in_features, out_features, rank, **like)
+        return FactorizedLinear(in_features, out_features, rank, *args, **like)
 
 
 class Conv1DKind(LinearKind):
@@ -266,14 +205,18 @@ class Conv2dKind(LayerKind):
         patches = F.unfold(padded, layer.kernel_size, layer.dilation, stride=layer.stride)
         return patches.mT.flatten(0, -2)
 
-    def factorized(self, layer: nn.Conv2d, rank: int, **like: torch.device | torch.dtype | None) -> FactorizedConv2d:
-        return FactorizedConv2d(layer, rank, **like)
+    def gradient_rows(self, layer: nn.Conv2d, gradients: Tensor) -> Tensor:
+        return gradients.flatten(2).mT.flatten(0, 1)
+
+    def factorized(self, layer: nn.Conv2d, rank: int, *args: Any, **like: Like) -> FactorizedConv2d:
+        return FactorizedConv2d(layer, rank, *args, **like)
 
 
 class EmbeddingKind(LayerKind):
     """`nn.Embedding`: the transposed table (embedding_dim, num_embeddings), the input as one-hot rows."""
 
     layer_class = nn.Embedding
+    one_hot = True
 
     def computes_alike(self, layer: nn.Embedding) -> bool:
         """A subclass that only multiplies by a constant, as Gemma's, is a plain embedding with a scale."""
@@ -299,8 +242,14 @@ class EmbeddingKind(LayerKind):
     def rows(self, layer: nn.Embedding, inputs: Tensor) -> Tensor:
         return F.one_hot(inputs.flatten(), layer.num_embeddings).to(layer.weight.dtype)
 
-    def factorized(self, layer: nn.Embedding, rank: int, **like: torch.device | torch.dtype | None) -> FactorizedEmbedding:
-        return FactorizedEmbedding(layer, rank, **like)
+    def gradient_rows(self, layer: nn.Embedding, gradients: Tensor) -> Tensor:
+        return super().gradient_rows(layer, gradients) * embedding_scale(layer)
+
+    def row_counts(self, layer: nn.Embedding, inputs: Tensor) -> Tensor:
+        return torch.bincount(inputs.flatten(), minlength=layer.num_embeddings)
+
+    def factorized(self, layer: nn.Embedding, rank: int, *args: Any, **like: Like) -> FactorizedEmbedding:
+        return FactorizedEmbedding(layer, rank, *args, **like)
 
 
 KINDS: tuple[LayerKind, ...] = (LinearKind(), Conv1DKind(), Conv2dKind(), EmbeddingKind())

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import warnings
-from typing import Any
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
@@ -11,11 +12,24 @@ from torch import Tensor, nn
 
 from .decompositions import Factors, factorize
 from .factorized import layer_kind
+from .pivoting import PivotFactors
 
 BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"  # PEFT's words, which its users match
 W_IS_GONE = "the original weight was dropped when it was factorised"
 DAMAGED = "the checkpoint is damaged or of another model"
 REMEDY = "create the model with `keep_base=True`, or reload the base model"
+
+
+class Product(NamedTuple):
+    """What a layer computes in place of W x + b.
+
+    Attributes:
+        factors: of a matrix W' ≈ W, in either form.
+        bias: shape (out,), where the layer's own is replaced; else None.
+    """
+
+    factors: Factors | PivotFactors
+    bias: Tensor | None = None
 
 
 class ReparamLayer(nn.Module, BaseTunerLayer):
@@ -48,6 +62,7 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
         # Follows `.to()` and tells device and dtype when W is gone. Not a parameter: PEFT and its users count those.
         self.register_buffer("placeholder", torch.full((), torch.nan, dtype=weight.dtype, device=device), persistent=False)
         self.register_buffer("unmerged_weight", None, persistent=False)
+        self.register_buffer("unmerged_bias", None, persistent=False)
         self.weight_shape = weight.shape
 
     @property
@@ -72,33 +87,58 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
         precision = torch.promote_types(A.dtype, torch.float32)
         return (A.to(precision) @ B.to(precision)).to(self.base_dtype)
 
-    def source_matrix(self) -> tuple[Tensor, str | None]:
-        """What a further adapter factorises: W; or, once W is gone, the product of an adapter, and that adapter's name."""
+    @property
+    def source(self) -> str | None:
+        """The adapter whose product a further adapter factorises, once W is gone; before, None."""
         if not self.base_weight_dropped:
-            return self._base_matrix(), None
-        adapter_name = next(name for name in [*self.active_adapters, *self.reparam_factors] if name in self.reparam_factors)
-        return self.dense_matrix(adapter_name), adapter_name
+            return None
+        return next(name for name in [*self.active_adapters, *self.reparam_factors] if name in self.reparam_factors)
 
-    def update_layer(self, adapter_name: str, rank: int, factors: Factors | None, inference_mode: bool = False) -> None:
+    @property
+    def source_has_bias(self) -> bool:
+        """Whether what a further adapter starts from has a bias in place of the base layer's."""
+        return self.source is not None and self.reparam_factors[self.source].bias is not None
+
+    def source_matrix(self) -> Tensor:
+        """What a further adapter factorises: W or, once W is gone, the product of `source`."""
+        return self._base_matrix() if self.source is None else self.dense_matrix(self.source)
+
+    def source_bias(self) -> Tensor | None:
+        """The bias that a further adapter starts from."""
+        return self._bias(self.source) if self.source_has_bias else self._base_bias()
+
+    def update_layer(
+        self,
+        adapter_name: str,
+        rank: int,
+        product: Product | None,
+        inference_mode: bool = False,
+        form: str = "factors",
+        bias: bool = False,
+    ) -> None:
         """Add an adapter.
 
         Args:
             adapter_name: its name.
             rank: r.
-            factors: A (out, r) and B (r, in); None where a loader is about to fill them in.
+            product: its factors and, with `bias`, its bias; None where a loader is about to fill them in.
             inference_mode: whether the factors are frozen.
+            form: "factors" or "pivot".
+            bias: whether it has a bias in place of the base layer's.
         """
         # On meta a module takes no memory until it is given its factors, which are not copied.
-        device = self.placeholder.device if factors is None else torch.device("meta")
-        module = self.kind.factorized(self.base_layer, rank, device=device, dtype=self.base_dtype)
-        if factors is None:
+        device = self.placeholder.device if product is None else torch.device("meta")
+        module = self.kind.factorized(self.base_layer, rank, form, bias, device=device, dtype=self.base_dtype)
+        if product is None:
             # Parameters that were never filled in must not look like weights.
             with torch.no_grad():
                 for parameter in module.parameters():
                     parameter.fill_(torch.nan)
             self.awaited.add(adapter_name)
         else:
-            module.set_factors(factors)
+            module.set_factors(product.factors)
+            if bias:
+                module.set_bias(product.bias)
         self.r[adapter_name] = rank
         self.reparam_factors[adapter_name] = module.train(self.training)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -120,8 +160,9 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
         """Take the factors that a loader has filled in.
 
         Raises:
-            ValueError: they hold NaN or inf.
+            ValueError: they hold NaN or inf, or a mask of the pivot form does not fit the rank.
         """
+        self.reparam_factors[adapter_name].refresh()
         if not all(parameter.isfinite().all() for parameter in self.reparam_factors[adapter_name].parameters()):
             raise ValueError(f"the loaded factors of adapter {adapter_name!r} contain NaN or infinite values; {DAMAGED}.")
         self.release(adapter_name)
@@ -150,8 +191,10 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
 
     def factorize_base(self, adapter_name: str) -> None:
         """Fill in factors that no loader has brought, from W; the parameters stay the same objects."""
-        factors = factorize(self._base_matrix(), self.r[adapter_name])
-        self.reparam_factors[adapter_name].set_factors(factors)
+        module = self.reparam_factors[adapter_name]
+        module.set_factors(factorize(self._base_matrix(), self.r[adapter_name]))
+        if module.bias is not None:
+            module.set_bias(self._base_bias())
         self.receive(adapter_name)
 
     def train(self, mode: bool = True) -> ReparamLayer:
@@ -187,12 +230,15 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
         if not adapter_names:
             return
         self.check_mergeable(adapter_names, safe_merge)
-        products = [self.dense_matrix(name) for name in [*self.merged_adapters, *adapter_names]]
-        matrix = products[0]
-        if len(products) > 1:
-            base = self._base_matrix()
-            matrix = sum((product - base for product in products), start=base)
+        names = [*self.merged_adapters, *adapter_names]
+        matrix = _combined([self.dense_matrix(name) for name in names], self._base_matrix)
         weight = self.kind.weight(matrix, self.weight_shape)
+        bias = self._base_bias()
+        if any(self.reparam_factors[name].bias is not None for name in names):
+            merged_bias = _combined([self._bias(name) for name in names], self._base_bias)
+            if self.unmerged_bias is None:
+                self.unmerged_bias = bias
+            self.base_layer.bias.data = merged_bias.to(bias.dtype).clone()
         if self.base_weight_dropped:
             self.base_layer.weight = nn.Parameter(weight, requires_grad=False)
         else:
@@ -222,6 +268,9 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
         else:
             self.base_layer.weight.data = self.unmerged_weight
             self.unmerged_weight = None
+        if self.unmerged_bias is not None:
+            self.base_layer.bias.data = self.unmerged_bias
+            self.unmerged_bias = None
         self.merged_adapters.clear()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -270,11 +319,29 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
         weight = self.base_layer.weight if self.unmerged_weight is None else self.unmerged_weight
         return self.kind.matrix(weight.detach())
 
+    def _base_bias(self) -> Tensor | None:
+        """The base layer's own bias, merged or not."""
+        bias = getattr(self.base_layer, "bias", None)
+        return None if bias is None else (bias.detach() if self.unmerged_bias is None else self.unmerged_bias)
+
+    def _bias(self, adapter_name: str) -> Tensor | None:
+        """The bias that an adapter computes with."""
+        own = self.reparam_factors[adapter_name].bias
+        return self._base_bias() if own is None else own.detach()
+
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         return self.placeholder.device, self.base_dtype
 
     def __repr__(self) -> str:
         return "reparam." + super().__repr__()
+
+
+def _combined(products: list[Tensor], base: Callable[[], Tensor]) -> Tensor:
+    """base + Σ (product − base); of a single product, that product to the bit."""
+    if len(products) == 1:
+        return products[0]
+    original = base()
+    return sum((product - original for product in products), start=original)
 
 
 class Linear(ReparamLayer):

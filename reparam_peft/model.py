@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from .config import ReparamConfig
+from .config import DATA_FREE, ReparamConfig
 from .evaluation import SizeReport
 from .layer import DAMAGED, W_IS_GONE, ReparamLayer, reparam_layer
 from .model_card import upload_with_section
@@ -82,6 +82,9 @@ class ReparamModel(BaseTuner):
         """Check and factorise all targets; PEFT calls this before it replaces the first."""
         adapter_name, loading, state_dict = self._injection
         peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        if not loading:
+            # A further adapter that starts from a product takes the bias that goes with it.
+            peft_config.moved_bias |= any(layer.source_has_bias for _, layer in reparam_layers(model))
         if state_dict is None:
             targets = find_targets(peft_config, model, partial(self._check_target_module_exists, peft_config))
         else:  # PEFT replaces what the state dict has keys of
@@ -104,8 +107,9 @@ class ReparamModel(BaseTuner):
         if planned.rank is None:
             return
         layer = target if isinstance(target, ReparamLayer) else reparam_layer(target)
-        self._targets[current_key] = replace(planned, factors=None)  # the layer is their only owner now
-        layer.update_layer(adapter_name, planned.rank, planned.factors, peft_config.inference_mode)
+        self._targets[current_key] = replace(planned, product=None)  # the layer is its only owner now
+        storage = planned.storage
+        layer.update_layer(adapter_name, planned.rank, planned.product, peft_config.inference_mode, storage.form, storage.bias)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -128,9 +132,8 @@ class ReparamModel(BaseTuner):
     def _fill_in(self, adapter_name: str, targets: dict[str, Target]) -> None:
         """Write what was resolved into the config, so that a checkpoint loads without computing anything."""
         config = self.peft_config[adapter_name]
-        config.method = config.method or "svd"
-        config.allocation = config.allocation or "uniform"
-        config.form = config.form or "factors"
+        for field, value in DATA_FREE.items():
+            setattr(config, field, getattr(config, field) or value)
         config.rank_pattern = {name: target.rank for name, target in targets.items() if target.rank is not None}
         config.dense_modules = sorted(name for name, target in targets.items() if target.rank is None)
         for field, value in self.size_report(adapter_name).to_dict()["targets"].items():
@@ -152,8 +155,8 @@ class ReparamModel(BaseTuner):
             raise ValueError(f"`adapter_name` must be one of {list(self.peft_config)}, got {adapter_name!r}.")
         config = self.peft_config[adapter_name]
         modules = dict(self.model.named_modules())
-        sizes = [matrix_size(name, modules[name], rank) for name, rank in config.rank_pattern.items()]
-        sizes += [matrix_size(name, modules[name], None) for name in config.dense_modules or []]
+        sizes = [matrix_size(name, modules[name], rank, config) for name, rank in config.rank_pattern.items()]
+        sizes += [matrix_size(name, modules[name], None, config) for name in config.dense_modules or []]
         inside = {id(p) for _, layer in reparam_layers(self.model) for p in layer.reparam_factors.parameters()}
         # A module that is saved whole beside the factors has copies for each adapter; it counts once.
         copies = [m.modules_to_save for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
@@ -275,7 +278,7 @@ class ReparamModel(BaseTuner):
                     f"{name}: the factors of adapter {adapter_name!r} were never loaded; run the model once first."
                 )
             for key in _factor_keys(name, layer, adapter_name):
-                if key in selected:
+                if key in selected and selected[key].is_floating_point():
                     selected[key] = selected[key].to(layer.base_dtype)
                     if not torch.isfinite(selected[key]).all():
                         raise ValueError(
@@ -305,8 +308,8 @@ class ReparamModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
             for name, layer in reparam_layers(model):
-                for key, parameter in _factor_keys(name, layer, adapter_name).items():
-                    _check_loaded_tensor(key, remapped.get(key), parameter.shape)
+                for key, own in _factor_keys(name, layer, adapter_name).items():
+                    _check_loaded_tensor(key, remapped.get(key), own, layer.r[adapter_name])
                 if adapter_name in layer.merged_adapters:
                     raise ValueError(f"{name}: adapter {adapter_name!r} is merged; unmerge it before loading others into it.")
         except ValueError:
@@ -317,27 +320,46 @@ class ReparamModel(BaseTuner):
         return remapped
 
 
-def _factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str, nn.Parameter]:
-    """State-dict keys of an adapter's factors in a layer, with the parameters."""
+def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str) -> dict[str, Target]:
+    """The targets that `get_peft_model` would take for a config, checked; changes neither model nor config.
+
+    Raises:
+        TypeError, ValueError: as for `get_peft_model`.
+    """
+    config = copy.deepcopy(config)
+    tuner = ReparamModel.__new__(ReparamModel)
+    config = tuner._prepare_adapter_config(config, BaseTuner.get_model_config(model))
+    config = _maybe_include_all_linear_layers(config, model)
+    targets = find_targets(config, model, partial(ReparamModel._check_target_module_exists, config))
+    if not targets:
+        raise ValueError(f"`target_modules` {config.target_modules!r} match no module of the model; check the names.")
+    check_targets(targets, config, model, adapter_name, loading=False)
+    return targets
+
+
+def _factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str, Tensor]:
+    """State-dict keys of what an adapter stores for a layer, with its parameters and buffers."""
     if adapter_name not in layer.reparam_factors:
         return {}
     prefix = f"{name}." if name else ""
     factors = layer.reparam_factors[adapter_name]
-    return {f"{prefix}reparam_factors.{adapter_name}.{key}": p for key, p in factors.named_parameters()}
+    return {f"{prefix}reparam_factors.{adapter_name}.{key}": own for key, own in factors.state_dict(keep_vars=True).items()}
 
 
-def _check_loaded_tensor(key: str, tensor: Tensor | None, shape: torch.Size) -> None:
-    """Raise `ValueError` where the tensor for a factor is missing, misshapen or not finite."""
+def _check_loaded_tensor(key: str, tensor: Tensor | None, own: Tensor, rank: int) -> None:
+    """Raise `ValueError` where a tensor of a checkpoint is missing, misshapen or not finite, or a mask is not of the rank."""
     name = key.removeprefix("base_model.model.")
     if tensor is None:
         raise ValueError(f"{name}: the checkpoint has no such tensor; {DAMAGED}.")
-    if tensor.shape != shape:
+    if tensor.shape != own.shape or tensor.is_floating_point() != own.is_floating_point():
         raise ValueError(
-            f"{name}: the checkpoint has shape {tuple(tensor.shape)}, and its config on this model says {tuple(shape)}; the "
-            "two do not belong together."
+            f"{name}: the checkpoint has shape {tuple(tensor.shape)}, {tensor.dtype}, and its config on this model says "
+            f"{tuple(own.shape)}, {own.dtype}; the two do not belong together."
         )
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: the checkpoint contains NaN or infinite values; {DAMAGED}.")
+    if not tensor.is_floating_point() and (bits := sum(int(byte).bit_count() for byte in tensor.tolist())) != rank:
+        raise ValueError(f"{name}: the checkpoint marks {bits} rows as pivots, and the rank is {rank}; {DAMAGED}.")
 
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:

@@ -4,30 +4,47 @@ from __future__ import annotations
 
 import warnings
 from collections import defaultdict
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .allocation import factor_parameters, saves_parameters, uniform_rank
-from .config import ReparamConfig
+from .allocation import Storage, uniform_rank
+from .config import CALIBRATED_METHODS, DATA_FREE, ReparamConfig
 from .decompositions import Factors, check_rank, factorize, random_factors
 from .evaluation import MatrixSize
 from .factorized import layer_kind
-from .layer import REMEDY, W_IS_GONE, ReparamLayer
+from .layer import REMEDY, W_IS_GONE, Product, ReparamLayer
+from .pivoting import PivotFactors, pivot
 
 
 @dataclass(frozen=True)
 class Target:
-    """A module to factorise at `rank`, or to leave dense where `rank` is None; with its factors once they exist."""
+    """A module to factorise at `rank`, or to leave dense where `rank` is None; with its product once that exists."""
 
     module: nn.Module
     rank: int | None
-    factors: Factors | None = None
+    storage: Storage
+    product: Product | None = None
+
+
+# Products that `compress` has computed and the tuner is about to install, by the name of the module.
+_computed: ContextVar[Mapping[str, Product] | None] = ContextVar("computed", default=None)
+
+
+@contextmanager
+def installing(products: Mapping[str, Product]) -> Iterator[None]:
+    """Within this block `get_peft_model` installs these products and factorises nothing."""
+    token = _computed.set(products)
+    try:
+        yield
+    finally:
+        _computed.reset(token)
 
 
 def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str], object]) -> dict[str, Target]:
@@ -41,15 +58,16 @@ def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str
     for name, module in model.named_modules():
         if name and not name.startswith(inside) and matches(name):
             with naming(name):
-                targets[name] = Target(module, resolve_rank(config, name, matrix_shape(module)))
+                storage = matrix_storage(module, config)
+                targets[name] = Target(module, resolve_rank(config, name, storage), storage)
     unknown = sorted(set(config.dense_modules or []) - set(targets))
     if unknown:
         warnings.warn(f"`dense_modules` {unknown} are not targeted and were ignored.", RuntimeWarning, stacklevel=2)
     return targets
 
 
-def resolve_rank(config: ReparamConfig, name: str, shape: tuple[int, int]) -> int | None:
-    """The rank of a module's matrix (out, in), or None where it stays dense.
+def resolve_rank(config: ReparamConfig, name: str, storage: Storage) -> int | None:
+    """The rank of a module's matrix, or None where it stays dense.
 
     `dense_modules` comes first, then `rank_pattern`, `r`, and `keep`.
 
@@ -60,13 +78,14 @@ def resolve_rank(config: ReparamConfig, name: str, shape: tuple[int, int]) -> in
         return None
     rank = config.module_rank(name)
     if rank is not None:
-        check_rank(rank, shape)
+        check_rank(rank, (storage.out_features, storage.in_features))
         return rank
     if config.r is None:
-        return uniform_rank(config.keep, *shape)
+        return uniform_rank(config.keep, storage)
+    largest = min(storage.out_features, storage.in_features)
     if config.r == "full":
-        return min(shape)
-    return config.r if saves_parameters(config.r, *shape) else None
+        return largest
+    return config.r if config.r <= largest and storage.saves(config.r) else None
 
 
 def check_targets(
@@ -103,24 +122,46 @@ def check_targets(
             )
 
 
+def check_data_free(config: ReparamConfig) -> None:
+    """Raise `ValueError` where a config asks for what `get_peft_model`, which gets no data, cannot do."""
+    for name, values in (("method", CALIBRATED_METHODS), ("allocation", ("loss",))):
+        if getattr(config, name) in values:
+            raise ValueError(
+                f"`{name}={getattr(config, name)!r}` needs calibration data, which `get_peft_model` has no way to pass; use "
+                "`reparam_peft.compress(model, config, batches)`."
+            )
+    given = ("input_metric", "output_metric", "shrinkage", "output_shrinkage", "rank_multiple", "floor", "ceiling")
+    for name in given:
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"`{name}` has an effect with calibration data only; leave it out, or use `reparam_peft.compress`."
+            )
+
+
 def factorize_targets(targets: dict[str, Target], config: ReparamConfig) -> dict[str, Target]:
-    """The targets with their factors; changes nothing in the model.
+    """The targets with their products; changes nothing in the model.
 
     Raises:
         TypeError, ValueError, torch.linalg.LinAlgError: a weight cannot be factorised.
     """
-    compute = factorize if config.init_weights else random_factors
+    computed = _computed.get()
+    if computed is None:
+        check_data_free(config)
     sources = set()
     done = dict(targets)
     todo = [(name, target) for name, target in targets.items() if target.rank is not None]
-    for name, target in tqdm(todo, desc="Factorising", unit="matrix", delay=1, disable=None):
-        if isinstance(target.module, ReparamLayer):
-            matrix, source = target.module.source_matrix()
-            sources |= {source} - {None}
-        else:
-            matrix = layer_kind(target.module).matrix(target.module.weight.detach())
+    for name, target in tqdm(todo, desc="Factorising", unit="matrix", delay=1, disable=None if computed is None else True):
+        if computed is not None:
+            done[name] = replace(target, product=computed[name])
+            continue
+        layer = target.module
+        sources |= {layer.source} - {None} if isinstance(layer, ReparamLayer) else set()
+        bias = None
+        if target.storage.bias:
+            bias = layer.source_bias() if isinstance(layer, ReparamLayer) else layer.bias.detach()
         with naming(name):
-            done[name] = replace(target, factors=compute(matrix, target.rank))
+            factors = _data_free_factors(source_matrix(layer), target, config)
+        done[name] = replace(target, product=Product(factors, bias))
     if sources:
         warnings.warn(
             f"The new adapter factorises the product of adapter {', '.join(map(repr, sorted(sources)))}, because {W_IS_GONE}. "
@@ -128,6 +169,22 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig) -> dict
             stacklevel=2,
         )
     return done
+
+
+def _data_free_factors(matrix: Tensor, target: Target, config: ReparamConfig) -> Factors | PivotFactors:
+    compute = factorize if config.init_weights else random_factors
+    if target.storage.form != "pivot":
+        return compute(matrix, target.rank)
+    # Rounded once, after the conversion.
+    exact = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    return pivot(compute(exact, target.rank), dtype=matrix.dtype)
+
+
+def source_matrix(module: nn.Module) -> Tensor:
+    """The matrix (out, in) that a target is factorised from, wrapped or not."""
+    if isinstance(module, ReparamLayer):
+        return module.source_matrix()
+    return layer_kind(module).matrix(module.weight.detach())
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
@@ -141,12 +198,22 @@ def matrix_shape(module: nn.Module) -> tuple[int, int]:
     return layer_kind(module).shape(module)
 
 
-def matrix_size(name: str, module: nn.Module, rank: int | None) -> MatrixSize:
+def matrix_storage(module: nn.Module, config: ReparamConfig) -> Storage:
+    """What a target's product takes in the form of a config."""
+    shape = matrix_shape(module)
+    layer = module.base_layer if isinstance(module, ReparamLayer) else module
+    bias = config.moved_bias and getattr(layer, "bias", None) is not None
+    return Storage(*shape, form=config.form or DATA_FREE["form"], bias=bias)
+
+
+def matrix_size(name: str, module: nn.Module, rank: int | None, config: ReparamConfig) -> MatrixSize:
     """The size of a target, wrapped or not, at a rank."""
-    out_features, in_features = shape = matrix_shape(module)
+    storage = matrix_storage(module, config)
     dtype = module.base_dtype if isinstance(module, ReparamLayer) else module.weight.dtype
-    stored = out_features * in_features if rank is None else factor_parameters(rank, out_features, in_features)
-    return MatrixSize(name, shape, rank, stored, dtype.itemsize)
+    shape = (storage.out_features, storage.in_features)
+    if rank is None:
+        return MatrixSize(name, shape, None, storage.dense, dtype.itemsize)
+    return MatrixSize(name, shape, rank, storage.parameters(rank), dtype.itemsize, storage.mask)
 
 
 def reparam_layers(model: nn.Module) -> Iterator[tuple[str, ReparamLayer]]:

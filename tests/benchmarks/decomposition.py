@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reparam_peft import factorize
-from reparam_peft.allocation import uniform_rank
+from reparam_peft.allocation import Storage, uniform_rank
 
 
 def seconds(call: Callable[[], object]) -> float:
@@ -44,7 +44,7 @@ def main() -> None:
     print("| --- | --- | --- | --- | --- | --- | --- |")
     torch.manual_seed(0)
     for shape in ((4096, 11008), (4096, 4096)):
-        rank = uniform_rank(0.5, *shape)
+        rank = uniform_rank(0.5, Storage(*shape))
         for spectrum in ("flat", "decaying"):
             weight = torch.randn(shape)
             if spectrum == "decaying":

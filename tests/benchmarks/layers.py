@@ -15,7 +15,7 @@ import time
 import torch
 from torch import nn
 
-from reparam_peft.allocation import uniform_rank
+from reparam_peft.allocation import Storage, uniform_rank
 from reparam_peft.factorized import FactorizedLinear
 
 KEEP = 0.5
@@ -27,7 +27,7 @@ def main() -> None:
     print(f"{torch.get_num_threads()} threads, float32, keep {KEEP}")
     print("| shape | rank | tokens | dense ms | factorised ms | speed-up |\n| --- | --- | --- | --- | --- | --- |")
     for size in (2048, 4096):
-        rank = uniform_rank(KEEP, size, size)
+        rank = uniform_rank(KEEP, Storage(size, size))
         copies = max(3, -(-CACHE_BYTES // (4 * 2 * rank * size)))
         layers = {
             "dense": [nn.Linear(size, size, bias=False) for _ in range(copies)],

@@ -1,0 +1,311 @@
+"""Statistics of the inputs and of the output gradients of modules, gathered in one pass over the data."""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .evaluation import evaluating
+from .factorized import LayerKind, layer_kind
+from .sampling import sampled_objective
+from .statistics import Statistics, weight_norm
+
+BLOCK = 256  # columns of a Gram matrix that are computed at a time, of which the lower triangle is left out
+
+
+def gather_statistics(
+    model: nn.Module,
+    modules: Mapping[str, nn.Module],
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    gradients: bool = True,
+    seed: int = 0,
+    progress: bool = True,
+) -> Statistics:
+    """Run the model over the batches and gather the statistics of some of its modules.
+
+    Padding, by the attention mask, is left out. Gradients are those of the log-likelihood of labels sampled from the model
+    itself: their second moments are the Fisher information. A model without logits is taken as the mean of a normal
+    distribution of its last hidden state. Products are float32, sums float64. The model is run in eval mode; mode, gradients
+    and hooks are put back as they were.
+
+    Memory: 8 · (Σ in² over distinct inputs + Σ out² over modules) bytes, and one batch with its graph.
+
+    In a distributed run every process gives the same batches; process i takes every i-th, and all get the sums.
+
+    Args:
+        model: any model that is called as `model(**batch)`.
+        modules: of the model, by name, of the known kinds.
+        batches: keyword batches; read once.
+        gradients: whether to gather second moments of the output gradients too, by a backward pass.
+        seed: of the sampled labels, which depend on it and the position in the data only, not on the split into batches.
+        progress: whether to show a progress bar.
+
+    Returns:
+        The `Statistics`.
+
+    Raises:
+        ValueError: there are no batches, the model does not accept one, or a module's inputs or gradients are NaN or infinite.
+    """
+    statistics = Statistics(seed=seed, weight_norms={name: weight_norm(module) for name, module in modules.items()})
+    world, own = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
+    device = next(model.parameters()).device
+    first_row = count = 0
+    with evaluating(model), _frozen(model), ExitStack() as stack:
+        recorder = _Recorder(statistics, modules, gradients)
+        stack.enter_context(recorder.hooks(model))
+        bar = tqdm(batches, desc="Calibrating", unit="batch", delay=1, disable=None if progress and own == 0 else True)
+        for index, batch in enumerate(bar):
+            count += 1
+            if not isinstance(batch, Mapping):
+                raise ValueError(
+                    f"`batches` must hold mappings of keyword arguments, got a {type(batch).__name__} as batch {index}."
+                )
+            if index % world == own:
+                recorder.run(model, send_to_device(dict(batch), device), index, first_row, seed)
+            first_row += _batch_size(batch)
+    if count == 0:
+        raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
+    if world > 1:
+        _reduce(statistics, modules, gradients)
+    for gram in (*statistics.grams.values(), *statistics.output_grams.values()):
+        if gram.ndim == 2:
+            gram.copy_(gram.triu() + gram.triu(1).mT)
+    return statistics
+
+
+class _Recorder:
+    """Adds up the statistics in hooks of the modules."""
+
+    def __init__(self, statistics: Statistics, modules: Mapping[str, nn.Module], gradients: bool) -> None:
+        self.statistics, self.modules, self.gradients = statistics, modules, gradients
+        self.seen: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}  # inputs of the running pass, by identity
+        self.masks: list[Tensor] = []
+        self.encoder_output: weakref.ref[Tensor] | None = None
+        self.inside_encoder: set[nn.Module] = set()
+
+    @contextmanager
+    def hooks(self, model: nn.Module) -> Iterator[None]:
+        encoder = model.get_encoder() if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+        handles = []
+        if encoder is not None:
+            self.inside_encoder = set(encoder.modules())
+            handles.append(encoder.register_forward_hook(self._after_encoder))
+        for name, module in self.modules.items():
+            handles.append(module.register_forward_hook(_Hook(self, name, layer_kind(module)), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def run(self, model: nn.Module, batch: dict[str, Any], index: int, first_row: int, seed: int) -> None:
+        """One batch: forward and, for gradients, backward."""
+        self.seen.clear()
+        self.source_mask, self.target_mask = _masks(batch, bool(self.inside_encoder))
+        with torch.set_grad_enabled(self.gradients):
+            try:
+                output = model(**batch)
+            except torch.OutOfMemoryError:
+                raise
+            except (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError) as error:
+                raise ValueError(f"the model does not accept batch {index} ({sorted(batch)}): {error}") from error
+            if self.gradients:
+                rows = self.target_mask if self.inside_encoder else self.source_mask
+                objective, predictions = sampled_objective(model, output, rows, first_row, seed)
+                self.statistics.predictions += predictions
+                if objective.requires_grad:
+                    objective.backward()
+        for name, total in self.statistics.sums.items():
+            if not torch.isfinite(total).all():
+                raise ValueError(
+                    f"{name}: its inputs hold NaN or infinite values in batch {index}; repair the model or its data."
+                )
+        for name, total in self.statistics.energies.items():
+            if not torch.isfinite(total).all():
+                raise ValueError(f"{name}: the gradients at its output are NaN or infinite in batch {index}.")
+
+    def mask_of(self, module: nn.Module, x: Tensor) -> Tensor | None:
+        """Which rows of a module's input are no padding, bool, flattened; None: all."""
+        of_encoder = self.encoder_output is not None and self.encoder_output() is x
+        encodes = not self.inside_encoder or module in self.inside_encoder or of_encoder
+        mask = self.source_mask if encodes else self.target_mask
+        if mask is not None and (x.shape[:2] == mask.shape or (x.ndim == 2 and len(x) == mask.numel())):
+            return mask.flatten()
+        return None
+
+    def add_input(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor) -> None:
+        """Add an input to its Gram, unless another module has read the same tensor."""
+        statistics = self.statistics
+        reference, version, leader = self.seen.get(id(x), (None, -1, ""))
+        if reference is None or reference() is not x or version != x._version:
+            leader = name
+            self.seen[id(x)] = (weakref.ref(x), x._version, name)
+        known = statistics.inputs.setdefault(name, leader)
+        if known != leader:
+            raise ValueError(
+                f"{name}: it read the same input as {known} in one batch and not in another, so that they cannot share "
+                "statistics. Give batches of one kind, or target the two in separate runs."
+            )
+        if leader != name:
+            return
+        mask = self.mask_of(module, x)
+        if kind.one_hot:
+            kept = x.flatten() if mask is None else x.flatten()[mask]
+            counts = kind.row_counts(module, kept).double()
+            _add(statistics.grams, name, counts)
+            _add(statistics.sums, name, counts)
+            statistics.rows[name] = statistics.rows.get(name, 0) + kept.numel()
+            return
+        X = _wide(kind.rows(module, x), mask)
+        if name not in statistics.grams:
+            statistics.grams[name] = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=X.device)
+        _add_gram(statistics.grams[name], X)
+        _add(statistics.sums, name, X.sum(0, dtype=torch.float64))
+        statistics.rows[name] = statistics.rows.get(name, 0) + len(X)
+
+    def add_gradient(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, mask: Tensor | None, g: Tensor) -> None:
+        """Add a gradient at the output that the module made of x."""
+        statistics = self.statistics
+        Y = _wide(kind.gradient_rows(module, g), mask)
+        if name not in statistics.output_grams:
+            statistics.output_grams[name] = torch.zeros(Y.shape[1], Y.shape[1], dtype=torch.float64, device=Y.device)
+        _add_gram(statistics.output_grams[name], Y)
+        squares = x if mask is None else x[mask]
+        joint = (squares.double() * Y.square().sum(1, dtype=torch.float64)).sum()
+        _add(statistics.energies, name, torch.stack([joint, squares.double().sum()]))
+        statistics.gradient_rows[name] = statistics.gradient_rows.get(name, 0) + len(Y)
+
+    def _after_encoder(self, module: nn.Module, args: Any, output: Any) -> None:
+        self.encoder_output = weakref.ref(output[0])
+
+
+class _Hook:
+    """The forward hook of one module."""
+
+    def __init__(self, recorder: _Recorder, name: str, kind: LayerKind) -> None:
+        self.recorder, self.name, self.kind = recorder, name, kind
+
+    def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
+        x = args[0] if args else kwargs["input"]
+        recorder = self.recorder
+        with torch.no_grad():
+            recorder.add_input(self.name, module, self.kind, x)
+        if not (recorder.gradients and torch.is_grad_enabled()):
+            return None
+        mask = recorder.mask_of(module, x)
+        with torch.no_grad():
+            ones = x.new_ones(x.numel(), dtype=torch.float32)
+            squares = ones if self.kind.one_hot else _squares(self.kind.rows(module, x))
+        starts = not output.requires_grad
+        if starts:
+            output = output.detach().requires_grad_()  # gradients are needed from here on only
+
+        @torch.no_grad()
+        def add(g: Tensor) -> None:
+            recorder.add_gradient(self.name, module, self.kind, squares, mask, g)
+
+        output.register_hook(add)
+        return output.clone() if starts else None  # a leaf must not be changed in place by what follows
+
+
+def _squares(X: Tensor) -> Tensor:
+    """|x|² of each row, float32."""
+    return torch.linalg.vector_norm(X, dim=1, dtype=torch.float32).square()
+
+
+def _wide(X: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows that count, in float32 or wider."""
+    X = X if mask is None else X[mask]
+    return X.to(torch.promote_types(X.dtype, torch.float32))
+
+
+def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
+    if name in totals:
+        totals[name] += value
+    else:
+        totals[name] = value
+
+
+def _add_gram(total: Tensor, X: Tensor) -> None:
+    """total += XᵀX on and above the diagonal, block by block."""
+    for start in range(0, len(total), BLOCK):
+        end = start + BLOCK
+        total[start:end, start:] += X[:, start:end].mT @ X[:, start:]
+
+
+def _masks(batch: Mapping[str, Any], encoder_decoder: bool) -> tuple[Tensor | None, Tensor | None]:
+    """What is no padding in the inputs of the model, or of its encoder; and in those of its decoder."""
+
+    def as_bool(name: str) -> Tensor | None:
+        mask = batch.get(name)
+        return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
+
+    target = as_bool("decoder_attention_mask") if encoder_decoder else None
+    if encoder_decoder and target is None and isinstance(batch.get("labels"), Tensor):
+        target = batch["labels"] != -100
+    return as_bool("attention_mask"), target
+
+
+def _batch_size(batch: Mapping[str, Any]) -> int:
+    return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
+
+
+@contextmanager
+def _frozen(model: nn.Module) -> Iterator[None]:
+    """Gradients flow through the model, and none is kept for its parameters."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in trained:
+        parameter.requires_grad_(False)
+    try:
+        yield
+    finally:
+        for parameter in trained:
+            parameter.requires_grad_(True)
+
+
+def _reduce(statistics: Statistics, modules: Mapping[str, nn.Module], gradients: bool) -> None:
+    """Add up the statistics of all processes, in each of them."""
+    names = list(modules)
+    device = next(iter(modules.values())).weight.device
+
+    def total(value: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
+        dist.all_reduce(value, op)
+        return value
+
+    leaders = torch.tensor([names.index(statistics.inputs[n]) if n in statistics.inputs else -1 for n in names], device=device)
+    lowest = total(torch.where(leaders < 0, len(names), leaders), dist.ReduceOp.MIN)
+    highest = total(leaders.clone(), dist.ReduceOp.MAX)
+    for name, low, high in zip(names, lowest.tolist(), highest.tolist(), strict=True):
+        if high < 0:
+            continue
+        if low != high:
+            raise ValueError(
+                f"{name}: it shares its input with different modules in different batches; give batches of one kind."
+            )
+        statistics.inputs[name] = names[high]
+    for name in dict.fromkeys(statistics.inputs[n] for n in names if n in statistics.inputs):
+        module = modules[name]
+        size = layer_kind(module).shape(module)[1]
+        one_hot = layer_kind(module).one_hot
+        like = {"dtype": torch.float64, "device": device}
+        gram = statistics.grams.get(name, torch.zeros((size,) if one_hot else (size, size), **like))
+        statistics.grams[name] = total(gram.contiguous())
+        statistics.sums[name] = total(statistics.sums.get(name, torch.zeros(size, **like)))
+        statistics.rows[name] = int(total(torch.tensor(statistics.rows.get(name, 0), device=device)))
+    for name, module in modules.items() if gradients else ():
+        size = layer_kind(module).shape(module)[0]
+        statistics.output_grams[name] = total(
+            statistics.output_grams.get(name, torch.zeros(size, size, dtype=torch.float64, device=device))
+        )
+        statistics.energies[name] = total(statistics.energies.get(name, torch.zeros(2, dtype=torch.float64, device=device)))
+        statistics.gradient_rows[name] = int(total(torch.tensor(statistics.gradient_rows.get(name, 0), device=device)))
+    statistics.predictions = int(total(torch.tensor(statistics.predictions, device=device)))

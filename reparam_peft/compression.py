@@ -1,0 +1,393 @@
+"""The one-shot pipeline: calibrate, plan, factorise, and hand the products to the tuner."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from peft import PeftModel, get_peft_model
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from .allocation import uniform_rank
+from .autoencoder import train_autoencoder
+from .calibration import gather_statistics
+from .config import CALIBRATED, CALIBRATED_METHODS, ReparamConfig
+from .decompositions import Factors, direction_losses, factorize, random_factors
+from .factorized import layer_kind
+from .layer import Product
+from .metrics import shrink
+from .model import select_targets
+from .pivoting import PivotFactors, pivot
+from .planning import Plan, allocate_ranks, make_plan
+from .statistics import Statistics
+from .targets import Target, installing, naming, resolve_rank, source_matrix
+
+Batches = Iterable[Mapping[str, Any]] | Statistics
+
+
+def compress(
+    model: nn.Module,
+    config: ReparamConfig,
+    batches: Batches,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    plan: Plan | None = None,
+    max_memory: int | None = None,
+    adapter_name: str = "default",
+) -> PeftModel:
+    """Compress a model with calibration data: `get_peft_model` with ranks and factors chosen by what the layers compute.
+
+    By default the factorisation is two-sided (`method="whitened"` in the metrics of inputs and gradients), ranks are chosen
+    by predicted loss, and products are stored in pivot form. The model is changed in place, as by `get_peft_model`, and only
+    after everything is computed: an error leaves it as it was.
+
+    In a distributed run (`torchrun`, `accelerate launch`) every process calls this with the same model and batches; they share
+    out batches and matrices, and end with the same factors.
+
+    Args:
+        model: any model that is called as `model(**batch)`, on any device.
+        config: what to compress, and to which size.
+        batches: keyword batches, as a DataLoader yields them, read once; or the `Statistics` of an earlier run.
+        seed: of the labels sampled for gradients.
+        progress: whether to show progress bars.
+        plan: the ranks, from `reparam_peft.plan`; None: chosen here.
+        max_memory: bytes that statistics may take at a time; where all of them take more, they are gathered in groups of
+            modules, in two passes over the data for each group.
+        adapter_name: name of the adapter.
+
+    Returns:
+        A `PeftModel`, with what was resolved in `peft_config[adapter_name]`.
+
+    Raises:
+        TypeError: a target is of a kind that cannot be factorised, or the model is wrapped by PEFT already.
+        ValueError: the batches are empty or not accepted by the model; a target is never reached by them; activations or
+            weights are NaN or infinite; statistics or plan are of another model; or the budget cannot be met.
+
+    >>> from torch import nn
+    >>> class Net(nn.Sequential):
+    ...     def forward(self, x): return super().forward(x)
+    >>> net = Net(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> small = compress(net, ReparamConfig(target_modules=["0"], keep=0.5), [{"x": torch.randn(64, 32)}], progress=False)
+    >>> small.size_report().keep <= 0.5
+    True
+    """
+    run = _Run(model, config, batches, seed, progress, max_memory, adapter_name)
+    plan = run.plan() if plan is None else run.checked(plan)
+    products = run.products(plan)
+    resolved = run.resolved(plan)
+    with installing(products):
+        return get_peft_model(model, resolved, adapter_name=adapter_name)
+
+
+def plan(
+    model: nn.Module,
+    config: ReparamConfig,
+    batches: Batches,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    max_memory: int | None = None,
+) -> Plan:
+    """The ranks that `compress` would choose, what they store and what they are predicted to cost; changes nothing.
+
+    Args, Raises: as for `compress`.
+    """
+    return _Run(model, config, batches, seed, progress, max_memory, "default").plan()
+
+
+def calibrate(
+    model: nn.Module, config: ReparamConfig, batches: Iterable[Mapping[str, Any]], *, seed: int = 0, progress: bool = True
+) -> Statistics:
+    """The statistics of a config's targets, to be given to `compress` and `plan` in place of batches, saved or merged.
+
+    They serve any `keep`, method, allocation and form.
+
+    Args, Raises: as for `compress`.
+    """
+    run = _Run(model, config, batches, seed, progress, None, "default")
+    return gather_statistics(model, run.modules, batches, seed=seed, progress=progress)
+
+
+@dataclass(frozen=True)
+class _Metrics:
+    """What one module's factorisation weighs errors by, and what its loss is predicted in."""
+
+    input: Tensor | None
+    output: Tensor | None
+    gram: Tensor
+    fisher: Tensor | None
+    loss_scale: float
+    mean: Tensor
+
+
+class _Run:
+    """One call of `compress` or `plan`."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: ReparamConfig,
+        batches: Batches,
+        seed: int,
+        progress: bool,
+        max_memory: int | None,
+        adapter_name: str,
+    ) -> None:
+        if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise TypeError("`model` is wrapped by PEFT already; give the base model, or merge the adapter first.")
+        if not isinstance(config, ReparamConfig):
+            raise TypeError(f"`config` must be a ReparamConfig, got a {type(config).__name__}.")
+        self.model, self.seed, self.progress, self.max_memory = model, seed, progress, max_memory
+        self.config = _with_defaults(config)
+        self.targets = select_targets(model, self.config, adapter_name)
+        self.modules = {name: target.module for name, target in self.targets.items()}
+        self.calibrated = self.config.method in CALIBRATED_METHODS
+        self.gradients = self.config.allocation == "loss" or (self.calibrated and self.config.output_metric != "none")
+        self.passes = [list(self.modules)] if max_memory is None else _groups(self.targets, max_memory)
+        several = len(self.passes) > 1 and not isinstance(batches, Statistics)
+        self.batches = list(batches) if several else batches
+        self._statistics: tuple[list[str], Statistics] | None = None
+        self.tokens = self.predictions = 0
+
+    def plan(self) -> Plan:
+        losses: dict[str, Tensor] = {}
+        for group in self.passes:
+            statistics = self.statistics(group)
+            if self.gradients:
+                compute = partial(self._losses, statistics=statistics)
+                found = self._shared_out(group, "Planning", compute, lambda name: [_length(self.targets[name])])
+                losses.update({name: loss for name, (loss,) in found.items()})
+        storages = {name: target.storage for name, target in self.targets.items()}
+        if self.config.allocation == "loss":
+            ranks = allocate_ranks(self.config, storages, losses, self._fixed(losses))
+        else:
+            ranks = {name: target.rank for name, target in self.targets.items()}
+        provenance = {"calibration_tokens": self.tokens, "gradient_tokens": self.predictions, "seed": self.seed}
+        return make_plan(self.config, storages, ranks, losses, **provenance)
+
+    def products(self, plan: Plan) -> dict[str, Product]:
+        """The products of all targets that do not stay dense."""
+        products: dict[str, Product] = {}
+        for group in self.passes:
+            todo = {name: replace(self.targets[name], rank=plan.ranks[name]) for name in group if name in plan.ranks}
+            if not todo:
+                continue
+            compute = partial(self._product, targets=todo, statistics=self.statistics(group))
+            found = self._shared_out(todo, "Factorising", compute, lambda name: _empty_product(todo[name]))  # noqa: B023
+            products.update({name: _from_tensors(tensors, todo[name]) for name, tensors in found.items()})
+        return products
+
+    def statistics(self, group: list[str]) -> Statistics:
+        """The statistics of a group of modules; those of the last group are at hand."""
+        if self._statistics is not None and self._statistics[0] == group:
+            return self._statistics[1]
+        self._statistics = None
+        modules = {name: self.modules[name] for name in group}
+        if isinstance(self.batches, Statistics):
+            found = self.batches
+        else:
+            options = {"gradients": self.gradients, "seed": self.seed, "progress": self.progress}
+            found = gather_statistics(self.model, modules, self.batches, **options)
+        found.check(modules)
+        if self.gradients and not found.output_grams:
+            raise ValueError(
+                "the statistics hold no gradients, which `allocation='loss'` and `output_metric` need; gather them anew."
+            )
+        self.tokens, self.predictions, self.seed = max(self.tokens, found.tokens), found.predictions, found.seed
+        self._statistics = (group, found)
+        return found
+
+    def checked(self, plan: Plan) -> Plan:
+        """A plan that was given, if it fits the targets."""
+        shapes = {n: (t.storage.out_features, t.storage.in_features) for n, t in self.targets.items()}
+        given = {module.name: module.shape for module in plan.modules}
+        for name in shapes.keys() ^ given.keys():
+            raise ValueError(f"{name}: it is in the plan or among the targets, but not in both; the plan is of other targets.")
+        for name, shape in shapes.items():
+            if given[name] != shape:
+                raise ValueError(f"{name}: the plan is for a shape of {given[name]}, and the weight is {shape}.")
+        if plan.form != self.config.form:
+            raise ValueError(f"`plan` is for `form={plan.form!r}`, and the config says {self.config.form!r}.")
+        return plan
+
+    def resolved(self, plan: Plan) -> ReparamConfig:
+        """The config for the tuner: what was chosen, and where it came from."""
+        config = copy.deepcopy(self.config)
+        config.rank_pattern, config.dense_modules = plan.ranks, plan.dense_modules
+        config.allocation, config.keep, config.r = plan.allocation, plan.keep, None
+        config.calibration_tokens, config.gradient_tokens, config.seed = self.tokens, self.predictions, self.seed
+        config.predicted_loss = plan.predicted_loss
+        return config
+
+    def _fixed(self, losses: Mapping[str, Tensor]) -> dict[str, int | None]:
+        """Targets whose rank the config gives, and those that no gradient reaches, which get a uniform one."""
+        fixed = {}
+        for name, target in self.targets.items():
+            if name in (self.config.dense_modules or ()) or self.config.module_rank(name) is not None:
+                fixed[name] = resolve_rank(self.config, name, target.storage)
+            elif not losses[name].any():
+                warnings.warn(f"{name}: no gradient reaches its output, so that its rank is uniform.", stacklevel=4)
+                fixed[name] = uniform_rank(self.config.keep, target.storage)
+        return fixed
+
+    def _metrics(self, name: str, statistics: Statistics) -> _Metrics:
+        config, target = self.config, self.targets[name]
+        gram, mean = statistics.gram(name), statistics.mean(name)
+        if target.storage.bias:
+            gram = gram - torch.outer(mean, mean)
+        rows = statistics.rows[statistics.inputs[name]]
+        amount = config.shrinkage
+        gram = shrink(gram, input_shrinkage(rows, len(gram)) if amount is None else amount)
+        fisher = None
+        if self.gradients:
+            fisher = statistics.fisher(name)
+            amount = config.output_shrinkage
+            fisher = shrink(fisher, output_shrinkage(statistics.gradient_rows[name], len(fisher)) if amount is None else amount)
+        input_metric = {"gram": gram, "diagonal": _diagonal(gram).sqrt(), "none": None}[config.input_metric or "gram"]
+        output_metric = None
+        if config.output_metric != "none" and fisher is not None and fisher.any():
+            output_metric = _diagonal(fisher) if config.output_metric == "diagonal" else fisher
+        if not self.calibrated:
+            input_metric = output_metric = None
+        scale = statistics.loss_scale(name) if self.gradients else 1.0
+        return _Metrics(input_metric, output_metric, gram, fisher, scale, mean)
+
+    def _losses(self, name: str, statistics: Statistics) -> list[Tensor]:
+        metrics = self._metrics(name, statistics)
+        W = source_matrix(self.modules[name])
+        q = direction_losses(W, metrics.gram, metrics.fisher, metrics.input, metrics.output)
+        return [(q * metrics.loss_scale).to(W.device)]
+
+    def _product(self, name: str, targets: Mapping[str, Target], statistics: Statistics) -> list[Tensor]:
+        target = targets[name]
+        metrics = self._metrics(name, statistics)
+        W = source_matrix(target.module)
+        exact = W.to(torch.promote_types(W.dtype, torch.float32))  # rounded once, at the end
+        if not self.config.init_weights and self.config.method != "autoencoder":
+            factors = random_factors(exact, target.rank)
+        elif self.config.method == "autoencoder":
+            start = None if self.config.init_weights else random_factors(exact, target.rank)
+            factors = train_autoencoder(exact, target.rank, metrics.gram, metrics.output, start)
+        else:
+            factors = factorize(exact, target.rank, metrics.input, metrics.output)
+        if target.storage.form == "pivot":
+            factors = pivot(factors, metrics.input, W.dtype)
+        else:
+            factors = Factors(*(factor.to(W.dtype) for factor in factors))
+        bias = None
+        if target.storage.bias:
+            A, B = factors.factors() if isinstance(factors, PivotFactors) else factors
+            bias = (target.module.bias.detach().double() + _difference(exact, A, B, metrics.mean)).to(W.dtype)
+        return _tensors(Product(factors, bias))
+
+    def _shared_out(
+        self, names: Iterable[str], what: str, compute: Callable[[str], list[Tensor]], parts: Callable[[str], list[Tensor]]
+    ) -> dict[str, list[Tensor]]:
+        """`compute(name)` for each name, by one of the processes, in all of them; `parts` makes memory to receive it."""
+        names = list(names)
+        world, own = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
+        results = {}
+        bar = tqdm(names[own::world], desc=what, unit="matrix", delay=1, disable=None if self.progress and own == 0 else True)
+        for name in bar:
+            with naming(name):
+                results[name] = compute(name)
+        for index, name in enumerate(names if world > 1 else ()):
+            device = self.modules[name].weight.device
+            results.setdefault(name, [part.to(device) for part in parts(name)])
+            for tensor in results[name]:
+                dist.broadcast(tensor, index % world)
+        return {name: results[name] for name in names}
+
+
+def input_shrinkage(rows: int, size: int) -> float:
+    """How far to shrink a Gram matrix of this size out of so many rows: 0.01, more where rows are fewer than 10 · size.
+
+    Between 0.002 and 0.05 the perplexity on held-out calibration text changes by less than 1 %.
+
+    >>> input_shrinkage(24576, 576), input_shrinkage(512, 1024)
+    (0.01, 0.2)
+    """
+    return min(0.5, max(0.01, 0.1 * size / max(rows, 1)))
+
+
+def output_shrinkage(rows: int, size: int) -> float:
+    """Likewise for a Fisher matrix, whose rows are heavy-tailed: 0.1, more where rows are fewer than 5 · size.
+
+    >>> output_shrinkage(24576, 576), output_shrinkage(1024, 1024)
+    (0.1, 0.5)
+    """
+    return min(0.5, max(0.1, 0.5 * size / max(rows, 1)))
+
+
+def _with_defaults(config: ReparamConfig) -> ReparamConfig:
+    """A copy with the choices of `compress` where the config makes none, checked as one."""
+    config = copy.deepcopy(config)
+    if config.stored_parameters is not None:
+        raise ValueError("`config` is that of a compressed model (its sizes are filled in); make a new one.")
+    calibrated = {**CALIBRATED, **({"allocation": "uniform"} if config.r is not None else {})}
+    for field, value in calibrated.items():
+        setattr(config, field, getattr(config, field) or value)
+    config.__post_init__()
+    config.moved_bias = config.method in CALIBRATED_METHODS
+    return config
+
+
+def _groups(targets: Mapping[str, Target], max_memory: int) -> list[list[str]]:
+    """Modules in order, in groups whose statistics take at most so many bytes even where they share no inputs."""
+    groups: list[list[str]] = [[]]
+    left = max_memory
+    for name, target in targets.items():
+        size = target.storage.in_features
+        needed = 8 * ((size if layer_kind(target.module).one_hot else size**2) + target.storage.out_features**2)
+        if needed > max_memory:
+            raise ValueError(f"{name}: its statistics take {needed:,} bytes, and `max_memory` is {max_memory:,}; raise it.")
+        if needed > left:
+            groups.append([])
+            left = max_memory
+        groups[-1].append(name)
+        left -= needed
+    return groups
+
+
+def _diagonal(metric: Tensor) -> Tensor:
+    return metric if metric.ndim == 1 else metric.diagonal()
+
+
+def _difference(W: Tensor, A: Tensor, B: Tensor, mean: Tensor) -> Tensor:
+    """(W − A B) E[x], float64."""
+    return W.double() @ mean - A.double() @ (B.double() @ mean)
+
+
+def _length(target: Target) -> Tensor:
+    return torch.empty(min(target.storage.out_features, target.storage.in_features), dtype=torch.float64)
+
+
+def _empty_product(target: Target) -> list[Tensor]:
+    """Memory for what `_tensors` gives."""
+    storage, rank, dtype = target.storage, target.rank, target.module.weight.dtype
+    if storage.form == "pivot":
+        shapes = [(rank, storage.in_features), (storage.out_features - rank, rank)]
+        tensors = [*(torch.empty(shape, dtype=dtype) for shape in shapes), torch.empty(rank, dtype=torch.int64)]
+    else:
+        shapes = [(storage.out_features, rank), (rank, storage.in_features)]
+        tensors = [torch.empty(shape, dtype=dtype) for shape in shapes]
+    return [*tensors, *([torch.empty(storage.out_features, dtype=dtype)] if storage.bias else [])]
+
+
+def _tensors(product: Product) -> list[Tensor]:
+    return [*product.factors, *([] if product.bias is None else [product.bias])]
+
+
+def _from_tensors(tensors: list[Tensor], target: Target) -> Product:
+    form = PivotFactors if target.storage.form == "pivot" else Factors
+    count = len(form._fields)
+    return Product(form(*tensors[:count]), tensors[count] if target.storage.bias else None)

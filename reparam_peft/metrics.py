@@ -1,0 +1,111 @@
+"""Metrics: positive semidefinite matrices that weigh errors, given whole or as a diagonal."""
+
+from __future__ import annotations
+
+from functools import cached_property
+
+import torch
+from torch import Tensor
+
+# Below this, relative to the largest, a direction of a metric counts as absent: its root is inverted on the others only.
+ABSENT = 1e-7
+
+
+class Metric:
+    """M, shape (n, n), or diag(m) for a vector m of shape (n,); scaled so that its mean diagonal entry is 1.
+
+    Only the direction of a metric matters to a factorisation; the scaling keeps the two factors of like size.
+
+    Args:
+        matrix: M or m, positive semidefinite, any floating dtype and scale.
+
+    Attributes:
+        matrix: scaled, float64.
+        scale: what it was divided by; 0 where the whole metric is zero.
+    """
+
+    def __init__(self, matrix: Tensor) -> None:
+        matrix = matrix.detach()
+        exact = (matrix.cpu() if matrix.device.type == "mps" else matrix).double()  # MPS has no float64
+        self.diagonal = exact.ndim == 1
+        self.scale = float((exact if self.diagonal else exact.diagonal()).mean())
+        self.matrix = exact / self.scale if self.scale > 0 else torch.zeros_like(exact)
+
+    def times(self, X: Tensor) -> Tensor:
+        """M X, for X of shape (n, k)."""
+        return self.matrix[:, None] * X if self.diagonal else self.matrix @ X
+
+    def norms(self, X: Tensor) -> Tensor:
+        """xᵀ M x of each column of X (n, k), shape (k,), in the metric's own scale."""
+        return (self.times(X) * X).sum(0).clamp(min=0) * self.scale
+
+    def whiten(self, X: Tensor) -> Tensor:
+        """Tᵀ X with T Tᵀ = M."""
+        return self.root[:, None] * X if self.diagonal else self.root.mT @ X
+
+    def unwhiten(self, X: Tensor) -> Tensor:
+        """(Tᵀ)⁺ X, the pseudo-inverse of `whiten`."""
+        if self.diagonal:
+            inverse = torch.where(self.root > ABSENT * self.root.amax(), 1 / self.root, 0)
+            return inverse[:, None] * X
+        if self._symmetric is None:
+            return torch.linalg.solve_triangular(self.root.mT, X, upper=True)
+        roots, Q = self._symmetric
+        inverse = torch.where(roots > ABSENT * roots.amax(), 1 / roots, 0)
+        return Q @ (inverse[:, None] * (Q.mT @ X))
+
+    @cached_property
+    def root(self) -> Tensor:
+        """T with T Tᵀ = M: Cholesky's factor, or the symmetric root where M is singular or nearly so."""
+        if self.diagonal:
+            return self.matrix.clamp(min=0).sqrt()
+        if self._symmetric is None:
+            return self._cholesky
+        roots, Q = self._symmetric
+        return (Q * roots) @ Q.mT
+
+    @cached_property
+    def _cholesky(self) -> Tensor | None:
+        """The triangular factor, or None where M is not safely positive definite."""
+        L, failed = torch.linalg.cholesky_ex(self.matrix)
+        pivots = L.diagonal()
+        return None if failed or not pivots.amin() > ABSENT * pivots.amax() else L
+
+    @cached_property
+    def _symmetric(self) -> tuple[Tensor, Tensor] | None:
+        """Square roots of the eigenvalues, and the eigenvectors, where there is no triangular factor."""
+        if self._cholesky is not None:
+            return None
+        eigenvalues, Q = torch.linalg.eigh(self.matrix)
+        return eigenvalues.clamp(min=0).sqrt(), Q
+
+
+def check_metric(name: str, metric: Tensor, size: int) -> None:
+    """Raise `ValueError` unless a metric is a finite (`size`, `size`) matrix or a vector of length `size`."""
+    if tuple(metric.shape) not in ((size, size), (size,)):
+        raise ValueError(
+            f"`{name}` must have shape ({size}, {size}), or ({size},) for a diagonal, got {tuple(metric.shape)}; it belongs to "
+            "another weight."
+        )
+    if not torch.isfinite(metric).all():
+        raise ValueError(f"`{name}` contains NaN or infinite values.")
+    if ((metric if metric.ndim == 1 else metric.diagonal()) < 0).any():
+        raise ValueError(f"`{name}` must be positive semidefinite, but has a negative diagonal entry.")
+
+
+def shrink(metric: Tensor, amount: float) -> Tensor:
+    """(1 − α) M + α (tr M / n) I: a metric out of few samples, moved toward one that knows no direction.
+
+    Args:
+        metric: M, shape (n, n), or its diagonal, shape (n,).
+        amount: α, 0 ≤ α ≤ 1.
+
+    >>> shrink(torch.tensor([1.0, 3.0]), 0.5)
+    tensor([1.5000, 2.5000])
+    """
+    if not 0 <= amount <= 1:
+        raise ValueError(f"`amount` must be in [0, 1], got {amount!r}.")
+    diagonal = metric if metric.ndim == 1 else metric.diagonal()
+    shrunk = metric * (1 - amount)
+    (shrunk if metric.ndim == 1 else shrunk.diagonal()).add_(amount * diagonal.mean())
+    return shrunk

@@ -1,0 +1,228 @@
+"""Plans: which rank each target gets, what that stores, and what it is predicted to cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from torch import Tensor
+
+from .allocation import RANK_MULTIPLE, Point, Storage, allocate, points, uniform_rank
+from .config import ReparamConfig
+
+FORMAT = "reparam_peft plan 1"
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What becomes of one target.
+
+    Attributes:
+        name: of the module.
+        shape: (out, in) of its matrix.
+        rank: of its product; None: it stays dense.
+        stored_parameters: numbers in a checkpoint, or out · in for a dense one.
+        predicted_loss: predicted increase of the loss, nats per token; None without statistics.
+        spectrum: what each direction of the factorisation is predicted to cost, nats per token, as `direction_losses` gives
+            it: rank r loses the sum of all but the first r. Empty without statistics.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int | None
+    stored_parameters: int
+    predicted_loss: float | None = None
+    spectrum: tuple[float, ...] = ()
+
+    @property
+    def dense_parameters(self) -> int:
+        """out · in."""
+        return self.shape[0] * self.shape[1]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The ranks of all targets under one budget. `print(plan)` shows it as a table.
+
+    Attributes:
+        modules: one entry per target.
+        keep: the fraction of the targeted parameters that was asked for.
+        method: how the matrices are factorised.
+        allocation: how the ranks were chosen.
+        form: how the products are stored.
+        moved_bias: whether biases are stored along.
+        calibration_tokens: input rows that the statistics were taken of.
+        gradient_tokens: labels sampled for the gradients.
+        seed: of the labels.
+    """
+
+    modules: tuple[ModulePlan, ...]
+    keep: float
+    method: str
+    allocation: str
+    form: str
+    moved_bias: bool = False
+    calibration_tokens: int = 0
+    gradient_tokens: int = 0
+    seed: int = 0
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the targeted matrices."""
+        return sum(module.dense_parameters for module in self.modules)
+
+    @property
+    def stored_parameters(self) -> int:
+        """Numbers stored for them, dense ones included."""
+        return sum(module.stored_parameters for module in self.modules)
+
+    @property
+    def predicted_loss(self) -> float | None:
+        """Predicted increase of the loss, nats per token: the sum over the modules."""
+        losses = [module.predicted_loss for module in self.modules]
+        return None if None in losses else sum(losses)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank by module, without the dense ones."""
+        return {module.name: module.rank for module in self.modules if module.rank is not None}
+
+    @property
+    def dense_modules(self) -> list[str]:
+        """Names of the targets that stay dense."""
+        return [module.name for module in self.modules if module.rank is None]
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything, for JSON."""
+        return {"format": FORMAT, **asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict()), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file holds no plan, or a field of it is wrong.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            return cls.from_dict(json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} does not hold a plan: {error}") from error
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, object]) -> Plan:
+        """The plan that `to_dict` gave.
+
+        Raises:
+            ValueError: another format, or a field is missing, unknown or wrong.
+        """
+        fields = dict(fields)
+        if fields.pop("format", None) != FORMAT:
+            raise ValueError(f"`format` must be {FORMAT!r}.")
+        modules = []
+        for entry in fields.pop("modules"):
+            shape, rank = tuple(entry["shape"]), entry["rank"]
+            if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+                raise ValueError(f"{entry['name']}: `shape` must be two positive ints, got {shape!r}.")
+            if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(shape)):
+                raise ValueError(f"{entry['name']}: `rank` must be None or in [1, {min(shape)}], got {rank!r}.")
+            modules.append(ModulePlan(**{**entry, "shape": shape, "spectrum": tuple(entry["spectrum"])}))
+        return cls(tuple(modules), **fields)
+
+    def __str__(self) -> str:
+        width = max([len(module.name) for module in self.modules] + [6])
+        lines = [f"{'module':{width}}  {'shape':>13}  {'rank':>5}  {'stored':>12}  {'kept':>6}  {'loss':>9}"]
+        for module in self.modules:
+            shape = f"{module.shape[0]} x {module.shape[1]}"
+            rank = "dense" if module.rank is None else str(module.rank)
+            loss = "" if module.predicted_loss is None else f"{module.predicted_loss:.2e}"
+            kept = module.stored_parameters / module.dense_parameters
+            lines.append(
+                f"{module.name:{width}}  {shape:>13}  {rank:>5}  {module.stored_parameters:>12,}  {kept:>6.1%}  {loss:>9}"
+            )
+        kept = self.stored_parameters / self.dense_parameters if self.dense_parameters else 1.0
+        total = "" if self.predicted_loss is None else f", predicted loss +{self.predicted_loss:.4f} nats per token"
+        lines.append(
+            f"{self.stored_parameters:,} of {self.dense_parameters:,} parameters stored ({kept:.2%}), "
+            f"{len(self.dense_modules)} of {len(self.modules)} matrices dense; {self.method}, {self.allocation}, {self.form}"
+            f"{total}"
+        )
+        return "\n".join(lines)
+
+
+def allocate_ranks(
+    config: ReparamConfig, storages: Mapping[str, Storage], losses: Mapping[str, Tensor], fixed: Mapping[str, int | None]
+) -> dict[str, int | None]:
+    """Ranks by predicted loss under the config's budget; None: dense. Uniform ranks are a candidate too.
+
+    Args:
+        config: `keep`, `rank_multiple`, `floor` and `ceiling`.
+        storages: what each target's product takes.
+        losses: what each direction of each target costs.
+        fixed: targets whose rank is given.
+
+    Raises:
+        ValueError: the budget cannot be met.
+    """
+    floor, ceiling = config.floor or 0.0, 1.0 if config.ceiling is None else config.ceiling
+    multiple = config.rank_multiple or RANK_MULTIPLE
+    budget = math.floor(config.keep * sum(storage.dense for storage in storages.values()) * (1 + 1e-12))
+    curves: dict[str, list[Point]] = {}
+    for name, storage in storages.items():
+        if name in fixed:
+            rank = fixed[name]
+            curves[name] = [Point(rank, storage.dense if rank is None else storage.parameters(rank), 0.0)]
+        else:
+            curves[name] = points(losses[name], storage, multiple, floor, ceiling)
+    least = sum(curve[0].parameters for curve in curves.values())
+    if least > budget:
+        held = sum(curves[name][0].parameters for name in fixed)
+        raise ValueError(
+            f"`keep={config.keep}` allows {budget:,} parameters, and the least that can be stored is {least:,}: {held:,} for "
+            f"the {len(fixed)} targets that `dense_modules` and `rank_pattern` fix, and the lowest ranks of the others. Raise "
+            "`keep`, or lower `floor` or `rank_multiple`."
+        )
+    chosen = allocate(list(curves.values()), budget)
+    ranks = {name: curve[index].rank for (name, curve), index in zip(curves.items(), chosen, strict=True)}
+    uniform = {name: fixed[name] if name in fixed else uniform_rank(config.keep, storages[name]) for name in storages}
+    within = floor <= config.keep <= ceiling and _stored(uniform, storages) <= budget
+    if within and _lost(uniform, losses) < _lost(ranks, losses):
+        return uniform
+    return ranks
+
+
+def _stored(ranks: Mapping[str, int | None], storages: Mapping[str, Storage]) -> int:
+    return sum(storages[name].dense if rank is None else storages[name].parameters(rank) for name, rank in ranks.items())
+
+
+def _lost(ranks: Mapping[str, int | None], losses: Mapping[str, Tensor]) -> float:
+    return sum(float(losses[name][rank:].sum()) for name, rank in ranks.items() if rank is not None and name in losses)
+
+
+def make_plan(
+    config: ReparamConfig,
+    storages: Mapping[str, Storage],
+    ranks: Mapping[str, int | None],
+    losses: Mapping[str, Tensor],
+    **provenance: int,
+) -> Plan:
+    """The plan of these ranks."""
+
+    def modules() -> Iterable[ModulePlan]:
+        for name, rank in ranks.items():
+            storage, spectrum = storages[name], losses.get(name)
+            stored = storage.dense if rank is None else storage.parameters(rank)
+            lost = None
+            if spectrum is not None:
+                lost = 0.0 if rank is None else float(spectrum[rank:].sum())
+            shape = (storage.out_features, storage.in_features)
+            yield ModulePlan(name, shape, rank, stored, lost, () if spectrum is None else tuple(spectrum.tolist()))
+
+    return Plan(tuple(modules()), config.keep, config.method, config.allocation, config.form, config.moved_bias, **provenance)

@@ -1,0 +1,179 @@
+"""What calibration knows of a model: sums over the rows that its modules saw. Added up, saved, loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from .factorized import layer_kind
+
+FORMAT = "reparam_peft statistics 1"
+
+
+@dataclass
+class Statistics:
+    """What calibration knows of a model's modules: sums, not means, so that statistics of several runs add up.
+
+    With the inputs x (in,) and the output gradients g (out,) of a module as rows:
+
+    Attributes:
+        inputs: module → the first module that reads the same input; they share the statistics under that name.
+        rows: input → number of rows.
+        grams: input → Σ x xᵀ, shape (in, in), float64; for embeddings, whose rows are one-hot, its diagonal (in,).
+        sums: input → Σ x, shape (in,), float64.
+        gradient_rows: module → number of gradient rows.
+        output_grams: module → Σ g gᵀ, shape (out, out), float64.
+        energies: module → Σ |x|² |g|² and Σ |x|² over the gradient rows, shape (2,), float64.
+        predictions: labels that were sampled from the model, one for each position that predicts.
+        weight_norms: module → ‖W‖_F, by which statistics of another model are told.
+        seed: of the sampled labels.
+    """
+
+    inputs: dict[str, str] = field(default_factory=dict)
+    rows: dict[str, int] = field(default_factory=dict)
+    grams: dict[str, Tensor] = field(default_factory=dict)
+    sums: dict[str, Tensor] = field(default_factory=dict)
+    gradient_rows: dict[str, int] = field(default_factory=dict)
+    output_grams: dict[str, Tensor] = field(default_factory=dict)
+    energies: dict[str, Tensor] = field(default_factory=dict)
+    predictions: int = 0
+    weight_norms: dict[str, float] = field(default_factory=dict)
+    seed: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that the tensors take."""
+        return sum(t.numel() * t.element_size() for _, _, t in self._tensors())
+
+    @property
+    def tokens(self) -> int:
+        """Rows of the input that had most of them."""
+        return max(self.rows.values(), default=0)
+
+    def gram(self, module: str) -> Tensor:
+        """G = E[x xᵀ] of a module's input."""
+        name = self.inputs[module]
+        return self.grams[name] / self.rows[name]
+
+    def mean(self, module: str) -> Tensor:
+        """E[x] of a module's input, shape (in,)."""
+        name = self.inputs[module]
+        return self.sums[name] / self.rows[name]
+
+    def fisher(self, module: str) -> Tensor:
+        """F = E[g gᵀ] at a module's output, shape (out, out)."""
+        return self.output_grams[module] / max(self.gradient_rows[module], 1)
+
+    def loss_scale(self, module: str) -> float:
+        """What ½ tr(F Δ G Δᵀ) is multiplied by to become the predicted increase of the loss, in nats per prediction.
+
+        Two corrections: rows per prediction; and E[|x|² |g|²] / (E[|x|²] E[|g|²]), because the product of F and G takes large
+        inputs and large gradients for independent, and the largest inputs of transformers have the smallest gradients.
+        """
+        rows = self.gradient_rows[module]
+        joint, squares = (float(value) for value in self.energies[module])
+        gradients = float(self.output_grams[module].diagonal().sum())
+        if not (rows and squares > 0 and gradients > 0):
+            return 0.0
+        return joint / (squares * gradients / rows) * rows / max(self.predictions, 1)
+
+    def merge(self, other: Statistics) -> Statistics:
+        """The statistics of both runs together; neither is changed.
+
+        Raises:
+            ValueError: they are of different models, or of modules that share their inputs differently.
+        """
+        for module in self.weight_norms.keys() & other.weight_norms.keys():
+            _check_norm(module, self.weight_norms[module], other.weight_norms[module])
+        for module in self.inputs.keys() & other.inputs.keys():
+            if self.inputs[module] != other.inputs[module]:
+                raise ValueError(
+                    f"{module}: it shares the input of {self.inputs[module]} in one of the statistics and of "
+                    f"{other.inputs[module]} in the other; calibrate both with the same `target_modules`."
+                )
+        merged = Statistics({**self.inputs, **other.inputs}, seed=self.seed)
+        for name in ("rows", "grams", "sums", "gradient_rows", "output_grams", "energies"):
+            one, two = getattr(self, name), getattr(other, name)
+            both = {key: one[key] + two[key].to(one[key].device) if isinstance(one[key], Tensor) else one[key] + two[key]
+                    for key in one.keys() & two.keys()}  # fmt: skip
+            setattr(merged, name, {**one, **two, **both})
+        merged.predictions = self.predictions + other.predictions
+        merged.weight_norms = {**self.weight_norms, **other.weight_norms}
+        return merged
+
+    def check(self, modules: Mapping[str, nn.Module]) -> None:
+        """Raise `ValueError` unless the statistics are of these modules, with these weights."""
+        for name, module in modules.items():
+            if name not in self.weight_norms:
+                raise ValueError(
+                    f"{name}: the statistics do not hold this module; they are of another model or of other targets."
+                )
+            out_features, in_features = layer_kind(module).shape(module)
+            gram, fisher = self.grams.get(self.inputs.get(name, "")), self.output_grams.get(name)
+            for tensor, size in ((gram, in_features), (fisher, out_features)):
+                if tensor is not None and tensor.shape[0] != size:
+                    raise ValueError(
+                        f"{name}: the statistics have shape {tuple(tensor.shape)}, and the weight is ({out_features}, "
+                        f"{in_features}); they are of another model."
+                    )
+            _check_norm(name, self.weight_norms[name], weight_norm(module))
+            if gram is None:
+                raise ValueError(
+                    f"{name}: no batch reached this module. Give batches that use it, or leave it out with `exclude_modules`."
+                )
+
+    def save(self, path: str | Path) -> None:
+        """Write everything to one safetensors file."""
+        tensors = {f"{kind}/{key}": tensor.contiguous().cpu() for kind, key, tensor in self._tensors()}
+        plain = {name: getattr(self, name) for name in _PLAIN}
+        save_file(tensors, path, metadata={"format": FORMAT, "statistics": json.dumps(plain)})
+
+    @classmethod
+    def load(cls, path: str | Path) -> Statistics:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file holds something else.
+        """
+        with safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+            if metadata.get("format") != FORMAT:
+                raise ValueError(f"{path} does not hold statistics ({FORMAT!r}), but {metadata.get('format')!r}.")
+            statistics = cls(**json.loads(metadata["statistics"]))
+            for key in file.keys():  # noqa: SIM118
+                kind, _, name = key.partition("/")
+                if kind not in _TENSORS:
+                    raise ValueError(f"{path} holds {key!r}, which is no part of statistics.")
+                getattr(statistics, kind)[name] = file.get_tensor(key)
+        return statistics
+
+    def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
+        for kind in _TENSORS:
+            for key, tensor in getattr(self, kind).items():
+                yield kind, key, tensor
+
+
+_TENSORS = ("grams", "sums", "output_grams", "energies")
+_PLAIN = ("inputs", "rows", "gradient_rows", "predictions", "weight_norms", "seed")
+
+
+def weight_norm(module: nn.Module) -> float:
+    """‖W‖_F of a layer."""
+    weight = module.weight.detach()
+    return float(torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))
+
+
+def _check_norm(name: str, expected: float, got: float) -> None:
+    # Rounding the weights to bfloat16 changes their norm by less than 1e-5.
+    if abs(got - expected) > 1e-4 * max(got, expected):
+        raise ValueError(
+            f"{name}: the statistics are of a weight of norm {expected:.6g}, and this one has {got:.6g}; they are of another "
+            "model."
+        )
