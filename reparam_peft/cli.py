@@ -1,4 +1,4 @@
-"""The command line: `reparam compress` and `reparam evaluate`."""
+"""The command line: `reparam compress`, `reparam plan` and `reparam evaluate`."""
 
 from __future__ import annotations
 
@@ -13,24 +13,23 @@ import warnings
 from pathlib import Path
 from typing import Annotated, Any
 
-import peft
-import torch
-import transformers
 import typer
-from accelerate.state import PartialState
-from datasets import load_dataset
-from peft import PeftConfig, PeftModel, get_peft_model
+from peft import PeftModel, get_peft_model
 from rich.console import Console
 from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
-from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
+from .compression import calibrate
+from .compression import compress as compress_model
+from .compression import plan as plan_model
 from .config import ReparamConfig
-from .demo import demo_folder, reference_text
-from .evaluation import SizeReport, benchmark, perplexity, predicts_next_token, text_batches
+from .evaluation import SizeReport, benchmark, perplexity, predicts_next_token
 from .model import ReparamModel
-from .model_card import AUTO_CLASSES
+from .planning import Plan
+from .sources import CliError, load_model, read_batches
+from .statistics import Statistics
 
 app = typer.Typer(
     add_completion=True,
@@ -52,6 +51,25 @@ TextOption = Annotated[
         "Default: Python's language reference."
     ),
 ]
+KeepOption = Annotated[float | None, typer.Option(help="Fraction of the targeted parameters to store. Default: 0.8.")]
+RankOption = Annotated[str | None, typer.Option(help="One rank for all matrices, or `full`; instead of --keep.")]
+TargetOption = Annotated[str, typer.Option(help="`all-linear`, a regular expression, or name endings separated by commas.")]
+ExcludeOption = Annotated[str | None, typer.Option(help="Likewise, to leave out.")]
+MethodOption = Annotated[str | None, typer.Option(help="svd, whitened or autoencoder. Default: whitened.")]
+AllocationOption = Annotated[str | None, typer.Option(help="uniform or loss. Default: loss; uniform with --rank or svd.")]
+FormOption = Annotated[str | None, typer.Option(help="factors or pivot. Default: pivot.")]
+CalibrationOption = Annotated[
+    str | None,
+    typer.Option(
+        help="Text to calibrate on: as for --text. Default: Python's language reference, of which --text then takes "
+        "later windows."
+    ),
+]
+CalibrationWindowsOption = Annotated[int, typer.Option(min=1, help="The most windows of text to calibrate on.")]
+StatisticsOption = Annotated[
+    Path | None, typer.Option(help="File of calibration statistics: read if it exists, else written; serves any --keep.")
+]
+SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the labels sampled for gradients.")]
 LengthOption = Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")]
 WindowsOption = Annotated[int, typer.Option(min=1, help="The most windows of text to evaluate.")]
 DtypeOption = Annotated[str, typer.Option(help="Dtype to load the model in: auto, float32, bfloat16 or float16.")]
@@ -59,20 +77,22 @@ DeviceOption = Annotated[str | None, typer.Option(help="Device, e.g. cpu or cuda
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 
 
-class CliError(Exception):
-    """A mistake of the user or the environment, to be told in one line."""
-
-
 @app.command(epilog="Example: `reparam compress demo compressed --keep 0.9`")
 def compress(
     model: ModelArgument,
     output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the compressed adapter to.")],
-    keep: Annotated[float | None, typer.Option(help="Fraction of the targeted parameters to store. Default: 0.8.")] = None,
-    rank: Annotated[str | None, typer.Option(help="One rank for all matrices, or `full`; instead of --keep.")] = None,
-    target_modules: Annotated[
-        str, typer.Option(help="`all-linear`, a regular expression, or name endings separated by commas.")
-    ] = "all-linear",
-    exclude_modules: Annotated[str | None, typer.Option(help="Likewise, to leave out.")] = None,
+    keep: KeepOption = None,
+    rank: RankOption = None,
+    target_modules: TargetOption = "all-linear",
+    exclude_modules: ExcludeOption = None,
+    method: MethodOption = None,
+    allocation: AllocationOption = None,
+    form: FormOption = None,
+    calibration: CalibrationOption = None,
+    calibration_windows: CalibrationWindowsOption = 48,
+    statistics: StatisticsOption = None,
+    plan: Annotated[Path | None, typer.Option(help="Plan that `reparam plan --output` wrote, instead of --keep.")] = None,
+    seed: SeedOption = 0,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after, and generate a sample.")] = True,
     text: TextOption = None,
     length: LengthOption = 512,
@@ -83,31 +103,33 @@ def compress(
     as_json: JsonOption = False,
 ) -> None:
     """Compress MODEL, save it to OUT, load it again, and say how large and how good it is."""
-    if keep is not None and rank is not None:
-        raise CliError("--keep and --rank exclude each other; give one.")
     output = output.resolve()
     _check_output(output, model, overwrite)
-    config = _config(keep, rank, target_modules, exclude_modules)
-    base, tokenizer = _load(model, dtype, device)
-    if hasattr(base, "peft_config"):
-        raise CliError(f"{model} is compressed already; give the model that it was made from.")
+    ranks = _read_plan(plan, keep, rank)
+    if ranks is not None:
+        keep, form = ranks.keep, form or ranks.form
+    config = _config(keep, rank, target_modules, exclude_modules, method, allocation, form)
+    base, tokenizer = _load_dense(model, dtype, device)
     if evaluate:
         _check_language_model(base, model, "; add --no-evaluate")
+    shares_text = text is None and calibration is None and not _is_data_free(config)
+    skip = calibration_windows if shares_text else 0
+    batches = read_batches(tokenizer, "--text", text, length, windows, skip) if evaluate else []
+    known = _calibration(base, tokenizer, config, calibration, length, calibration_windows, statistics, seed)
     figures: dict[str, float] = {}
-    batches = _batches(tokenizer, text, length, windows) if evaluate else []
     if evaluate:
         err.print("measuring perplexity before …")
         figures["dense perplexity"] = perplexity(base, batches)
         sample = _generate(base, tokenizer)
     err.print("factorising …")
     start = time.perf_counter()
-    compressed = get_peft_model(base, config)
+    compressed = get_peft_model(base, config) if known is None else compress_model(base, config, known, plan=ranks)
     seconds = time.perf_counter() - start
     sizes = compressed.size_report()
     _save(compressed, tokenizer, output)
     del base, compressed
     err.print("loading it again …")
-    source, _ = _load(model, dtype, device)
+    source, _ = load_model(model, dtype, device)
     reloaded = PeftModel.from_pretrained(source, output)
     result: dict[str, Any] = {
         "model": model,
@@ -129,6 +151,41 @@ def compress(
         _print_compression(result, sizes)
 
 
+@app.command(epilog="Example: `reparam plan demo --keep 0.8 --statistics demo.safetensors --output plan.json`")
+def plan(
+    model: ModelArgument,
+    keep: KeepOption = None,
+    rank: RankOption = None,
+    target_modules: TargetOption = "all-linear",
+    exclude_modules: ExcludeOption = None,
+    method: MethodOption = None,
+    allocation: AllocationOption = None,
+    form: FormOption = None,
+    calibration: CalibrationOption = None,
+    calibration_windows: CalibrationWindowsOption = 48,
+    statistics: StatisticsOption = None,
+    seed: SeedOption = 0,
+    length: LengthOption = 512,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+    output: Annotated[Path | None, typer.Option(help="File to write the plan to, for `reparam compress --plan`.")] = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Print which rank each matrix of MODEL would get, what it stores and what it is predicted to cost; change nothing."""
+    config = _config(keep, rank, target_modules, exclude_modules, method, allocation, form)
+    if _is_data_free(config):
+        raise CliError("a plan needs calibration; leave out --method svd or add --allocation loss.")
+    base, tokenizer = _load_dense(model, dtype, device)
+    known = _calibration(base, tokenizer, config, calibration, length, calibration_windows, statistics, seed)
+    made = plan_model(base, config, known)
+    if output is not None:
+        made.save(output)
+    if as_json:
+        print(json.dumps(made.to_dict()))
+    else:
+        print(made)
+
+
 @app.command(epilog="Example: `reparam evaluate compressed --text article.txt --json`")
 def evaluate(
     model: ModelArgument,
@@ -141,9 +198,9 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of MODEL on a text, its size, and on request its speed."""
-    loaded, tokenizer = _load(model, dtype, device)
+    loaded, tokenizer = load_model(model, dtype, device)
     _check_language_model(loaded, model, "")
-    figures: dict[str, Any] = {"perplexity": perplexity(loaded, _batches(tokenizer, text, length, windows))}
+    figures: dict[str, Any] = {"perplexity": perplexity(loaded, read_batches(tokenizer, "--text", text, length, windows))}
     figures["parameters"] = sum(p.numel() for p in loaded.parameters())
     figures["bytes"] = sum(p.numel() * p.element_size() for p in loaded.parameters())
     if speed:
@@ -187,8 +244,18 @@ def _check_output(output: Path, model: str, overwrite: bool) -> None:
         raise CliError(f"{output} holds no compressed model but other files, which are not overwritten; choose another folder.")
 
 
-def _config(keep: float | None, rank: str | None, target_modules: str, exclude_modules: str | None) -> Any:
-    """The config of `compress`, its values checked."""
+def _config(
+    keep: float | None,
+    rank: str | None,
+    target_modules: str,
+    exclude_modules: str | None,
+    method: str | None,
+    allocation: str | None,
+    form: str | None,
+) -> ReparamConfig:
+    """The config of `compress` and `plan`, its values checked."""
+    if keep is not None and rank is not None:
+        raise CliError("--keep and --rank exclude each other; give one.")
     options: dict[str, Any] = {"target_modules": _names(target_modules)}
     if exclude_modules is not None:
         options["exclude_modules"] = _names(exclude_modules)
@@ -198,7 +265,53 @@ def _config(keep: float | None, rank: str | None, target_modules: str, exclude_m
         if rank != "full" and not rank.isdecimal():
             raise CliError(f"--rank must be a positive whole number or `full`, got {rank!r}.")
         options["r"] = rank if rank == "full" else int(rank)
-    return ReparamConfig(**options)
+    return ReparamConfig(**options, method=method, allocation=allocation, form=form)
+
+
+def _is_data_free(config: ReparamConfig) -> bool:
+    """Whether nothing of what is asked for needs calibration."""
+    return config.method == "svd" and config.allocation != "loss"
+
+
+def _read_plan(path: Path | None, keep: float | None, rank: str | None) -> Plan | None:
+    if path is None:
+        return None
+    if keep is not None or rank is not None:
+        raise CliError("--plan holds the ranks; leave out --keep and --rank.")
+    return Plan.load(path)
+
+
+def _calibration(
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    config: ReparamConfig,
+    text: str | None,
+    length: int,
+    windows: int,
+    path: Path | None,
+    seed: int,
+) -> Statistics | None:
+    """Statistics of a file, or else of a text; None where none are needed."""
+    if _is_data_free(config):
+        if text is not None or path is not None:
+            raise CliError("--method svd uses no calibration; leave out --calibration and --statistics.")
+        return None
+    if path is not None and path.exists():
+        if text is not None:
+            raise CliError(f"{path} exists and would be read in place of --calibration; give one of the two.")
+        return Statistics.load(path)
+    err.print("calibrating …")
+    batches = read_batches(tokenizer, "--calibration", text, length, windows)
+    known = calibrate(model, config, [part for batch in batches for part in _halves(batch)], seed=seed)
+    if path is not None:
+        known.save(path)
+    return known
+
+
+def _halves(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
+    """A batch in two, since a backward pass needs more memory than a forward pass."""
+    parts = [{key: value[rows] for key, value in batch.items()} for rows in (slice(None, 2), slice(2, None))]
+    return [part for part in parts if len(next(iter(part.values())))]
 
 
 def _names(value: str) -> str | list[str]:
@@ -208,33 +321,12 @@ def _names(value: str) -> str | list[str]:
     return [word.strip() for word in words] if plain and value != "all-linear" else value
 
 
-def _load(model: str, dtype: str, device: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A dense model or a compressed one, on its device, and its tokenizer."""
-    transformers.logging.set_verbosity_error()
-    transformers.logging.disable_progress_bar()
-    if dtype not in ("auto", "float32", "bfloat16", "float16"):
-        raise CliError(f"--dtype must be auto, float32, bfloat16 or float16, got {dtype!r}.")
-    try:
-        target = torch.device(device) if device else PartialState().default_device
-        torch.empty(0, device=target)
-    except (RuntimeError, AssertionError) as error:
-        raise CliError(f"--device {device}: {error}") from error
-    source = str(demo_folder()) if model == "demo" else model
-    if os.path.exists(source) and not os.path.isdir(source):
-        raise CliError(f"{source} is a file; MODEL must be a folder, a Hub id or `demo`.")
-    try:
-        if os.path.exists(os.path.join(source, "adapter_config.json")):
-            task_type = PeftConfig.from_pretrained(source).task_type
-            loader = getattr(peft, AUTO_CLASSES.get(task_type, "AutoPeftModel"))
-        else:
-            architectures = AutoConfig.from_pretrained(source).architectures or [""]
-            named = getattr(transformers, architectures[0], None)
-            loader = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else AutoModel
-        loaded = loader.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
-        tokenizer = AutoTokenizer.from_pretrained(source)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CliError(f"{model} cannot be loaded: {error}") from error
-    return loaded.to(target).eval(), tokenizer
+def _load_dense(model: str, dtype: str, device: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A model to compress, and its tokenizer."""
+    loaded, tokenizer = load_model(model, dtype, device)
+    if hasattr(loaded, "peft_config"):
+        raise CliError(f"{model} is compressed already; give the model that it was made from.")
+    return loaded, tokenizer
 
 
 def _save(model: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
@@ -255,25 +347,6 @@ def _save(model: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
     finally:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.rmtree(aside, ignore_errors=True)
-
-
-def _batches(tokenizer: PreTrainedTokenizerBase, text: str | None, length: int, windows: int) -> list[dict[str, Tensor]]:
-    """Windows of a file, of a Hub data set, or of the reference text."""
-    if text is None:
-        words = reference_text()
-    elif os.path.isfile(text):
-        words = Path(text).read_text(encoding="utf-8")
-    elif os.path.exists(text) or text.endswith((".txt", ".md")):
-        raise CliError(f"--text {text}: no such file.")
-    else:
-        name, *rest = text.split(":")
-        split = rest.pop() if rest else "test"
-        rows = load_dataset(name, *rest, split=split)
-        try:
-            words = "\n\n".join(row["text"] for row in rows)
-        except KeyError:
-            raise CliError(f"--text {text}: the data set has no column `text`.") from None
-    return text_batches(tokenizer, words, length=length, limit=windows)
 
 
 def _check_language_model(model: Any, name: str, remedy: str) -> None:

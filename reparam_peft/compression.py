@@ -20,7 +20,7 @@ from .allocation import uniform_rank
 from .autoencoder import train_autoencoder
 from .calibration import gather_statistics
 from .config import CALIBRATED, CALIBRATED_METHODS, ReparamConfig
-from .decompositions import Factors, direction_losses, factorize, random_factors
+from .decompositions import Factors, check_matrix, direction_losses, factorize, random_factors
 from .factorized import layer_kind
 from .layer import Product
 from .metrics import shrink
@@ -150,6 +150,9 @@ class _Run:
         self.config = _with_defaults(config)
         self.targets = select_targets(model, self.config, adapter_name)
         self.modules = {name: target.module for name, target in self.targets.items()}
+        for name, module in self.modules.items():
+            with naming(name):
+                check_matrix(source_matrix(module))
         self.calibrated = self.config.method in CALIBRATED_METHODS
         self.gradients = self.config.allocation == "loss" or (self.calibrated and self.config.output_metric != "none")
         self.passes = [list(self.modules)] if max_memory is None else _groups(self.targets, max_memory)
@@ -159,14 +162,17 @@ class _Run:
         self.tokens = self.predictions = 0
 
     def plan(self) -> Plan:
-        losses: dict[str, Tensor] = {}
+        storages = {name: target.storage for name, target in self.targets.items()}
+        losses = {name: _length(target).zero_() for name, target in self.targets.items()}
+        if self.config.allocation == "loss":
+            allocate_ranks(self.config, storages, losses, self._given())  # raises, before minutes of work, where none fit
+        losses.clear()
         for group in self.passes:
             statistics = self.statistics(group)
             if self.gradients:
                 compute = partial(self._losses, statistics=statistics)
                 found = self._shared_out(group, "Planning", compute, lambda name: [_length(self.targets[name])])
                 losses.update({name: loss for name, (loss,) in found.items()})
-        storages = {name: target.storage for name, target in self.targets.items()}
         if self.config.allocation == "loss":
             ranks = allocate_ranks(self.config, storages, losses, self._fixed(losses))
         else:
@@ -228,13 +234,19 @@ class _Run:
         config.predicted_loss = plan.predicted_loss
         return config
 
+    def _given(self) -> dict[str, int | None]:
+        """Targets whose rank the config gives."""
+        return {
+            name: resolve_rank(self.config, name, target.storage)
+            for name, target in self.targets.items()
+            if name in (self.config.dense_modules or ()) or self.config.module_rank(name) is not None
+        }
+
     def _fixed(self, losses: Mapping[str, Tensor]) -> dict[str, int | None]:
-        """Targets whose rank the config gives, and those that no gradient reaches, which get a uniform one."""
-        fixed = {}
+        """Those, and targets that no gradient reaches, which get a uniform rank."""
+        fixed = self._given()
         for name, target in self.targets.items():
-            if name in (self.config.dense_modules or ()) or self.config.module_rank(name) is not None:
-                fixed[name] = resolve_rank(self.config, name, target.storage)
-            elif not losses[name].any():
+            if name not in fixed and not losses[name].any():
                 warnings.warn(f"{name}: no gradient reaches its output, so that its rank is uniform.", stacklevel=4)
                 fixed[name] = uniform_rank(self.config.keep, target.storage)
         return fixed

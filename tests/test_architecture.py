@@ -22,8 +22,9 @@ LEVELS = {
     7: ["targets", "calibration"],
     8: ["model"],
     9: ["compression", "registration", "demo"],
-    10: ["cli"],
-    11: ["__init__"],
+    10: ["sources"],
+    11: ["cli"],
+    12: ["__init__"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 TORCH_ONLY = {"metrics", "decompositions", "allocation", "pivoting", "autoencoder"}
