@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ def gather_statistics(
     distribution of its last hidden state. Products are float32, sums float64. The model is run in eval mode; mode, gradients
     and hooks are put back as they were.
 
-    Memory: 8 · (Σ in² over distinct inputs + Σ out² over modules) bytes, and one batch with its graph.
+    Memory: 8 · (2 Σ in² over distinct inputs + Σ out² over modules) bytes, and one batch with its graph.
 
     In a distributed run every process gives the same batches; process i takes every i-th, and all get the sums.
 
@@ -76,7 +77,12 @@ def gather_statistics(
         raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
     if world > 1:
         _reduce(statistics, modules, gradients)
-    for gram in (*statistics.grams.values(), *statistics.output_grams.values()):
+    for name in statistics.inputs.keys() - statistics.output_grams.keys() if gradients else ():  # no gradient came back
+        module = modules[name]
+        size, like = layer_kind(module).shape(module)[0], {"dtype": torch.float64, "device": module.weight.device}
+        statistics.output_grams[name], statistics.energies[name] = torch.zeros(size, size, **like), torch.zeros(2, **like)
+        statistics.gradient_rows[name] = 0
+    for gram in (*statistics.grams.values(), *statistics.weighted_grams.values(), *statistics.output_grams.values()):
         if gram.ndim == 2:
             gram.copy_(gram.triu() + gram.triu(1).mT)
     return statistics
@@ -88,7 +94,8 @@ class _Recorder:
     def __init__(self, statistics: Statistics, modules: Mapping[str, nn.Module], gradients: bool) -> None:
         self.statistics, self.modules, self.gradients = statistics, modules, gradients
         self.seen: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}  # inputs of the running pass, by identity
-        self.masks: list[Tensor] = []
+        self.source_mask: Tensor | None = None
+        self.target_mask: Tensor | None = None
         self.encoder_output: weakref.ref[Tensor] | None = None
         self.inside_encoder: set[nn.Module] = set()
 
@@ -138,9 +145,9 @@ class _Recorder:
         of_encoder = self.encoder_output is not None and self.encoder_output() is x
         encodes = not self.inside_encoder or module in self.inside_encoder or of_encoder
         mask = self.source_mask if encodes else self.target_mask
-        if mask is not None and (x.shape[:2] == mask.shape or (x.ndim == 2 and len(x) == mask.numel())):
-            return mask.flatten()
-        return None
+        positions = x.shape[:-1] if x.is_floating_point() else x.shape
+        fits = mask is not None and tuple(positions) in (tuple(mask.shape), (mask.numel(),))
+        return mask.flatten() if fits else None
 
     def add_input(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor) -> None:
         """Add an input to its Gram, unless another module has read the same tensor."""
@@ -162,23 +169,32 @@ class _Recorder:
             kept = x.flatten() if mask is None else x.flatten()[mask]
             counts = kind.row_counts(module, kept).double()
             _add(statistics.grams, name, counts)
-            _add(statistics.sums, name, counts)
+            _add(statistics.sums, name, counts.clone())
             statistics.rows[name] = statistics.rows.get(name, 0) + kept.numel()
             return
         X = _wide(kind.rows(module, x), mask)
-        if name not in statistics.grams:
-            statistics.grams[name] = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=X.device)
-        _add_gram(statistics.grams[name], X)
+        _add_gram(statistics.grams, name, X)
         _add(statistics.sums, name, X.sum(0, dtype=torch.float64))
         statistics.rows[name] = statistics.rows.get(name, 0) + len(X)
+        if self.gradients and x.requires_grad:
+            x.register_hook(partial(self.add_weighted, name, module, kind, x.detach(), mask))
+
+    @torch.no_grad()
+    def add_weighted(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, mask: Tensor | None, h: Tensor) -> None:
+        """Add an input to the Gram in which its rows are weighed by the gradients there."""
+        statistics = self.statistics
+        X, H = (_wide(kind.rows(module, tensor), mask) for tensor in (x, h))
+        weights = H.square().sum(1, dtype=torch.float64)
+        weighted = X * weights.sqrt().to(X)[:, None]
+        _add_gram(statistics.weighted_grams, name, weighted)
+        _add(statistics.weighted_sums, name, (weighted * weights.sqrt().to(X)[:, None]).sum(0, dtype=torch.float64))
+        statistics.weights[name] = statistics.weights.get(name, 0.0) + float(weights.sum())
 
     def add_gradient(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, mask: Tensor | None, g: Tensor) -> None:
         """Add a gradient at the output that the module made of x."""
         statistics = self.statistics
         Y = _wide(kind.gradient_rows(module, g), mask)
-        if name not in statistics.output_grams:
-            statistics.output_grams[name] = torch.zeros(Y.shape[1], Y.shape[1], dtype=torch.float64, device=Y.device)
-        _add_gram(statistics.output_grams[name], Y)
+        _add_gram(statistics.output_grams, name, Y)
         squares = x if mask is None else x[mask]
         joint = (squares.double() * Y.square().sum(1, dtype=torch.float64)).sum()
         _add(statistics.energies, name, torch.stack([joint, squares.double().sum()]))
@@ -218,8 +234,8 @@ class _Hook:
 
 
 def _squares(X: Tensor) -> Tensor:
-    """|x|² of each row, float32."""
-    return torch.linalg.vector_norm(X, dim=1, dtype=torch.float32).square()
+    """|x|² of each row, in float32 or wider."""
+    return torch.linalg.vector_norm(X, dim=1, dtype=torch.promote_types(X.dtype, torch.float32)).square()
 
 
 def _wide(X: Tensor, mask: Tensor | None) -> Tensor:
@@ -235,8 +251,11 @@ def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
         totals[name] = value
 
 
-def _add_gram(total: Tensor, X: Tensor) -> None:
-    """total += XᵀX on and above the diagonal, block by block."""
+def _add_gram(totals: dict[str, Tensor], name: str, X: Tensor) -> None:
+    """Add XᵀX, float64, on and above the diagonal, block by block."""
+    if name not in totals:
+        totals[name] = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=X.device)
+    total = totals[name]
     for start in range(0, len(total), BLOCK):
         end = start + BLOCK
         total[start:end, start:] += X[:, start:end].mT @ X[:, start:]
@@ -301,6 +320,13 @@ def _reduce(statistics: Statistics, modules: Mapping[str, nn.Module], gradients:
         statistics.grams[name] = total(gram.contiguous())
         statistics.sums[name] = total(statistics.sums.get(name, torch.zeros(size, **like)))
         statistics.rows[name] = int(total(torch.tensor(statistics.rows.get(name, 0), device=device)))
+        if not gradients or one_hot:
+            continue
+        weight = float(total(torch.tensor(statistics.weights.get(name, 0.0), dtype=torch.float64, device=device)))
+        gram = total(statistics.weighted_grams.get(name, torch.zeros(size, size, **like)))
+        sums = total(statistics.weighted_sums.get(name, torch.zeros(size, **like)))
+        if weight > 0:
+            statistics.weights[name], statistics.weighted_grams[name], statistics.weighted_sums[name] = weight, gram, sums
     for name, module in modules.items() if gradients else ():
         size = layer_kind(module).shape(module)[0]
         statistics.output_grams[name] = total(

@@ -28,6 +28,10 @@ class Statistics:
         rows: input → number of rows.
         grams: input → Σ x xᵀ, shape (in, in), float64; for embeddings, whose rows are one-hot, its diagonal (in,).
         sums: input → Σ x, shape (in,), float64.
+        weighted_grams: input → Σ |h|² x xᵀ with h the gradient at the input, shape (in, in), float64; none for inputs that no
+            gradient reaches, such as those of the first layers, nor for embeddings.
+        weighted_sums: input → Σ |h|² x, shape (in,), float64.
+        weights: input → Σ |h|².
         gradient_rows: module → number of gradient rows.
         output_grams: module → Σ g gᵀ, shape (out, out), float64.
         energies: module → Σ |x|² |g|² and Σ |x|² over the gradient rows, shape (2,), float64.
@@ -40,6 +44,9 @@ class Statistics:
     rows: dict[str, int] = field(default_factory=dict)
     grams: dict[str, Tensor] = field(default_factory=dict)
     sums: dict[str, Tensor] = field(default_factory=dict)
+    weighted_grams: dict[str, Tensor] = field(default_factory=dict)
+    weighted_sums: dict[str, Tensor] = field(default_factory=dict)
+    weights: dict[str, float] = field(default_factory=dict)
     gradient_rows: dict[str, int] = field(default_factory=dict)
     output_grams: dict[str, Tensor] = field(default_factory=dict)
     energies: dict[str, Tensor] = field(default_factory=dict)
@@ -66,6 +73,23 @@ class Statistics:
         """E[x] of a module's input, shape (in,)."""
         name = self.inputs[module]
         return self.sums[name] / self.rows[name]
+
+    def covariance(self, module: str) -> Tensor:
+        """E[(x − E[x]) (x − E[x])ᵀ] of a module's input."""
+        mean = self.mean(module)
+        return self.gram(module) - torch.outer(mean, mean)
+
+    def weighted_gram(self, module: str, centre: Tensor | None = None) -> Tensor | None:
+        """E[|h|² (x − c) (x − c)ᵀ] / E[|h|²] with the gradients h at the input; None where no gradient reaches it."""
+        name = self.inputs[module]
+        total = self.weights.get(name, 0.0)
+        if not total > 0:
+            return None
+        gram = self.weighted_grams[name] / total
+        if centre is None:
+            return gram
+        cross = torch.outer(self.weighted_sums[name] / total, centre)
+        return gram - cross - cross.mT + torch.outer(centre, centre)
 
     def fisher(self, module: str) -> Tensor:
         """F = E[g gᵀ] at a module's output, shape (out, out)."""
@@ -99,7 +123,17 @@ class Statistics:
                     f"{other.inputs[module]} in the other; calibrate both with the same `target_modules`."
                 )
         merged = Statistics({**self.inputs, **other.inputs}, seed=self.seed)
-        for name in ("rows", "grams", "sums", "gradient_rows", "output_grams", "energies"):
+        for name in (
+            "rows",
+            "grams",
+            "sums",
+            "weighted_grams",
+            "weighted_sums",
+            "weights",
+            "gradient_rows",
+            "output_grams",
+            "energies",
+        ):
             one, two = getattr(self, name), getattr(other, name)
             both = {key: one[key] + two[key].to(one[key].device) if isinstance(one[key], Tensor) else one[key] + two[key]
                     for key in one.keys() & two.keys()}  # fmt: skip
@@ -160,8 +194,8 @@ class Statistics:
                 yield kind, key, tensor
 
 
-_TENSORS = ("grams", "sums", "output_grams", "energies")
-_PLAIN = ("inputs", "rows", "gradient_rows", "predictions", "weight_norms", "seed")
+_TENSORS = ("grams", "sums", "weighted_grams", "weighted_sums", "output_grams", "energies")
+_PLAIN = ("inputs", "rows", "weights", "gradient_rows", "predictions", "weight_norms", "seed")
 
 
 def weight_norm(module: nn.Module) -> float:
