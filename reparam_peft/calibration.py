@@ -30,6 +30,7 @@ def gather_statistics(
     gradients: bool = True,
     seed: int = 0,
     progress: bool = True,
+    starts: Iterable[nn.Module] = (),
 ) -> Statistics:
     """Run the model over the batches and gather the statistics of some of its modules.
 
@@ -49,6 +50,8 @@ def gather_statistics(
         gradients: whether to gather second moments of the output gradients too, by a backward pass.
         seed: of the sampled labels, which depend on it and the position in the data only, not on the split into batches.
         progress: whether to show a progress bar.
+        starts: modules from whose outputs on gradients flow, beside `modules`: with the same, passes over parts of the
+            modules give what one pass over all gives.
 
     Returns:
         The `Statistics`.
@@ -62,7 +65,7 @@ def gather_statistics(
     first_row = count = 0
     with evaluating(model), _frozen(model), ExitStack() as stack:
         recorder = _Recorder(statistics, modules, gradients)
-        stack.enter_context(recorder.hooks(model))
+        stack.enter_context(recorder.hooks(model, set(starts) - set(modules.values())))
         bar = tqdm(batches, desc="Calibrating", unit="batch", delay=1, disable=None if progress and own == 0 else True)
         for index, batch in enumerate(bar):
             count += 1
@@ -100,7 +103,7 @@ class _Recorder:
         self.inside_encoder: set[nn.Module] = set()
 
     @contextmanager
-    def hooks(self, model: nn.Module) -> Iterator[None]:
+    def hooks(self, model: nn.Module, starts: set[nn.Module]) -> Iterator[None]:
         encoder = model.get_encoder() if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
         handles = []
         if encoder is not None:
@@ -108,6 +111,7 @@ class _Recorder:
             handles.append(encoder.register_forward_hook(self._after_encoder))
         for name, module in self.modules.items():
             handles.append(module.register_forward_hook(_Hook(self, name, layer_kind(module)), with_kwargs=True))
+        handles += [module.register_forward_hook(lambda module, args, output: _start(output)[1]) for module in starts]
         try:
             yield
         finally:
@@ -221,16 +225,22 @@ class _Hook:
         with torch.no_grad():
             ones = x.new_ones(x.numel(), dtype=torch.float32)
             squares = ones if self.kind.one_hot else _squares(self.kind.rows(module, x))
-        starts = not output.requires_grad
-        if starts:
-            output = output.detach().requires_grad_()  # gradients are needed from here on only
+        output, replaced = _start(output)
 
         @torch.no_grad()
         def add(g: Tensor) -> None:
             recorder.add_gradient(self.name, module, self.kind, squares, mask, g)
 
         output.register_hook(add)
-        return output.clone() if starts else None  # a leaf must not be changed in place by what follows
+        return replaced
+
+
+def _start(output: Tensor) -> tuple[Tensor, Tensor | None]:
+    """An output that gradients flow back to, and what replaces it in the model: they are needed from the first target on."""
+    if output.requires_grad or not torch.is_grad_enabled():
+        return output, None
+    output = output.detach().requires_grad_()
+    return output, output.clone()  # a leaf must not be changed in place by what follows
 
 
 def _squares(X: Tensor) -> Tensor:

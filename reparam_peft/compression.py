@@ -205,6 +205,7 @@ class _Run:
             found = self.batches
         else:
             options = {"gradients": self.gradients, "seed": self.seed, "progress": self.progress}
+            options["starts"] = self.modules.values()
             found = gather_statistics(self.model, modules, self.batches, **options)
         found.check(modules)
         if self.gradients and not found.output_grams:
