@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import math
 import os
 import shutil
 import sys
@@ -69,7 +70,7 @@ CalibrationWindowsOption = Annotated[int, typer.Option(min=1, help="The most win
 StatisticsOption = Annotated[
     Path | None, typer.Option(help="File of calibration statistics: read if it exists, else written; serves any --keep.")
 ]
-SeedOption = Annotated[int, typer.Option(min=0, help="Seed of the labels sampled for gradients.")]
+SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed of the labels sampled for gradients. Default: 0.")]
 LengthOption = Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")]
 WindowsOption = Annotated[int, typer.Option(min=1, help="The most windows of text to evaluate.")]
 DtypeOption = Annotated[str, typer.Option(help="Dtype to load the model in: auto, float32, bfloat16 or float16.")]
@@ -92,7 +93,7 @@ def compress(
     calibration_windows: CalibrationWindowsOption = 48,
     statistics: StatisticsOption = None,
     plan: Annotated[Path | None, typer.Option(help="Plan that `reparam plan --output` wrote, instead of --keep.")] = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = None,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after, and generate a sample.")] = True,
     text: TextOption = None,
     length: LengthOption = 512,
@@ -105,17 +106,22 @@ def compress(
     """Compress MODEL, save it to OUT, load it again, and say how large and how good it is."""
     output = output.resolve()
     _check_output(output, model, overwrite)
-    ranks = _read_plan(plan, keep, rank)
+    ranks = _read_plan(plan, keep, rank, allocation)
     if ranks is not None:
-        keep, form = ranks.keep, form or ranks.form
+        keep, method, allocation, form = ranks.keep, method or ranks.method, ranks.allocation, form or ranks.form
     config = _config(keep, rank, target_modules, exclude_modules, method, allocation, form)
+    if ranks is not None and _is_data_free(config):
+        raise CliError("--plan is for calibrated methods; leave out --method svd.")
+    known = _read_statistics(config, calibration, statistics, seed)
     base, tokenizer = _load_dense(model, dtype, device)
     if evaluate:
         _check_language_model(base, model, "; add --no-evaluate")
-    shares_text = text is None and calibration is None and not _is_data_free(config)
-    skip = calibration_windows if shares_text else 0
+    skip = 0
+    if text is None and calibration is None and not _is_data_free(config):  # both are of the reference text
+        skip = calibration_windows if known is None else math.ceil(known.tokens / length)
     batches = read_batches(tokenizer, "--text", text, length, windows, skip) if evaluate else []
-    known = _calibration(base, tokenizer, config, calibration, length, calibration_windows, statistics, seed)
+    if known is None and not _is_data_free(config):
+        known = _calibrate(base, tokenizer, config, calibration, length, calibration_windows, statistics, seed)
     figures: dict[str, float] = {}
     if evaluate:
         err.print("measuring perplexity before …")
@@ -164,7 +170,7 @@ def plan(
     calibration: CalibrationOption = None,
     calibration_windows: CalibrationWindowsOption = 48,
     statistics: StatisticsOption = None,
-    seed: SeedOption = 0,
+    seed: SeedOption = None,
     length: LengthOption = 512,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
@@ -175,8 +181,11 @@ def plan(
     config = _config(keep, rank, target_modules, exclude_modules, method, allocation, form)
     if _is_data_free(config):
         raise CliError("a plan needs calibration; leave out --method svd or add --allocation loss.")
+    _check_folder("--output", output)
+    known = _read_statistics(config, calibration, statistics, seed)
     base, tokenizer = _load_dense(model, dtype, device)
-    known = _calibration(base, tokenizer, config, calibration, length, calibration_windows, statistics, seed)
+    if known is None:
+        known = _calibrate(base, tokenizer, config, calibration, length, calibration_windows, statistics, seed)
     made = plan_model(base, config, known)
     if output is not None:
         made.save(output)
@@ -201,12 +210,13 @@ def evaluate(
     loaded, tokenizer = load_model(model, dtype, device)
     _check_language_model(loaded, model, "")
     figures: dict[str, Any] = {"perplexity": perplexity(loaded, read_batches(tokenizer, "--text", text, length, windows))}
-    figures["parameters"] = sum(p.numel() for p in loaded.parameters())
-    figures["bytes"] = sum(p.numel() * p.element_size() for p in loaded.parameters())
+    sizes = loaded.size_report() if isinstance(getattr(loaded, "base_model", None), ReparamModel) else None
+    whole = sizes.to_dict()["model"] if sizes else {}
+    figures["parameters"] = whole.get("stored_parameters", sum(p.numel() for p in loaded.parameters()))
+    figures["bytes"] = whole.get("stored_bytes", sum(p.numel() * p.element_size() for p in loaded.parameters()))
     if speed:
         timing = benchmark(loaded, prompt_length=length)
         figures |= {name.replace("_", " "): value for name, value in timing.to_dict().items() if value is not None}
-    sizes = loaded.size_report() if isinstance(getattr(loaded, "base_model", None), ReparamModel) else None
     if as_json:
         print(json.dumps({"model": model, **figures, **({"size": sizes.to_dict()} if sizes else {})}))
         return
@@ -273,15 +283,35 @@ def _is_data_free(config: ReparamConfig) -> bool:
     return config.method == "svd" and config.allocation != "loss"
 
 
-def _read_plan(path: Path | None, keep: float | None, rank: str | None) -> Plan | None:
+def _read_plan(path: Path | None, keep: float | None, rank: str | None, allocation: str | None) -> Plan | None:
     if path is None:
         return None
-    if keep is not None or rank is not None:
-        raise CliError("--plan holds the ranks; leave out --keep and --rank.")
+    if not (keep is None and rank is None and allocation is None):
+        raise CliError("--plan holds the ranks; leave out --keep, --rank and --allocation.")
     return Plan.load(path)
 
 
-def _calibration(
+def _read_statistics(config: ReparamConfig, text: str | None, path: Path | None, seed: int | None) -> Statistics | None:
+    """Statistics of an earlier run; None where there are none. What cannot go together is refused."""
+    if _is_data_free(config):
+        if not (text is None and path is None and seed is None):
+            raise CliError("--method svd uses no calibration; leave out --calibration, --statistics and --seed.")
+        return None
+    _check_folder("--statistics", path)
+    if path is None or not path.exists():
+        return None
+    if text is not None:
+        raise CliError(f"{path} exists and would be read in place of --calibration; give one of the two.")
+    try:
+        known = Statistics.load(path)
+    except (SafetensorError, OSError) as error:
+        raise CliError(f"{path} does not hold statistics: {error}") from error
+    if seed not in (None, known.seed):
+        raise CliError(f"{path} exists, and was made with --seed {known.seed}; leave out --seed, or name another file.")
+    return known
+
+
+def _calibrate(
     model: Any,
     tokenizer: PreTrainedTokenizerBase,
     config: ReparamConfig,
@@ -289,23 +319,21 @@ def _calibration(
     length: int,
     windows: int,
     path: Path | None,
-    seed: int,
-) -> Statistics | None:
-    """Statistics of a file, or else of a text; None where none are needed."""
-    if _is_data_free(config):
-        if text is not None or path is not None:
-            raise CliError("--method svd uses no calibration; leave out --calibration and --statistics.")
-        return None
-    if path is not None and path.exists():
-        if text is not None:
-            raise CliError(f"{path} exists and would be read in place of --calibration; give one of the two.")
-        return Statistics.load(path)
+    seed: int | None,
+) -> Statistics:
+    """Statistics of a text, written to a file if one is named."""
     err.print("calibrating …")
     batches = read_batches(tokenizer, "--calibration", text, length, windows)
-    known = calibrate(model, config, [part for batch in batches for part in _halves(batch)], seed=seed)
+    known = calibrate(model, config, [part for batch in batches for part in _halves(batch)], seed=seed or 0)
     if path is not None:
         known.save(path)
     return known
+
+
+def _check_folder(option: str, path: Path | None) -> None:
+    """Refuse, before any work, a file that could not be written after it."""
+    if path is not None and not path.parent.is_dir():
+        raise CliError(f"{option} {path}: there is no folder {path.parent}.")
 
 
 def _halves(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:

@@ -19,10 +19,10 @@ import torch
 import transformers
 from conftest import bert, byte_tokenizer, llama
 from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from reparam_peft import cli, perplexity, text_batches
+from reparam_peft import Plan, Statistics, cli, perplexity, sources, text_batches
 
 Run = Callable[..., SimpleNamespace]
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -30,17 +30,20 @@ FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "token
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with a Llama, a BERT classifier, a damaged Llama, a text, and the Llama compressed to 40 %."""
+    """A folder with a Llama, a BERT classifier, a damaged Llama, and two texts."""
     folder = tmp_path_factory.mktemp("models")
     model = llama(vocab_size=259)
     model.save_pretrained(folder / "llama")
-    bert().save_pretrained(folder / "bert")
+    classifier = bert()
+    classifier.resize_token_embeddings(259)
+    classifier.save_pretrained(folder / "bert")
     with torch.no_grad():
         model.model.layers[1].mlp.up_proj.weight[3, 4] = torch.nan
     model.save_pretrained(folder / "damaged")
     for name in ("llama", "bert", "damaged"):
         byte_tokenizer().save_pretrained(folder / name)
     (folder / "text.txt").write_text("The quick brown fox jumps over the lazy dog. " * 20, encoding="utf-8")
+    (folder / "calibration.txt").write_text("Pack my box with five dozen liquor jugs, please. " * 20, encoding="utf-8")
     return folder
 
 
@@ -82,25 +85,37 @@ def quick(models: Path) -> list[object]:
     return ["--text", models / "text.txt", "--length", 64, "--windows", 4]
 
 
-def test_compress_prints_json_and_writes_what_can_be_loaded(run: Run, models: Path, tmp_path: Path) -> None:
+def calibrated(models: Path) -> list[object]:
+    """Few and short windows to calibrate on, and no evaluation."""
+    return ["--calibration", models / "calibration.txt", "--calibration-windows", 4, "--length", 64, "--no-evaluate"]
+
+
+DATA_FREE = ["--method", "svd", "--no-evaluate"]
+
+
+@pytest.mark.parametrize("method", ["default", "svd"])
+def test_compress_prints_json_and_writes_what_can_be_loaded(run: Run, models: Path, tmp_path: Path, method: str) -> None:
     output = tmp_path / "deep" / "out"
-    result = run("compress", models / "llama", output, "--keep", 0.4, *quick(models), "--json")
-    assert result.code == 0
+    by_method = calibrated(models)[:-1] if method == "default" else ["--method", method]
+    result = run("compress", models / "llama", output, "--keep", 0.4, *by_method, *quick(models), "--json")
+    assert result.code == 0, result.err
     printed = json.loads(result.out)
     assert set(printed) == {"model", "output", "seconds", "keep", "size", "dense_modules", "evaluation", "sample"}
     assert (printed["model"], printed["output"]) == (str(models / "llama"), str(output))
     assert 0.3 < printed["keep"] <= 0.4
     assert printed["seconds"] >= 0
-    assert printed["dense_modules"] == []
     assert set(printed["size"]) == {"targets", "model"}
     assert set(printed["sample"]) == {"dense", "compressed"}
     assert all(sample.startswith("The capital of France is") for sample in printed["sample"].values())
 
     assert {path.name for path in output.iterdir()} >= FILES
     assert [path.name for path in output.parent.iterdir()] == ["out"], "no temporary folder stays"
-    with safe_open(output / "adapter_model.safetensors", framework="pt") as file:
-        stored = sum(torch.Size(file.get_slice(key).get_shape()).numel() for key in list(file.keys()))
-    assert stored == printed["size"]["targets"]["stored_parameters"]
+    tensors = load_file(output / "adapter_model.safetensors")
+    targets = printed["size"]["targets"]
+    dense = sum(64 * 160 if "mlp" in name else 64 * (32 if "k_proj" in name or "v_proj" in name else 64)
+                for name in printed["dense_modules"])  # fmt: skip
+    assert sum(tensor.numel() for tensor in tensors.values()) + dense == targets["stored_parameters"]
+    assert sum(tensor.nbytes for tensor in tensors.values()) + 4 * dense == targets["stored_bytes"]
 
     base = AutoModelForCausalLM.from_pretrained(models / "llama")
     text = (models / "text.txt").read_text()
@@ -110,15 +125,24 @@ def test_compress_prints_json_and_writes_what_can_be_loaded(run: Run, models: Pa
     assert perplexity(base, batches) == pytest.approx(figures["dense perplexity"], rel=1e-5)
     loaded = PeftModel.from_pretrained(base, output)
     assert perplexity(loaded, batches) == pytest.approx(figures["perplexity"], rel=1e-5)
+    config = loaded.peft_config["default"]
+    chosen = (config.method, config.allocation, config.form, config.calibration_tokens, config.gradient_tokens, config.seed)
+    expected = {
+        "default": ("whitened", "loss", "pivot", 4 * 64, 4 * 64, 0),
+        "svd": ("svd", "uniform", "factors", None, None, None),
+    }
+    assert chosen == expected[method]
+    assert (config.predicted_loss is None) == (method == "svd")
     card = (output / "README.md").read_text()
     assert f"| perplexity | {figures['perplexity']:.6g} |" in card
     assert f"| dense perplexity | {figures['dense perplexity']:.6g} |" in card
     assert f"| base model | {models / 'llama'} |" in card
+    assert f"| method | {config.method} |" in card
     assert os.stat(output).st_mode & 0o777 == 0o755
 
 
 def test_compress_prints_tables(run: Run, models: Path, tmp_path: Path) -> None:
-    result = run("compress", models / "llama", tmp_path / "out", "--rank", "4", *quick(models))
+    result = run("compress", models / "llama", tmp_path / "out", "--rank", "4", *calibrated(models)[:-1], *quick(models))
     assert result.code == 0
     for words in (
         "targets, parameters",
@@ -129,13 +153,14 @@ def test_compress_prints_tables(run: Run, models: Path, tmp_path: Path) -> None:
     ):
         assert words in result.out
     assert f"saved to {tmp_path / 'out'}" in result.out
-    assert "measuring perplexity" in result.err
+    for words in ("calibrating", "measuring perplexity", "factorising", "loading it again"):
+        assert words in result.err
     assert "measuring perplexity" not in result.out
 
 
 def test_compress_without_evaluation(run: Run, models: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = run("compress", models / "llama", output, "--no-evaluate", "--json")
+    result = run("compress", models / "llama", output, *calibrated(models), "--json")
     assert result.code == 0
     assert set(json.loads(result.out)) == {"model", "output", "seconds", "keep", "size", "dense_modules"}
     assert "perplexity" not in (output / "README.md").read_text()
@@ -158,43 +183,48 @@ def test_compress_takes_targets_as_names_or_expressions(
     run: Run, models: Path, tmp_path: Path, options: list[str], factorised: int
 ) -> None:
     output = tmp_path / "out"
-    assert run("compress", models / "llama", output, "--no-evaluate", *options).code == 0
+    assert run("compress", models / "llama", output, *DATA_FREE, *options).code == 0
     config = json.loads((output / "adapter_config.json").read_text())
     assert len(config["rank_pattern"]) == factorised
 
 
 def test_compress_in_bfloat16_stores_bfloat16(run: Run, models: Path, tmp_path: Path) -> None:
-    result = run("compress", models / "llama", tmp_path / "out", "--no-evaluate", "--dtype", "bfloat16", "--json")
+    output = tmp_path / "out"
+    result = run("compress", models / "llama", output, *calibrated(models), "--rank", 8, "--dtype", "bfloat16", "--json")
+    tensors = load_file(output / "adapter_model.safetensors")
+    assert {tensor.dtype for name, tensor in tensors.items() if not name.endswith(".mask")} == {torch.bfloat16}
     size = json.loads(result.out)["size"]["targets"]
-    assert size["stored_bytes"] == 2 * size["stored_parameters"]
-    with safe_open(tmp_path / "out" / "adapter_model.safetensors", framework="pt") as file:
-        assert {file.get_tensor(key).dtype for key in list(file.keys())} == {torch.bfloat16}
+    assert size["stored_bytes"] == sum(tensor.nbytes for tensor in tensors.values())
 
 
 def test_a_model_without_a_language_head_is_compressed_without_evaluation_only(run: Run, models: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    result = run("compress", models / "bert", output)
+    arguments = ["compress", models / "bert", output, *calibrated(models)]
+    result = run(*arguments, "--evaluate")
     assert_error(
         result, "is a BertForSequenceClassification, and perplexity is of causal language models only; add --no-evaluate"
     )
     assert not output.exists()
-    assert run("compress", models / "bert", output, "--no-evaluate", "--rank", 8, "--target-modules", "query,value").code == 0
+    assert run(*arguments, "--keep", 0.5, "--target-modules", "query,value").code == 0
     config = json.loads((output / "adapter_config.json").read_text())
-    assert len(config["rank_pattern"]) == 4
+    assert len(config["rank_pattern"]) + len(config["dense_modules"]) == 4
+    assert (config["method"], config["allocation"], config["form"]) == ("whitened", "loss", "pivot")
+    assert config["moved_bias"] is True
+    assert config["gradient_tokens"] == 4, "one label for each window"
     assert_error(run("evaluate", output), "perplexity is of causal language models only.$")
 
 
 def test_an_existing_folder_is_replaced_only_on_request(run: Run, models: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
     output.mkdir()  # empty: nothing to lose
-    arguments = ["compress", models / "llama", output, "--no-evaluate"]
+    arguments = ["compress", models / "llama", output, *DATA_FREE]
     assert run(*arguments, "--rank", 4).code == 0
     (output / "mine.txt").write_text("mine")
     assert_error(run(*arguments, "--rank", 8), "out already exists; choose another folder or add --overwrite")
     assert (output / "mine.txt").exists()
-    assert json.loads((output / "adapter_config.json").read_text())["r"] == 4
+    assert set(json.loads((output / "adapter_config.json").read_text())["rank_pattern"].values()) == {4}
     assert run(*arguments, "--rank", 8, "--overwrite").code == 0
-    assert json.loads((output / "adapter_config.json").read_text())["r"] == 8
+    assert set(json.loads((output / "adapter_config.json").read_text())["rank_pattern"].values()) == {8}
     assert not (output / "mine.txt").exists()
     file = tmp_path / "file"
     file.write_text("mine")
@@ -218,6 +248,20 @@ BAD_ARGUMENTS = {
     "layer kind": (["--target-modules", "norm"], "norm: a LlamaRMSNorm cannot be factorised"),
     "no such text": (["--evaluate", "--text", "missing.txt"], "--text missing.txt: no such file"),
     "text is a folder": (["--evaluate", "--text", "."], r"--text \."),
+    "method": (["--method", "qr"], "`method` must be one of 'svd', 'whitened', 'autoencoder' or None, got 'qr'"),
+    "allocation": (["--allocation", "greedy"], "`allocation` must be one of 'uniform', 'loss' or None, got 'greedy'"),
+    "form": (["--form", "qr"], "`form` must be one of 'factors', 'pivot' or None, got 'qr'"),
+    "rank and allocation": (["--rank", "4", "--allocation", "loss"], "`r=4` fixes the ranks, .*; give one"),
+    "no such calibration": (["--calibration", "missing.txt"], "--calibration missing.txt: no such file"),
+    "svd with calibration": (["--method", "svd", "--calibration", "a.txt"], "--method svd uses no calibration; leave out"),
+    "svd with statistics": (["--method", "svd", "--statistics", "s"], "--method svd uses no calibration; leave out"),
+    "svd with a seed": (["--method", "svd", "--seed", "1"], "--method svd uses no calibration; leave out"),
+    "no such plan": (["--plan", "missing.json"], "missing.json"),
+    "plan and keep": (["--plan", "p.json", "--keep", "0.5"], "--plan holds the ranks; leave out --keep, --rank and --alloc"),
+    "plan and rank": (["--plan", "p.json", "--rank", "4"], "--plan holds the ranks; leave out"),
+    "plan and allocation": (["--plan", "p.json", "--allocation", "loss"], "--plan holds the ranks; leave out"),
+    "no folder for statistics": (["--statistics", "gone/s.safetensors"], "--statistics gone/s.safetensors: there is no folder"),
+    "keep below the lowest ranks": (["--keep", "0.001"], "`keep=0.001` allows 86 parameters, .* Raise `keep`"),
 }
 
 
@@ -226,16 +270,9 @@ def test_compress_refuses_bad_arguments_in_one_line_and_writes_nothing(
     run: Run, models: Path, tmp_path: Path, name: str
 ) -> None:
     options, message = BAD_ARGUMENTS[name]
-    default = [] if "--evaluate" in options else ["--no-evaluate"]
+    default = ["--calibration-windows", 1, *([] if "--evaluate" in options else ["--no-evaluate"])]
     assert_error(run("compress", models / "llama", tmp_path / "out", *default, *options), message)
     assert list(tmp_path.iterdir()) == []
-
-
-def test_a_text_that_is_too_short(run: Run, models: Path, tmp_path: Path) -> None:
-    text = tmp_path / "short.txt"
-    text.write_text("short")
-    result = run("evaluate", models / "llama", "--text", text, "--length", 64)
-    assert_error(result, "`text` must hold at least one window of 63 tokens, got 5; use a smaller `length`")
 
 
 @pytest.mark.parametrize("command", ["compress", "evaluate"])
@@ -252,16 +289,20 @@ def test_refuses_what_is_no_model(run: Run, models: Path, tmp_path: Path, comman
 
 def test_refuses_a_model_that_is_compressed_already(run: Run, models: Path, tmp_path: Path) -> None:
     first = tmp_path / "first"
-    assert run("compress", models / "llama", first, "--no-evaluate").code == 0
+    assert run("compress", models / "llama", first, *DATA_FREE).code == 0
     result = run("compress", first, tmp_path / "second", "--no-evaluate")
     assert_error(result, "first is compressed already; give the model that it was made from")
     assert not (tmp_path / "second").exists()
 
 
 def test_a_weight_with_nan_is_named_and_nothing_is_written(run: Run, models: Path, tmp_path: Path) -> None:
-    result = run("compress", models / "damaged", tmp_path / "out", "--no-evaluate")
-    assert_error(result, "layers.1.mlp.up_proj: `weight` contains NaN or infinite values; repair or exclude it")
-    assert_error(run("compress", models / "damaged", tmp_path / "out", *quick(models)), "the loss of batch 0 is nan")
+    for options in (DATA_FREE, calibrated(models)):
+        result = run("compress", models / "damaged", tmp_path / "out", *options)
+        assert_error(result, "layers.1.mlp.up_proj: `weight` contains NaN or infinite values; repair or exclude it")
+    result = run("compress", models / "damaged", tmp_path / "out", "--method", "svd", *quick(models))
+    assert_error(result, "the loss of batch 0 is nan")
+    result = run("compress", models / "damaged", tmp_path / "out", "--exclude-modules", "up_proj", *calibrated(models))
+    assert_error(result, "layers.1.mlp.down_proj: its inputs hold NaN or infinite values in batch 0")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -278,7 +319,7 @@ def test_replaces_only_an_earlier_result(run: Run, models: Path, tmp_path: Path,
     arguments = ["compress", models / "llama"]
     output = tmp_path / "out"
     for _ in range(2):
-        assert run(*arguments, output, "--no-evaluate", "--overwrite").code == 0
+        assert run(*arguments, output, *DATA_FREE, "--overwrite").code == 0
     precious = tmp_path / "precious"
     precious.mkdir()
     (precious / "thesis.txt").write_text("years")
@@ -290,14 +331,6 @@ def test_replaces_only_an_earlier_result(run: Run, models: Path, tmp_path: Path,
         assert_error(run(*arguments, place, "--overwrite"), "is or holds the current folder")
     assert (precious / "thesis.txt").read_text() == "years"
     assert (output / "adapter_config.json").exists()
-
-
-def test_a_device_that_is_not_there_and_an_architecture_that_is_no_model(run: Run, models: Path, tmp_path: Path) -> None:
-    assert_error(run("evaluate", models / "llama", "--device", "nowhere"), "--device nowhere")
-    folder = shutil.copytree(models / "llama", tmp_path / "odd")
-    config = json.loads((folder / "config.json").read_text())
-    (folder / "config.json").write_text(json.dumps({**config, "architectures": ["pipeline"]}))
-    assert_error(run("evaluate", folder), "perplexity is of causal language models only")
 
 
 @pytest.mark.parametrize("command", ["compress", "evaluate"])
@@ -317,7 +350,7 @@ def test_damaged_and_incomplete_folders(run: Run, models: Path, tmp_path: Path, 
 
 def test_a_damaged_checkpoint_is_refused(run: Run, models: Path, tmp_path: Path) -> None:
     output = tmp_path / "out"
-    assert run("compress", models / "llama", output, "--no-evaluate").code == 0
+    assert run("compress", models / "llama", output, *DATA_FREE).code == 0
     weights = output / "adapter_model.safetensors"
     whole = weights.read_bytes()
     weights.write_bytes(whole[:-100])
@@ -338,16 +371,11 @@ def test_an_adapter_of_another_method_is_evaluated_without_a_size_report(run: Ru
     assert json.loads(result.out)["perplexity"] == pytest.approx(dense["perplexity"], rel=1e-5)
 
 
-def test_a_data_set_without_text(run: Run, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "load_dataset", lambda *names, split: [{"question": "?", "answer": "!"}])
-    assert_error(run("evaluate", models / "llama", "--text", "org/data"), "text")
-
-
 def test_a_failure_while_writing_leaves_what_was_there(
     run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     output = tmp_path / "out"
-    arguments = ["compress", models / "llama", output, "--no-evaluate"]
+    arguments = ["compress", models / "llama", output, *DATA_FREE]
 
     def fail(*args: object, **kwargs: object) -> None:
         raise OSError("No space left on device")
@@ -373,6 +401,10 @@ def test_a_failure_while_writing_leaves_what_was_there(
         ["compress", "model", "out", "--length", "1"],
         ["compress", "model", "out", "--windows", "0"],
         ["compress", "model", "out", "--ratio", "0.5"],
+        ["compress", "model", "out", "--calibration-windows", "0"],
+        ["compress", "model", "out", "--seed", "-1"],
+        ["plan"],
+        ["plan", "model", "--no-evaluate"],
         ["evaluate"],
         ["distil", "model"],
     ],
@@ -390,10 +422,166 @@ def test_wrong_usage_exits_with_2(run: Run, arguments: list[str]) -> None:
 def test_help_lists_commands_and_options(run: Run) -> None:
     result = run("--help")
     assert result.code == 0
-    assert "compress" in result.out
-    assert "evaluate" in result.out
-    for option in ("--keep", "--rank", "--target-modules", "--json", "--overwrite"):
+    for command in ("compress", "plan", "evaluate"):
+        assert command in result.out
+    for option in ("--keep", "--rank", "--target-modules", "--calibration", "--statistics", "--plan", "--json", "--overwrite"):
         assert option in run("compress", "--help").out
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        (["--method", "autoencoder", "--target-modules", "q_proj"], ("autoencoder", "loss", "pivot", 0)),
+        (["--allocation", "uniform"], ("whitened", "uniform", "pivot", 0)),
+        (["--method", "svd", "--allocation", "loss", "--seed", 5], ("svd", "loss", "pivot", 5)),
+        (["--form", "factors", "--seed", 2], ("whitened", "loss", "factors", 2)),
+        (["--rank", 8], ("whitened", "uniform", "pivot", 0)),
+    ],
+    ids=lambda value: " ".join(map(str, value)) if isinstance(value, list) else "",
+)
+def test_compress_takes_choices(run: Run, models: Path, tmp_path: Path, options: list[object], expected: tuple) -> None:
+    output = tmp_path / "out"
+    result = run("compress", models / "llama", output, *calibrated(models), *options)
+    assert result.code == 0, result.err
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert tuple(config[name] for name in ("method", "allocation", "form", "seed")) == expected
+    assert config["calibration_tokens"] == 4 * 64
+
+
+def test_the_data_free_method_in_pivot_form(run: Run, models: Path, tmp_path: Path) -> None:
+    assert run("compress", models / "llama", tmp_path / "out", *DATA_FREE, "--form", "pivot").code == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["method"], config["form"], config["calibration_tokens"]) == ("svd", "pivot", None)
+
+
+def test_plan_prints_a_table_that_compress_carries_out(run: Run, models: Path, tmp_path: Path) -> None:
+    file, output = tmp_path / "plan.json", tmp_path / "out"
+    arguments = [models / "llama", *calibrated(models)[:-1]]
+    table = run("plan", *arguments, "--keep", 0.6, "--form", "factors", "--output", file)
+    assert table.code == 0, table.err
+    assert [path.name for path in tmp_path.iterdir()] == ["plan.json"], "nothing else is written"
+    plan = Plan.load(file)
+    assert table.out == f"{plan}\n"
+    assert len(plan.modules) == 14
+    assert (plan.keep, plan.method, plan.allocation, plan.form) == (0.6, "whitened", "loss", "factors")
+
+    printed = json.loads(run("plan", *arguments, "--keep", 0.6, "--form", "factors", "--json").out)
+    assert printed == json.loads(json.dumps(plan.to_dict()))
+
+    result = run("compress", *arguments, output, "--no-evaluate", "--plan", file, "--json")
+    assert result.code == 0, result.err
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["rank_pattern"] == plan.ranks
+    assert set(config["dense_modules"]) == set(plan.dense_modules)
+    assert (config["keep"], config["form"]) == (0.6, "factors")
+    assert json.loads(result.out)["size"]["targets"]["stored_parameters"] == plan.stored_parameters
+
+
+def test_a_plan_carries_its_method_too(run: Run, models: Path, tmp_path: Path) -> None:
+    file, output = tmp_path / "plan.json", tmp_path / "out"
+    arguments = [models / "llama", *calibrated(models)[:-1], "--target-modules", "up_proj"]
+    assert run("plan", *arguments, "--method", "svd", "--allocation", "loss", "--output", file).code == 0
+    assert run("compress", *arguments, output, "--no-evaluate", "--plan", file).code == 0
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert (config["method"], config["allocation"], config["rank_pattern"]) == ("svd", "loss", Plan.load(file).ranks)
+
+
+def test_plans_that_are_refused(run: Run, models: Path, tmp_path: Path) -> None:
+    file, arguments = tmp_path / "plan.json", [models / "llama", *calibrated(models)[:-1]]
+    assert_error(run("plan", *arguments[:1], "--method", "svd"), "a plan needs calibration; leave out --method svd or add")
+    result = run("plan", *arguments, "--output", tmp_path / "gone" / "plan.json")
+    assert_error(result, "--output .*plan.json: there is no folder")
+    assert "calibrating" not in result.err
+    assert run("plan", *arguments, "--allocation", "uniform", "--target-modules", "q_proj", "--output", file).code == 0
+    compress = ["compress", *arguments, tmp_path / "out", "--no-evaluate", "--plan", file]
+    assert_error(run(*compress), "it is in the plan or among the targets, but not in both; the plan is of other targets")
+    result = run(*compress, "--target-modules", "q_proj", "--form", "factors")
+    assert_error(result, "`plan` is for `form='pivot'`, and the config says 'factors'")
+    result = run("compress", *arguments[:1], tmp_path / "out", *DATA_FREE, "--plan", file)
+    assert_error(result, "--plan is for calibrated methods; leave out --method svd")
+    for text in ("{", "[]", "{}", '{"format": "reparam_peft plan 1"}'):
+        file.write_text(text)
+        assert_error(run(*compress), "plan.json does not hold a plan")
+    assert not (tmp_path / "out").exists()
+
+
+def test_statistics_are_written_and_serve_another_keep(
+    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file = tmp_path / "statistics.safetensors"
+    known = ["--statistics", file, "--length", 64, "--no-evaluate"]
+    first = run("compress", models / "llama", tmp_path / "first", *calibrated(models), "--statistics", file, "--seed", 3)
+    assert first.code == 0, first.err
+    assert "calibrating" in first.err
+    statistics = Statistics.load(file)
+    assert (statistics.tokens, statistics.predictions, statistics.seed) == (4 * 64, 4 * 64, 3)
+    before = file.read_bytes()
+
+    monkeypatch.setattr(cli, "calibrate", lambda *args, **kwargs: pytest.fail("the statistics are there"))
+    result = run("compress", models / "llama", tmp_path / "again", *known)
+    assert result.code == 0, result.err
+    one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "again"))
+    assert one.keys() == two.keys()
+    assert all(torch.equal(one[key], two[key]) for key in one)
+    assert run("compress", models / "llama", tmp_path / "small", *known, "--keep", 0.4, "--target-modules", "up_proj").code == 0
+    config = json.loads((tmp_path / "small" / "adapter_config.json").read_text())
+    assert config["stored_parameters"] <= 0.4 * config["dense_parameters"]
+    assert (config["calibration_tokens"], config["seed"]) == (4 * 64, 3)
+    assert run("plan", models / "llama", *known[:-1], "--keep", 0.5).code == 0
+    assert file.read_bytes() == before
+
+
+def test_statistics_that_are_refused(run: Run, models: Path, tmp_path: Path) -> None:
+    file, arguments = tmp_path / "statistics.safetensors", ["compress", models / "llama", tmp_path / "out"]
+    made = ["plan", models / "llama", *calibrated(models)[:-1], "--statistics", file, "--target-modules", "q_proj"]
+    assert run(*made).code == 0
+    known = ["--statistics", file, "--no-evaluate"]
+    assert_error(run(*made), "exists and would be read in place of --calibration; give one of the two")
+    assert_error(run(*arguments, *known, "--seed", 1), "was made with --seed 0; leave out --seed, or name another file")
+    result = run(*arguments, *known, "--target-modules", "v_proj")
+    assert_error(result, "layers.0.self_attn.v_proj: the statistics do not hold this module")
+    other = llama(vocab_size=259)
+    other.model.layers[1].self_attn.q_proj.weight.data *= 2
+    other.save_pretrained(tmp_path / "other")
+    byte_tokenizer().save_pretrained(tmp_path / "other")
+    result = run("compress", tmp_path / "other", tmp_path / "out", *known, "--target-modules", "q_proj")
+    assert_error(result, "layers.1.self_attn.q_proj: the statistics are of a weight of norm .*; they are of another model")
+    save_file({"weight": torch.zeros(2)}, file)
+    assert_error(run(*arguments, *known), "statistics.safetensors does not hold statistics")
+    file.write_text("something else")
+    assert_error(run(*arguments, *known), "statistics.safetensors does not hold statistics")
+    file.unlink()
+    file.mkdir()
+    assert_error(run(*arguments, *known), "statistics.safetensors does not hold statistics")
+    assert not (tmp_path / "out").exists()
+
+
+def test_evaluation_takes_windows_that_calibration_did_not_see(
+    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: dict[str, torch.Tensor] = {}
+
+    def watch(name: str, original: Callable[..., object]) -> Callable[..., object]:
+        def call(model: object, *args: object, **kwargs: object) -> object:
+            seen[name] = torch.cat([batch["input_ids"] for batch in args[-1]])
+            return original(model, *args, **kwargs)
+
+        return call
+
+    monkeypatch.setattr(cli, "calibrate", watch("calibrated", cli.calibrate))
+    monkeypatch.setattr(cli, "perplexity", watch("evaluated", cli.perplexity))
+    file = tmp_path / "statistics.safetensors"
+    options = ["--length", 64, "--windows", 3, "--target-modules", "q_proj", "--statistics", file]
+    assert run("compress", models / "llama", tmp_path / "first", *options, "--calibration-windows", 5).code == 0
+    windows = text_batches(byte_tokenizer(), sources.reference_text(), length=64, limit=8, batch_size=8)[0]["input_ids"]
+    assert torch.equal(seen["calibrated"], windows[:5])
+    assert torch.equal(seen["evaluated"], windows[5:])
+    seen.clear()
+    assert run("compress", models / "llama", tmp_path / "again", *options).code == 0, "the file says how much was seen"
+    assert torch.equal(seen["evaluated"], windows[5:])
+    assert "calibrated" not in seen
+    assert run("compress", models / "llama", tmp_path / "svd", *options[:-2], "--method", "svd").code == 0
+    assert torch.equal(seen["evaluated"], windows[:3]), "what needs no calibration is evaluated from the start"
 
 
 def test_evaluate_a_dense_model(run: Run, models: Path) -> None:
@@ -415,7 +603,8 @@ def test_evaluate_a_dense_model(run: Run, models: Path) -> None:
 
 
 def test_evaluate_a_compressed_model(run: Run, models: Path, tmp_path: Path) -> None:
-    compressed = run("compress", models / "llama", tmp_path / "out", "--keep", 0.4, *quick(models), "--json")
+    arguments = ["compress", models / "llama", tmp_path / "out", "--keep", 0.4, *calibrated(models)[:-1], *quick(models)]
+    compressed = run(*arguments, "--json")
     expected = json.loads(compressed.out)
     printed = json.loads(run("evaluate", tmp_path / "out", *quick(models), "--json").out)
     assert printed["perplexity"] == pytest.approx(expected["evaluation"]["perplexity"], rel=1e-5)
@@ -423,7 +612,8 @@ def test_evaluate_a_compressed_model(run: Run, models: Path, tmp_path: Path) -> 
     assert printed["parameters"] == expected["size"]["model"]["stored_parameters"]
     assert printed["bytes"] == expected["size"]["model"]["stored_bytes"]
     table = run("evaluate", tmp_path / "out", *quick(models))
-    assert "14 matrices factorised, 0 left dense" in table.out
+    dense = len(expected["dense_modules"])
+    assert f"{14 - dense} matrices factorised, {dense} left dense" in table.out
 
 
 def test_evaluate_with_speed(run: Run, models: Path) -> None:
@@ -435,47 +625,28 @@ def test_evaluate_with_speed(run: Run, models: Path) -> None:
 
 
 def test_evaluate_by_default_on_the_reference_text(run: Run, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "reference_text", lambda: (models / "text.txt").read_text())
+    monkeypatch.setattr(sources, "reference_text", lambda: (models / "text.txt").read_text())
     options = ["--length", 64, "--windows", 4, "--json"]
     given_, default = run("evaluate", models / "llama", *quick(models), "--json"), run("evaluate", models / "llama", *options)
     assert json.loads(default.out) == json.loads(given_.out)
 
 
-@pytest.mark.parametrize(
-    ("text", "called"),
-    [
-        ("org/data", ("org/data", "test")),
-        ("org/data:config:train", ("org/data", "config", "train")),
-    ],
-)
-def test_text_from_the_hub(run: Run, models: Path, monkeypatch: pytest.MonkeyPatch, text: str, called: tuple[str, ...]) -> None:
-    calls = []
-
-    def load(*names: str, split: str) -> list[dict[str, str]]:
-        calls.append((*names, split))
-        return [{"text": "some words " * 20}] * 3
-
-    monkeypatch.setattr(cli, "load_dataset", load)
-    assert run("evaluate", models / "llama", "--text", text, "--length", 64).code == 0
-    assert calls == [called]
-
-
 def test_the_demo_model_is_a_folder_too(run: Run, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cli, "demo_folder", lambda: models / "llama")
+    monkeypatch.setattr(sources, "demo_folder", lambda: models / "llama")
     printed = json.loads(run("evaluate", "demo", *quick(models), "--json").out)
     assert printed["model"] == "demo"
 
     def fail() -> None:
         raise RuntimeError("the demo model could not be downloaded (no network)")
 
-    monkeypatch.setattr(cli, "demo_folder", fail)
+    monkeypatch.setattr(sources, "demo_folder", fail)
     assert_error(run("evaluate", "demo"), "the demo model could not be downloaded")
 
 
 def test_a_traceback_on_request(run: Run, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("REPARAM_DEBUG", "1")
     monkeypatch.setattr(sys, "argv", ["reparam", "evaluate", str(models / "text.txt")])
-    with pytest.raises(cli.CliError, match="is a file"):
+    with pytest.raises(sources.CliError, match="is a file"):
         cli.main()
 
 
