@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
@@ -174,19 +174,47 @@ class Statistics:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: the file holds something else.
+            ValueError: the file holds something else, or is damaged.
         """
-        with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            if metadata.get("format") != FORMAT:
-                raise ValueError(f"{path} does not hold statistics ({FORMAT!r}), but {metadata.get('format')!r}.")
+        try:
+            with safe_open(path, framework="pt") as file:
+                metadata = file.metadata() or {}
+                if metadata.get("format") != FORMAT:
+                    raise ValueError(f"{path} does not hold statistics ({FORMAT!r}), but {metadata.get('format')!r}.")
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except SafetensorError as error:
+            raise ValueError(f"{path} is damaged ({error}); copy it again, or gather the statistics anew.") from error
+        try:
             statistics = cls(**json.loads(metadata["statistics"]))
-            for key in file.keys():  # noqa: SIM118
+            for key, tensor in tensors.items():
                 kind, _, name = key.partition("/")
                 if kind not in _TENSORS:
-                    raise ValueError(f"{path} holds {key!r}, which is no part of statistics.")
-                getattr(statistics, kind)[name] = file.get_tensor(key)
+                    raise ValueError(f"{key!r} is no part of statistics")
+                getattr(statistics, kind)[name] = tensor
+            statistics._check_whole()
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} does not hold statistics that are whole: {error}; gather them anew.") from error
         return statistics
+
+    def _check_whole(self) -> None:
+        """Raise `ValueError` unless all parts are there, are finite and fit each other."""
+        parts = (("rows", "grams", "sums"), ("weights", "weighted_grams", "weighted_sums"))
+        for names in (*parts, ("gradient_rows", "output_grams", "energies")):
+            first, *others = (getattr(self, name).keys() for name in names)
+            if any(other != first for other in others):
+                raise ValueError(f"{', '.join(names)} are not of the same modules")
+        known = self.weight_norms.keys() >= self.inputs.keys() | self.output_grams.keys()
+        if not known or set(self.inputs.values()) != set(self.rows) or not self.rows.keys() >= self.weights.keys():
+            raise ValueError("modules and their inputs do not fit each other")
+        counts = [*self.rows.values(), *(count + 1 for count in self.gradient_rows.values()), self.predictions + 1]
+        if not all(isinstance(count, int) and count > 0 for count in counts):
+            raise ValueError("a number of rows is no count")
+        for kind, key, tensor in self._tensors():
+            if tensor.dtype != torch.float64 or not torch.isfinite(tensor).all():
+                raise ValueError(f"{kind} of {key} holds other than finite float64 numbers")
+            size = {"energies": 2, "output_grams": len(tensor)}.get(kind) or len(self.sums[key])
+            if tuple(tensor.shape) not in _shapes(kind, size):
+                raise ValueError(f"{kind} of {key} has shape {tuple(tensor.shape)}")
 
     def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
         for kind in _TENSORS:
@@ -196,6 +224,12 @@ class Statistics:
 
 _TENSORS = ("grams", "sums", "weighted_grams", "weighted_sums", "output_grams", "energies")
 _PLAIN = ("inputs", "rows", "weights", "gradient_rows", "predictions", "weight_norms", "seed")
+
+
+def _shapes(kind: str, size: int) -> list[tuple[int, ...]]:
+    """What shapes a tensor of statistics may have."""
+    square = [(size, size)] if kind.endswith("grams") else []
+    return square if kind in ("weighted_grams", "output_grams") else [*square, (size,)]
 
 
 def weight_norm(module: nn.Module) -> float:

@@ -21,6 +21,10 @@ from transformers import (
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
+    T5Config,
+    T5ForConditionalGeneration,
+    ViTConfig,
+    ViTForImageClassification,
 )
 
 import reparam_peft  # noqa: F401  registers the method
@@ -78,6 +82,49 @@ class ConvNet(nn.Module):
 def convnet() -> ConvNet:
     torch.manual_seed(0)
     return ConvNet().eval()
+
+
+def t5() -> T5ForConditionalGeneration:
+    """An encoder-decoder of two layers each."""
+    torch.manual_seed(0)
+    sizes = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "num_layers": 2, "vocab_size": 100}
+    tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
+    return T5ForConditionalGeneration(T5Config(**sizes, **tokens, feed_forward_proj="gated-gelu")).eval()
+
+
+def vit() -> ViTForImageClassification:
+    """An image classifier of two layers and five labels, whose first layer is a convolution."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+    return ViTForImageClassification(ViTConfig(**sizes, image_size=16, patch_size=4, num_labels=5)).eval()
+
+
+class Mixture(nn.Module):
+    """A mixture of experts, each of which sees the tokens that are routed to it, and the last none."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(16, 4)
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(16, 24), nn.ReLU(inplace=True), nn.Linear(24, 16)) for _ in range(4)
+        )
+        with torch.no_grad():
+            self.router.bias[-1] = -1e4
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens = x.flatten(0, -2)
+        weights, chosen = self.router(tokens).softmax(-1).max(-1)
+        y = torch.zeros_like(tokens)
+        for index, expert in enumerate(self.experts):
+            rows = (chosen == index).nonzero()[:, 0]
+            if len(rows):
+                y = y.index_add(0, rows, expert(tokens[rows]) * weights[rows, None])
+        return y.view_as(x)
+
+
+def mixture() -> Mixture:
+    torch.manual_seed(0)
+    return Mixture().eval()
 
 
 def byte_tokenizer(bos: bool = True) -> PreTrainedTokenizerFast:

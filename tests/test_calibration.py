@@ -1,0 +1,566 @@
+"""`gather_statistics`: equal to a brute-force oracle in float64, whatever the padding, the split and the layer kind."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import bert, convnet, gpt2, llama, mixture, relative_error, t5, vit
+from torch import Tensor, nn
+from transformers import BertModel, PreTrainedModel
+from transformers.pytorch_utils import Conv1D
+
+from reparam_peft import Statistics
+from reparam_peft.calibration import gather_statistics
+
+Batch = dict[str, Tensor]
+
+
+def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
+    return torch.randint(3, 100, (rows, length), generator=torch.Generator().manual_seed(seed))
+
+
+def padding(lengths: list[int], length: int, side: str = "right") -> Tensor:
+    """An attention mask."""
+    kept = torch.arange(length) < torch.tensor(lengths)[:, None]
+    return (kept if side == "right" else kept.flip(1)).long()
+
+
+def text(lengths: list[int], length: int, side: str = "right", seed: int = 0) -> Batch:
+    return {"input_ids": tokens(len(lengths), length, seed), "attention_mask": padding(lengths, length, side)}
+
+
+def pairs(source: list[int], target: list[int], lengths: tuple[int, int], seed: int = 0) -> Batch:
+    decoder = text(target, lengths[1], seed=seed + 1)
+    return {**text(source, lengths[0], seed=seed), **{f"decoder_{name}": value for name, value in decoder.items()}}
+
+
+def images(rows: int, shape: tuple[int, ...], name: str, seed: int = 0) -> Batch:
+    return {name: torch.randn(rows, *shape, generator=torch.Generator().manual_seed(seed))}
+
+
+def linear_layers(model: nn.Module, *leave_out: str) -> dict[str, nn.Module]:
+    kinds = (nn.Linear, Conv1D, nn.Conv2d)
+    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and not n.endswith(leave_out or ("lm_head",))}
+
+
+def named(*names: str) -> Callable[[nn.Module], dict[str, nn.Module]]:
+    return lambda model: {name: model.get_submodule(name) for name in names}
+
+
+@dataclass
+class Setting:
+    """A model, some of its modules, and two batches."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    modules: Callable[[nn.Module], dict[str, nn.Module]]
+    batches: list[Batch] = field(repr=False)
+
+
+SETTINGS = [
+    Setting("Llama", llama, linear_layers, [text([9, 9], 9), text([7, 7, 7], 7, seed=1)]),
+    Setting("Llama, padded right", llama, linear_layers, [text([9, 5], 9), text([7, 1, 3], 7, seed=1)]),
+    Setting("Llama, padded left", llama, linear_layers, [text([9, 5], 9, "left"), text([7, 1, 3], 7, "left", seed=1)]),
+    Setting("BERT", bert, linear_layers, [text([9, 5], 9), text([7, 1, 3], 7, seed=1)]),
+    Setting("GPT-2", gpt2, linear_layers, [text([9, 5], 9), text([7, 1, 3], 7, "left", seed=1)]),
+    Setting("Conv2d", convnet, linear_layers, [images(2, (3, 10, 9), "x"), images(3, (3, 10, 9), "x", seed=1)]),
+    Setting("Embedding", llama, named("model.embed_tokens"), [text([9, 5], 9), text([7, 1, 3], 7, seed=1)]),
+    Setting("T5", t5, linear_layers, [pairs([8, 3], [6, 2], (8, 6)), pairs([5, 1, 2], [4, 4, 1], (5, 4), seed=9)]),
+    Setting(
+        "T5, same lengths", t5, linear_layers, [pairs([6, 3], [2, 5], (6, 6)), pairs([4, 1, 2], [4, 3, 1], (4, 4), seed=9)]
+    ),
+    Setting(
+        "ViT", vit, linear_layers, [images(2, (3, 16, 16), "pixel_values"), images(1, (3, 16, 16), "pixel_values", seed=1)]
+    ),
+]
+
+
+@pytest.fixture(params=SETTINGS, ids=lambda setting: setting.name)
+def setting(request: pytest.FixtureRequest) -> Setting:
+    return request.param
+
+
+def gather(model: nn.Module, modules: Any, batches: Any, **options: Any) -> Statistics:
+    return gather_statistics(model, modules(model) if callable(modules) else modules, batches, progress=False, **options)
+
+
+# The oracle
+
+
+@contextmanager
+def upstream_gradients(model: nn.Module) -> Iterator[list[Tensor]]:
+    """The gradient at the output of the whole model, pass by pass."""
+    found: list[Tensor] = []
+
+    def after(module: nn.Module, args: Any, output: Any) -> None:
+        prediction = output if isinstance(output, Tensor) else output.logits
+        if prediction.requires_grad:
+            prediction.register_hook(lambda g: found.append(g.clone()))
+
+    handle = model.register_forward_hook(after)
+    yield found
+    handle.remove()
+
+
+def patches(layer: nn.Conv2d, x: Tensor) -> Tensor:
+    """What a convolution multiplies with its kernel, shape (batch, positions, in · height · width)."""
+    (height, width), (down, across) = layer.kernel_size, layer.stride
+    if layer.padding == "same":
+        x = F.pad(x, (0, 1, 1, 1), mode="reflect")  # for a kernel of (3, 2)
+    else:
+        x = F.pad(x, (layer.padding[1],) * 2 + (layer.padding[0],) * 2)
+    y = [
+        x[:, :, i : i + height, j : j + width].flatten(1)
+        for i in range(0, x.shape[2] - height + 1, down)
+        for j in range(0, x.shape[3] - width + 1, across)
+    ]
+    return torch.stack(y, 1)
+
+
+def keeps(name: str, batch: Batch) -> Tensor | None:
+    """The mask of a module's rows, by its name."""
+    if "decoder_attention_mask" in batch and not name.startswith("encoder"):
+        crosses = name.endswith(("EncDecAttention.k", "EncDecAttention.v"))
+        return batch["attention_mask" if crosses else "decoder_attention_mask"].bool()
+    return batch["attention_mask"].bool() if "attention_mask" in batch else None
+
+
+def oracle(
+    model: nn.Module, modules: dict[str, nn.Module], batches: list[Batch], upstream: list[Tensor]
+) -> dict[str, tuple[Tensor, Tensor, Tensor]]:
+    """Rows of inputs, of gradients at the outputs, and of gradients at the inputs, by module, without padding."""
+    rows: dict[str, list[tuple[Tensor, Tensor, Tensor]]] = {name: [] for name in modules}
+    for batch, gradient in zip(batches, upstream, strict=True):
+        seen: dict[str, list[Tensor]] = {name: [] for name in modules}
+
+        def store(module: nn.Module, args: Any, output: Tensor, into: list[Tensor]) -> None:
+            for tensor in (args[0], output):
+                if tensor.requires_grad:
+                    tensor.retain_grad()
+                into.append(tensor)
+
+        handles = [
+            module.register_forward_hook(lambda m, args, output, into=seen[name]: store(m, args, output, into))
+            for name, module in modules.items()
+        ]
+        output = model(**batch)
+        (output if isinstance(output, Tensor) else output.logits).backward(gradient)
+        for handle in handles:
+            handle.remove()
+        for name, module in modules.items():
+            x, y = seen[name]
+            g, h = y.grad, torch.zeros_like(x) if x.grad is None else x.grad
+            if isinstance(module, nn.Conv2d):
+                x, h, g = patches(module, x), patches(module, h), g.flatten(2).mT
+            elif isinstance(module, nn.Embedding):
+                x = torch.eye(module.num_embeddings, dtype=torch.float64)[x]
+                h = x
+            mask = keeps(name, batch) if x.ndim == 3 and not isinstance(module, nn.Conv2d) else None
+            rows[name].append(tuple(t.detach().flatten(0, -2) if mask is None else t.detach()[mask] for t in (x, g, h)))
+    return {name: tuple(map(torch.cat, zip(*parts, strict=True))) for name, parts in rows.items()}
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-9), (torch.float32, 2e-5)], ids=["float64", "float32"])
+def test_statistics_equal_the_brute_force_oracle(setting: Setting, dtype: torch.dtype, tolerance: float) -> None:
+    def cast(batch: Batch, to: torch.dtype) -> Batch:
+        return {name: value.to(to) if value.is_floating_point() else value for name, value in batch.items()}
+
+    model = setting.build().to(dtype)
+    with upstream_gradients(model) as upstream:
+        got = gather(model, setting.modules, [cast(batch, dtype) for batch in setting.batches])
+    exact = setting.build().double()
+    modules = setting.modules(exact)
+    batches = [cast(batch, torch.float64) for batch in setting.batches]
+    expected = oracle(exact, modules, batches, [g.double() for g in upstream])
+    assert got.weight_norms == pytest.approx({name: m.weight.norm().item() for name, m in modules.items()}, rel=1e-6)
+    for name, (X, Y, H) in expected.items():
+        assert got.rows[got.inputs[name]] == got.gradient_rows[name] == len(X) == len(Y), name
+        gram = X.mT @ X / len(X)
+        if isinstance(modules[name], nn.Embedding):
+            assert torch.equal(got.gram(name), gram.diagonal()), name
+        else:
+            assert relative_error(got.gram(name), gram) < tolerance, name
+        assert relative_error(got.mean(name), X.mean(0)) < tolerance, name
+        assert relative_error(got.fisher(name), Y.mT @ Y / len(Y)) < tolerance, name
+        squares, norms = X.square().sum(1), Y.square().sum(1)
+        if norms.any():
+            scale = (squares * norms).mean() / (squares.mean() * norms.mean()) * len(Y) / got.predictions
+            assert got.loss_scale(name) == pytest.approx(float(scale), rel=max(tolerance, 1e-5)), name
+        weights = H.square().sum(1)
+        weighted = None if isinstance(modules[name], nn.Embedding) else got.weighted_gram(name)
+        if weighted is not None:
+            assert relative_error(weighted, (X * weights[:, None]).mT @ X / weights.sum()) < tolerance, name
+            centred = X - X.mean(0)
+            weighted = got.weighted_gram(name, got.mean(name))
+            assert relative_error(weighted, (centred * weights[:, None]).mT @ centred / weights.sum()) < tolerance, name
+        for tensor in (got.gram(name), got.fisher(name)):
+            assert tensor.dtype == torch.float64
+            assert tensor.ndim == 1 or torch.equal(tensor, tensor.mT), name
+
+
+def test_gradients_are_those_of_labels_drawn_from_the_model() -> None:
+    model = llama()
+    with upstream_gradients(model) as upstream:
+        got = gather(model, linear_layers, [{"input_ids": tokens(40, 100)}])
+    probabilities = model(input_ids=tokens(40, 100)).logits.softmax(-1)
+    one_hot = (probabilities - upstream[0]).detach()
+    assert got.predictions == 4000
+    assert (one_hot.sum(-1) - 1).abs().max() < 1e-4
+    assert torch.equal((one_hot.abs() > 0.5).sum(-1), torch.ones(40, 100, dtype=torch.int64))
+    # Drawn with the model's probabilities: frequencies of all labels, within five standard deviations.
+    frequency, expected = one_hot.sum((0, 1)), probabilities.sum((0, 1))
+    assert ((frequency - expected).abs() < 5 * expected.sqrt()).all()
+
+
+def test_distinct_inputs_have_one_gram_each() -> None:
+    got = gather(llama(), linear_layers, [text([5], 5)])
+    for layer in ("model.layers.0", "model.layers.1"):
+        assert {got.inputs[f"{layer}.self_attn.{name}_proj"] for name in "qkv"} == {f"{layer}.self_attn.q_proj"}
+        assert {got.inputs[f"{layer}.mlp.{name}_proj"] for name in ("gate", "up")} == {f"{layer}.mlp.gate_proj"}
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            assert got.inputs[f"{layer}.{name}"] == f"{layer}.{name}"
+    assert len(got.grams) == len(got.sums) == len(got.rows) == 8
+    assert len(got.output_grams) == 14
+
+
+def test_cross_attention_of_all_decoder_layers_shares_the_encoders_output() -> None:
+    got = gather(t5(), linear_layers, [pairs([5, 2], [4, 3], (5, 4))])
+    first = "decoder.block.0.layer.1.EncDecAttention"
+    crossing = [f"decoder.block.{block}.layer.1.EncDecAttention.{name}" for block in (0, 1) for name in "kv"]
+    assert {got.inputs[name] for name in crossing} == {f"{first}.k"}
+    assert got.rows[f"{first}.k"] == 7
+    assert got.inputs[f"{first}.q"] == f"{first}.q"
+    assert got.rows[f"{first}.q"] == 7 == 4 + 3
+
+
+def test_labels_stand_in_for_the_mask_of_the_decoder() -> None:
+    batch = pairs([5, 2], [4, 3], (5, 4))
+    labels = batch.pop("decoder_input_ids").masked_fill(batch.pop("decoder_attention_mask") == 0, -100)
+    got = gather(t5(), linear_layers, [{**batch, "labels": labels}])
+    assert got.rows["decoder.block.0.layer.0.SelfAttention.q"] == got.predictions == 7
+
+
+def test_a_tensor_that_was_changed_in_place_is_another_input() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            y = self.one(x)
+            x.mul_(2)
+            return y + self.two(x)
+
+    got = gather(Net(), named("one", "two"), [{"x": torch.randn(10, 6)}])
+    assert got.inputs == {"one": "one", "two": "two"}
+    torch.testing.assert_close(got.gram("two"), 4 * got.gram("one"))
+
+
+def test_a_module_that_runs_twice_sees_both_inputs() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer(self.layer(input=x).relu())
+
+    torch.manual_seed(0)
+    net, x = Net(), torch.randn(10, 6)
+    got = gather(net, named("layer"), [{"x": x}])
+    X = torch.cat([x, net.layer(x).relu()]).detach().double()
+    assert got.rows == {"layer": 20} == got.gradient_rows
+    assert relative_error(got.gram("layer"), X.mT @ X / 20) < 1e-6
+
+
+def test_inputs_that_are_shared_at_times_only_are_refused() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.one(x) + self.two(x if len(x) > 3 else x + 1)
+
+    with pytest.raises(ValueError, match="two: it read the same input as one in one batch and not in another"):
+        gather(Net(), named("one", "two"), [{"x": torch.randn(4, 6)}, {"x": torch.randn(3, 6)}])
+
+
+def test_experts_see_the_tokens_that_are_routed_to_them() -> None:
+    model = mixture()
+    x = torch.randn(4, 30, 16, generator=torch.Generator().manual_seed(0))
+    got = gather(model, linear_layers, [{"x": x}])
+    flat = x.flatten(0, 1).double()
+    chosen = model.router(x.flatten(0, 1)).argmax(-1)
+    for index in range(3):
+        X = flat[chosen == index]
+        name = f"experts.{index}.0"
+        assert got.rows[name] == len(X) > 0
+        assert relative_error(got.gram(name), X.mT @ X / len(X)) < 1e-6
+    assert "experts.3.0" not in got.inputs
+
+
+def test_inputs_of_two_dimensions_are_not_taken_for_padded_ones() -> None:
+    model = bert()  # hidden size 48: the input of the pooler is as large as the mask of 48 tokens
+    got = gather(model, linear_layers, [text([48, 20], 48)])
+    assert got.rows["bert.pooler.dense"] == 2
+    assert got.rows["bert.encoder.layer.0.attention.self.query"] == 68
+
+
+# The split into batches, the seed
+
+
+def split(batches: list[Batch], size: int) -> list[Batch]:
+    """The same rows in other batches; all batches must be of one length."""
+    whole = {name: torch.cat([batch[name] for batch in batches]) for name in batches[0]}
+    rows = len(next(iter(whole.values())))
+    return [{n: v[start : start + size] for n, v in whole.items()} for start in range(0, rows, size)]
+
+
+def assert_same(one: Statistics, two: Statistics, tolerance: float = 1e-6) -> None:
+    assert one.inputs == two.inputs
+    assert one.rows == two.rows
+    assert one.gradient_rows == two.gradient_rows
+    assert one.predictions == two.predictions
+    for kind in ("grams", "sums", "weighted_grams", "weighted_sums", "output_grams", "energies"):
+        tensors, others = getattr(one, kind), getattr(two, kind)
+        assert tensors.keys() == others.keys(), kind
+        for name, tensor in tensors.items():
+            assert relative_error(tensor, others[name]) <= tolerance, (kind, name)
+
+
+SPLITS = {
+    "Llama": (llama, linear_layers, [text([8, 5, 8, 1, 3, 8], 8)]),
+    "BERT": (bert, linear_layers, [text([8, 5, 8, 1, 3, 8], 8)]),
+    "T5": (t5, linear_layers, [pairs([8, 3, 1, 2, 5, 8], [6, 2, 3, 4, 1, 6], (8, 6))]),
+    "Conv2d": (convnet, linear_layers, [images(6, (3, 10, 9), "x")]),
+    "Embedding": (llama, named("model.embed_tokens"), [text([8, 5, 8, 1, 3, 8], 8)]),
+}
+
+
+@pytest.mark.parametrize("key", SPLITS)
+def test_statistics_do_not_depend_on_the_split_into_batches(key: str) -> None:
+    build, modules, batches = SPLITS[key]
+    # In float64 the model itself rounds alike in batches of any size, and draws the same labels.
+    batches = [{n: v.double() if v.is_floating_point() else v for n, v in batch.items()} for batch in batches]
+    whole = gather(build().double(), modules, batches)
+    for size in (1, 2, 4):
+        assert_same(gather(build().double(), modules, split(batches, size)), whole)
+
+
+def test_statistics_follow_the_seed() -> None:
+    batches = [text([8, 5], 8), text([7, 7], 7, seed=1)]
+    one, two, three = (gather(llama(), linear_layers, batches, seed=seed) for seed in (3, 3, 4))
+    assert_same(one, two, tolerance=0)
+    assert one.seed == 3
+    name = "model.layers.0.mlp.up_proj"
+    assert torch.equal(one.gram(name), three.gram(name))
+    assert not torch.equal(one.fisher(name), three.fisher(name))
+
+
+def test_the_global_generator_is_left_alone() -> None:
+    model = bert()
+    state = torch.get_rng_state()
+    gather(model, linear_layers, [text([8, 5], 8)])
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_without_gradients_there_is_no_backward_pass() -> None:
+    batches = [text([8, 5], 8), text([7, 7], 7, seed=1)]
+    with_gradients = gather(llama(), linear_layers, batches)
+    got = gather(llama(), linear_layers, batches, gradients=False)
+    assert got.grams.keys() == with_gradients.grams.keys()
+    assert all(torch.equal(gram, with_gradients.grams[name]) for name, gram in got.grams.items())
+    assert got.output_grams == got.energies == got.gradient_rows == {}
+    assert got.predictions == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_have_wide_statistics(dtype: torch.dtype) -> None:
+    batches = [text([8, 5], 8)]
+    got, exact = gather(llama().to(dtype), linear_layers, batches), gather(llama(), linear_layers, batches)
+    for name in exact.inputs:
+        assert got.gram(name).dtype == torch.float64
+        assert relative_error(got.gram(name), exact.gram(name)) < 0.05, name
+
+
+def test_gradients_reach_targets_through_operations_in_place() -> None:
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 4), nn.ReLU(inplace=True))
+    twin = nn.Sequential(net[0], nn.ReLU(), net[2], nn.ReLU())
+    got, expected = (gather(model, named("0", "2"), [{"input": torch.ones(5, 6).cumsum(0)}]) for model in (net, twin))
+    assert_same(got, expected)
+
+
+def test_a_target_whose_output_is_not_predicted_with_has_no_gradient() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused = nn.Linear(6, 6), nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": self.used(x), "other": self.unused(x)}
+
+    got = gather(Net(), named("used", "unused"), [{"x": torch.randn(10, 6)}])
+    assert got.fisher("used").any()
+    assert not got.fisher("unused").any()
+    assert got.loss_scale("unused") == 0.0
+
+
+@pytest.mark.parametrize("build", [bert, lambda: BertModel(bert().config)], ids=["logits", "no logits"])
+def test_models_with_and_without_logits_have_gradients(build: Callable[[], PreTrainedModel]) -> None:
+    torch.manual_seed(0)
+    got = gather(build().eval(), linear_layers, [text([8, 5], 8)])
+    assert got.predictions > 0
+    assert all(gram.any() for gram in got.output_grams.values())
+    assert len(got.output_grams) == len(got.weight_norms)
+
+
+# What is left behind
+
+
+def state_of(model: nn.Module) -> dict[str, Any]:
+    return {
+        "modes": [module.training for module in model.modules()],
+        "hooks": [
+            len(hooks)
+            for module in model.modules()
+            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+        ],
+        "trained": [parameter.requires_grad for parameter in model.parameters()],
+        "gradients": [parameter.grad is None for parameter in model.parameters()],
+        "versions": [parameter._version for parameter in model.parameters()],
+    }
+
+
+@pytest.mark.parametrize("fails", [None, "forward", "backward", "batches", "keyboard"])
+@pytest.mark.parametrize("build", [llama, t5], ids=["Llama", "T5"])
+def test_nothing_is_left_in_the_model(build: Callable[[], PreTrainedModel], fails: str | None) -> None:
+    model = build().train()
+    first = next(model.children())
+    first.eval()  # a mixture of modes
+    next(model.parameters()).requires_grad_(False)
+    before, weights = state_of(model), {name: value.clone() for name, value in model.state_dict().items()}
+    batch = pairs([5, 2], [4, 3], (5, 4)) if build is t5 else text([5, 2], 5)
+    error = {"keyboard": KeyboardInterrupt, "batches": ZeroDivisionError}.get(fails, ValueError)
+
+    def batches() -> Iterator[Batch]:
+        yield batch
+        if fails == "forward":
+            yield {"nonsense": torch.ones(2)}
+        if fails == "batches":
+            raise ZeroDivisionError
+        if fails == "keyboard":
+            raise KeyboardInterrupt
+        yield batch
+
+    modules = linear_layers(model)
+    if fails == "backward":
+        handle = list(modules.values())[-1].register_forward_hook(
+            lambda m, args, out: out.register_hook(lambda g: g * float("nan")) and None
+        )
+        before = state_of(model)
+    if fails is None:
+        gather(model, modules, batches())
+    else:
+        with pytest.raises(error):
+            gather(model, modules, batches())
+    assert state_of(model) == before
+    assert all(torch.equal(value, weights[name]) for name, value in model.state_dict().items())
+    if fails == "backward":
+        handle.remove()
+
+
+def test_gradients_that_are_there_stay() -> None:
+    model = llama()
+    model(**text([5], 5)).logits.sum().backward()
+    before = [parameter.grad.clone() for parameter in model.parameters()]
+    gather(model, linear_layers, [text([5, 2], 5)])
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), before, strict=True))
+
+
+def test_runs_inside_no_grad() -> None:
+    with torch.no_grad():
+        inside = gather(llama(), linear_layers, [text([5, 2], 5)])
+    assert_same(inside, gather(llama(), linear_layers, [text([5, 2], 5)]))
+
+
+def test_a_generator_is_read_once_and_one_batch_at_a_time() -> None:
+    running = []
+
+    def batches() -> Iterator[Batch]:
+        for seed in range(3):
+            running.append(seed)
+            yield text([5, 2], 5, seed=seed)
+
+    generator = batches()
+    model = llama()
+    seen: list[int] = []
+    handle = model.register_forward_hook(lambda *_: seen.append(len(running)))
+    got = gather(model, linear_layers, generator)
+    handle.remove()
+    assert seen == [1, 2, 3]
+    assert next(iter(got.rows.values())) == 21
+    with pytest.raises(ValueError, match="`batches` must hold at least one batch, got none; a generator can be read only once"):
+        gather(model, linear_layers, generator)
+
+
+# Faults
+
+
+@pytest.mark.parametrize(
+    ("batches", "match"),
+    [
+        ([], "must hold at least one batch, got none"),
+        ([torch.ones(2, 3)], "must hold mappings of keyword arguments, got a Tensor as batch 0"),
+        ([text([5], 5), "text"], "must hold mappings of keyword arguments, got a str as batch 1"),
+        ([(torch.ones(2),)], "got a tuple as batch 0"),
+        ([text([5], 5), {"pixels": torch.ones(2)}], r"the model does not accept batch 1 \(\['pixels'\]\)"),
+        ([{"input_ids": torch.tensor([[100]])}], r"the model does not accept batch 0 \(\['input_ids'\]\)"),
+    ],
+    ids=["none", "tensor", "string", "tuple", "unknown argument", "token out of range"],
+)
+def test_batches_that_cannot_be_used(batches: list[Any], match: str) -> None:
+    model = llama()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=match):
+        gather(model, linear_layers, batches)
+    assert state_of(model) == before
+
+
+@pytest.mark.parametrize("value", [torch.nan, torch.inf])
+def test_activations_that_are_not_finite_name_the_first_module(value: float) -> None:
+    model = llama()
+
+    def batches() -> Iterator[Batch]:
+        yield text([5], 5)
+        handle = model.model.layers[1].post_attention_layernorm.register_forward_hook(lambda m, a, output: output + value)
+        yield text([5], 5)
+        handle.remove()
+
+    with pytest.raises(
+        ValueError, match=r"model\.layers\.1\.mlp\.gate_proj: its inputs hold NaN or infinite values in batch 1"
+    ):
+        gather(model, linear_layers, batches())
+
+
+def test_padding_may_hold_anything() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor, attention_mask: Tensor) -> Tensor:
+            return self.layer(x) * attention_mask[..., None].nan_to_num()
+
+    x = torch.randn(2, 4, 6)
+    mask = padding([4, 1], 4)
+    spoilt = x.masked_fill(mask[..., None] == 0, torch.inf)
+    net = Net()
+    one, two = (gather(net, named("layer"), [{"x": v, "attention_mask": mask}], gradients=False) for v in (x, spoilt))
+    assert torch.equal(one.gram("layer"), two.gram("layer"))
