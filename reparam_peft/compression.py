@@ -227,6 +227,12 @@ class _Run:
                 raise ValueError(f"{name}: the plan is for a shape of {given[name]}, and the weight is {shape}.")
         if plan.form != self.config.form:
             raise ValueError(f"`plan` is for `form={plan.form!r}`, and the config says {self.config.form!r}.")
+        has_bias = any(getattr(module, "bias", None) is not None for module in self.modules.values())
+        if has_bias and plan.moved_bias != self.config.moved_bias:
+            raise ValueError(
+                f"`plan` is for `method={plan.method!r}`, and the config says {self.config.method!r}, which stores other "
+                "biases."
+            )
         return plan
 
     def resolved(self, plan: Plan) -> ReparamConfig:
@@ -295,7 +301,8 @@ class _Run:
             factors = random_factors(exact, target.rank)
         elif self.config.method == "autoencoder":
             start = None if self.config.init_weights else random_factors(exact, target.rank)
-            factors = train_autoencoder(exact, target.rank, metrics.gram, metrics.output, start)
+            weighs = torch.ones(exact.shape[1], device=exact.device) if metrics.input is None else metrics.input
+            factors = train_autoencoder(exact, target.rank, weighs, metrics.output, start)
         else:
             factors = factorize(exact, target.rank, metrics.input, metrics.output)
         if target.storage.form == "pivot":
@@ -305,7 +312,7 @@ class _Run:
         bias = None
         if target.storage.bias:
             A, B = factors.factors() if isinstance(factors, PivotFactors) else factors
-            bias = (target.module.bias.detach().double() + _difference(exact, A, B, metrics.mean)).to(W.dtype)
+            bias = (target.module.bias.detach().double() + _difference(exact, A, B, metrics.mean.to(exact.device))).to(W.dtype)
         return _tensors(Product(factors, bias))
 
     def _shared_out(
