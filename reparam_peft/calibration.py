@@ -86,8 +86,11 @@ def gather_statistics(
         statistics.output_grams[name], statistics.energies[name] = torch.zeros(size, size, **like), torch.zeros(2, **like)
         statistics.gradient_rows[name] = 0
     for gram in (*statistics.grams.values(), *statistics.weighted_grams.values(), *statistics.output_grams.values()):
-        if gram.ndim == 2:
-            gram.copy_(gram.triu() + gram.triu(1).mT)
+        for start in range(0, len(gram) if gram.ndim == 2 else 0, BLOCK):
+            end = start + BLOCK
+            block = gram[start:end, start:end]
+            block.copy_(block.triu() + block.triu(1).mT)
+            gram[end:, start:end] = gram[start:end, end:].mT
     return statistics
 
 
@@ -262,7 +265,7 @@ def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
 
 
 def _add_gram(totals: dict[str, Tensor], name: str, X: Tensor) -> None:
-    """Add XᵀX, float64, on and above the diagonal, block by block."""
+    """Add XᵀX, float64, in the blocks on and above the diagonal."""
     if name not in totals:
         totals[name] = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=X.device)
     total = totals[name]
