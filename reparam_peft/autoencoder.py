@@ -47,10 +47,11 @@ def train_autoencoder(
     if output_gram is None:
         output_gram = torch.ones(out_features, device=weight.device)
     check_metric("output_gram", output_gram, out_features)
-    G, F = Metric(gram.to(weight.device)), Metric(output_gram.to(weight.device))
+    (G, inputs), (F, outputs) = (_standardized(Metric(metric.to(weight.device))) for metric in (gram, output_gram))
     scale = float(weight.detach().abs().amax().double().clamp(min=torch.finfo(torch.float64).tiny))
-    W = weight.detach().to(G.matrix) / scale
-    A, B = (factor.to(G.matrix).clone() for factor in (start or factorize(weight, rank)))
+    W = outputs[:, None] * weight.detach().to(G.matrix) / scale * inputs
+    A, B = (factor.to(G.matrix) for factor in (start or factorize(weight, rank)))
+    A, B = outputs[:, None] * A, B * inputs
     # Both factors get the same norm, for a like step size, and A takes up the scale of W.
     balance = ((A.norm() * scale / B.norm().clamp(min=1e-300)) ** 0.5).clamp(min=1e-150)
     A, B = (A / balance).requires_grad_(), (B * balance / scale).requires_grad_()
@@ -71,10 +72,17 @@ def train_autoencoder(
         line_search_fn="strong_wolfe",
     )  # fmt: skip
     with torch.enable_grad():
-        before = float(loss())
+        before = float(loss().detach())
         initial = A.detach().clone(), B.detach().clone()
         optimizer.step(closure)
-        after = float(loss())
+        after = float(loss().detach())
     trained = (A.detach(), B.detach()) if after <= before else initial
-    dtype = weight.dtype
-    return Factors((trained[0] * scale**0.5).to(dtype), (trained[1] * scale**0.5).to(dtype))
+    A, B = trained[0] * scale**0.5 / outputs[:, None], trained[1] * scale**0.5 / inputs
+    return Factors(A.to(weight.dtype), B.to(weight.dtype))
+
+
+def _standardized(metric: Metric) -> tuple[Metric, Tensor]:
+    """The metric of features divided by their root mean squares, and these: channels of unlike size slow the descent down."""
+    squares = metric.matrix if metric.diagonal else metric.matrix.diagonal()
+    scales = torch.where(squares > 0, squares, 1).sqrt()
+    return Metric(metric.matrix / (scales.square() if metric.diagonal else torch.outer(scales, scales))), scales

@@ -335,6 +335,9 @@ class ReparamConfig(PeftConfig):
             value = getattr(self, name)
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise TypeError(f"`{name}` is filled in by the model and must be a count or None, got {value!r}.")
+        loss = self.predicted_loss
+        if loss is not None and (isinstance(loss, bool) or not isinstance(loss, (int, float)) or not math.isfinite(loss)):
+            raise TypeError(f"`predicted_loss` is filled in by `compress` and must be a finite number or None, got {loss!r}.")
         figures = self.evaluation
         if figures is not None and not (
             isinstance(figures, dict)

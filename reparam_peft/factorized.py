@@ -206,7 +206,7 @@ class Conv2dKind(LayerKind):
         return patches.mT.flatten(0, -2)
 
     def gradient_rows(self, layer: nn.Conv2d, gradients: Tensor) -> Tensor:
-        return gradients.flatten(2).mT.flatten(0, 1)
+        return gradients.flatten(-2).mT.flatten(0, -2)
 
     def factorized(self, layer: nn.Conv2d, rank: int, *args: Any, **like: Like) -> FactorizedConv2d:
         return FactorizedConv2d(layer, rank, *args, **like)

@@ -85,10 +85,12 @@ def other_rows(pivots: Tensor, out_features: int) -> Tensor:
 def _choose_rows(Q: Tensor) -> tuple[Tensor, Tensor]:
     """Rows of an orthonormal basis (out, r) that span it well, ascending, and the coefficients (out − r, r) of the others."""
     rank = Q.shape[1]
-    permutation, L, _ = torch.lu_unpack(*torch.linalg.lu_factor(Q))
-    order = permutation.argmax(0)
-    K = torch.linalg.solve_triangular(L[:rank], L[rank:], upper=False, left=False, unitriangular=True).contiguous()
-    chosen, others = order[:rank].clone(), order[rank:].clone()
+    LU, swaps = torch.linalg.lu_factor(Q)
+    rows = list(range(len(Q)))
+    for i, j in enumerate(swaps.tolist()):  # a permutation matrix would take out² numbers
+        rows[i], rows[j - 1] = rows[j - 1], rows[i]
+    K = torch.linalg.solve_triangular(LU[:rank], LU[rank:], upper=False, left=False, unitriangular=True).contiguous()
+    chosen, others = (torch.tensor(part, dtype=torch.int64, device=Q.device) for part in (rows[:rank], rows[rank:]))
     for _ in range(MOST_EXCHANGES * rank if len(K) else 0):
         size, index = K.abs().flatten().max(0)
         if size <= LARGEST_COEFFICIENT:
@@ -111,6 +113,6 @@ def _refit(K: Tensor, P: Tensor, rest: Tensor, gram: Tensor | None, eps: float) 
     check_metric("gram", gram, P.shape[1])
     weighted = Metric(gram.to(P.device)).times(P.mT)
     square = P @ weighted
-    ridge = eps**2 * square.diagonal().mean().clamp(min=torch.finfo(P.dtype).tiny)
+    ridge = (eps**2 * square.diagonal().mean()).clamp(min=torch.finfo(P.dtype).tiny)  # P may be zero
     square.diagonal().add_(ridge)
     return K + torch.linalg.solve(square, ((rest - K @ P) @ weighted).mT).mT

@@ -126,15 +126,12 @@ class Plan:
         fields = dict(fields)
         if fields.pop("format", None) != FORMAT:
             raise ValueError(f"`format` must be {FORMAT!r}.")
-        modules = []
-        for entry in fields.pop("modules"):
-            shape, rank = tuple(entry["shape"]), entry["rank"]
-            if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
-                raise ValueError(f"{entry['name']}: `shape` must be two positive ints, got {shape!r}.")
-            if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(shape)):
-                raise ValueError(f"{entry['name']}: `rank` must be None or in [1, {min(shape)}], got {rank!r}.")
-            modules.append(ModulePlan(**{**entry, "shape": shape, "spectrum": tuple(entry["spectrum"])}))
-        return cls(tuple(modules), **fields)
+        try:
+            plan = cls(tuple(map(_module_plan, fields.pop("modules"))), **fields)
+            ReparamConfig(keep=plan.keep, method=plan.method, allocation=plan.allocation, form=plan.form)  # checks these
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"a field is missing, unknown or wrong: {error}") from error
+        return plan
 
     def __str__(self) -> str:
         width = max([len(module.name) for module in self.modules] + [6])
@@ -155,6 +152,15 @@ class Plan:
             f"{total}"
         )
         return "\n".join(lines)
+
+
+def _module_plan(entry: Mapping[str, object]) -> ModulePlan:
+    shape, rank = tuple(entry["shape"]), entry["rank"]
+    if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"{entry['name']}: `shape` must be two positive ints, got {shape!r}.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(shape)):
+        raise ValueError(f"{entry['name']}: `rank` must be None or in [1, {min(shape)}], got {rank!r}.")
+    return ModulePlan(**{**entry, "shape": shape, "spectrum": tuple(entry["spectrum"])})
 
 
 def allocate_ranks(

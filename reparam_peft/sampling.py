@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -27,17 +28,19 @@ def sampled_objective(model: nn.Module, output: Any, mask: Tensor | None, first_
         ValueError: the output holds no floating-point tensor.
     """
     config = getattr(model, "config", None)
-    several = getattr(config, "problem_type", None) == "multi_label_classification"
+    problem = getattr(config, "problem_type", None)
+    several = problem == "multi_label_classification"
     objective, count = 0.0, 0
-    for prediction, has_logits in _predictions(output):
+    for number, (prediction, has_logits) in enumerate(_predictions(output)):
         values = (prediction if prediction.ndim > 1 else prediction[:, None]).float()
         within = mask if mask is not None and values.ndim > 2 and values.shape[:2] == mask.shape else None
         kept = values.flatten(0, -2) if within is None else values[within]
-        categorical = has_logits and kept.shape[-1] > 1 and not several
-        uniform = _uniform(values, within, 1 if categorical else kept.shape[-1], first_row, seed)
+        categorical = has_logits and kept.shape[-1] > 1 and not several and problem != "regression"
+        uniform = _uniform(values, within, 1 if categorical else kept.shape[-1], first_row, (seed, number))
         if categorical:
             cumulative = kept.detach().softmax(-1).cumsum_(-1)
-            labels = torch.searchsorted(cumulative, uniform.float())[:, 0].clamp(max=kept.shape[-1] - 1)
+            # The sum differs from 1 by rounding; what lies beyond it would be the last label, however improbable.
+            labels = torch.searchsorted(cumulative, uniform.float() * cumulative[:, -1:])[:, 0].clamp(max=kept.shape[-1] - 1)
             objective = objective + F.cross_entropy(kept, labels, reduction="sum")
         elif has_logits and several:
             labels = (uniform < kept.detach().sigmoid()).to(kept.dtype)
@@ -72,12 +75,17 @@ def _predictions(output: Any) -> list[tuple[Tensor, bool]]:
     )
 
 
-def _uniform(values: Tensor, mask: Tensor | None, width: int, first_row: int, seed: int) -> Tensor:
+def _uniform(values: Tensor, mask: Tensor | None, width: int, first_row: int, stream: tuple[int, int]) -> Tensor:
     """Numbers in (0, 1), shape (positions that count, `width`): row by row, so that they do not depend on the batch."""
     counts = [values[0].numel() // values.shape[-1]] * len(values) if mask is None else mask.sum(1).tolist()
     rows = []
     for row, count in enumerate(counts):
-        generator = torch.Generator().manual_seed((seed * 2**32 + first_row + row) % 2**63)
-        rows.append(torch.rand(count, width, generator=generator, dtype=torch.float64))
+        rows.append(torch.rand(count, width, generator=_generator(*stream, first_row + row), dtype=torch.float64))
     device = values.device
     return torch.cat(rows).clamp(1e-15, 1 - 1e-15).to(device, torch.float32 if device.type == "mps" else torch.float64)
+
+
+def _generator(*numbers: int) -> torch.Generator:
+    """A generator seeded by all of these numbers; a hash of them, because PyTorch drops all but 32 bits of a seed."""
+    digest = hashlib.sha256(repr(numbers).encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))

@@ -1,4 +1,4 @@
-"""Hypothesis strategies: matrices of every kind of spectrum, ranks that fit, keeps, and configs."""
+"""Hypothesis strategies: matrices of every kind of spectrum, ranks that fit, metrics, keeps, and configs."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reparam_peft import ReparamConfig
+from reparam_peft.config import ALLOCATIONS, FORMS, INPUT_METRICS, METHODS, OUTPUT_METRICS
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -59,6 +60,43 @@ def matrices_and_ranks(draw: st.DrawFn, truncated: bool = False, **options: Any)
     return weight, draw(st.integers(1, min(weight.shape) - truncated))
 
 
+METRICS = ("full", "diagonal", "ill-conditioned", "few rows", "dead channels", "zero")
+
+
+def gram_with(eigenvalues: Tensor, seed: int = 0) -> Tensor:
+    """A float64 positive semidefinite matrix with these eigenvalues and random eigenvectors."""
+    size = len(eigenvalues)
+    generator = torch.Generator().manual_seed(seed)
+    Q = torch.linalg.qr(torch.randn(size, size, generator=generator, dtype=torch.float64)).Q
+    return Q * eigenvalues @ Q.mT
+
+
+def activation_gram(size: int, seed: int = 0) -> Tensor:
+    """E[x xᵀ] as of a transformer's activations: a slowly falling spectrum, a mean, and channels a hundred times the others."""
+    generator = torch.Generator().manual_seed(seed)
+    channels = torch.ones(size, dtype=torch.float64)
+    channels[:: max(size // 3, 1)] = 100
+    covariance = channels[:, None] * gram_with(spectrum("polynomial", size), seed) * channels
+    mean = torch.randn(size, generator=generator, dtype=torch.float64) * channels / size**0.5
+    return covariance + torch.outer(mean, mean)
+
+
+@st.composite
+def metrics(draw: st.DrawFn, size: int, kinds: tuple[str, ...] = METRICS) -> Tensor:
+    """A metric for `size` features, whole or as a diagonal, singular or not, of any scale."""
+    kind, seed = draw(st.sampled_from(kinds)), draw(st.integers(0, 2**16))
+    generator = torch.Generator().manual_seed(seed)
+    rows = torch.randn(size // 2 if kind == "few rows" else 4 * size + 4, size, generator=generator, dtype=torch.float64)
+    if kind == "ill-conditioned":
+        metric = gram_with(10 ** (-8 * torch.arange(size, dtype=torch.float64) / size), seed)
+    elif kind in ("diagonal", "dead channels", "zero"):
+        metric = rows.square().sum(0) * {"diagonal": 1, "dead channels": torch.arange(size) % 3 != 0, "zero": 0}[kind]
+        metric = torch.diag(metric) if kind != "diagonal" and draw(st.booleans()) else metric
+    else:
+        metric = rows.mT @ rows
+    return metric * draw(st.sampled_from((1.0, 1e12, 1e-12)))
+
+
 keeps = st.floats(1e-3, 1, allow_nan=False)
 names = st.lists(st.text(string.ascii_lowercase + "_", min_size=1, max_size=8), min_size=1, max_size=3).map(".".join)
 name_lists = st.lists(names, max_size=5, unique=True)
@@ -73,14 +111,28 @@ def configs(draw: st.DrawFn) -> ReparamConfig:
     if not isinstance(targets, str) and draw(st.booleans()):
         layers["layers_to_transform"] = draw(st.integers(0, 40) | st.lists(st.integers(0, 40), min_size=1, max_size=4))
         layers["layers_pattern"] = draw(st.none() | st.sampled_from(["layers", ["h", "blocks"]]))
+    r = draw(st.none() | st.just("full") | st.integers(1, 4096))
+    keep = draw(keeps)
+    method = draw(st.none() | st.sampled_from(METHODS))
+    allocation = draw(st.none() | st.sampled_from(ALLOCATIONS if r is None else ("uniform",)))
+    calibration = {}
+    if method != "svd":  # which weighs nothing
+        calibration["input_metric"] = draw(st.none() | st.sampled_from(INPUT_METRICS))
+        calibration["output_metric"] = draw(st.none() | st.sampled_from(OUTPUT_METRICS))
+        calibration["shrinkage"] = draw(st.none() | st.floats(0, 1))
+        calibration["output_shrinkage"] = draw(st.none() | st.floats(0, 1))
+    if r is None and allocation != "uniform":  # ranks that are given cannot be chosen
+        calibration["rank_multiple"] = draw(st.none() | st.integers(1, 128))
+        calibration["floor"] = draw(st.none() | st.floats(0, keep, exclude_max=True))
+        calibration["ceiling"] = draw(st.none() | st.floats(keep, 1))
     return ReparamConfig(
         target_modules=targets,
         exclude_modules=draw(st.none() | st.just(r".*lm_head") | name_lists),
-        r=draw(st.none() | st.just("full") | st.integers(1, 4096)),
-        keep=draw(keeps),
-        method=draw(st.sampled_from([None, "svd"])),
-        allocation=draw(st.sampled_from([None, "uniform"])),
-        form=draw(st.sampled_from([None, "factors"])),
+        r=r,
+        keep=keep,
+        method=method,
+        allocation=allocation,
+        form=draw(st.none() | st.sampled_from(FORMS)),
         keep_base=draw(st.booleans()),
         rank_pattern=draw(st.dictionaries(names, st.integers(1, 512), max_size=5)),
         dense_modules=draw(st.none() | name_lists),
@@ -90,8 +142,14 @@ def configs(draw: st.DrawFn) -> ReparamConfig:
         stored_parameters=draw(counts),
         dense_bytes=draw(counts),
         stored_bytes=draw(counts),
+        moved_bias=draw(st.booleans()),
+        calibration_tokens=draw(counts),
+        gradient_tokens=draw(counts),
+        seed=draw(counts),
+        predicted_loss=draw(st.none() | st.floats(0, 1e6)),
         evaluation=draw(st.none() | st.dictionaries(names, st.floats(0, 1e6), max_size=3)),
         inference_mode=draw(st.booleans()),
         base_model_name_or_path=draw(st.none() | names),
         **layers,
+        **calibration,
     )

@@ -12,9 +12,10 @@ from typing import Any
 import pytest
 import torch
 from hypothesis import given
-from peft import PeftConfig, PeftType, get_peft_config
+from peft import PeftConfig, PeftType, get_peft_config, get_peft_model
 from safetensors.torch import save_file
 from strategies import PROPERTY, configs
+from torch import nn
 
 from reparam_peft import ReparamConfig
 from reparam_peft.config import ALLOCATIONS, FORMS, METHODS
@@ -41,6 +42,31 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("method", "pca", ValueError, "`method` must be one of 'svd', 'whitened', 'autoencoder' or None, got 'pca'"),
     ("allocation", "equal", ValueError, "`allocation` must be one of 'uniform', 'loss' or None, got 'equal'"),
     ("form", "qr", ValueError, "`form` must be one of 'factors', 'pivot' or None, got 'qr'"),
+    ("input_metric", "hessian", ValueError, "`input_metric` must be one of 'gram', 'diagonal', 'none' or None, got 'hessian'"),
+    ("output_metric", "gram", ValueError, "`output_metric` must be one of 'fisher', 'diagonal', 'none' or None, got 'gram'"),
+    *(
+        (name, value, error, message)
+        for name in ("shrinkage", "output_shrinkage", "floor", "ceiling")
+        for value, error, message in (
+            (-0.1, ValueError, rf"`{name}` must be in \[0, 1\], got -0.1"),
+            (1.5, ValueError, rf"`{name}` must be in \[0, 1\], got 1.5"),
+            (NAN, ValueError, rf"`{name}` must be in \[0, 1\], got nan"),
+            ("0.1", TypeError, rf"`{name}` must be a number in \[0, 1\] or None, got '0.1'"),
+            (True, TypeError, rf"`{name}` must be a number in \[0, 1\] or None, got True"),
+        )
+    ),
+    ("floor", 1.0, ValueError, "`floor` must be below 1 and at most `ceiling`, got 1.0 and 1.0"),
+    ("floor", 0.9, ValueError, "`floor` must be at most `keep`, got 0.9 and 0.8"),
+    ("rank_multiple", 0, ValueError, "`rank_multiple` must be a positive int or None, got 0"),
+    ("rank_multiple", -8, ValueError, "`rank_multiple` must be a positive int or None, got -8"),
+    ("rank_multiple", 8.0, TypeError, "`rank_multiple` must be a positive int or None, got 8.0"),
+    ("rank_multiple", True, TypeError, "`rank_multiple` must be a positive int or None, got True"),
+    ("moved_bias", None, TypeError, "`moved_bias` must be True or False, got None"),
+    ("moved_bias", 1, TypeError, "`moved_bias` must be True or False, got 1"),
+    *(
+        ("predicted_loss", value, TypeError, "`predicted_loss` is filled in by `compress` and must be a finite number or None")
+        for value in ("0.1", True, NAN, INFINITY, [0.1])
+    ),
     ("keep_base", 1, TypeError, "`keep_base` must be True or False, got 1"),
     ("keep_base", None, TypeError, "`keep_base` must be True or False, got None"),
     ("init_weights", "gaussian", TypeError, "`init_weights` must be True or False, got 'gaussian'"),
@@ -71,7 +97,15 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("layers_pattern", "layers", ValueError, "`layers_pattern` has no effect without `layers_to_transform`"),
     *(
         (name, value, TypeError, f"`{name}` is filled in by the model and must be a count or None, got {value!r}")
-        for name in ("dense_parameters", "stored_parameters", "dense_bytes", "stored_bytes")
+        for name in (
+            "dense_parameters",
+            "stored_parameters",
+            "dense_bytes",
+            "stored_bytes",
+            "calibration_tokens",
+            "gradient_tokens",
+            "seed",
+        )
         for value in (-1, 1.5, True, "1")
     ),
     ("evaluation", [1.0], TypeError, "`evaluation` must be a dict of names to finite numbers, got"),
@@ -106,19 +140,65 @@ def test_layers_cannot_be_picked_from_an_expression(targets: str, options: dict[
         ReparamConfig(target_modules=targets, **options)
 
 
-@pytest.mark.parametrize(
-    ("name", "value", "message"),
-    [
-        ("method", "whitened", "`method='whitened'` needs calibration data"),
-        ("method", "autoencoder", "`method='autoencoder'` needs calibration data"),
-        ("allocation", "loss", "`allocation='loss'` needs calibration data"),
-        ("form", "pivot", "`form='pivot'` needs the pivot form"),
-    ],
-)
-def test_says_what_an_unavailable_choice_needs(name: str, value: str, message: str) -> None:
-    assert value in METHODS + ALLOCATIONS + FORMS
+# Two fields that exclude each other, and words that the message must hold.
+CONFLICTS: list[tuple[dict[str, Any], str]] = [
+    ({"floor": 0.5, "ceiling": 0.4}, "`floor` must be below 1 and at most `ceiling`, got 0.5 and 0.4"),
+    ({"floor": 0.5, "keep": 0.4}, "`floor` must be at most `keep`, got 0.5 and 0.4"),
+    ({"r": 8, "allocation": "loss"}, "`r=8` fixes the ranks, and `allocation='loss'` chooses them"),
+    ({"r": "full", "allocation": "loss"}, "`r='full'` fixes the ranks"),
+    *(
+        ({name: value, **fixed}, f"`{name}` has an effect with `allocation='loss'` only; leave it out")
+        for name, value in (("rank_multiple", 8), ("floor", 0.0), ("floor", 0.1), ("ceiling", 0.9), ("ceiling", 1))
+        for fixed in ({"allocation": "uniform"}, {"r": 8})
+    ),
+    *(
+        ({name: value, "method": "svd"}, f"`{name}` has an effect with a calibrated method only, not with `method='svd'`")
+        for name, value in (("input_metric", "none"), ("output_metric", "none"), ("shrinkage", 0), ("output_shrinkage", 0.1))
+    ),
+]
+
+
+@pytest.mark.parametrize(("options", "message"), CONFLICTS, ids=str)
+def test_fields_that_exclude_each_other_are_refused(options: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ReparamConfig(**{name: value})
+        ReparamConfig(**options)
+    for name, value in options.items():
+        ReparamConfig(**{name: value})  # neither is wrong by itself
+
+
+# What `get_peft_model`, which gets no data, refuses; all of them are valid in a config.
+NEEDS_DATA: list[tuple[str, Any, str]] = [
+    ("method", "whitened", "`method='whitened'` needs calibration data"),
+    ("method", "autoencoder", "`method='autoencoder'` needs calibration data"),
+    ("allocation", "loss", "`allocation='loss'` needs calibration data"),
+    ("input_metric", "none", "`input_metric` has an effect with calibration data only"),
+    ("output_metric", "diagonal", "`output_metric` has an effect with calibration data only"),
+    ("shrinkage", 0.0, "`shrinkage` has an effect with calibration data only"),
+    ("output_shrinkage", 0.5, "`output_shrinkage` has an effect with calibration data only"),
+    ("rank_multiple", 8, "`rank_multiple` has an effect with calibration data only"),
+    ("floor", 0.0, "`floor` has an effect with calibration data only"),
+    ("ceiling", 1.0, "`ceiling` has an effect with calibration data only"),
+]
+
+
+@pytest.mark.parametrize(("name", "value", "message"), NEEDS_DATA)
+def test_what_needs_data_is_refused_where_there_is_none(name: str, value: Any, message: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 8))
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    config = ReparamConfig(target_modules=["0"], **{name: value})
+    with pytest.raises(ValueError, match=f"{message}.*`reparam_peft.compress"):
+        get_peft_model(model, config)
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
+    assert model.state_dict().keys() == before.keys()
+
+
+def test_every_choice_that_a_config_takes_is_data_free_or_refused_above() -> None:
+    refused = {(name, value) for name, value, _ in NEEDS_DATA}
+    for name, values in (("method", METHODS), ("allocation", ALLOCATIONS), ("form", FORMS)):
+        for value in values:
+            model = nn.Sequential(nn.Linear(8, 8))
+            if (name, value) not in refused:
+                get_peft_model(model, ReparamConfig(target_modules=["0"], **{name: value}))
 
 
 @pytest.mark.parametrize(
@@ -136,6 +216,12 @@ def test_says_what_an_unavailable_choice_needs(name: str, value: str, message: s
         {"target_modules": ["q"], "layers_to_transform": (0, 2), "layers_pattern": ["h", "layers"]},
         {"rank_pattern": {r"layers\.\d+\.q": 4}, "dense_modules": ["a"], "modules_to_save": ["head"]},
         {"evaluation": {"perplexity": 20, "accuracy": 0.5}},
+        {"method": "whitened", "allocation": "loss", "form": "pivot"},
+        {"method": "autoencoder", "input_metric": "gram", "output_metric": "none", "shrinkage": 0, "output_shrinkage": 1},
+        {"rank_multiple": 1, "floor": 0.8, "ceiling": 0.8},
+        {"r": 8, "method": "whitened", "input_metric": "diagonal", "form": "pivot"},
+        {"moved_bias": True, "calibration_tokens": 0, "gradient_tokens": 9, "seed": 0, "predicted_loss": 1},
+        {"floor": 0.9, "keep": 0.5, "stored_parameters": 5},
     ],
     ids=str,
 )
@@ -195,18 +281,23 @@ def test_a_damaged_file_is_refused_as_a_bad_argument_is(tmp_path: Path) -> None:
         ReparamConfig().save_pretrained(tmp_path)
 
 
-def test_weights_beside_the_config_are_looked_at(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_beside_the_config_are_looked_at(form: str, tmp_path: Path) -> None:
     prefix = "base_model.model.layer.q.reparam_factors"
-    tensors = {f"{prefix}.A.weight": torch.zeros(6, 4), f"{prefix}.B.weight": torch.zeros(4, 5)}
+    expansion = {
+        "factors": {"A.weight": torch.zeros(6, 4)},
+        "pivot": {"A.mask": torch.zeros(1, dtype=torch.uint8), "A.K.weight": torch.zeros(2, 4)},
+    }[form]
+    tensors = {f"{prefix}.{key}": tensor for key, tensor in {**expansion, "B.weight": torch.zeros(4, 5)}.items()}
     path = tmp_path / "adapter_model.safetensors"
 
     def load(rank: int = 4) -> ReparamConfig:
-        ReparamConfig(rank_pattern={"layer.q": rank}, stored_parameters=44).save_pretrained(tmp_path)
+        ReparamConfig(rank_pattern={"layer.q": rank}, stored_parameters=44, form=form).save_pretrained(tmp_path)
         return ReparamConfig.from_pretrained(str(tmp_path))
 
     save_file(tensors, path)
     assert load().rank_pattern == {"layer.q": 4}
-    with pytest.raises(ValueError, match=r"has a factor A of shape \(6, 4\) for layer.q, and its config says rank 3"):
+    with pytest.raises(ValueError, match=r"has a factor A of shape \(\d, 4\) for layer.q, and its config says rank 3"):
         load(rank=3)
     path.write_bytes(path.read_bytes()[:-8])
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged"):
@@ -214,10 +305,19 @@ def test_weights_beside_the_config_are_looked_at(tmp_path: Path) -> None:
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged"):
         load()
-    for missing in "AB":
-        save_file({key: tensor for key, tensor in tensors.items() if f".{missing}." not in key}, path)
-        with pytest.raises(ValueError, match=f"has no factor {missing} of layer.q; it is damaged or of another model"):
+    for missing in ("A.weight" if form == "factors" else "A.mask", "B.weight"):
+        save_file({key: tensor for key, tensor in tensors.items() if not key.endswith(f".{missing}")}, path)
+        message = rf"has no factor {missing[0]} of layer.q \({missing}\); it is damaged or of another model"
+        with pytest.raises(ValueError, match=message):
             load()
+
+
+def test_the_pivot_form_of_all_rows_has_no_coefficients(tmp_path: Path) -> None:
+    prefix = "base_model.model.layer.q.reparam_factors"
+    tensors = {f"{prefix}.A.mask": torch.full((1,), 15, dtype=torch.uint8), f"{prefix}.B.weight": torch.zeros(4, 5)}
+    save_file(tensors, tmp_path / "adapter_model.safetensors")
+    ReparamConfig(rank_pattern={"layer.q": 4}, stored_parameters=21, form="pivot").save_pretrained(tmp_path)
+    assert ReparamConfig.from_pretrained(str(tmp_path)).rank_pattern == {"layer.q": 4}
 
 
 # Resolved (out of a checkpoint) | made with inference_mode | inference_mode afterwards | loading

@@ -1,4 +1,4 @@
-"""The truncated SVD against the spectrum from `torch.linalg.svdvals` in float64."""
+"""The truncated SVD, plain and in metrics, against spectra from `torch.linalg.svdvals` in float64."""
 
 from __future__ import annotations
 
@@ -6,11 +6,12 @@ import pytest
 import torch
 from conftest import TOLERANCE
 from hypothesis import given
-from strategies import DTYPES, PROPERTY, matrices, matrices_and_ranks, matrix_with, spectrum
+from hypothesis import strategies as st
+from strategies import DTYPES, METRICS, PROPERTY, activation_gram, matrices, matrices_and_ranks, matrix_with, metrics, spectrum
 from torch import Tensor, nn
 
 from reparam_peft import Factors, factorize
-from reparam_peft.decompositions import _leading_left_singular_vectors, random_factors
+from reparam_peft.decompositions import _leading_left_singular_vectors, direction_losses, random_factors
 
 SHAPES = [(200, 320), (320, 200), (256, 256)]
 
@@ -287,3 +288,189 @@ def test_never_overflows_silently(shape: tuple[int, int], dtype: torch.dtype, fu
     except (ValueError, OverflowError):
         return
     assert all(torch.isfinite(factor).all() for factor in factors)
+
+
+def root(metric: Tensor | None, size: int) -> Tensor:
+    """The symmetric square root of a metric, by another way than the package's."""
+    if metric is None:
+        return torch.eye(size, dtype=torch.float64)
+    if metric.ndim == 1:
+        return torch.diag(metric.double().sqrt())
+    eigenvalues, Q = torch.linalg.eigh(metric.double())
+    return (Q * eigenvalues.clamp(min=0).sqrt()) @ Q.mT
+
+
+def whitened(weight: Tensor, gram: Tensor | None, output_gram: Tensor | None) -> Tensor:
+    """F^½ W G^½."""
+    return root(output_gram, weight.shape[0]) @ weight.double() @ root(gram, weight.shape[1])
+
+
+def metric_error(weight: Tensor, factors: Factors, gram: Tensor | None, output_gram: Tensor | None) -> float:
+    """‖F^½ (W − A B) G^½‖_F."""
+    return float(whitened(weight.double() - factors.A.double() @ factors.B.double(), gram, output_gram).norm())
+
+
+Weighted = tuple[Tensor, int, Tensor | None, Tensor | None]
+
+
+@st.composite
+def weighted(draw: st.DrawFn, kinds: tuple[str, ...] = METRICS, both: bool = False, truncated: bool = True) -> Weighted:
+    """A float64 matrix, a rank, and metrics of its inputs, its outputs, or both."""
+    weight, rank = draw(matrices_and_ranks(truncated=truncated, dtypes=(torch.float64,)))
+    given_ = "both" if both else draw(st.sampled_from(["both", "gram", "output_gram"]))
+    gram = draw(metrics(weight.shape[1], kinds)) if given_ != "output_gram" else None
+    output_gram = draw(metrics(weight.shape[0], kinds)) if given_ != "gram" else None
+    return weight, rank, gram, output_gram
+
+
+def unresolved(weight: Tensor, gram: Tensor | None, output_gram: Tensor | None) -> float:
+    """What a decomposition of the squared matrix in float64 does not resolve: 1e-7 of the largest singular value."""
+    return 1e-7 * float(torch.linalg.matrix_norm(whitened(weight, gram, output_gram), 2))
+
+
+@PROPERTY
+@given(weighted())
+def test_the_error_in_the_metric_is_the_tail_of_the_whitened_spectrum(case: Weighted) -> None:
+    weight, rank, gram, output_gram = case
+    least = float(torch.linalg.svdvals(whitened(weight, gram, output_gram))[rank:].norm())
+    got, slack = (
+        metric_error(weight, factorize(weight, rank, gram, output_gram), gram, output_gram),
+        unresolved(weight, gram, output_gram),
+    )
+    assert got <= least * (1 + 1e-5) + slack
+    assert got >= least * (1 - 1e-5) - slack, "no matrix of this rank is so close"
+
+
+@PROPERTY
+@given(weighted())
+def test_is_never_worse_in_the_metric_than_the_plain_svd(case: Weighted) -> None:
+    weight, rank, gram, output_gram = case
+    plain = metric_error(weight, factorize(weight, rank), gram, output_gram)
+    got = metric_error(weight, factorize(weight, rank, gram, output_gram), gram, output_gram)
+    assert got <= plain * (1 + 1e-5) + unresolved(weight, gram, output_gram)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_on_activations_the_metric_pays_also_after_rounding(shape: tuple[int, int], dtype: torch.dtype) -> None:
+    weight = matrix_with(spectrum("polynomial", min(shape)), *shape).to(dtype)
+    gram, output_gram = activation_gram(shape[1], seed=1), activation_gram(shape[0], seed=2)
+    for metrics_ in ((gram, None), (None, output_gram), (gram, output_gram)):
+        values = torch.linalg.svdvals(whitened(weight, *metrics_))
+        for rank in (8, 60):
+            got = metric_error(weight, factorize(weight, rank, *metrics_), *metrics_)
+            plain = metric_error(weight, factorize(weight, rank), *metrics_)
+            assert got <= float(values[rank:].norm()) + TOLERANCE[dtype] * float(values.norm())
+            assert got < 0.8 * plain
+
+
+@PROPERTY
+@given(weighted())
+def test_factors_of_a_lower_rank_are_the_first_of_a_higher_one(case: Weighted) -> None:
+    weight, rank, gram, output_gram = case
+    higher = factorize(weight, min(rank + 1, min(weight.shape) - 1), gram, output_gram)
+    A, B = factorize(weight, rank, gram, output_gram)
+    assert torch.equal(A, higher.A[:, :rank])
+    assert torch.equal(B, higher.B[:rank])
+
+
+@PROPERTY
+@given(weighted(truncated=False))
+def test_with_metrics_too_full_rank_is_exact_to_the_bit(case: Weighted) -> None:
+    weight, _, gram, output_gram = case
+    A, B = factorize(weight, min(weight.shape), gram, output_gram)
+    assert torch.equal(A @ B, weight)
+
+
+@PROPERTY
+@given(weighted(("full", "diagonal")), st.sampled_from([1e-9, 3.0, 1e9]))
+def test_the_scale_of_a_metric_and_how_a_diagonal_is_given_do_not_matter(case: Weighted, scale: float) -> None:
+    weight, rank, gram, output_gram = case
+    error_ = metric_error(weight, factorize(weight, rank, gram, output_gram), gram, output_gram)
+
+    def changed(metric: Tensor | None) -> Tensor | None:
+        return None if metric is None else scale * (torch.diag(metric) if metric.ndim == 1 else metric)
+
+    other = metric_error(weight, factorize(weight, rank, changed(gram), changed(output_gram)), gram, output_gram)
+    assert abs(error_ - other) <= 1e-9 * error_ + unresolved(weight, gram, output_gram)
+
+
+@PROPERTY
+@given(weighted(("full", "diagonal", "zero"), truncated=False))
+def test_metrics_change_neither_shape_nor_dtype_nor_what_is_given(case: Weighted) -> None:
+    weight, rank, gram, output_gram = case
+    before = [None if tensor is None else tensor.clone() for tensor in (weight, gram, output_gram)]
+    for dtype in DTYPES[:3]:
+        A, B = factorize(weight.to(dtype), rank, gram, output_gram)
+        assert (A.shape, B.shape) == ((weight.shape[0], rank), (rank, weight.shape[1]))
+        for factor in (A, B):
+            assert factor.dtype == dtype
+            assert factor.is_contiguous()
+            assert torch.isfinite(factor).all()
+            assert factor.untyped_storage().nbytes() == factor.numel() * factor.element_size()
+    for tensor, old in zip((weight, gram, output_gram), before, strict=True):
+        assert tensor is None or torch.equal(tensor, old)
+
+
+@PROPERTY
+@given(weighted(both=True))
+def test_direction_losses_are_half_of_the_squared_tail(case: Weighted) -> None:
+    weight, rank, gram, output_gram = case
+    values = torch.linalg.svdvals(whitened(weight, gram, output_gram))
+    slack = unresolved(weight, gram, output_gram) * float(values.norm())
+    for copies in ((gram, output_gram), (gram.clone(), output_gram.clone())):  # as eigenvalues, and as norms of the factors
+        q = direction_losses(weight, gram, output_gram, *copies)
+        assert q.dtype == torch.float64
+        assert q.shape == values.shape
+        assert (q >= 0).all()
+        assert float((q - values.square() / 2).abs().max()) <= 1e-9 * float(values.square().sum()) + slack
+        lost = metric_error(weight, factorize(weight, rank, gram, output_gram), gram, output_gram) ** 2 / 2
+        assert float(q[rank:].sum()) == pytest.approx(lost, rel=1e-6, abs=slack)
+
+
+@PROPERTY
+@given(weighted(both=True), st.data())
+def test_direction_losses_of_another_factorisation_are_those_of_its_directions(case: Weighted, data: st.DataObject) -> None:
+    weight, rank, gram, fisher = case
+    definite = ("full", "diagonal")
+    input_metric = data.draw(st.none() | metrics(weight.shape[1], definite))
+    output_metric = data.draw(st.none() | metrics(weight.shape[0], definite))
+    q = direction_losses(weight, gram, fisher, input_metric, output_metric)
+    # The identity as a metric: without any, factors may be orthonormal on the other side.
+    ones = torch.ones(weight.shape[1], dtype=torch.float64)
+    A, B = factorize(weight, rank, ones if input_metric is None else input_metric, output_metric)
+    directions = [
+        metric_error(torch.zeros_like(weight), Factors(A[:, i : i + 1], B[i : i + 1]), gram, fisher) for i in range(rank)
+    ]
+    expected = torch.tensor(directions, dtype=torch.float64).square() / 2
+    largest = float(q.max().clamp(min=1e-300))
+    assert float((q[:rank] - expected).abs().max()) <= 1e-9 * largest + unresolved(weight, gram, fisher) ** 2
+    assert len(q) == min(weight.shape)
+
+
+def test_metrics_take_a_direction_in_use_before_a_large_one_that_is_not() -> None:
+    weight = torch.diag(torch.tensor([100.0, 1.0, 10.0, 2.0]))
+    gram, output_gram = torch.tensor([0.0, 1.0, 1.0, 1.0]), torch.tensor([1.0, 1.0, 0.0, 1.0])
+    kept = [
+        int(torch.argmax((A @ B).abs().diagonal()))
+        for A, B in (factorize(weight, 1), factorize(weight, 1, gram), factorize(weight, 1, gram, output_gram))
+    ]
+    assert kept == [0, 2, 3]
+    assert torch.equal(direction_losses(weight, gram, output_gram), torch.tensor([0.0, 0.0, 2.0, 0.5], dtype=torch.float64))
+
+
+BAD_METRICS = [
+    (torch.eye(3), r"must have shape \(5, 5\), or \(5,\) for a diagonal, got \(3, 3\)"),
+    (torch.ones(3), r"must have shape .* got \(3,\); it belongs to another weight"),
+    (torch.full((5,), float("nan")), "contains NaN or infinite values"),
+    (torch.tensor([1.0, 1.0, 1.0, 1.0, -1.0]), "must be positive semidefinite"),
+]
+
+
+@pytest.mark.parametrize(("metric", "message"), BAD_METRICS)
+def test_refuses_what_is_no_metric_of_the_weight(metric: Tensor, message: str) -> None:
+    weight, good = torch.ones(5, 5), torch.ones(5)
+    for name, pair in (("gram", (metric, good)), ("output_gram", (good, metric))):
+        for function, arguments in ((factorize, (weight, 2)), (direction_losses, (weight,))):
+            with pytest.raises(ValueError, match=f"`{name}` {message}"):
+                function(*arguments, *pair)
