@@ -369,7 +369,7 @@ def _with_defaults(config: ReparamConfig) -> ReparamConfig:
 
 def _groups(targets: Mapping[str, Target], max_memory: int) -> list[list[str]]:
     """Modules in order, in groups whose statistics take at most so many bytes even where they share no inputs."""
-    groups: list[list[str]] = [[]]
+    passes: list[list[str]] = [[]]
     left = max_memory
     for name, target in targets.items():
         size = target.storage.in_features
@@ -377,11 +377,11 @@ def _groups(targets: Mapping[str, Target], max_memory: int) -> list[list[str]]:
         if needed > max_memory:
             raise ValueError(f"{name}: its statistics take {needed:,} bytes, and `max_memory` is {max_memory:,}; raise it.")
         if needed > left:
-            groups.append([])
+            passes.append([])
             left = max_memory
-        groups[-1].append(name)
+        passes[-1].append(name)
         left -= needed
-    return groups
+    return passes
 
 
 def _diagonal(metric: Tensor) -> Tensor:

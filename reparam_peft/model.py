@@ -309,7 +309,7 @@ class ReparamModel(BaseTuner):
         try:
             for name, layer in reparam_layers(model):
                 for key, own in _factor_keys(name, layer, adapter_name).items():
-                    _check_loaded_tensor(key, remapped.get(key), own, layer.r[adapter_name])
+                    _check_loaded_tensor(key, remapped.get(key), own, layer.r[adapter_name], layer.out_features)
                 if adapter_name in layer.merged_adapters:
                     raise ValueError(f"{name}: adapter {adapter_name!r} is merged; unmerge it before loading others into it.")
         except ValueError:
@@ -346,20 +346,25 @@ def _factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str,
     return {f"{prefix}reparam_factors.{adapter_name}.{key}": own for key, own in factors.state_dict(keep_vars=True).items()}
 
 
-def _check_loaded_tensor(key: str, tensor: Tensor | None, own: Tensor, rank: int) -> None:
+def _check_loaded_tensor(key: str, tensor: Tensor | None, own: Tensor, rank: int, out_features: int) -> None:
     """Raise `ValueError` where a tensor of a checkpoint is missing, misshapen or not finite, or a mask is not of the rank."""
     name = key.removeprefix("base_model.model.")
     if tensor is None:
         raise ValueError(f"{name}: the checkpoint has no such tensor; {DAMAGED}.")
-    if tensor.shape != own.shape or tensor.is_floating_point() != own.is_floating_point():
+    is_mask = not own.is_floating_point()
+    if tensor.shape != own.shape or tensor.is_floating_point() == is_mask or (is_mask and tensor.dtype != own.dtype):
         raise ValueError(
             f"{name}: the checkpoint has shape {tuple(tensor.shape)}, {tensor.dtype}, and its config on this model says "
             f"{tuple(own.shape)}, {own.dtype}; the two do not belong together."
         )
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: the checkpoint contains NaN or infinite values; {DAMAGED}.")
-    if not tensor.is_floating_point() and (bits := sum(int(byte).bit_count() for byte in tensor.tolist())) != rank:
-        raise ValueError(f"{name}: the checkpoint marks {bits} rows as pivots, and the rank is {rank}; {DAMAGED}.")
+    if is_mask:
+        marked = int.from_bytes(bytes(tensor.tolist()), "little") & ((1 << out_features) - 1)
+        if marked.bit_count() != rank:
+            raise ValueError(
+                f"{name}: the checkpoint marks {marked.bit_count()} rows as pivots, and the rank is {rank}; {DAMAGED}."
+            )
 
 
 def _withdraw(model: nn.Module, adapter_name: str) -> None:
