@@ -32,23 +32,32 @@ except ValueError as error:
     assert "`keep` must be in (0, 1]" in str(error)
 ```
 
-This version has one value each for three fields: `method="svd"`, `allocation="uniform"`, `form="factors"`. None means the
-same. The other names are reserved and raise.
+Three fields depend on who reads the config where they are None:
+
+| field | None in `get_peft_model` | None in `compress` |
+| --- | --- | --- |
+| `method` | `"svd"` | `"whitened"` |
+| `allocation` | `"uniform"` | `"loss"`, or `"uniform"` where `r` is given |
+| `form` | `"factors"` | `"pivot"` |
+
+`get_peft_model` has no data. It raises `ValueError` for a calibrated method, for `allocation="loss"`, and for the fields that
+belong to them. A field that would have no effect is refused:
 
 ```python
-for reserved in ({"method": "whitened"}, {"method": "autoencoder"}, {"allocation": "loss"}, {"form": "pivot"}):
+for fields in ({"method": "svd", "shrinkage": 0.1}, {"allocation": "uniform", "floor": 0.2}, {"r": 8, "allocation": "loss"}):
     try:
-        ReparamConfig(**reserved)
-    except ValueError as error:
-        assert "this version has" in str(error)
+        ReparamConfig(**fields)
+    except ValueError:
+        pass
     else:
-        raise AssertionError(f"{reserved} works now; describe it")
+        raise AssertionError(fields)
 ```
 
-The rank of a target is decided in this order: `dense_modules`, `rank_pattern`, `r`, `keep`.
+The rank of a target is decided in this order: `dense_modules`, `rank_pattern`, `r`, `keep`. With `allocation="loss"`, `keep` is
+a budget for all targets together.
 
-`get_peft_model` copies the config, resolves it, and keeps the copy in `model.peft_config[adapter_name]`. The copy names the
-`method`, `allocation` and `form` that were used, one rank per module in `rank_pattern`, and the sizes. It is what
+`get_peft_model` and `compress` copy the config, resolve it, and keep the copy in `model.peft_config[adapter_name]`. The copy
+names the `method`, `allocation` and `form` that were used, one rank per module in `rank_pattern`, and the sizes. It is what
 `save_pretrained` writes to `adapter_config.json`. Your own config is not changed, except one that is passed to
 `PeftModel.from_pretrained(…, config=…)`, which PEFT keeps.
 """

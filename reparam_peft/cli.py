@@ -58,7 +58,7 @@ TargetOption = Annotated[str, typer.Option(help="`all-linear`, a regular express
 ExcludeOption = Annotated[str | None, typer.Option(help="Likewise, to leave out.")]
 MethodOption = Annotated[str | None, typer.Option(help="svd, whitened or autoencoder. Default: whitened.")]
 AllocationOption = Annotated[str | None, typer.Option(help="uniform or loss. Default: loss; uniform with --rank or svd.")]
-FormOption = Annotated[str | None, typer.Option(help="factors or pivot. Default: pivot.")]
+FormOption = Annotated[str | None, typer.Option(help="factors or pivot. Default: pivot; factors without calibration.")]
 CalibrationOption = Annotated[
     str | None,
     typer.Option(
@@ -304,8 +304,8 @@ def _read_statistics(config: ReparamConfig, text: str | None, path: Path | None,
         raise CliError(f"{path} exists and would be read in place of --calibration; give one of the two.")
     try:
         known = Statistics.load(path)
-    except (SafetensorError, OSError) as error:
-        raise CliError(f"{path} does not hold statistics: {error}") from error
+    except OSError as error:
+        raise CliError(f"{path} cannot be read: {error}") from error
     if seed not in (None, known.seed):
         raise CliError(f"{path} exists, and was made with --seed {known.seed}; leave out --seed, or name another file.")
     return known

@@ -549,10 +549,10 @@ def test_statistics_that_are_refused(run: Run, models: Path, tmp_path: Path) -> 
     save_file({"weight": torch.zeros(2)}, file)
     assert_error(run(*arguments, *known), "statistics.safetensors does not hold statistics")
     file.write_text("something else")
-    assert_error(run(*arguments, *known), "statistics.safetensors does not hold statistics")
+    assert_error(run(*arguments, *known), "statistics.safetensors is damaged")
     file.unlink()
     file.mkdir()
-    assert_error(run(*arguments, *known), "statistics.safetensors does not hold statistics")
+    assert_error(run(*arguments, *known), "statistics.safetensors cannot be read")
     assert not (tmp_path / "out").exists()
 
 

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import typer.main
+from conftest import byte_tokenizer, llama
 from transformers import BertConfig, BertForSequenceClassification
 
 import reparam_peft
@@ -40,11 +41,14 @@ def blocks(path: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def stand_ins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A working directory in which README's `bert-base-uncased` is a folder, with matrices that rank 64 makes smaller."""
+    """A working directory in which the models of README are folders, the first with matrices that rank 64 makes smaller."""
     monkeypatch.chdir(tmp_path)
     sizes = {"hidden_size": 256, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 50}
     torch.manual_seed(0)
     BertForSequenceClassification(BertConfig(**sizes)).save_pretrained("bert-base-uncased")
+    llama(vocab_size=259).save_pretrained("HuggingFaceTB/SmolLM2-135M")
+    byte_tokenizer().save_pretrained("HuggingFaceTB/SmolLM2-135M")
+    Path("calibration.txt").write_text("The quick brown fox jumps over the lazy dog. " * 50, encoding="utf-8")
 
 
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")], ids=relative)
