@@ -198,8 +198,12 @@ def allocate_ranks(
     chosen = allocate(list(curves.values()), budget)
     ranks = {name: curve[index].rank for (name, curve), index in zip(curves.items(), chosen, strict=True)}
     uniform = {name: fixed[name] if name in fixed else uniform_rank(config.keep, storages[name]) for name in storages}
-    within = floor <= config.keep <= ceiling and _stored(uniform, storages) <= budget
-    if within and _lost(uniform, losses) < _lost(ranks, losses):
+    within = all(
+        floor * storage.dense <= _stored({name: uniform[name]}, storages) <= ceiling * storage.dense
+        for name, storage in storages.items()
+        if name not in fixed
+    )
+    if within and _stored(uniform, storages) <= budget and _lost(uniform, losses) < _lost(ranks, losses):
         return uniform
     return ranks
 
