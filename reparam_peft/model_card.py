@@ -25,7 +25,7 @@ BEGIN, END = "<!-- reparam_peft: begin -->", "<!-- reparam_peft: end -->"
 
 
 def model_card_section(config: ReparamConfig) -> str:
-    """Markdown on the base model, the method, the sizes, the evaluation and how to load, from a resolved config alone."""
+    """Markdown on the base model, the method, the sizes, calibration, evaluation and how to load, from a resolved config."""
     rows = [
         ("base model", config.base_model_name_or_path or "not known"),
         ("method", config.method),
@@ -42,6 +42,7 @@ def model_card_section(config: ReparamConfig) -> str:
             ("targeted bytes before", f"{config.dense_bytes:,}"),
             ("stored bytes", _fraction(config.stored_bytes, config.dense_bytes)),
         ]
+    rows += _calibration_rows(config)
     rows += [(name, f"{value:.6g}") for name, value in (config.evaluation or {}).items()]
     auto_class = AUTO_CLASSES.get(config.task_type, "AutoPeftModel")
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
@@ -86,6 +87,20 @@ def upload_with_section(model: PeftModel, working_dir: str, *args: Any, **kwargs
     if Path(working_dir, "adapter_config.json").exists():  # at the top there is the adapter "default", if any
         update_model_card(working_dir, model.peft_config["default"])
     return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
+
+
+def _calibration_rows(config: ReparamConfig) -> list[tuple[str, str]]:
+    """What a calibrated checkpoint was made with, and what it is predicted to lose; settings only where they were chosen."""
+    if config.calibration_tokens is None:
+        return []
+    names = ("input_metric", "output_metric", "shrinkage", "output_shrinkage", "rank_multiple", "floor", "ceiling")
+    rows = [(name.replace("_", " "), getattr(config, name)) for name in names if getattr(config, name) is not None]
+    rows.append(("calibration tokens", f"{config.calibration_tokens:,}"))
+    if config.gradient_tokens:
+        rows.append(("labels sampled for gradients", f"{config.gradient_tokens:,}, seed {config.seed}"))
+    if config.predicted_loss is not None:
+        rows.append(("predicted increase of the loss", f"{config.predicted_loss:.3g} nats per token"))
+    return rows
 
 
 def _fraction(part: int | None, whole: int) -> str:

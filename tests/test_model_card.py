@@ -8,11 +8,11 @@ from pathlib import Path
 
 import peft
 import pytest
-from conftest import llama
+from conftest import llama, token_inputs
 from huggingface_hub import ModelCard
 from peft import get_peft_model
 
-from reparam_peft import ReparamConfig
+from reparam_peft import ReparamConfig, compress
 from reparam_peft.model_card import AUTO_CLASSES, BEGIN, END, model_card_section, update_model_card
 
 
@@ -56,6 +56,21 @@ def test_says_what_was_done() -> None:
         "dense perplexity": "19.3812",
         "perplexity": "25",
     }
+
+
+def test_says_what_a_calibrated_checkpoint_was_made_with() -> None:
+    calibrated = {"method": "whitened", "allocation": "loss", "form": "pivot", "calibration_tokens": 24_576}
+    table = rows(model_card_section(resolved(**calibrated, gradient_tokens=8_192, seed=3, predicted_loss=0.12345)))
+    assert [table[name] for name in ("method", "rank allocation", "form")] == ["whitened", "loss", "pivot"]
+    assert table["calibration tokens"] == "24,576"
+    assert table["labels sampled for gradients"] == "8,192, seed 3"
+    assert table["predicted increase of the loss"] == "0.123 nats per token"
+    without_gradients = rows(model_card_section(resolved(**calibrated, gradient_tokens=0, seed=3)))
+    assert table.keys() - without_gradients.keys() == {"labels sampled for gradients", "predicted increase of the loss"}
+    chosen = {"output_metric": "none", "shrinkage": 0.02, "rank_multiple": 16, "floor": 0.0}
+    found = rows(model_card_section(resolved(**calibrated, **chosen)))
+    assert {name: found[name.replace("_", " ")] for name in chosen} == {name: str(value) for name, value in chosen.items()}
+    assert "input metric" not in found
 
 
 def test_says_the_rank_where_one_was_asked_for() -> None:
@@ -126,3 +141,15 @@ def test_save_pretrained_of_a_model_writes_its_own_figures(tmp_path: Path) -> No
     assert table["stored bytes"].startswith(f"{targets['stored_bytes']:,} (")
     assert table["matrices factorised"] == "4"
     assert table["perplexity"] == "12.5"
+
+
+def test_save_pretrained_of_a_calibrated_model_says_so(tmp_path: Path) -> None:
+    config = ReparamConfig(target_modules=["q_proj", "up_proj"], keep=0.5, floor=0.1)
+    model = compress(llama(), config, [token_inputs()], seed=7, progress=False)
+    model.save_pretrained(tmp_path)
+    table = rows((tmp_path / "README.md").read_text())
+    assert [table[name] for name in ("method", "rank allocation", "form")] == ["whitened", "loss", "pivot"]
+    assert table["size asked for"] == "keep = 0.5"
+    assert (table["calibration tokens"], table["labels sampled for gradients"], table["floor"]) == ("24", "24, seed 7", "0.1")
+    assert table["predicted increase of the loss"] == f"{model.peft_config['default'].predicted_loss:.3g} nats per token"
+    assert int(table["matrices factorised"]) + int(table["matrices left dense"]) == 4
