@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import TOLERANCE, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
 from strategies import PROPERTY
@@ -18,9 +18,9 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
-import reparam_peft.factorized as factorized_module
+from reparam_peft.allocation import Storage
 from reparam_peft.decompositions import Factors, factorize, random_factors
-from reparam_peft.factorized import KINDS, FactorizedLinear, FactorizedModule, FactorLinear, layer_kind
+from reparam_peft.factorized import KINDS, FactorizedLinear, FactorizedModule, layer_kind
 
 sizes = st.integers(1, 12)
 batches = st.lists(st.integers(1, 3), max_size=3).map(tuple)
@@ -102,8 +102,8 @@ def bias_of(layer: nn.Module) -> Tensor | None:
     return getattr(layer, "bias", None)
 
 
-def factorized(layer: nn.Module, factors: Factors) -> FactorizedModule:
-    module = layer_kind(layer).factorized(layer, factors.A.shape[1], device=None, dtype=layer.weight.dtype)
+def factorized(layer: nn.Module, factors: Factors, form: str = "factors", bias: bool = False) -> FactorizedModule:
+    module = layer_kind(layer).factorized(layer, factors.A.shape[1], form, bias, device=None, dtype=layer.weight.dtype)
     module.set_factors(factors)
     return module
 
@@ -173,6 +173,109 @@ def test_the_factorised_module_is_the_layer_of_the_product(example: Example, dat
     assert_close(without, layer(example.inputs))
 
 
+@PROPERTY
+@given(examples())
+def test_gradient_rows_are_gradients_at_the_product_without_bias_and_scale(example: Example) -> None:
+    layer = example.layer
+    kind = layer_kind(layer)
+    rows, W = kind.rows(layer, example.inputs), kind.matrix(layer.weight.detach())
+    Y = (rows.detach() @ W.mT).requires_grad_()
+    y = example.scale * example.lay_out(Y)
+    probe = torch.randn_like(y)
+    (y * probe).sum().backward()
+    g = kind.gradient_rows(layer, probe)
+    assert g.shape == (len(rows), W.shape[0]) == Y.shape
+    assert_close(g, Y.grad)
+    # The rows belong together: gᵀ X is the gradient of the weight.
+    layer.weight.requires_grad_()
+    (layer(example.inputs) * probe).sum().backward()
+    expected = kind.matrix(layer.weight.grad)
+    got = g.mT @ rows.detach()
+    padding = getattr(layer, "padding_idx", None)
+    if padding is not None:  # whose gradient an embedding drops
+        got[:, padding] = 0
+    assert float((got - expected).norm()) <= TOLERANCE[torch.float64] * (1 + float(expected.norm()))
+
+
+@PROPERTY
+@given(examples())
+@torch.no_grad()
+def test_row_counts_are_the_diagonal_of_the_gram(example: Example) -> None:
+    layer = example.layer
+    kind = layer_kind(layer)
+    X = kind.rows(layer, example.inputs)
+    counts = kind.row_counts(layer, example.inputs)
+    G = X.mT @ X
+    assert counts.shape == (kind.shape(layer)[1],)
+    assert_close(counts.double(), G.diagonal())
+    assert kind.one_hot == isinstance(layer, nn.Embedding)
+    if kind.one_hot:
+        assert torch.equal(G, torch.diag(counts.double())), "all of it"
+        assert torch.equal(X.sum(0), counts.double()), "the sum of the rows too"
+
+
+@PROPERTY
+@given(examples(), st.data())
+@torch.no_grad()
+def test_the_pivot_form_is_the_layer_of_the_same_product(example: Example, data: st.DataObject) -> None:
+    layer = example.layer
+    kind = layer_kind(layer)
+    out_features, in_features = kind.shape(layer)
+    factors = random_factors(kind.matrix(layer.weight), data.draw(st.integers(1, min(kind.shape(layer)))))
+    module = factorized(layer, factors, "pivot")
+    plain = factorized(layer, factors)
+    assert (plain.form, module.form) == ("factors", "pivot")
+    A, B = module.factors
+    assert (A.shape, B.shape) == ((out_features, len(B)), (len(B), in_features))
+    assert_close(A @ B, factors.A @ factors.B)
+    for bias in (bias_of(layer), None):
+        expected = plain(example.inputs, bias)
+        got = module(example.inputs, bias)
+        assert got.shape == expected.shape
+        assert got.dtype == expected.dtype
+        assert_close(got, expected)
+    stored = sum(tensor.numel() for tensor in module.state_dict().values())
+    assert stored == Storage(out_features, in_features, "pivot").parameters(len(B)), "what the table of sizes says"
+    assert sum(tensor.numel() for tensor in plain.state_dict().values()) == Storage(out_features, in_features).parameters(
+        len(B)
+    )
+
+
+@PROPERTY
+@given(examples(), st.sampled_from(["factors", "pivot"]), st.data())
+@torch.no_grad()
+def test_a_bias_of_its_own_replaces_that_of_the_layer(example: Example, form: str, data: st.DataObject) -> None:
+    layer = example.layer
+    kind = layer_kind(layer)
+    out_features, in_features = kind.shape(layer)
+    factors = random_factors(kind.matrix(layer.weight), data.draw(st.integers(1, min(kind.shape(layer)))))
+    module = factorized(layer, factors, form, bias=True)
+    own = torch.randn(out_features, dtype=torch.float64)
+    module.set_bias(own)
+    assert torch.equal(module.bias, own)
+    rows = kind.rows(layer, example.inputs) @ (factors.A @ factors.B).mT + own
+    expected = example.scale * example.lay_out(rows)
+    for given_ in (None, torch.full((out_features,), 7.0, dtype=torch.float64)):
+        assert_close(module(example.inputs, given_), expected)
+    stored = sum(tensor.numel() for tensor in module.state_dict().values())
+    assert stored == Storage(out_features, in_features, form, bias=True).parameters(len(module.factors.B))
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_training_reaches_every_parameter_in_either_form(form: str) -> None:
+    for layer, x in (
+        (nn.Linear(5, 6), torch.randn(3, 5)),
+        (Conv1D(6, 5), torch.randn(3, 5)),
+        (nn.Conv2d(2, 6, 3), torch.randn(1, 2, 5, 5)),
+        (nn.Embedding(5, 6), torch.arange(5)),
+    ):
+        module = factorized(layer, factorize(layer_kind(layer).matrix(layer.weight.detach()), 2), form, bias=True)
+        module(x).square().sum().backward()
+        assert len(list(module.parameters())) == 3
+        for name, parameter in module.named_parameters():
+            assert parameter.grad.any(), f"{type(layer).__name__}: {name}"
+
+
 def test_factors_are_views_that_gradients_and_updates_go_through() -> None:
     for layer in (nn.Linear(5, 4), Conv1D(4, 5), nn.Conv2d(2, 4, 3), nn.Embedding(5, 4)):
         W = layer_kind(layer).matrix(layer.weight.detach())
@@ -195,33 +298,6 @@ def test_set_factors_casts_and_refuses_other_shapes() -> None:
     assert torch.equal(module.factors.A, A.bfloat16())
     with pytest.raises(RuntimeError, match="size"):
         module.set_factors(Factors(A[:, :1].expand(4, 3), B))
-
-
-@pytest.mark.parametrize("shape", [(1, 600), (1, 1, 600), (600,), (2, 600), (0, 600)])
-def test_single_rows_agree_with_the_plain_product(shape: tuple[int, ...]) -> None:
-    layer = FactorLinear(600, 500)
-    x = torch.randn(shape)
-    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    with torch.no_grad():
-        assert_close(layer(x), expected)
-        assert layer(x).shape == expected.shape
-    assert layer(x).requires_grad, "autograd needs the plain product"
-
-
-def test_single_rows_take_the_fast_product_only_where_it_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(factorized_module, "SINGLE_ROW_PRODUCT", lambda x, weight, *rest: calls.append(1) or x @ weight.mT)
-    layer, x = FactorLinear(600, 500, bias=False), torch.randn(1, 600)
-    layer(x)
-    with torch.no_grad():
-        layer(torch.randn(2, 600))
-        FactorLinear(600, 500).bfloat16()(x.bfloat16())
-        FactorLinear(8, 8)(torch.randn(1, 8))
-        with torch.autocast("cpu", torch.bfloat16):
-            layer(x)
-        assert calls == []
-        layer(x)
-    assert calls == [1]
 
 
 def test_set_factors_keeps_the_parameters_that_an_optimiser_holds() -> None:
@@ -248,12 +324,15 @@ def test_a_scaled_embedding_is_scaled_in_its_dtype(layer_class: type[nn.Embeddin
         assert torch.equal(module(tokens), layer(tokens)), "full-rank factors hold the table to the bit"
 
 
+@pytest.mark.parametrize("form", ["factors", "pivot"])
 @pytest.mark.parametrize("device", ["cpu", "meta"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
-def test_factorised_modules_are_made_on_the_device_in_the_dtype(device: str, dtype: torch.dtype) -> None:
+def test_factorised_modules_are_made_on_the_device_in_the_dtype(device: str, dtype: torch.dtype, form: str) -> None:
     for layer in (nn.Linear(5, 4), Conv1D(4, 5), nn.Conv2d(2, 4, 3), nn.Embedding(5, 4)):
-        module = layer_kind(layer).factorized(layer, 2, device=torch.device(device), dtype=dtype)
+        module = layer_kind(layer).factorized(layer, 2, form, True, device=torch.device(device), dtype=dtype)
         assert {(p.device.type, p.dtype) for p in module.parameters()} == {(device, dtype)}
+        assert {(b.device.type, b.dtype) for b in module.buffers()} <= {(device, torch.uint8), (device, torch.int64)}
+        assert len(list(module.buffers())) == (2 if form == "pivot" else 0)
 
 
 class OwnForward(nn.Linear):

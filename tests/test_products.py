@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from strategies import PROPERTY
 from torch import Tensor, nn
 
+import reparam_peft.products as products_module
 from reparam_peft.decompositions import Factors, random_factors
 from reparam_peft.pivoting import PivotFactors, other_rows, pivot
 from reparam_peft.products import FactorizedModule, FactorLinear, PivotExpansion, mask_size
@@ -250,3 +251,30 @@ def test_a_bias_is_added_in_the_dtype_of_the_output() -> None:
     assert module(x).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert module.float()(x.float()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("shape", [(1, 600), (1, 1, 600), (600,), (2, 600), (0, 600)])
+def test_single_rows_agree_with_the_plain_product(shape: tuple[int, ...]) -> None:
+    layer = FactorLinear(600, 500)
+    x = torch.randn(shape)
+    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
+    with torch.no_grad():
+        assert_close(layer(x), expected)
+        assert layer(x).shape == expected.shape
+    assert layer(x).requires_grad, "autograd needs the plain product"
+
+
+def test_single_rows_take_the_fast_product_only_where_it_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+    monkeypatch.setattr(products_module, "SINGLE_ROW_PRODUCT", lambda x, weight, *rest: calls.append(1) or x @ weight.mT)
+    layer, x = FactorLinear(600, 500, bias=False), torch.randn(1, 600)
+    layer(x)
+    with torch.no_grad():
+        layer(torch.randn(2, 600))
+        FactorLinear(600, 500).bfloat16()(x.bfloat16())
+        FactorLinear(8, 8)(torch.randn(1, 8))
+        with torch.autocast("cpu", torch.bfloat16):
+            layer(x)
+        assert calls == []
+        layer(x)
+    assert calls == [1]
