@@ -94,6 +94,10 @@ def gather_statistics(
     return statistics
 
 
+class _InputError(ValueError):
+    """Of a hook, to be told as it is, and not as one of the model."""
+
+
 class _Recorder:
     """Adds up the statistics in hooks of the modules."""
 
@@ -109,13 +113,13 @@ class _Recorder:
     def hooks(self, model: nn.Module, starts: set[nn.Module]) -> Iterator[None]:
         encoder = model.get_encoder() if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
         handles = []
-        if encoder is not None:
-            self.inside_encoder = set(encoder.modules())
-            handles.append(encoder.register_forward_hook(self._after_encoder))
-        for name, module in self.modules.items():
-            handles.append(module.register_forward_hook(_Hook(self, name, layer_kind(module)), with_kwargs=True))
-        handles += [module.register_forward_hook(lambda module, args, output: _start(output)[1]) for module in starts]
         try:
+            if encoder is not None:
+                self.inside_encoder = set(encoder.modules())
+                handles.append(encoder.register_forward_hook(self._after_encoder))
+            for name, module in self.modules.items():
+                handles.append(module.register_forward_hook(_Hook(self, name, layer_kind(module)), with_kwargs=True))
+            handles += [module.register_forward_hook(lambda module, args, output: _start(output)[1]) for module in starts]
             yield
         finally:
             for handle in handles:
@@ -128,7 +132,7 @@ class _Recorder:
         with torch.set_grad_enabled(self.gradients):
             try:
                 output = model(**batch)
-            except torch.OutOfMemoryError:
+            except (torch.OutOfMemoryError, _InputError):
                 raise
             except (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError) as error:
                 raise ValueError(f"the model does not accept batch {index} ({sorted(batch)}): {error}") from error
@@ -154,7 +158,7 @@ class _Recorder:
         mask = self.source_mask if encodes else self.target_mask
         positions = x.shape[:-1] if x.is_floating_point() else x.shape
         fits = mask is not None and tuple(positions) in (tuple(mask.shape), (mask.numel(),))
-        return mask.flatten() if fits else None
+        return mask.flatten().to(x.device) if fits else None
 
     def add_input(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor) -> None:
         """Add an input to its Gram, unless another module has read the same tensor."""
@@ -165,7 +169,7 @@ class _Recorder:
             self.seen[id(x)] = (weakref.ref(x), x._version, name)
         known = statistics.inputs.setdefault(name, leader)
         if known != leader:
-            raise ValueError(
+            raise _InputError(
                 f"{name}: it read the same input as {known} in one batch and not in another, so that they cannot share "
                 "statistics. Give batches of one kind, or target the two in separate runs."
             )
@@ -200,9 +204,9 @@ class _Recorder:
     def add_gradient(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, mask: Tensor | None, g: Tensor) -> None:
         """Add a gradient at the output that the module made of x."""
         statistics = self.statistics
-        Y = _wide(kind.gradient_rows(module, g), mask)
+        Y = _wide(kind.gradient_rows(module, g), None if mask is None else mask.to(g.device))
         _add_gram(statistics.output_grams, name, Y)
-        squares = x if mask is None else x[mask]
+        squares = (x if mask is None else x[mask]).to(Y.device)
         joint = (squares.double() * Y.square().sum(1, dtype=torch.float64)).sum()
         _add(statistics.energies, name, torch.stack([joint, squares.double().sum()]))
         statistics.gradient_rows[name] = statistics.gradient_rows.get(name, 0) + len(Y)
@@ -218,7 +222,7 @@ class _Hook:
         self.recorder, self.name, self.kind = recorder, name, kind
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
-        x = args[0] if args else kwargs["input"]
+        x = args[0] if args else next(iter(kwargs.values()))
         recorder = self.recorder
         with torch.no_grad():
             recorder.add_input(self.name, module, self.kind, x)
@@ -271,7 +275,8 @@ def _add_gram(totals: dict[str, Tensor], name: str, X: Tensor) -> None:
     total = totals[name]
     for start in range(0, len(total), BLOCK):
         end = start + BLOCK
-        total[start:end, start:] += X[:, start:end].mT @ X[:, start:]
+        with torch.autocast(X.device.type, enabled=False):  # which would round the products to half precision
+            total[start:end, start:] += X[:, start:end].mT @ X[:, start:]
 
 
 def _masks(batch: Mapping[str, Any], encoder_decoder: bool) -> tuple[Tensor | None, Tensor | None]:

@@ -26,7 +26,7 @@ from .layer import Product
 from .metrics import shrink
 from .model import select_targets
 from .pivoting import PivotFactors, pivot
-from .planning import Plan, allocate_ranks, make_plan
+from .planning import Plan, allocate_ranks, check_budget, make_plan
 from .statistics import Statistics
 from .targets import Target, installing, naming, resolve_rank, source_matrix
 
@@ -169,6 +169,9 @@ class _Run:
         losses = {name: _length(target).zero_() for name, target in self.targets.items()}
         if self.config.allocation == "loss":
             allocate_ranks(self.config, storages, losses, self._given())  # raises, before minutes of work, where none fit
+        uniform = {name: target.rank for name, target in self.targets.items()}
+        if self.config.allocation == "uniform" and self.config.r is None:
+            check_budget(self.config.keep, uniform, storages)
         losses.clear()
         for group in self.passes:
             statistics = self.statistics(group)
@@ -179,7 +182,7 @@ class _Run:
         if self.config.allocation == "loss":
             ranks = allocate_ranks(self.config, storages, losses, self._fixed(losses))
         else:
-            ranks = {name: target.rank for name, target in self.targets.items()}
+            ranks = uniform
         provenance = {"calibration_tokens": self.tokens, "gradient_tokens": self.predictions, "seed": self.seed}
         return make_plan(self.config, storages, ranks, losses, **provenance)
 
@@ -233,13 +236,18 @@ class _Run:
                 f"`plan` is for `method={plan.method!r}`, and the config says {self.config.method!r}, which stores other "
                 "biases."
             )
+        if plan.allocation != self.config.allocation:
+            raise ValueError(
+                f"`plan` is for `allocation={plan.allocation!r}`, and the config says {self.config.allocation!r}; give the "
+                "config the plan's."
+            )
         return plan
 
     def resolved(self, plan: Plan) -> ReparamConfig:
         """The config for the tuner: what was chosen, and where it came from."""
         config = copy.deepcopy(self.config)
         config.rank_pattern, config.dense_modules = plan.ranks, plan.dense_modules
-        config.allocation, config.keep, config.r = plan.allocation, plan.keep, None
+        config.allocation, config.keep = plan.allocation, plan.keep
         config.calibration_tokens, config.gradient_tokens, config.seed = self.tokens, self.predictions, self.seed
         config.predicted_loss = plan.predicted_loss
         return config

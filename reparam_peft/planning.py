@@ -10,7 +10,7 @@ from pathlib import Path
 
 from torch import Tensor
 
-from .allocation import RANK_MULTIPLE, Point, Storage, allocate, points, uniform_rank
+from .allocation import RANK_MULTIPLE, Point, Storage, allocate, points
 from .config import ReparamConfig
 
 FORMAT = "reparam_peft plan 1"
@@ -178,14 +178,15 @@ def allocate_ranks(
         ValueError: the budget cannot be met.
     """
     floor, ceiling = config.floor or 0.0, 1.0 if config.ceiling is None else config.ceiling
-    multiple = config.rank_multiple or RANK_MULTIPLE
-    budget = math.floor(config.keep * sum(storage.dense for storage in storages.values()) * (1 + 1e-12))
+    budget = _budget(config.keep, storages)
     curves: dict[str, list[Point]] = {}
     for name, storage in storages.items():
         if name in fixed:
             rank = fixed[name]
             curves[name] = [Point(rank, storage.dense if rank is None else storage.parameters(rank), 0.0)]
         else:
+            small = min(storage.out_features, storage.in_features) < 8 * RANK_MULTIPLE  # gains nothing by alignment
+            multiple = config.rank_multiple or (1 if small else RANK_MULTIPLE)
             curves[name] = points(losses[name], storage, multiple, floor, ceiling)
     least = sum(curve[0].parameters for curve in curves.values())
     if least > budget:
@@ -197,23 +198,38 @@ def allocate_ranks(
         )
     chosen = allocate(list(curves.values()), budget)
     ranks = {name: curve[index].rank for (name, curve), index in zip(curves.items(), chosen, strict=True)}
-    uniform = {name: fixed[name] if name in fixed else uniform_rank(config.keep, storages[name]) for name in storages}
-    within = all(
-        floor * storage.dense <= _stored({name: uniform[name]}, storages) <= ceiling * storage.dense
-        for name, storage in storages.items()
-        if name not in fixed
-    )
-    if within and _stored(uniform, storages) <= budget and _lost(uniform, losses) < _lost(ranks, losses):
-        return uniform
+    uniform = {name: _uniform_point(curve, config.keep * storages[name].dense) for name, curve in curves.items()}
+    if None in uniform.values() or sum(point.parameters for point in uniform.values()) > budget:
+        return ranks
+    lost = sum(curve[index].loss for curve, index in zip(curves.values(), chosen, strict=True))
+    if sum(point.loss for point in uniform.values()) < lost:
+        return {name: point.rank for name, point in uniform.items()}
     return ranks
+
+
+def check_budget(keep: float, ranks: Mapping[str, int | None], storages: Mapping[str, Storage]) -> None:
+    """Raise `ValueError` where ranks store more than the fraction `keep` of the targeted parameters."""
+    stored, budget = _stored(ranks, storages), _budget(keep, storages)
+    if stored > budget:
+        dense = sum(storages[name].dense for name, rank in ranks.items() if rank is None)
+        raise ValueError(
+            f"`keep={keep}` allows {budget:,} parameters, and these ranks store {stored:,}, of which {dense:,} are in matrices "
+            "that stay dense. Raise `keep`, name fewer `dense_modules`, or use `allocation='loss'`."
+        )
+
+
+def _budget(keep: float, storages: Mapping[str, Storage]) -> int:
+    return math.floor(keep * sum(storage.dense for storage in storages.values()) * (1 + 1e-12))
+
+
+def _uniform_point(curve: list[Point], parameters: float) -> Point | None:
+    """The dearest point of a curve that stores at most so many parameters; the only point of a fixed one."""
+    within = curve if len(curve) == 1 else [point for point in curve if point.parameters <= parameters]
+    return within[-1] if within else None
 
 
 def _stored(ranks: Mapping[str, int | None], storages: Mapping[str, Storage]) -> int:
     return sum(storages[name].dense if rank is None else storages[name].parameters(rank) for name, rank in ranks.items())
-
-
-def _lost(ranks: Mapping[str, int | None], losses: Mapping[str, Tensor]) -> float:
-    return sum(float(losses[name][rank:].sum()) for name, rank in ranks.items() if rank is not None and name in losses)
 
 
 def make_plan(

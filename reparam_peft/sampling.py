@@ -34,6 +34,7 @@ def sampled_objective(model: nn.Module, output: Any, mask: Tensor | None, first_
     for number, (prediction, has_logits) in enumerate(_predictions(output)):
         values = (prediction if prediction.ndim > 1 else prediction[:, None]).float()
         within = mask if mask is not None and values.ndim > 2 and values.shape[:2] == mask.shape else None
+        within = None if within is None else within.to(values.device)
         kept = values.flatten(0, -2) if within is None else values[within]
         categorical = has_logits and kept.shape[-1] > 1 and not several and problem != "regression"
         uniform = _uniform(values, within, 1 if categorical else kept.shape[-1], first_row, (seed, number))

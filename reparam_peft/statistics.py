@@ -77,7 +77,12 @@ class Statistics:
     def covariance(self, module: str) -> Tensor:
         """E[(x − E[x]) (x − E[x])ᵀ] of a module's input."""
         mean = self.mean(module)
-        return self.gram(module) - torch.outer(mean, mean)
+        gram = self.gram(module)
+        covariance = gram - torch.outer(mean, mean)
+        # Of nearly constant channels only rounding is left, which may be negative.
+        least = 1e-6 * gram.diagonal()
+        covariance.diagonal().clamp_(min=least)
+        return covariance
 
     def weighted_gram(self, module: str, centre: Tensor | None = None) -> Tensor | None:
         """E[|h|² (x − c) (x − c)ᵀ] / E[|h|²] with the gradients h at the input; None where no gradient reaches it."""
@@ -158,7 +163,7 @@ class Statistics:
                         f"{in_features}); they are of another model."
                     )
             _check_norm(name, self.weight_norms[name], weight_norm(module))
-            if gram is None:
+            if gram is None or not self.rows[self.inputs[name]]:
                 raise ValueError(
                     f"{name}: no batch reached this module. Give batches that use it, or leave it out with `exclude_modules`."
                 )

@@ -146,7 +146,28 @@ def test_ranks_that_are_given_are_kept_under_loss_allocation(form: str) -> None:
     assert set(dense) <= set(config.dense_modules)
     assert small.size_report().keep <= 0.5
     others = {n: r for n, r in config.rank_pattern.items() if n not in given and not n.endswith("layers.1.mlp.up_proj")}
-    assert all(rank % 8 == 0 for rank in others.values())
+    large = [rank for name, rank in others.items() if not name.endswith(("k_proj", "v_proj"))]  # those are (32, 64)
+    assert large
+    assert all(rank % 8 == 0 for rank in large)
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_small_matrices_are_compressed_without_asking_for_smaller_steps(form: str) -> None:
+    for build, targets, batches in ((convnet, ["conv0", "conv1"], IMAGES), (llama, "all-linear", TEXT)):
+        small = compressed(build(), batches, target_modules=targets, form=form, rank_multiple=None, keep=0.4)
+        assert small.size_report().keep <= 0.4
+
+
+def test_uniform_ranks_that_exceed_the_budget_are_refused() -> None:
+    with pytest.raises(ValueError, match="of which 10,240 are in matrices that stay dense"):
+        compressed(
+            llama(),
+            TEXT,
+            target_modules=["gate_proj"],
+            dense_modules=["model.layers.0.mlp.gate_proj"],
+            allocation="uniform",
+            rank_multiple=None,
+        )
 
 
 @pytest.mark.parametrize("form", ["factors", "pivot"])
