@@ -31,6 +31,7 @@ def gather_statistics(
     seed: int = 0,
     progress: bool = True,
     starts: Iterable[nn.Module] = (),
+    first_row: int = 0,
 ) -> Statistics:
     """Run the model over the batches and gather the statistics of some of its modules.
 
@@ -52,6 +53,8 @@ def gather_statistics(
         progress: whether to show a progress bar.
         starts: modules from whose outputs on gradients flow, beside `modules`: with the same, passes over parts of the
             modules give what one pass over all gives.
+        first_row: number of the first row (sequence) of the batches in the whole of the data, where these are a part of it:
+            then the statistics of the parts add up to those of the whole.
 
     Returns:
         The `Statistics`.
@@ -62,8 +65,8 @@ def gather_statistics(
     statistics = Statistics(seed=seed, weight_norms={name: weight_norm(module) for name, module in modules.items()})
     world, own = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
     device = next(model.parameters()).device
-    first_row = count = 0
-    with evaluating(model), _frozen(model), ExitStack() as stack:
+    count = 0
+    with fails_together(device), evaluating(model), _frozen(model), ExitStack() as stack:
         recorder = _Recorder(statistics, modules, gradients)
         stack.enter_context(recorder.hooks(model, set(starts) - set(modules.values())))
         bar = tqdm(batches, desc="Calibrating", unit="batch", delay=1, disable=None if progress and own == 0 else True)
@@ -76,8 +79,8 @@ def gather_statistics(
             if index % world == own:
                 recorder.run(model, send_to_device(dict(batch), device), index, first_row, seed)
             first_row += _batch_size(batch)
-    if count == 0:
-        raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
+        if count == 0:
+            raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
     if world > 1:
         _reduce(statistics, modules, gradients)
     for name in statistics.inputs.keys() - statistics.output_grams.keys() if gradients else ():  # no gradient came back
@@ -92,6 +95,25 @@ def gather_statistics(
             block.copy_(block.triu() + block.triu(1).mT)
             gram[end:, start:end] = gram[start:end, end:].mT
     return statistics
+
+
+@contextmanager
+def fails_together(device: torch.device) -> Iterator[None]:
+    """Where this block fails in one process of a distributed run, it fails in all, so that none waits for the others.
+
+    Raises:
+        RuntimeError: in the processes that did not fail themselves.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            flag = torch.tensor(int(failed), device=device)
+            dist.all_reduce(flag, dist.ReduceOp.MAX)
+            if flag and not failed:
+                raise RuntimeError("another process of this run failed; its own message says why.")
 
 
 class _InputError(ValueError):

@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from .allocation import uniform_rank
 from .autoencoder import train_autoencoder
-from .calibration import gather_statistics
+from .calibration import fails_together, gather_statistics
 from .config import CALIBRATED, CALIBRATED_METHODS, ReparamConfig
 from .decompositions import Factors, check_matrix, direction_losses, factorize, random_factors
 from .factorized import layer_kind
@@ -108,16 +108,25 @@ def plan(
 
 
 def calibrate(
-    model: nn.Module, config: ReparamConfig, batches: Iterable[Mapping[str, Any]], *, seed: int = 0, progress: bool = True
+    model: nn.Module,
+    config: ReparamConfig,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    first_row: int = 0,
 ) -> Statistics:
     """The statistics of a config's targets, to be given to `compress` and `plan` in place of batches, saved or merged.
 
     They serve any `keep`, method, allocation and form.
 
-    Args, Raises: as for `compress`.
+    Args:
+        first_row: number of the first row (sequence) of the batches in the whole of the data, where these are a part of it:
+            with the same seed, `Statistics.merge` of the parts gives the statistics of the whole.
+        model, config, batches, seed, progress: as for `compress`, as are the errors.
     """
     run = _Run(model, config, batches, seed, progress, None, "default")
-    return gather_statistics(model, run.modules, batches, seed=seed, progress=progress)
+    return gather_statistics(model, run.modules, batches, seed=seed, progress=progress, first_row=first_row)
 
 
 @dataclass(frozen=True)
@@ -331,9 +340,10 @@ class _Run:
         world, own = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
         results = {}
         bar = tqdm(names[own::world], desc=what, unit="matrix", delay=1, disable=None if self.progress and own == 0 else True)
-        for name in bar:
-            with naming(name):
-                results[name] = compute(name)
+        with fails_together(self.modules[names[0]].weight.device):
+            for name in bar:
+                with naming(name):
+                    results[name] = compute(name)
         for index, name in enumerate(names if world > 1 else ()):
             device = self.modules[name].weight.device
             results.setdefault(name, [part.to(device) for part in parts(name)])

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TOLERANCE
+from conftest import TOLERANCE, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from strategies import PROPERTY, activation_gram, matrices_and_ranks, matrix_with, metrics, spectrum
@@ -73,6 +73,20 @@ def test_is_never_worse_than_its_start_nor_better_than_the_optimum(case: tuple[T
     got = loss(weight, trained, gram, output_gram)
     assert got <= loss(weight, start or factorize(weight, rank), gram, output_gram) * (1 + 1e-9) + slack
     assert got >= loss(weight, factorize(weight, rank, gram, output_gram), gram, output_gram) * (1 - 1e-5) - slack
+
+
+def test_a_descent_that_fails_gives_its_start_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    def worse(optimizer: torch.optim.Optimizer, closure: object) -> None:
+        with torch.no_grad():
+            for factor in optimizer.param_groups[0]["params"]:
+                factor.mul_(-3)
+
+    monkeypatch.setattr(torch.optim.LBFGS, "step", worse)
+    weight, gram = matrix_with(spectrum("polynomial", 6), 6, 8), activation_gram(8)
+    start = factorize(weight, 2)
+    for got, expected in zip(train_autoencoder(weight, 2, gram, start=start), start, strict=True):
+        assert_close(got / got.norm(), expected / expected.norm())
+    assert loss(weight, train_autoencoder(weight, 2, gram), gram) == pytest.approx(loss(weight, start, gram))
 
 
 @FEW

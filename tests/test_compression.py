@@ -745,6 +745,21 @@ def test_two_processes_give_what_one_gives(key: str, shared: Path) -> None:
     assert config["calibration_tokens"] == small.peft_config["default"].calibration_tokens
 
 
+def run_failing_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    batches = [{"x": batch["x"].clone()} for batch in IMAGES[:2]]
+    batches[1]["x"][0, 0, 0, 0] = torch.nan
+    with pytest.raises(ValueError if rank == 1 else RuntimeError, match="NaN" if rank == 1 else "another process"):
+        compressed(convnet(), batches, target_modules=["conv0", "conv1"])
+    dist.destroy_process_group()
+
+
+def test_no_process_waits_for_one_that_fails(tmp_path: Path) -> None:
+    assert len(IMAGES) >= 2
+    multiprocessing.spawn(run_failing_process, (str(tmp_path),), nprocs=2)
+
+
 def test_inputs_of_the_cases_are_accepted(case: Case) -> None:
     assert image_inputs()["x"].shape[1:] == IMAGES[0]["x"].shape[1:]
     assert case.output(compressed(case.model(), [case.inputs()], target_modules=case.target_modules)).isfinite().all()

@@ -197,6 +197,13 @@ def test_gradient_rows_are_gradients_at_the_product_without_bias_and_scale(examp
     assert float((got - expected).norm()) <= TOLERANCE[torch.float64] * (1 + float(expected.norm()))
 
 
+def test_gradient_rows_of_one_image_are_those_of_a_batch_of_one() -> None:
+    layer, gradients = nn.Conv2d(2, 3, 3), torch.arange(3 * 4 * 5.0).view(3, 4, 5)
+    rows = layer_kind(layer).gradient_rows(layer, gradients)
+    assert torch.equal(rows, gradients.movedim(0, -1).reshape(20, 3))
+    assert torch.equal(rows, layer_kind(layer).gradient_rows(layer, gradients[None]))
+
+
 @PROPERTY
 @given(examples())
 @torch.no_grad()

@@ -98,6 +98,17 @@ def test_floor_and_ceiling_hold_for_each_matrix(case: Targets, keep: float, data
             assert floor * storage.dense <= taken <= ceiling * storage.dense
 
 
+def test_uniform_ranks_that_floor_or_ceiling_forbid_are_no_candidate() -> None:
+    """Of the small matrix rank 1 stores 29 % and rank 2 57 %; all would be gained by the large one."""
+    storages = {"small": Storage(7, 7), "large": Storage(64, 64)}
+    losses = {"small": 1e-6 * torch.ones(7), "large": torch.ones(64)}
+    uniform = {name: uniform_rank(0.5, storage) for name, storage in storages.items()}
+    assert uniform == {"small": 1, "large": 16}
+    options = {"keep": 0.5, "rank_multiple": 1}
+    assert allocate_ranks(ReparamConfig(**options, floor=0.4), storages, losses, {}) == {"small": 2, "large": 15}
+    assert allocate_ranks(ReparamConfig(**options), storages, losses, {}) == uniform
+
+
 @pytest.mark.parametrize("rank_multiple", [None, 4])
 def test_ranks_are_multiples(rank_multiple: int | None) -> None:
     storages = {str(index): Storage(64, 96, "pivot") for index in range(6)}
@@ -181,7 +192,8 @@ def test_prints_one_line_per_module_and_the_totals(plan: Plan) -> None:
     assert len(lines) == len(plan.modules)
     assert len({len(line.rstrip()) for line in lines}) == 1, "columns are aligned"
     for line, module in zip(lines, plan.modules, strict=True):
-        name, out_features, _, in_features, rank, stored_, *_ = line.split()
+        name, out_features, _, in_features, rank, stored_, kept, *_ = line.split()
+        assert float(kept.rstrip("%")) == pytest.approx(100 * module.stored_parameters / module.dense_parameters, abs=0.051)
         assert (name, int(out_features), int(in_features)) == (module.name, *module.shape)
         assert rank == ("dense" if module.rank is None else str(module.rank))
         assert int(stored_.replace(",", "")) == module.stored_parameters
