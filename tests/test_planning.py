@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, reject
+from hypothesis import assume, given, reject
 from hypothesis import strategies as st
 from strategies import PROPERTY, SPECTRA, names, spectrum
 from torch import Tensor
@@ -19,7 +19,7 @@ from torch import Tensor
 from reparam_peft import ReparamConfig
 from reparam_peft.allocation import Storage, uniform_rank
 from reparam_peft.config import ALLOCATIONS, FORMS, METHODS
-from reparam_peft.planning import FORMAT, ModulePlan, Plan, allocate_ranks, make_plan
+from reparam_peft.planning import FORMAT, ModulePlan, Plan, allocate_ranks, check_budget, make_plan
 
 Ranks = dict[str, int | None]
 Targets = tuple[dict[str, Storage], dict[str, Tensor]]
@@ -80,7 +80,10 @@ def test_ranks_by_loss_are_never_worse_than_uniform_ones(case: Targets, keep: fl
     storages, losses = case
     ranks = allocated(ReparamConfig(keep=keep), storages, losses, {})
     uniform = {name: uniform_rank(keep, storage) for name, storage in storages.items()}
-    if stored(uniform, storages) <= keep * sum(storage.dense for storage in storages.values()):
+    within = [
+        rank is not None and storages[name].parameters(rank) <= keep * storages[name].dense for name, rank in uniform.items()
+    ]
+    if all(within):
         assert lost(ranks, losses) <= lost(uniform, losses) * (1 + 1e-9)
 
 
@@ -105,8 +108,17 @@ def test_uniform_ranks_that_floor_or_ceiling_forbid_are_no_candidate() -> None:
     uniform = {name: uniform_rank(0.5, storage) for name, storage in storages.items()}
     assert uniform == {"small": 1, "large": 16}
     options = {"keep": 0.5, "rank_multiple": 1}
-    assert allocate_ranks(ReparamConfig(**options, floor=0.4), storages, losses, {}) == {"small": 2, "large": 15}
+    assert allocate_ranks(ReparamConfig(**options, floor=0.4), storages, losses, {}) == {"small": None, "large": 15}
     assert allocate_ranks(ReparamConfig(**options), storages, losses, {}) == uniform
+
+
+def test_small_matrices_gain_nothing_by_aligned_ranks() -> None:
+    for size, multiple in ((63, 1), (64, 8)):
+        storages = {"a": Storage(size, 64), "b": Storage(size, 64)}
+        losses = {"a": torch.ones(size), "b": torch.ones(size)}
+        ranks = allocate_ranks(ReparamConfig(keep=0.45), storages, losses, {})
+        assert math.gcd(*ranks.values()) % multiple == 0
+        assert any(rank % 8 for rank in ranks.values()) == (multiple == 1)
 
 
 @pytest.mark.parametrize("rank_multiple", [None, 4])
@@ -131,6 +143,25 @@ def test_a_budget_that_cannot_be_met_says_what_takes_it() -> None:
     with pytest.raises(ValueError, match=message):
         allocate_ranks(ReparamConfig(keep=0.5), storages, losses, {"held": None})
     assert allocate_ranks(ReparamConfig(keep=0.58), storages, losses, {"held": None}) == {"held": None, "free": 8}
+
+
+@PROPERTY
+@given(targets(), st.floats(0.05, 1), st.data())
+def test_a_budget_is_checked_against_what_is_stored(case: Targets, keep: float, data: st.DataObject) -> None:
+    storages, _ = case
+    ranks = {name: data.draw(st.none() | st.integers(1, min(s.out_features, s.in_features))) for name, s in storages.items()}
+    share = stored(ranks, storages) / sum(storage.dense for storage in storages.values())
+    assume(not math.isclose(share, keep))
+    if share < keep:
+        check_budget(keep, ranks, storages)
+    else:
+        dense = sum(storages[name].dense for name, rank in ranks.items() if rank is None)
+        message = (
+            rf"allows .* parameters, and these ranks store {stored(ranks, storages):,}, of which {dense:,} are in matrices"
+        )
+        with pytest.raises(ValueError, match=message):
+            check_budget(keep, ranks, storages)
+    check_budget(share, ranks, storages)
 
 
 @st.composite
