@@ -106,7 +106,10 @@ class ReparamConfig(PeftConfig):
         metadata={"help": "Likewise for the output metric. None: by the number of tokens."},
     )
     rank_multiple: int | None = field(
-        default=None, metadata={"help": "What ranks are a multiple of with `allocation='loss'`. None: 8."}
+        default=None,
+        metadata={
+            "help": "What ranks are a multiple of with `allocation='loss'`. None: 8, and 1 for matrices with a side below 64."
+        },
     )
     floor: float | None = field(
         default=None,
