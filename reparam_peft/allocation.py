@@ -27,6 +27,15 @@ class Point(NamedTuple):
     loss: float
 
 
+def mask_size(out_features: int) -> int:
+    """Bytes that hold one bit for each row.
+
+    >>> mask_size(9)
+    2
+    """
+    return math.ceil(out_features / 8)
+
+
 @dataclass(frozen=True)
 class Storage:
     """What the product of a matrix W (out, in) takes, by rank.
@@ -52,7 +61,7 @@ class Storage:
     @property
     def mask(self) -> int:
         """Bytes of the mask that holds a bit for each row in pivot form; each counts as a number stored."""
-        return math.ceil(self.out_features / 8) if self.form == "pivot" else 0
+        return mask_size(self.out_features) if self.form == "pivot" else 0
 
     @property
     def overhead(self) -> int:
@@ -67,6 +76,10 @@ class Storage:
         """
         across = self.out_features + self.in_features - (rank if self.form == "pivot" else 0)
         return rank * across + self.overhead
+
+    def stored(self, rank: int | None) -> int:
+        """Numbers that a product of this rank takes, or the matrix itself where it stays dense (None)."""
+        return self.dense if rank is None else self.parameters(rank)
 
     def saves(self, rank: int) -> bool:
         """Whether the product at this rank takes fewer numbers than the matrix.

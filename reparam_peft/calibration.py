@@ -10,12 +10,14 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from .evaluation import evaluating
+from .evaluation import evaluating, input_device
 from .factorized import LayerKind, layer_kind
+from .metrics import device_of_sums, exact
 from .sampling import sampled_objective
 from .statistics import Statistics, weight_norm
 
@@ -42,7 +44,8 @@ def gather_statistics(
 
     Memory: 8 · (2 Σ in² over distinct inputs + Σ out² over modules) bytes, and one batch with its graph.
 
-    In a distributed run every process gives the same batches; process i takes every i-th, and all get the sums.
+    In a distributed run every process gives the same batches; process i takes every i-th, and all get the sums. An input that
+    the model changes in place before the backward pass has no gradient-weighted Gram.
 
     Args:
         model: any model that is called as `model(**batch)`.
@@ -60,11 +63,20 @@ def gather_statistics(
         The `Statistics`.
 
     Raises:
-        ValueError: there are no batches, the model does not accept one, or a module's inputs or gradients are NaN or infinite.
+        ValueError: there are no batches, the model does not accept one, or a module's inputs or gradients are NaN or infinite;
+            or each process of a distributed run has batches of its own.
+        RuntimeError: in inference mode, where there are no gradients.
     """
+    if gradients and torch.is_inference_mode_enabled():
+        raise RuntimeError("calibration needs gradients, which `torch.inference_mode` rules out; leave it, or use `no_grad`.")
     statistics = Statistics(seed=seed, weight_norms={name: weight_norm(module) for name, module in modules.items()})
-    world, own = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
-    device = next(model.parameters()).device
+    world, own = processes()
+    if world > 1 and isinstance(batches, (DataLoaderShard, DataLoaderDispatcher)):
+        raise ValueError(
+            "`batches` were shared out among the processes by accelerate already; give every process the DataLoader that was "
+            "not prepared."
+        )
+    device = input_device(model)
     count = 0
     with fails_together(device), evaluating(model), _frozen(model), ExitStack() as stack:
         recorder = _Recorder(statistics, modules, gradients)
@@ -81,12 +93,14 @@ def gather_statistics(
             first_row += _batch_size(batch)
         if count == 0:
             raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
+    if gradients:
+        statistics.predictions = dict.fromkeys(modules, recorder.predictions)
     if world > 1:
         _reduce(statistics, modules, gradients)
-    for name in statistics.inputs.keys() - statistics.output_grams.keys() if gradients else ():  # no gradient came back
+    for name in modules.keys() - statistics.output_grams.keys() if gradients else ():  # no gradient came back
         module = modules[name]
-        size, like = layer_kind(module).shape(module)[0], {"dtype": torch.float64, "device": module.weight.device}
-        statistics.output_grams[name], statistics.energies[name] = torch.zeros(size, size, **like), torch.zeros(2, **like)
+        size = layer_kind(module).shape(module)[0]
+        statistics.output_grams[name], statistics.energies[name] = _zeros(module, size, size), _zeros(module, 2)
         statistics.gradient_rows[name] = 0
     for gram in (*statistics.grams.values(), *statistics.weighted_grams.values(), *statistics.output_grams.values()):
         for start in range(0, len(gram) if gram.ndim == 2 else 0, BLOCK):
@@ -95,6 +109,11 @@ def gather_statistics(
             block.copy_(block.triu() + block.triu(1).mT)
             gram[end:, start:end] = gram[start:end, end:].mT
     return statistics
+
+
+def processes() -> tuple[int, int]:
+    """How many processes a distributed run has, and which of them this is; (1, 0) elsewhere."""
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
 
 
 @contextmanager
@@ -109,7 +128,7 @@ def fails_together(device: torch.device) -> Iterator[None]:
         yield
         failed = False
     finally:
-        if dist.is_available() and dist.is_initialized():
+        if processes()[0] > 1:
             flag = torch.tensor(int(failed), device=device)
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             if flag and not failed:
@@ -125,6 +144,7 @@ class _Recorder:
 
     def __init__(self, statistics: Statistics, modules: Mapping[str, nn.Module], gradients: bool) -> None:
         self.statistics, self.modules, self.gradients = statistics, modules, gradients
+        self.predictions = 0
         self.seen: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}  # inputs of the running pass, by identity
         self.source_mask: Tensor | None = None
         self.target_mask: Tensor | None = None
@@ -161,7 +181,7 @@ class _Recorder:
             if self.gradients:
                 rows = self.target_mask if self.inside_encoder else self.source_mask
                 objective, predictions = sampled_objective(model, output, rows, first_row, seed)
-                self.statistics.predictions += predictions
+                self.predictions += predictions
                 if objective.requires_grad:
                     objective.backward()
         for name, total in self.statistics.sums.items():
@@ -182,13 +202,13 @@ class _Recorder:
         fits = mask is not None and tuple(positions) in (tuple(mask.shape), (mask.numel(),))
         return mask.flatten().to(x.device) if fits else None
 
-    def add_input(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor) -> None:
+    def add_input(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, mask: Tensor | None) -> None:
         """Add an input to its Gram, unless another module has read the same tensor."""
         statistics = self.statistics
         reference, version, leader = self.seen.get(id(x), (None, -1, ""))
-        if reference is None or reference() is not x or version != x._version:
+        if reference is None or reference() is not x or version != _version(x):
             leader = name
-            self.seen[id(x)] = (weakref.ref(x), x._version, name)
+            self.seen[id(x)] = (weakref.ref(x), _version(x), name)
         known = statistics.inputs.setdefault(name, leader)
         if known != leader:
             raise _InputError(
@@ -197,24 +217,27 @@ class _Recorder:
             )
         if leader != name:
             return
-        mask = self.mask_of(module, x)
         if kind.one_hot:
             kept = x.flatten() if mask is None else x.flatten()[mask]
-            counts = kind.row_counts(module, kept).double()
+            counts = exact(kind.row_counts(module, kept))
             _add(statistics.grams, name, counts)
             _add(statistics.sums, name, counts.clone())
             statistics.rows[name] = statistics.rows.get(name, 0) + kept.numel()
             return
         X = _wide(kind.rows(module, x), mask)
-        _add_gram(statistics.grams, name, X)
+        _add_gram(statistics.grams, name, X, centred=getattr(module, "bias", None) is not None)
         _add(statistics.sums, name, X.sum(0, dtype=torch.float64))
         statistics.rows[name] = statistics.rows.get(name, 0) + len(X)
         if self.gradients and x.requires_grad:
-            x.register_hook(partial(self.add_weighted, name, module, kind, x.detach(), mask))
+            x.register_hook(partial(self.add_weighted, name, module, kind, x.detach(), x._version, mask))
 
     @torch.no_grad()
-    def add_weighted(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, mask: Tensor | None, h: Tensor) -> None:
+    def add_weighted(
+        self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, version: int, mask: Tensor | None, h: Tensor
+    ) -> None:
         """Add an input to the Gram in which its rows are weighed by the gradients there."""
+        if x._version != version:
+            return
         statistics = self.statistics
         X, H = (_wide(kind.rows(module, tensor), mask) for tensor in (x, h))
         weights = H.square().sum(1, dtype=torch.float64)
@@ -246,11 +269,13 @@ class _Hook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         x = args[0] if args else next(iter(kwargs.values()))
         recorder = self.recorder
+        mask = recorder.mask_of(module, x)
+        if mask is not None and not mask.any():
+            return None
         with torch.no_grad():
-            recorder.add_input(self.name, module, self.kind, x)
+            recorder.add_input(self.name, module, self.kind, x, mask)
         if not (recorder.gradients and torch.is_grad_enabled()):
             return None
-        mask = recorder.mask_of(module, x)
         with torch.no_grad():
             ones = x.new_ones(x.numel(), dtype=torch.float32)
             squares = ones if self.kind.one_hot else _squares(self.kind.rows(module, x))
@@ -272,15 +297,24 @@ def _start(output: Tensor) -> tuple[Tensor, Tensor | None]:
     return output, output.clone()  # a leaf must not be changed in place by what follows
 
 
+def _version(x: Tensor) -> int:
+    """How often a tensor was changed in place; inference mode does not count."""
+    return 0 if x.is_inference() else x._version
+
+
 def _squares(X: Tensor) -> Tensor:
     """|x|² of each row, in float32 or wider."""
     return torch.linalg.vector_norm(X, dim=1, dtype=torch.promote_types(X.dtype, torch.float32)).square()
 
 
 def _wide(X: Tensor, mask: Tensor | None) -> Tensor:
-    """The rows that count, in float32 or wider."""
+    """The rows that count, in float32 or wider, where they can be added up in float64."""
     X = X if mask is None else X[mask]
-    return X.to(torch.promote_types(X.dtype, torch.float32))
+    return X.to(device_of_sums(X.device), torch.promote_types(X.dtype, torch.float32))
+
+
+def _zeros(module: nn.Module, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=device_of_sums(module.weight.device))
 
 
 def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -290,15 +324,41 @@ def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
         totals[name] = value
 
 
-def _add_gram(totals: dict[str, Tensor], name: str, X: Tensor) -> None:
-    """Add XᵀX, float64, in the blocks on and above the diagonal."""
+def _add_gram(totals: dict[str, Tensor], name: str, X: Tensor, centred: bool = False) -> None:
+    """Add XᵀX, float64, in the blocks on and above the diagonal.
+
+    `centred`: multiply X − c with c near the mean, and add the rest in float64, so that the rounding of float32 products is
+    relative to the variance of a channel and not to its mean square.
+    """
     if name not in totals:
         totals[name] = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=X.device)
     total = totals[name]
+    if centred:
+        centre = X.mean(0)
+        c = centre.double()
+        s = X.sum(0, dtype=torch.float64) - len(X) * c  # of X − c, before that is rounded
+        X = X - centre
     for start in range(0, len(total), BLOCK):
-        end = start + BLOCK
-        with torch.autocast(X.device.type, enabled=False):  # which would round the products to half precision
-            total[start:end, start:] += X[:, start:end].mT @ X[:, start:]
+        rows = slice(start, start + BLOCK)
+        with _full_precision(X.device):
+            product = X[:, rows].mT @ X[:, start:]
+        total[rows, start:] += product
+        if centred:
+            total[rows, start:] += torch.outer(c[rows], len(X) * c[start:] + s[start:]) + torch.outer(s[rows], c[start:])
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Float32 products as such: neither half precision (autocast) nor TF32 or bfloat16 in their place."""
+    before = torch.get_float32_matmul_precision()
+    if before != "highest":
+        torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        if before != "highest":
+            torch.set_float32_matmul_precision(before)
 
 
 def _masks(batch: Mapping[str, Any], encoder_decoder: bool) -> tuple[Tensor | None, Tensor | None]:
@@ -340,6 +400,12 @@ def _reduce(statistics: Statistics, modules: Mapping[str, nn.Module], gradients:
         dist.all_reduce(value, op)
         return value
 
+    def sum_up(totals: dict[str, Tensor], name: str, *shape: int) -> None:
+        totals[name] = total(totals[name].contiguous() if name in totals else _zeros(modules[name], *shape))
+
+    def count(counts: dict[str, float], name: str, dtype: torch.dtype = torch.int64) -> None:
+        counts[name] = total(torch.tensor(counts.get(name, 0), dtype=dtype, device=device)).item()
+
     leaders = torch.tensor([names.index(statistics.inputs[n]) if n in statistics.inputs else -1 for n in names], device=device)
     lowest = total(torch.where(leaders < 0, len(names), leaders), dist.ReduceOp.MIN)
     highest = total(leaders.clone(), dist.ReduceOp.MAX)
@@ -353,25 +419,20 @@ def _reduce(statistics: Statistics, modules: Mapping[str, nn.Module], gradients:
         statistics.inputs[name] = names[high]
     for name in dict.fromkeys(statistics.inputs[n] for n in names if n in statistics.inputs):
         module = modules[name]
-        size = layer_kind(module).shape(module)[1]
-        one_hot = layer_kind(module).one_hot
-        like = {"dtype": torch.float64, "device": device}
-        gram = statistics.grams.get(name, torch.zeros((size,) if one_hot else (size, size), **like))
-        statistics.grams[name] = total(gram.contiguous())
-        statistics.sums[name] = total(statistics.sums.get(name, torch.zeros(size, **like)))
-        statistics.rows[name] = int(total(torch.tensor(statistics.rows.get(name, 0), device=device)))
+        size, one_hot = layer_kind(module).shape(module)[1], layer_kind(module).one_hot
+        sum_up(statistics.grams, name, *((size,) if one_hot else (size, size)))
+        sum_up(statistics.sums, name, size)
+        count(statistics.rows, name)
         if not gradients or one_hot:
             continue
-        weight = float(total(torch.tensor(statistics.weights.get(name, 0.0), dtype=torch.float64, device=device)))
-        gram = total(statistics.weighted_grams.get(name, torch.zeros(size, size, **like)))
-        sums = total(statistics.weighted_sums.get(name, torch.zeros(size, **like)))
-        if weight > 0:
-            statistics.weights[name], statistics.weighted_grams[name], statistics.weighted_sums[name] = weight, gram, sums
+        count(statistics.weights, name, torch.float64)
+        sum_up(statistics.weighted_grams, name, size, size)
+        sum_up(statistics.weighted_sums, name, size)
+        if not statistics.weights[name] > 0:
+            del statistics.weights[name], statistics.weighted_grams[name], statistics.weighted_sums[name]
     for name, module in modules.items() if gradients else ():
         size = layer_kind(module).shape(module)[0]
-        statistics.output_grams[name] = total(
-            statistics.output_grams.get(name, torch.zeros(size, size, dtype=torch.float64, device=device))
-        )
-        statistics.energies[name] = total(statistics.energies.get(name, torch.zeros(2, dtype=torch.float64, device=device)))
-        statistics.gradient_rows[name] = int(total(torch.tensor(statistics.gradient_rows.get(name, 0), device=device)))
-    statistics.predictions = int(total(torch.tensor(statistics.predictions, device=device)))
+        sum_up(statistics.output_grams, name, size, size)
+        sum_up(statistics.energies, name, 2)
+        count(statistics.gradient_rows, name)
+        count(statistics.predictions, name)

@@ -18,17 +18,17 @@ from tqdm.auto import tqdm
 
 from .allocation import uniform_rank
 from .autoencoder import train_autoencoder
-from .calibration import fails_together, gather_statistics
+from .calibration import fails_together, gather_statistics, processes
 from .config import CALIBRATED, CALIBRATED_METHODS, ReparamConfig
 from .decompositions import Factors, check_matrix, direction_losses, factorize, random_factors
 from .factorized import layer_kind
 from .layer import Product
-from .metrics import shrink
+from .metrics import diagonal, exact, shrink
 from .model import select_targets
 from .pivoting import PivotFactors, pivot
 from .planning import Plan, allocate_ranks, check_budget, make_plan
 from .statistics import Statistics
-from .targets import Target, installing, naming, resolve_rank, source_matrix
+from .targets import Target, check_targets, installing, naming, resolve_rank, source_matrix
 
 # Part of the input metric that weighs each token by the gradient there, so that the many tokens that matter are not drowned
 # out by the few of huge norm. Chosen on held-out calibration text, as shrinkage was; 0.1 to 0.4 differ by less than 1.5 %.
@@ -60,9 +60,9 @@ def compress(
         model: any model that is called as `model(**batch)`, on any device.
         config: what to compress, and to which size.
         batches: keyword batches, as a DataLoader yields them, read once; or the `Statistics` of an earlier run.
-        seed: of the labels sampled for gradients.
+        seed: of the labels sampled for gradients; given `Statistics` have their own.
         progress: whether to show progress bars.
-        plan: the ranks, from `reparam_peft.plan`; None: chosen here.
+        plan: the ranks, from `reparam_peft.plan`, which then holds what the config leaves open; None: chosen here.
         max_memory: bytes that statistics may take at a time; where all of them take more, they are gathered in groups of
             modules, in two passes over the data for each group.
         adapter_name: name of the adapter.
@@ -83,8 +83,10 @@ def compress(
     >>> small.size_report().keep <= 0.5
     True
     """
-    run = _Run(model, config, batches, seed, progress, max_memory, adapter_name)
-    plan = run.plan() if plan is None else run.checked(plan)
+    run = _Run(model, config, batches, seed, progress, max_memory, adapter_name, plan)
+    if plan is None:
+        plan = run.plan()
+    check_targets(run.ranked(plan), run.config, model, adapter_name, loading=False)
     products = run.products(plan)
     resolved = run.resolved(plan)
     with installing(products):
@@ -153,13 +155,16 @@ class _Run:
         progress: bool,
         max_memory: int | None,
         adapter_name: str,
+        plan: Plan | None = None,
     ) -> None:
         if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
             raise TypeError("`model` is wrapped by PEFT already; give the base model, or merge the adapter first.")
         if not isinstance(config, ReparamConfig):
             raise TypeError(f"`config` must be a ReparamConfig, got a {type(config).__name__}.")
-        self.model, self.seed, self.progress, self.max_memory = model, seed, progress, max_memory
-        self.config = _with_defaults(config)
+        if not isinstance(plan, Plan | None):
+            raise TypeError(f"`plan` must be a Plan, got a {type(plan).__name__}; read one with `Plan.load`.")
+        self.model, self.seed, self.progress = model, seed, progress
+        self.config = _with_defaults(config, plan)
         self.targets = select_targets(model, self.config, adapter_name)
         self.modules = {name: target.module for name, target in self.targets.items()}
         for name, module in self.modules.items():
@@ -172,34 +177,38 @@ class _Run:
         self.batches = list(batches) if several else batches
         self._statistics: tuple[list[str], Statistics] | None = None
         self.tokens = self.predictions = 0
+        self.storages = {name: target.storage for name, target in self.targets.items()}
+        self.uniform = {name: target.rank for name, target in self.targets.items()}
+        if plan is not None:
+            self._check_plan(plan)
+        elif self.config.allocation == "loss":  # raises, before minutes of work, where no ranks fit
+            allocate_ranks(self.config, self.storages, {n: _length(t).zero_() for n, t in self.targets.items()}, self._given())
+        elif self.config.r is None:
+            check_budget(self.config.keep, self.uniform, self.storages)
 
     def plan(self) -> Plan:
-        storages = {name: target.storage for name, target in self.targets.items()}
-        losses = {name: _length(target).zero_() for name, target in self.targets.items()}
+        losses: dict[str, Tensor] = {}
+        for group in self.passes if self.gradients else ():
+            compute = partial(self._losses, statistics=self.statistics(group))
+            found = self._shared_out(group, "Planning", compute, lambda name: [_length(self.targets[name])])
+            losses.update({name: loss for name, (loss,) in found.items()})
         if self.config.allocation == "loss":
-            allocate_ranks(self.config, storages, losses, self._given())  # raises, before minutes of work, where none fit
-        uniform = {name: target.rank for name, target in self.targets.items()}
-        if self.config.allocation == "uniform" and self.config.r is None:
-            check_budget(self.config.keep, uniform, storages)
-        losses.clear()
-        for group in self.passes:
-            statistics = self.statistics(group)
-            if self.gradients:
-                compute = partial(self._losses, statistics=statistics)
-                found = self._shared_out(group, "Planning", compute, lambda name: [_length(self.targets[name])])
-                losses.update({name: loss for name, (loss,) in found.items()})
-        if self.config.allocation == "loss":
-            ranks = allocate_ranks(self.config, storages, losses, self._fixed(losses))
+            ranks = allocate_ranks(self.config, self.storages, losses, self._fixed(losses))
         else:
-            ranks = uniform
+            ranks = self.uniform
         provenance = {"calibration_tokens": self.tokens, "gradient_tokens": self.predictions, "seed": self.seed}
-        return make_plan(self.config, storages, ranks, losses, **provenance)
+        return make_plan(self.config, self.storages, ranks, losses, **provenance)
+
+    def ranked(self, plan: Plan) -> dict[str, Target]:
+        """The targets with the ranks of a plan."""
+        return {module.name: replace(self.targets[module.name], rank=module.rank) for module in plan.modules}
 
     def products(self, plan: Plan) -> dict[str, Product]:
         """The products of all targets that do not stay dense."""
         products: dict[str, Product] = {}
+        ranked = self.ranked(plan)
         for group in self.passes:
-            todo = {name: replace(self.targets[name], rank=plan.ranks[name]) for name in group if name in plan.ranks}
+            todo = {name: ranked[name] for name in group if ranked[name].rank is not None}
             if not todo:
                 continue
             compute = partial(self._product, targets=todo, statistics=self.statistics(group))
@@ -219,44 +228,44 @@ class _Run:
             options = {"gradients": self.gradients, "seed": self.seed, "progress": self.progress}
             options["starts"] = self.modules.values()
             found = gather_statistics(self.model, modules, self.batches, **options)
-        found.check(modules)
-        if self.gradients and not found.output_grams:
-            raise ValueError(
-                "the statistics hold no gradients, which `allocation='loss'` and `output_metric` need; gather them anew."
-            )
-        self.tokens, self.predictions, self.seed = max(self.tokens, found.tokens), found.predictions, found.seed
+        found.check(modules, self.gradients)
+        self.tokens, self.predictions = max(self.tokens, found.tokens), max(self.predictions, found.gradient_tokens)
+        self.seed = found.seed
         self._statistics = (group, found)
         return found
 
-    def checked(self, plan: Plan) -> Plan:
-        """A plan that was given, if it fits the targets."""
-        shapes = {n: (t.storage.out_features, t.storage.in_features) for n, t in self.targets.items()}
+    def _check_plan(self, plan: Plan) -> None:
+        """Raise `ValueError` unless a plan that was given is of these targets, and the config asks for nothing else."""
+        shapes = {name: (storage.out_features, storage.in_features) for name, storage in self.storages.items()}
         given = {module.name: module.shape for module in plan.modules}
         for name in shapes.keys() ^ given.keys():
             raise ValueError(f"{name}: it is in the plan or among the targets, but not in both; the plan is of other targets.")
         for name, shape in shapes.items():
             if given[name] != shape:
                 raise ValueError(f"{name}: the plan is for a shape of {given[name]}, and the weight is {shape}.")
-        if plan.form != self.config.form:
-            raise ValueError(f"`plan` is for `form={plan.form!r}`, and the config says {self.config.form!r}.")
+        for name in ("form", "allocation", "keep"):
+            if getattr(plan, name) != getattr(self.config, name):
+                raise ValueError(
+                    f"`plan` is for `{name}={getattr(plan, name)!r}`, and the config says {getattr(self.config, name)!r}; "
+                    "leave it out of the config, or make a plan with it."
+                )
         has_bias = any(getattr(module, "bias", None) is not None for module in self.modules.values())
         if has_bias and plan.moved_bias != self.config.moved_bias:
             raise ValueError(
                 f"`plan` is for `method={plan.method!r}`, and the config says {self.config.method!r}, which stores other "
                 "biases."
             )
-        if plan.allocation != self.config.allocation:
-            raise ValueError(
-                f"`plan` is for `allocation={plan.allocation!r}`, and the config says {self.config.allocation!r}; give the "
-                "config the plan's."
-            )
-        return plan
+        for name, rank in (self._given() if self.config.r is None else self.uniform).items():
+            if plan.ranks.get(name) != rank:
+                raise ValueError(
+                    f"{name}: the config says rank {rank}, and the plan {plan.ranks.get(name)}; leave `r`, `rank_pattern` and "
+                    "`dense_modules` out of the config, or make a plan with them."
+                )
 
     def resolved(self, plan: Plan) -> ReparamConfig:
         """The config for the tuner: what was chosen, and where it came from."""
         config = copy.deepcopy(self.config)
         config.rank_pattern, config.dense_modules = plan.ranks, plan.dense_modules
-        config.allocation, config.keep = plan.allocation, plan.keep
         config.calibration_tokens, config.gradient_tokens, config.seed = self.tokens, self.predictions, self.seed
         config.predicted_loss = plan.predicted_loss
         return config
@@ -282,7 +291,7 @@ class _Run:
         config, target = self.config, self.targets[name]
         mean = statistics.mean(name)
         gram = statistics.covariance(name) if target.storage.bias else statistics.gram(name)
-        if self.gradients and config.output_metric in (None, "fisher"):
+        if self.gradients and config.input_metric in (None, "gram") and config.output_metric in (None, "fisher"):
             weighted = statistics.weighted_gram(name, mean if target.storage.bias else None)
             if weighted is not None and weighted.trace() > 0:
                 gram = (1 - SENSITIVE) * gram + SENSITIVE * (gram.trace() / weighted.trace()) * weighted
@@ -294,10 +303,10 @@ class _Run:
             fisher = statistics.fisher(name)
             amount = config.output_shrinkage
             fisher = shrink(fisher, output_shrinkage(statistics.gradient_rows[name], len(fisher)) if amount is None else amount)
-        input_metric = {"gram": gram, "diagonal": _diagonal(gram).sqrt(), "none": None}[config.input_metric or "gram"]
+        input_metric = {"gram": gram, "diagonal": diagonal(gram).sqrt(), "none": None}[config.input_metric or "gram"]
         output_metric = None
         if config.output_metric != "none" and fisher is not None and fisher.any():
-            output_metric = _diagonal(fisher) if config.output_metric == "diagonal" else fisher
+            output_metric = diagonal(fisher) if config.output_metric == "diagonal" else fisher
         if not self.calibrated:
             input_metric = output_metric = None
         scale = statistics.loss_scale(name) if self.gradients else 1.0
@@ -307,21 +316,20 @@ class _Run:
         metrics = self._metrics(name, statistics)
         W = source_matrix(self.modules[name])
         q = direction_losses(W, metrics.gram, metrics.fisher, metrics.input, metrics.output)
-        return [(q * metrics.loss_scale).to(W.device)]
+        return [q * metrics.loss_scale]
 
     def _product(self, name: str, targets: Mapping[str, Target], statistics: Statistics) -> list[Tensor]:
         target = targets[name]
         metrics = self._metrics(name, statistics)
         W = source_matrix(target.module)
-        exact = W.to(torch.promote_types(W.dtype, torch.float32))  # rounded once, at the end
-        if not self.config.init_weights and self.config.method != "autoencoder":
-            factors = random_factors(exact, target.rank)
-        elif self.config.method == "autoencoder":
-            start = None if self.config.init_weights else random_factors(exact, target.rank)
-            weighs = torch.ones(exact.shape[1], device=exact.device) if metrics.input is None else metrics.input
-            factors = train_autoencoder(exact, target.rank, weighs, metrics.output, start)
+        wide = W.to(torch.promote_types(W.dtype, torch.float32))  # rounded once, at the end
+        if self.config.method == "autoencoder":
+            start = None if self.config.init_weights else random_factors(wide, target.rank)
+            factors = train_autoencoder(wide, target.rank, metrics.input, metrics.output, start)
+        elif not self.config.init_weights:
+            factors = random_factors(wide, target.rank)
         else:
-            factors = factorize(exact, target.rank, metrics.input, metrics.output)
+            factors = factorize(wide, target.rank, metrics.input, metrics.output)
         if target.storage.form == "pivot":
             factors = pivot(factors, metrics.input, W.dtype)
         else:
@@ -329,7 +337,8 @@ class _Run:
         bias = None
         if target.storage.bias:
             A, B = factors.factors() if isinstance(factors, PivotFactors) else factors
-            bias = (target.module.bias.detach().double() + _difference(exact, A, B, metrics.mean.to(exact.device))).to(W.dtype)
+            bias = exact(target.module.bias) + _difference(exact(W), exact(A), exact(B), metrics.mean)
+            bias = bias.to(W.dtype).to(W.device)
         return _tensors(Product(factors, bias))
 
     def _shared_out(
@@ -337,7 +346,7 @@ class _Run:
     ) -> dict[str, list[Tensor]]:
         """`compute(name)` for each name, by one of the processes, in all of them; `parts` makes memory to receive it."""
         names = list(names)
-        world, own = (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
+        world, own = processes()
         results = {}
         bar = tqdm(names[own::world], desc=what, unit="matrix", delay=1, disable=None if self.progress and own == 0 else True)
         with fails_together(self.modules[names[0]].weight.device):
@@ -346,7 +355,7 @@ class _Run:
                     results[name] = compute(name)
         for index, name in enumerate(names if world > 1 else ()):
             device = self.modules[name].weight.device
-            results.setdefault(name, [part.to(device) for part in parts(name)])
+            results[name] = [part.to(device) for part in results.get(name) or parts(name)]
             for tensor in results[name]:
                 dist.broadcast(tensor, index % world)
         return {name: results[name] for name in names}
@@ -372,13 +381,17 @@ def output_shrinkage(rows: int, size: int) -> float:
     return min(0.5, max(0.1, 0.5 * size / max(rows, 1)))
 
 
-def _with_defaults(config: ReparamConfig) -> ReparamConfig:
-    """A copy with the choices of `compress` where the config makes none, checked as one."""
+def _with_defaults(config: ReparamConfig, plan: Plan | None) -> ReparamConfig:
+    """A copy with the choices of a plan, or of `compress`, where the config makes none; checked as one."""
     config = copy.deepcopy(config)
     if config.stored_parameters is not None:
         raise ValueError("`config` is that of a compressed model (its sizes are filled in); make a new one.")
-    calibrated = {**CALIBRATED, **({"allocation": "uniform"} if config.r is not None else {})}
-    for field, value in calibrated.items():
+    choices = {**CALIBRATED, **({"allocation": "uniform"} if config.r is not None else {})}
+    if plan is not None:
+        choices = {"method": plan.method, "allocation": plan.allocation, "form": plan.form}
+        if config.keep == ReparamConfig.keep:
+            config.keep = plan.keep
+    for field, value in choices.items():
         setattr(config, field, getattr(config, field) or value)
     config.__post_init__()
     config.moved_bias = config.method in CALIBRATED_METHODS
@@ -402,13 +415,10 @@ def _groups(targets: Mapping[str, Target], max_memory: int) -> list[list[str]]:
     return passes
 
 
-def _diagonal(metric: Tensor) -> Tensor:
-    return metric if metric.ndim == 1 else metric.diagonal()
-
-
 def _difference(W: Tensor, A: Tensor, B: Tensor, mean: Tensor) -> Tensor:
-    """(W − A B) E[x], float64."""
-    return W.double() @ mean - A.double() @ (B.double() @ mean)
+    """(W − A B) E[x]."""
+    mean = mean.to(W.device)
+    return W @ mean - A @ (B @ mean)
 
 
 def _length(target: Target) -> Tensor:

@@ -86,8 +86,9 @@ class ReparamConfig(PeftConfig):
     input_metric: str | None = field(
         default=None,
         metadata={
-            "help": "How a calibrated method weighs errors over the inputs: by their 'gram' matrix; 'diagonal', by the root of "
-            "its diagonal (ASVD); or 'none'. None: 'gram'."
+            "help": "How a calibrated method weighs errors over the inputs: by their 'gram' matrix, with the 'fisher' output "
+            "metric one tenth weighed by the gradients there; 'diagonal', by the root of its diagonal (ASVD); or 'none'. "
+            "None: 'gram'."
         },
     )
     output_metric: str | None = field(
@@ -118,7 +119,8 @@ class ReparamConfig(PeftConfig):
     ceiling: float | None = field(
         default=None,
         metadata={
-            "help": "The most that it stores of a matrix, floor <= ceiling <= 1; below 1 no matrix stays dense. None: 1."
+            "help": "The most that it stores of a matrix, floor <= ceiling <= 1; below 1 only matrices too small for any "
+            "product stay dense. None: 1."
         },
     )
     keep_base: bool = field(
@@ -281,7 +283,7 @@ class ReparamConfig(PeftConfig):
         floor, ceiling = self.floor or 0.0, 1.0 if self.ceiling is None else self.ceiling
         if floor >= 1 or floor > ceiling:
             raise ValueError(f"`floor` must be below 1 and at most `ceiling`, got {floor!r} and {ceiling!r}.")
-        if self.allocation is None and self.r is None and not self._from_file and floor > self.keep:
+        if self.allocation != "uniform" and self.r is None and not self._from_file and floor > self.keep:
             raise ValueError(f"`floor` must be at most `keep`, got {floor!r} and {self.keep!r}.")
         if self.r is not None and self.allocation == "loss":
             raise ValueError(f"`r={self.r!r}` fixes the ranks, and `allocation='loss'` chooses them under `keep`; give one.")
@@ -294,6 +296,11 @@ class ReparamConfig(PeftConfig):
             if self.method == "svd" and getattr(self, name) is not None:
                 raise ValueError(
                     f"`{name}` has an effect with a calibrated method only, not with `method='svd'`; leave it out."
+                )
+        for name, metric in (("shrinkage", "input_metric"), ("output_shrinkage", "output_metric")):
+            if without_loss and getattr(self, metric) == "none" and getattr(self, name) is not None:
+                raise ValueError(
+                    f"`{name}` has no effect with `{metric}='none'` and without `allocation='loss'`; leave it out."
                 )
 
     def _check_modules(self) -> None:

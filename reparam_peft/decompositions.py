@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .metrics import Metric, check_metric
+from .metrics import Metric, check_metric, device_of_sums, exact
 
 # An `eigh` of an n × n Gram in precision eps captures less energy than the optimum by up to about 0.025 · eps · n · λ₁
 # (measured, worst case: eigenvalues that crowd around the cut). Its subspace is taken where the discarded energy is at least
@@ -98,7 +98,7 @@ def factorize(weight: Tensor, rank: int, gram: Tensor | None = None, output_gram
     """
     check_matrix(weight)
     check_rank(rank, weight.shape)
-    metrics = _metrics(weight, gram, output_gram)
+    metrics = weighing(weight, gram, output_gram)
     out_features, in_features = weight.shape
     if rank == min(weight.shape):
         identity = torch.eye(rank, dtype=weight.dtype, device=weight.device)
@@ -143,12 +143,12 @@ def direction_losses(
         ValueError, TypeError: as for `factorize`.
     """
     check_matrix(weight)
-    measured = _metrics(weight, gram, fisher)
+    measured = weighing(weight, gram, fisher)
     if input_metric is gram and output_metric is fisher:
-        exact, largest = _scaled(weight)
-        energies, _ = _decompose(exact, *measured, vectors=False)
+        W, largest = scaled(weight)
+        energies, _ = _decompose(W, *measured, vectors=False)
         return energies.flip(0).clamp(min=0) * (largest**2 * measured[0].scale * measured[1].scale / 2)
-    A, B = _nested_factors(weight, *_metrics(weight, input_metric, output_metric))
+    A, B = _nested_factors(weight, *weighing(weight, input_metric, output_metric))
     return measured[1].norms(A) * measured[0].norms(B.mT) / 2
 
 
@@ -197,7 +197,7 @@ def _round_into(stored: Factors, A: Tensor, B: Tensor) -> Factors:
     return stored
 
 
-def _metrics(weight: Tensor, gram: Tensor | None, output_gram: Tensor | None) -> tuple[Metric, Metric]:
+def weighing(weight: Tensor, gram: Tensor | None, output_gram: Tensor | None) -> tuple[Metric, Metric]:
     """G and F, checked; the identity, as a diagonal, where there is none."""
     out_features, in_features = weight.shape
     given = []
@@ -205,13 +205,13 @@ def _metrics(weight: Tensor, gram: Tensor | None, output_gram: Tensor | None) ->
         if metric is None:
             metric = torch.ones(size, device=weight.device)
         check_metric(name, metric, size)
-        given.append(Metric(metric.to(weight.device)))
+        given.append(Metric(exact(metric).to(device_of_sums(weight.device))))
     return given[0], given[1]
 
 
 def _nested_factors(weight: Tensor, gram: Metric, output_gram: Metric) -> tuple[Tensor, Tensor]:
     """A (out, k) and B (k, in), k = min(out, in), float64: their first r columns and rows are the best factors of rank r."""
-    W, largest = _scaled(weight)
+    W, largest = scaled(weight)
     _, U = _decompose(W, gram, output_gram)
     U = U.flip(1)
     A, B = output_gram.unwhiten(U), U.mT @ output_gram.whiten(W)
@@ -234,25 +234,22 @@ def _decompose(W: Tensor, gram: Metric, output_gram: Metric, vectors: bool = Tru
     return energies, torch.linalg.qr(M @ vectors_of_square.flip(1)).Q.flip(1)
 
 
-def _scaled(weight: Tensor) -> tuple[Tensor, float]:
+def scaled(weight: Tensor) -> tuple[Tensor, float]:
     """`weight` in float64 with a largest entry of 1, which keeps products of very large weights finite; and that entry."""
-    exact = (weight.cpu() if weight.device.type == "mps" else weight).detach().double()  # MPS has neither float64 nor eigh
-    largest = float(torch.linalg.vector_norm(exact, torch.inf).clamp(min=torch.finfo(torch.float64).tiny))
-    return exact / largest, largest
+    W = weight.detach().to(device_of_sums(weight.device), torch.float64, copy=True)
+    largest = torch.linalg.vector_norm(W, torch.inf).clamp(min=torch.finfo(torch.float64).tiny)
+    W /= largest
+    return W, float(largest)
 
 
 def _leading_left_singular_vectors(wide: Tensor, rank: int) -> Tensor:
     """U_r, shape (m, r), of a matrix with m ≤ n and r < m; float32 or float64, as `factorize` says."""
-    if wide.device.type == "mps":  # neither float64 nor eigh there
-        wide = wide.cpu()
-    exact = wide.to(torch.float64, copy=True)
-    # Scaling keeps the Gram of very large or very small weights within the range of float32.
-    exact /= torch.linalg.vector_norm(exact, torch.inf).clamp(min=torch.finfo(torch.float64).tiny)
-    gram = exact @ exact.mT
+    W, _ = scaled(wide)  # which keeps the Gram of very large or very small weights within the range of float32
+    gram = W @ W.mT
     for dtype in [torch.float32, torch.float64] if wide.dtype != torch.float64 else [torch.float64]:
         eigenvalues, U = torch.linalg.eigh(gram.to(dtype))
         # Eigenvalues below zero are rounding; they come in ascending order.
         discarded = eigenvalues[:-rank].double().clamp(min=0).sum()
         if discarded >= RESOLVED * torch.finfo(dtype).eps * len(gram) * eigenvalues[-1].double():
             return U[:, -rank:].flip(1)
-    return torch.linalg.svd(exact, full_matrices=False).U[:, :rank]
+    return torch.linalg.svd(W, full_matrices=False).U[:, :rank]

@@ -297,7 +297,7 @@ def _flush_buffer(device: torch.device) -> Tensor:
 
 def _time_once(model: nn.Module, prompt_length: int, new_tokens: int, batch_size: int) -> tuple[float, float | None, int]:
     """Milliseconds of the prefill, milliseconds per decoded token, and peak bytes."""
-    device = next(model.parameters()).device
+    device = input_device(model)
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.arange(batch_size * prompt_length, device=device).view(batch_size, -1) % vocabulary
     # An encoder has no cache to decode with.
@@ -366,11 +366,17 @@ def _synchronize(device: torch.device) -> None:
         torch.cuda.synchronize(device)
 
 
+def input_device(model: nn.Module) -> torch.device:
+    """Where a model takes its inputs: the device of its first parameter that holds data, as others may be offloaded."""
+    devices = (parameter.device for parameter in model.parameters())
+    return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
 def _to_device(batch: Mapping[str, Tensor], model: nn.Module, index: int) -> dict[str, Any]:
     if not isinstance(batch, Mapping) or not ("input_ids" in batch or "inputs_embeds" in batch):
         kind = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
         raise ValueError(f"`batches` must hold dicts with `input_ids`, got {kind} as batch {index}.")
-    device = next(model.parameters()).device
+    device = input_device(model)
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 

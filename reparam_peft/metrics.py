@@ -25,11 +25,10 @@ class Metric:
     """
 
     def __init__(self, matrix: Tensor) -> None:
-        matrix = matrix.detach()
-        exact = (matrix.cpu() if matrix.device.type == "mps" else matrix).double()  # MPS has no float64
-        self.diagonal = exact.ndim == 1
-        self.scale = float((exact if self.diagonal else exact.diagonal()).mean())
-        self.matrix = exact / self.scale if self.scale > 0 else torch.zeros_like(exact)
+        matrix = exact(matrix)
+        self.diagonal = matrix.ndim == 1
+        self.scale = float(diagonal(matrix).mean())
+        self.matrix = matrix / self.scale if self.scale > 0 else torch.zeros_like(matrix)
 
     def times(self, X: Tensor) -> Tensor:
         """M X, for X of shape (n, k)."""
@@ -80,6 +79,21 @@ class Metric:
         return eigenvalues.clamp(min=0).sqrt(), Q
 
 
+def exact(tensor: Tensor) -> Tensor:
+    """A tensor in float64, detached; on the CPU where its device is MPS, which has neither float64 nor `eigh`."""
+    return tensor.detach().to(device_of_sums(tensor.device), torch.float64)
+
+
+def device_of_sums(device: torch.device) -> torch.device:
+    """Where float64 numbers of a device's tensors are kept: there, or on the CPU for MPS."""
+    return torch.device("cpu") if device.type == "mps" else device
+
+
+def diagonal(metric: Tensor) -> Tensor:
+    """The diagonal of a metric that is given whole or as its diagonal; a view."""
+    return metric if metric.ndim == 1 else metric.diagonal()
+
+
 def check_metric(name: str, metric: Tensor, size: int) -> None:
     """Raise `ValueError` unless a metric is a finite (`size`, `size`) matrix or a vector of length `size`."""
     if tuple(metric.shape) not in ((size, size), (size,)):
@@ -89,7 +103,7 @@ def check_metric(name: str, metric: Tensor, size: int) -> None:
         )
     if not torch.isfinite(metric).all():
         raise ValueError(f"`{name}` contains NaN or infinite values.")
-    if ((metric if metric.ndim == 1 else metric.diagonal()) < 0).any():
+    if (diagonal(metric) < 0).any():
         raise ValueError(f"`{name}` must be positive semidefinite, but has a negative diagonal entry.")
 
 
@@ -105,7 +119,6 @@ def shrink(metric: Tensor, amount: float) -> Tensor:
     """
     if not 0 <= amount <= 1:
         raise ValueError(f"`amount` must be in [0, 1], got {amount!r}.")
-    diagonal = metric if metric.ndim == 1 else metric.diagonal()
     shrunk = metric * (1 - amount)
-    (shrunk if metric.ndim == 1 else shrunk.diagonal()).add_(amount * diagonal.mean())
+    diagonal(shrunk).add_(amount * diagonal(metric).mean())
     return shrunk

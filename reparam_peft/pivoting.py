@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from .decompositions import Factors
-from .metrics import Metric, check_metric
+from .metrics import Metric, check_metric, exact
 
 LARGEST_COEFFICIENT = 1.1  # where the exchange of rows stops; closer to 1 takes more exchanges and gains nothing
 MOST_EXCHANGES = 10  # per row kept; about a tenth is the rule
@@ -64,7 +64,7 @@ def pivot(factors: Factors, gram: Tensor | None = None, dtype: torch.dtype | Non
         raise ValueError("`factors` contain NaN or infinite values.")
     dtype = dtype or factors.B.dtype
     device = factors.B.device
-    A, B = ((f.cpu() if device.type == "mps" else f).detach().double() for f in factors)  # MPS has no float64
+    A, B = exact(factors.A), exact(factors.B)
     pivots, K = _choose_rows(torch.linalg.qr(A).Q)
     P = (A[pivots] @ B).to(dtype)
     if dtype.itemsize < 4:
@@ -111,7 +111,7 @@ def _refit(K: Tensor, P: Tensor, rest: Tensor, gram: Tensor | None, eps: float) 
     if gram is None:
         gram = torch.ones(P.shape[1], device=P.device)
     check_metric("gram", gram, P.shape[1])
-    weighted = Metric(gram.to(P.device)).times(P.mT)
+    weighted = Metric(exact(gram).to(P.device)).times(P.mT)
     square = P @ weighted
     ridge = (eps**2 * square.diagonal().mean()).clamp(min=torch.finfo(P.dtype).tiny)  # P may be zero
     square.diagonal().add_(ridge)

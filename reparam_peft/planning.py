@@ -128,9 +128,13 @@ class Plan:
             raise ValueError(f"`format` must be {FORMAT!r}.")
         try:
             plan = cls(tuple(map(_module_plan, fields.pop("modules"))), **fields)
-            ReparamConfig(keep=plan.keep, method=plan.method, allocation=plan.allocation, form=plan.form)  # checks these
+            choices = {"keep": plan.keep, "method": plan.method, "allocation": plan.allocation, "form": plan.form}
+            counts = {name: getattr(plan, name) for name in ("moved_bias", "calibration_tokens", "gradient_tokens", "seed")}
+            ReparamConfig(**choices, **counts)  # checks these
         except (TypeError, KeyError) as error:
             raise ValueError(f"a field is missing, unknown or wrong: {error}") from error
+        if None in (*choices.values(), *counts.values()) or len({module.name for module in plan.modules}) < len(plan.modules):
+            raise ValueError("a field is missing, or a module is there twice.")
         return plan
 
     def __str__(self) -> str:
@@ -155,12 +159,17 @@ class Plan:
 
 
 def _module_plan(entry: Mapping[str, object]) -> ModulePlan:
-    shape, rank = tuple(entry["shape"]), entry["rank"]
+    shape, rank, spectrum = tuple(entry["shape"]), entry["rank"], tuple(entry["spectrum"])
     if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"{entry['name']}: `shape` must be two positive ints, got {shape!r}.")
     if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(shape)):
         raise ValueError(f"{entry['name']}: `rank` must be None or in [1, {min(shape)}], got {rank!r}.")
-    return ModulePlan(**{**entry, "shape": shape, "spectrum": tuple(entry["spectrum"])})
+    stored, losses = entry["stored_parameters"], [*spectrum, entry["predicted_loss"] or 0.0]
+    if isinstance(stored, bool) or not isinstance(stored, int) or stored < 1:
+        raise ValueError(f"{entry['name']}: `stored_parameters` must be a positive int, got {stored!r}.")
+    if not all(isinstance(loss, (int, float)) and math.isfinite(loss) for loss in losses):
+        raise ValueError(f"{entry['name']}: `predicted_loss` and `spectrum` must be finite numbers.")
+    return ModulePlan(**{**entry, "shape": shape, "spectrum": spectrum})
 
 
 def allocate_ranks(
@@ -183,7 +192,7 @@ def allocate_ranks(
     for name, storage in storages.items():
         if name in fixed:
             rank = fixed[name]
-            curves[name] = [Point(rank, storage.dense if rank is None else storage.parameters(rank), 0.0)]
+            curves[name] = [Point(rank, storage.stored(rank), 0.0)]
         else:
             small = min(storage.out_features, storage.in_features) < 8 * RANK_MULTIPLE  # gains nothing by alignment
             multiple = config.rank_multiple or (1 if small else RANK_MULTIPLE)
@@ -229,7 +238,7 @@ def _uniform_point(curve: list[Point], parameters: float) -> Point | None:
 
 
 def _stored(ranks: Mapping[str, int | None], storages: Mapping[str, Storage]) -> int:
-    return sum(storages[name].dense if rank is None else storages[name].parameters(rank) for name, rank in ranks.items())
+    return sum(storages[name].stored(rank) for name, rank in ranks.items())
 
 
 def make_plan(
@@ -244,11 +253,10 @@ def make_plan(
     def modules() -> Iterable[ModulePlan]:
         for name, rank in ranks.items():
             storage, spectrum = storages[name], losses.get(name)
-            stored = storage.dense if rank is None else storage.parameters(rank)
             lost = None
             if spectrum is not None:
                 lost = 0.0 if rank is None else float(spectrum[rank:].sum())
-            shape = (storage.out_features, storage.in_features)
-            yield ModulePlan(name, shape, rank, stored, lost, () if spectrum is None else tuple(spectrum.tolist()))
+            shape, values = (storage.out_features, storage.in_features), () if spectrum is None else tuple(spectrum.tolist())
+            yield ModulePlan(name, shape, rank, storage.stored(rank), lost, values)
 
     return Plan(tuple(modules()), config.keep, config.method, config.allocation, config.form, config.moved_bias, **provenance)

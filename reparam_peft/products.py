@@ -8,6 +8,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor, nn
 
+from .allocation import mask_size
 from .decompositions import Factors
 from .pivoting import PivotFactors, pivot
 
@@ -69,11 +70,9 @@ class PivotExpansion(nn.Module):
     def refresh(self) -> None:
         """Derive `order` from `mask`; where a loader has yet to bring the mask, any order within range."""
         if self.mask.device.type != "meta":
-            length = len(self.order)
-            self.order = torch.arange(length, device=self.mask.device)
             chosen = self.is_pivot
             order = torch.where(chosen, chosen.cumsum(0), self.rank + (~chosen).cumsum(0)) - 1
-            self.order = order.clamp(0, length - 1)
+            self.order = order.clamp(0, len(order) - 1)
 
     def train(self, mode: bool = True) -> PivotExpansion:
         self.refresh()  # every loader ends with `eval()`
@@ -82,15 +81,6 @@ class PivotExpansion(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
-
-
-def mask_size(out_features: int) -> int:
-    """Bytes of the mask that says which of the rows are pivots.
-
-    >>> mask_size(9)
-    2
-    """
-    return (out_features + 7) // 8
 
 
 class FactorizedModule(nn.Module):

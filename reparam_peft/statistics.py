@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 
 import torch
@@ -35,7 +35,7 @@ class Statistics:
         gradient_rows: module → number of gradient rows.
         output_grams: module → Σ g gᵀ, shape (out, out), float64.
         energies: module → Σ |x|² |g|² and Σ |x|² over the gradient rows, shape (2,), float64.
-        predictions: labels that were sampled from the model, one for each position that predicts.
+        predictions: module → labels sampled from the model in its passes, one for each position that predicts.
         weight_norms: module → ‖W‖_F, by which statistics of another model are told.
         seed: of the sampled labels.
     """
@@ -50,7 +50,7 @@ class Statistics:
     gradient_rows: dict[str, int] = field(default_factory=dict)
     output_grams: dict[str, Tensor] = field(default_factory=dict)
     energies: dict[str, Tensor] = field(default_factory=dict)
-    predictions: int = 0
+    predictions: dict[str, int] = field(default_factory=dict)
     weight_norms: dict[str, float] = field(default_factory=dict)
     seed: int = 0
 
@@ -63,6 +63,11 @@ class Statistics:
     def tokens(self) -> int:
         """Rows of the input that had most of them."""
         return max(self.rows.values(), default=0)
+
+    @property
+    def gradient_tokens(self) -> int:
+        """Labels of the module that had most of them."""
+        return max(self.predictions.values(), default=0)
 
     def gram(self, module: str) -> Tensor:
         """G = E[x xᵀ] of a module's input."""
@@ -79,9 +84,8 @@ class Statistics:
         mean = self.mean(module)
         gram = self.gram(module)
         covariance = gram - torch.outer(mean, mean)
-        # Of nearly constant channels only rounding is left, which may be negative.
-        least = 1e-6 * gram.diagonal()
-        covariance.diagonal().clamp_(min=least)
+        # Of constant channels only rounding is left, which may be negative.
+        covariance.diagonal().clamp_(min=1e-12 * gram.diagonal())
         return covariance
 
     def weighted_gram(self, module: str, centre: Tensor | None = None) -> Tensor | None:
@@ -111,10 +115,10 @@ class Statistics:
         gradients = float(self.output_grams[module].diagonal().sum())
         if not (rows and squares > 0 and gradients > 0):
             return 0.0
-        return joint / (squares * gradients / rows) * rows / max(self.predictions, 1)
+        return joint / (squares * gradients / rows) * rows / max(self.predictions[module], 1)
 
     def merge(self, other: Statistics) -> Statistics:
-        """The statistics of both runs together; neither is changed.
+        """The statistics of both runs together, with the seed of this one; neither is changed.
 
         Raises:
             ValueError: they are of different models, or of modules that share their inputs differently.
@@ -128,27 +132,16 @@ class Statistics:
                     f"{other.inputs[module]} in the other; calibrate both with the same `target_modules`."
                 )
         merged = Statistics({**self.inputs, **other.inputs}, seed=self.seed)
-        for name in (
-            "rows",
-            "grams",
-            "sums",
-            "weighted_grams",
-            "weighted_sums",
-            "weights",
-            "gradient_rows",
-            "output_grams",
-            "energies",
-        ):
+        for name in (*_TENSORS, *_COUNTS):
             one, two = getattr(self, name), getattr(other, name)
             both = {key: one[key] + two[key].to(one[key].device) if isinstance(one[key], Tensor) else one[key] + two[key]
                     for key in one.keys() & two.keys()}  # fmt: skip
             setattr(merged, name, {**one, **two, **both})
-        merged.predictions = self.predictions + other.predictions
         merged.weight_norms = {**self.weight_norms, **other.weight_norms}
         return merged
 
-    def check(self, modules: Mapping[str, nn.Module]) -> None:
-        """Raise `ValueError` unless the statistics are of these modules, with these weights."""
+    def check(self, modules: Mapping[str, nn.Module], gradients: bool = False) -> None:
+        """Raise `ValueError` unless the statistics are of these modules, with these weights, and have gradients if needed."""
         for name, module in modules.items():
             if name not in self.weight_norms:
                 raise ValueError(
@@ -167,11 +160,16 @@ class Statistics:
                 raise ValueError(
                     f"{name}: no batch reached this module. Give batches that use it, or leave it out with `exclude_modules`."
                 )
+            if gradients and fisher is None:
+                raise ValueError(
+                    f"{name}: the statistics hold no gradients, which `allocation='loss'` and `output_metric` need; gather "
+                    "them anew."
+                )
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""
         tensors = {f"{kind}/{key}": tensor.contiguous().cpu() for kind, key, tensor in self._tensors()}
-        plain = {name: getattr(self, name) for name in _PLAIN}
+        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
         save_file(tensors, path, metadata={"format": FORMAT, "statistics": json.dumps(plain)})
 
     @classmethod
@@ -204,15 +202,17 @@ class Statistics:
     def _check_whole(self) -> None:
         """Raise `ValueError` unless all parts are there, are finite and fit each other."""
         parts = (("rows", "grams", "sums"), ("weights", "weighted_grams", "weighted_sums"))
-        for names in (*parts, ("gradient_rows", "output_grams", "energies")):
+        for names in (*parts, ("gradient_rows", "output_grams", "energies", "predictions")):
             first, *others = (getattr(self, name).keys() for name in names)
             if any(other != first for other in others):
                 raise ValueError(f"{', '.join(names)} are not of the same modules")
         known = self.weight_norms.keys() >= self.inputs.keys() | self.output_grams.keys()
         if not known or set(self.inputs.values()) != set(self.rows) or not self.rows.keys() >= self.weights.keys():
             raise ValueError("modules and their inputs do not fit each other")
-        counts = [*self.rows.values(), *(count + 1 for count in self.gradient_rows.values()), self.predictions + 1]
-        if not all(isinstance(count, int) and count > 0 for count in counts):
+        counts = [*self.gradient_rows.values(), *self.predictions.values()]
+        if not all(isinstance(n, int) and n >= 0 for n in counts) or not all(
+            isinstance(n, int) and n > 0 for n in self.rows.values()
+        ):
             raise ValueError("a number of rows is no count")
         for kind, key, tensor in self._tensors():
             if tensor.dtype != torch.float64 or not torch.isfinite(tensor).all():
@@ -228,7 +228,7 @@ class Statistics:
 
 
 _TENSORS = ("grams", "sums", "weighted_grams", "weighted_sums", "output_grams", "energies")
-_PLAIN = ("inputs", "rows", "weights", "gradient_rows", "predictions", "weight_norms", "seed")
+_COUNTS = ("rows", "weights", "gradient_rows", "predictions")
 
 
 def _shapes(kind: str, size: int) -> list[tuple[int, ...]]:

@@ -211,9 +211,7 @@ def matrix_size(name: str, module: nn.Module, rank: int | None, config: ReparamC
     storage = matrix_storage(module, config)
     dtype = module.base_dtype if isinstance(module, ReparamLayer) else module.weight.dtype
     shape = (storage.out_features, storage.in_features)
-    if rank is None:
-        return MatrixSize(name, shape, None, storage.dense, dtype.itemsize)
-    return MatrixSize(name, shape, rank, storage.parameters(rank), dtype.itemsize, storage.mask)
+    return MatrixSize(name, shape, rank, storage.stored(rank), dtype.itemsize, 0 if rank is None else storage.mask)
 
 
 def reparam_layers(model: nn.Module) -> Iterator[tuple[str, ReparamLayer]]:

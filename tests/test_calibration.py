@@ -5,20 +5,23 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import bert, convnet, gpt2, llama, mixture, relative_error, t5, vit
+from accelerate.data_loader import DataLoaderShard
+from conftest import assert_close, bert, convnet, gpt2, llama, mixture, relative_error, t5, vit
 from torch import Tensor, nn
 from transformers import BertModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from reparam_peft import Statistics
+from reparam_peft import Statistics, calibration
 from reparam_peft.calibration import gather_statistics
 
 Batch = dict[str, Tensor]
+ROWS_64 = [{"input": torch.randn(200, 64, generator=torch.Generator().manual_seed(0))}]
 
 
 def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
@@ -190,7 +193,7 @@ def test_statistics_equal_the_brute_force_oracle(setting: Setting, dtype: torch.
         assert relative_error(got.fisher(name), Y.mT @ Y / len(Y)) < tolerance, name
         squares, norms = X.square().sum(1), Y.square().sum(1)
         if norms.any():
-            scale = (squares * norms).mean() / (squares.mean() * norms.mean()) * len(Y) / got.predictions
+            scale = (squares * norms).mean() / (squares.mean() * norms.mean()) * len(Y) / got.predictions[name]
             assert got.loss_scale(name) == pytest.approx(float(scale), rel=max(tolerance, 1e-5)), name
         weights = H.square().sum(1)
         weighted = None if isinstance(modules[name], nn.Embedding) else got.weighted_gram(name)
@@ -210,7 +213,7 @@ def test_gradients_are_those_of_labels_drawn_from_the_model() -> None:
         got = gather(model, linear_layers, [{"input_ids": tokens(40, 100)}])
     probabilities = model(input_ids=tokens(40, 100)).logits.softmax(-1)
     one_hot = (probabilities - upstream[0]).detach()
-    assert got.predictions == 4000
+    assert got.gradient_tokens == 4000
     assert (one_hot.sum(-1) - 1).abs().max() < 1e-4
     assert torch.equal((one_hot.abs() > 0.5).sum(-1), torch.ones(40, 100, dtype=torch.int64))
     # Drawn with the model's probabilities: frequencies of all labels, within five standard deviations.
@@ -243,7 +246,7 @@ def test_labels_stand_in_for_the_mask_of_the_decoder() -> None:
     batch = pairs([5, 2], [4, 3], (5, 4))
     labels = batch.pop("decoder_input_ids").masked_fill(batch.pop("decoder_attention_mask") == 0, -100)
     got = gather(t5(), linear_layers, [{**batch, "labels": labels}])
-    assert got.rows["decoder.block.0.layer.0.SelfAttention.q"] == got.predictions == 7
+    assert got.rows["decoder.block.0.layer.0.SelfAttention.q"] == got.gradient_tokens == 7
 
 
 def test_a_tensor_that_was_changed_in_place_is_another_input() -> None:
@@ -260,6 +263,47 @@ def test_a_tensor_that_was_changed_in_place_is_another_input() -> None:
     got = gather(Net(), named("one", "two"), [{"x": torch.randn(10, 6)}])
     assert got.inputs == {"one": "one", "two": "two"}
     torch.testing.assert_close(got.gram("two"), 4 * got.gram("one"))
+
+
+def test_an_input_that_changes_before_the_backward_pass_has_no_weighted_gram() -> None:
+    class Changing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.second = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor, change: bool) -> Tensor:
+            h = self.first(x)
+            y = self.second(h)
+            return y + (h.mul_(2) if change else h)
+
+    torch.manual_seed(0)
+    model, x = Changing(), torch.randn(6, 4)
+    modules = named("first", "second")
+    steady, changing = (gather(model, modules, [{"x": x, "change": change}]) for change in (False, True))
+    assert list(steady.weighted_grams) == ["second"]
+    assert not changing.weighted_grams
+    assert torch.equal(changing.gram("second"), steady.gram("second"))
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_are_float32_whatever_the_caller_allows(precision: str) -> None:
+    expected = gather(nn.Linear(64, 8), named(""), ROWS_64)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        got = gather(nn.Linear(64, 8), named(""), ROWS_64)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(got.gram(""), expected.gram(""))
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_the_variance_of_nearly_constant_channels_is_exact(size: int) -> None:
+    X = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 1e-2, 1e-1, 1, 1])
+    X += torch.tensor([0.0, 30.0, 1000.0, -500.0, 0.1])
+    got = gather(nn.Linear(5, 3), named(""), [{"input": rows} for rows in X.split(size)]).covariance("")
+    assert relative_error(got, X.double().T.cov(correction=0)) < 1e-6
+    assert_close(got.diagonal().sqrt(), X.double().std(0, correction=0), torch.float32)
 
 
 def test_a_module_that_runs_twice_sees_both_inputs() -> None:
@@ -378,7 +422,7 @@ def test_without_gradients_there_is_no_backward_pass() -> None:
     assert got.grams.keys() == with_gradients.grams.keys()
     assert all(torch.equal(gram, with_gradients.grams[name]) for name, gram in got.grams.items())
     assert got.output_grams == got.energies == got.gradient_rows == {}
-    assert got.predictions == 0
+    assert got.gradient_tokens == 0
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -416,7 +460,7 @@ def test_a_target_whose_output_is_not_predicted_with_has_no_gradient() -> None:
 def test_models_with_and_without_logits_have_gradients(build: Callable[[], PreTrainedModel]) -> None:
     torch.manual_seed(0)
     got = gather(build().eval(), linear_layers, [text([8, 5], 8)])
-    assert got.predictions > 0
+    assert got.gradient_tokens > 0
     assert all(gram.any() for gram in got.output_grams.values())
     assert len(got.output_grams) == len(got.weight_norms)
 
@@ -488,6 +532,32 @@ def test_runs_inside_no_grad() -> None:
     with torch.no_grad():
         inside = gather(llama(), linear_layers, [text([5, 2], 5)])
     assert_same(inside, gather(llama(), linear_layers, [text([5, 2], 5)]))
+
+
+def test_inference_mode_is_refused_where_gradients_are_needed() -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match="needs gradients, which `torch"):
+        gather(llama(), linear_layers, [text([4], 4)])
+    with torch.inference_mode():
+        assert gather(llama(), linear_layers, [text([4], 4)], gradients=False).tokens == 4
+
+
+def test_batches_that_are_shared_out_already_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(calibration, "processes", lambda: (2, 0))
+    loader = DataLoaderShard([text([4], 4)])
+    with pytest.raises(ValueError, match="shared out among the processes by accelerate already; give every process"):
+        gather(llama(), linear_layers, loader)
+
+
+def test_a_batch_of_nothing_but_padding_counts_for_nothing(tmp_path: Path) -> None:
+    batches = [text([4, 3], 4), text([0, 0], 4)]
+    model = llama()
+    whole, first = (gather(model, linear_layers, given) for given in (batches, batches[:1]))
+    assert_same(whole, first, 0)
+    nothing = gather(model, linear_layers, batches[1:])
+    nothing.save(tmp_path / "statistics.safetensors")
+    assert Statistics.load(tmp_path / "statistics.safetensors").tokens == 0
+    with pytest.raises(ValueError, match="no batch reached this module"):
+        nothing.check(linear_layers(model))
 
 
 def test_a_generator_is_read_once_and_one_batch_at_a_time() -> None:

@@ -515,7 +515,7 @@ def test_statistics_are_written_and_serve_another_keep(
     assert first.code == 0, first.err
     assert "calibrating" in first.err
     statistics = Statistics.load(file)
-    assert (statistics.tokens, statistics.predictions, statistics.seed) == (4 * 64, 4 * 64, 3)
+    assert (statistics.tokens, statistics.gradient_tokens, statistics.seed) == (4 * 64, 4 * 64, 3)
     before = file.read_bytes()
 
     monkeypatch.setattr(cli, "calibrate", lambda *args, **kwargs: pytest.fail("the statistics are there"))

@@ -341,7 +341,7 @@ def test_statistics_in_place_of_batches(case: Case, form: str, tmp_path: Path) -
     config = small.peft_config["default"]
     assert config.seed == 4
     assert config.calibration_tokens == statistics.tokens > 0
-    assert config.gradient_tokens == statistics.predictions > 0
+    assert config.gradient_tokens == statistics.gradient_tokens > 0
 
 
 def test_compression_is_reproducible_and_follows_the_seed() -> None:
@@ -386,6 +386,20 @@ def test_a_plan_that_was_changed_by_hand_is_obeyed() -> None:
     small = compressed(llama(), TEXT, target_modules=["q_proj", "v_proj"], arguments={"plan": Plan.from_dict(fields)})
     assert set(small.peft_config["default"].rank_pattern.values()) == {5}
     assert {layer.r["default"] for layer in layers(small).values()} == {5}
+
+
+def test_a_plan_fills_in_what_the_config_leaves_open() -> None:
+    made = planned(llama(), TEXT, **Q, method="svd", allocation="uniform", form="factors", keep=0.4)
+    small = compress(llama(), ReparamConfig(**Q), TEXT, plan=made, progress=False)
+    config = small.peft_config["default"]
+    assert (config.method, config.allocation, config.form, config.keep) == ("svd", "uniform", "factors", 0.4)
+    assert config.rank_pattern == made.ranks
+
+
+def test_uniform_ranks_without_gradients_are_planned_without_reading_the_data() -> None:
+    made = planned(llama(), read(TEXT), **Q, allocation="uniform", output_metric="none")
+    assert (made.calibration_tokens, made.gradient_tokens, made.predicted_loss) == (0, 0, None)
+    assert made.ranks
 
 
 @pytest.mark.parametrize(
@@ -609,11 +623,31 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Callable[[], An
         r"q_proj: the plan is for a shape of \(64, 64\), and the weight is \(32, 32\)",
     ),
     "plan of another form": (
-        llama, Q, lambda: TEXT, lambda: planned_for(form="factors"), ValueError,
+        llama, {**Q, "form": "pivot"}, lambda: TEXT, lambda: planned_for(form="factors"), ValueError,
         "`plan` is for `form='factors'`, and the config says 'pivot'",
     ),
+    "plan of another keep": (
+        llama, {**Q, "keep": 0.6}, lambda: TEXT, planned_for, ValueError,
+        "`plan` is for `keep=0.5`, and the config says 0.6; leave it out of the config, or make a plan with it",
+    ),
+    "plan of another allocation": (
+        llama, {**Q, "allocation": "loss"}, lambda: TEXT, lambda: planned_for(allocation="uniform"), ValueError,
+        "`plan` is for `allocation='uniform'`, and the config says 'loss'",
+    ),
+    "plan of other ranks": (
+        llama, {**Q, "rank_pattern": {"q_proj": 3}}, lambda: TEXT, planned_for, ValueError,
+        "q_proj: the config says rank 3, and the plan .*; leave `r`, `rank_pattern` and `dense_modules` out of the config",
+    ),
+    "plan of another r": (
+        llama, {**Q, "r": 7}, lambda: TEXT, lambda: planned_for(r=8), ValueError,
+        "q_proj: the config says rank 7, and the plan 8",
+    ),
+    "a plan's path": (llama, Q, lambda: TEXT, lambda: {"plan": "plan.json"}, TypeError, "read one with `Plan.load`"),
+    "tied weight that the plan factorises": (
+        gpt2, {"target_modules": ["wte", "c_fc"]}, lambda: TEXT, dict, ValueError, r"transformer\.wte: the weight is shared",
+    ),
     "plan without moved biases": (
-        bert, {"target_modules": ["query"]}, lambda: TEXT,
+        bert, {"target_modules": ["query"], "method": "whitened", "allocation": "uniform"}, lambda: TEXT,
         lambda: planned_for(model=bert, target_modules=["query"], method="svd", allocation="uniform", form="pivot"),
         ValueError, "`plan` is for `method='svd'`, and the config says 'whitened', which stores other biases",
     ),

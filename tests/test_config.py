@@ -155,6 +155,15 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         ({name: value, "method": "svd"}, f"`{name}` has an effect with a calibrated method only, not with `method='svd'`")
         for name, value in (("input_metric", "none"), ("output_metric", "none"), ("shrinkage", 0), ("output_shrinkage", 0.1))
     ),
+    *(
+        (
+            {f"{side}shrinkage": 0.1, metric: "none", **fixed},
+            f"`{side}shrinkage` has no effect with `{metric}='none'` and without",
+        )
+        for side, metric in (("", "input_metric"), ("output_", "output_metric"))
+        for fixed in ({"allocation": "uniform"}, {"r": 8})
+    ),
+    ({"floor": 0.5, "keep": 0.4, "allocation": "loss"}, "`floor` must be at most `keep`, got 0.5 and 0.4"),
 ]
 
 

@@ -18,11 +18,12 @@ from torch import Tensor, nn
 from reparam_peft import Statistics
 
 NAME = "model.layers.0.self_attn.q_proj"
+BATCHES = [text([8, 5, 3], 8)]
 
 
 @pytest.fixture(scope="module")
 def statistics() -> Statistics:
-    return gather(llama(), linear_layers, [text([8, 5, 3], 8)], seed=2)
+    return gather(llama(), linear_layers, BATCHES, seed=2)
 
 
 def tensors_of(statistics: Statistics) -> dict[str, Tensor]:
@@ -70,6 +71,29 @@ def test_modules_of_one_of_the_two_are_all_there() -> None:
         for name in part.inputs:
             assert torch.equal(merged.gram(name), part.gram(name))
             assert torch.equal(merged.fisher(name), part.fisher(name))
+
+
+def test_disjoint_modules_of_the_same_data_count_their_predictions_once() -> None:
+    model, whole = llama(), gather(llama(), linear_layers, BATCHES)
+    modules = linear_layers(model)
+    names = list(modules)
+    parts = [{name: modules[name] for name in names[start:end]} for start, end in ((0, 7), (7, None))]
+    one, two = (gather(model, part, BATCHES, starts=modules.values()) for part in parts)
+    merged = one.merge(two)
+    assert merged.gradient_tokens == whole.gradient_tokens
+    assert {n: merged.loss_scale(n) for n in names} == pytest.approx({n: whole.loss_scale(n) for n in names}, rel=1e-5)
+
+
+def test_gradients_that_some_modules_lack_are_told() -> None:
+    model = llama()
+    modules = linear_layers(model)
+    first, *others = modules
+    without = gather(model, {first: modules[first]}, BATCHES, gradients=False)
+    rest = gather(model, {name: modules[name] for name in others if "q_proj" not in name}, BATCHES)
+    merged = without.merge(rest)
+    merged.check({first: modules[first]})
+    with pytest.raises(ValueError, match=f"{first}: the statistics hold no gradients"):
+        merged.check({first: modules[first]}, gradients=True)
 
 
 def test_merging_refuses_another_model_and_other_sharing(statistics: Statistics) -> None:
