@@ -1,9 +1,11 @@
 """What calibration costs: time as ratios to bare passes over the same tokens in the same run, and memory.
 
     python tests/benchmarks/calibration.py MODEL CALIBRATION [--windows 8] [--repeats 3]
+    python tests/benchmarks/calibration.py 512x8 [--windows 8] [--repeats 0]
 
-MODEL is a folder that `from_pretrained` opens, or `demo`; CALIBRATION is a text file. The bare backward pass is that of the
-same loss, cross entropy summed over the tokens, with gradients for the parameters, as in training.
+MODEL is a folder that `from_pretrained` opens, or `demo`; or WIDTHxDEPTH for a Llama of random weights, fed random tokens, by
+which to see how memory grows. CALIBRATION is a text file. `--repeats 0` measures memory only. The bare backward pass is that
+of the same loss, cross entropy summed over the tokens, with gradients for the parameters, as in training.
 Linux only: the peak of the resident memory is VmHWM.
 """
 
@@ -11,15 +13,17 @@ from __future__ import annotations
 
 import argparse
 import gc
+import re
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from compress_model import memory
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from reparam_peft import ReparamConfig, compress, text_batches
 from reparam_peft.calibration import gather_statistics
@@ -31,19 +35,47 @@ def main() -> None:
     """Print the figures."""
     parser = argparse.ArgumentParser()
     parser.add_argument("model")
-    parser.add_argument("calibration", type=Path)
+    parser.add_argument("calibration", type=Path, nargs="?")
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--repeats", type=int, default=3)
     options = parser.parse_args()
-    source = str(demo_folder()) if options.model == "demo" else options.model
+    model, batches = read(options.model, options.calibration, options.windows)
+    config = ReparamConfig(target_modules="all-linear", keep=0.8)
+    modules = {name: target.module for name, target in select_targets(model, config, "default").items()}
+
+    gc.collect()
+    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
+    before = memory("VmRSS")
+    known = gather_statistics(model, modules, batches, progress=False)
+    print(f"statistics hold {known.nbytes / 2**20:.0f} MiB; peak above the model {(memory('VmHWM') - before) / 2**20:.0f} MiB")
+
+    if options.repeats:
+        time_passes(model, modules, batches, options.repeats)
+
+    Path("/proc/self/clear_refs").write_text("5")
+    start = time.perf_counter()
+    compress(model, config, known, progress=False)
+    peak = (memory("VmHWM") - before) / 2**20
+    print(f"everything else: {time.perf_counter() - start:.1f} s; peak above the model, statistics included, {peak:.0f} MiB")
+
+
+def read(name: str, text: Path | None, windows: int) -> tuple[Any, list[dict[str, Any]]]:
+    """The model, and batches of two windows of 512 tokens."""
+    if re.fullmatch(r"\d+x\d+", name):
+        width, depth = map(int, name.split("x"))
+        sizes = {"hidden_size": width, "intermediate_size": 3 * width, "num_hidden_layers": depth, "vocab_size": 1000}
+        model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=width // 64)).eval()
+        return model, [{"input_ids": torch.randint(1000, (2, 512))} for _ in range(windows // 2)]
+    source = str(demo_folder()) if name == "demo" else name
     tokenizer = AutoTokenizer.from_pretrained(source)
     model = AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
     for parameter in model.parameters():
         parameter.data = parameter.data.clone()  # out of the memory-mapped file
-    text = options.calibration.read_text(encoding="utf-8")
-    batches = text_batches(tokenizer, text, length=512, limit=options.windows, batch_size=2)
-    config = ReparamConfig(target_modules="all-linear", keep=0.8)
-    modules = {name: target.module for name, target in select_targets(model, config, "default").items()}
+    return model, text_batches(tokenizer, text.read_text(encoding="utf-8"), length=512, limit=windows, batch_size=2)
+
+
+def time_passes(model: Any, modules: dict[str, Any], batches: list[dict[str, Any]], repeats: int) -> None:
+    """Print medians of the bare passes and of those that gather statistics."""
 
     def forward() -> None:
         with torch.no_grad():
@@ -66,31 +98,20 @@ def main() -> None:
         "forward and backward with all statistics": gather(True),
     }
     seconds: dict[str, list[float]] = {name: [] for name in runs}
-    for repeat in range(options.repeats + 1):
+    for repeat in range(repeats + 1):
         for name, run in runs.items():
             start = time.perf_counter()
             run()
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(values) for name, values in seconds.items()}
-    tokens = options.windows * 512
-    print(f"{torch.get_num_threads()} threads, {tokens} tokens, median of {options.repeats}")
+    tokens = sum(batch["input_ids"].numel() for batch in batches)
+    print(f"{torch.get_num_threads()} threads, {tokens} tokens, median of {repeats}")
     for name, value in median.items():
         print(f"{name}: {value:.1f} s, {tokens / value:.0f} tokens/s")
     bare, inputs, both, everything = median.values()
     print(f"input statistics: {inputs / bare:.2f} × a bare forward pass")
     print(f"all statistics: {everything / both:.2f} × a bare forward and backward pass")
-
-    gc.collect()
-    Path("/proc/self/clear_refs").write_text("5")  # resets VmHWM
-    before = memory("VmRSS")
-    known = gather_statistics(model, modules, batches, progress=False)
-    print(f"statistics hold {known.nbytes / 2**20:.0f} MiB; peak above the model {(memory('VmHWM') - before) / 2**20:.0f} MiB")
-    Path("/proc/self/clear_refs").write_text("5")
-    start = time.perf_counter()
-    compress(model, config, known, progress=False)
-    took = time.perf_counter() - start
-    print(f"everything else: {took:.1f} s; peak above the model {(memory('VmHWM') - before) / 2**20:.0f} MiB")
 
 
 if __name__ == "__main__":
