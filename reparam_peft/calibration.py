@@ -240,7 +240,7 @@ class _Recorder:
             return
         statistics = self.statistics
         X, H = (_wide(kind.rows(module, tensor), mask) for tensor in (x, h))
-        weights = H.square().sum(1, dtype=torch.float64)
+        weights = _squares(H).double()
         weighted = X * weights.sqrt().to(X)[:, None]
         _add_gram(statistics.weighted_grams, name, weighted)
         _add(statistics.weighted_sums, name, (weighted * weights.sqrt().to(X)[:, None]).sum(0, dtype=torch.float64))
@@ -251,9 +251,8 @@ class _Recorder:
         statistics = self.statistics
         Y = _wide(kind.gradient_rows(module, g), None if mask is None else mask.to(g.device))
         _add_gram(statistics.output_grams, name, Y)
-        squares = (x if mask is None else x[mask]).to(Y.device)
-        joint = (squares.double() * Y.square().sum(1, dtype=torch.float64)).sum()
-        _add(statistics.energies, name, torch.stack([joint, squares.double().sum()]))
+        squares = (x if mask is None else x[mask]).to(Y.device).double()
+        _add(statistics.energies, name, torch.stack([squares @ _squares(Y).double(), squares.sum()]))
         statistics.gradient_rows[name] = statistics.gradient_rows.get(name, 0) + len(Y)
 
     def _after_encoder(self, module: nn.Module, args: Any, output: Any) -> None:
@@ -362,7 +361,7 @@ def _full_precision(device: torch.device) -> Iterator[None]:
 
 
 def _masks(batch: Mapping[str, Any], encoder_decoder: bool) -> tuple[Tensor | None, Tensor | None]:
-    """What is no padding in the inputs of the model, or of its encoder; and in those of its decoder."""
+    """What is no padding in the inputs of the model, or of its encoder, and in those of its decoder; None: all."""
 
     def as_bool(name: str) -> Tensor | None:
         mask = batch.get(name)
@@ -371,7 +370,8 @@ def _masks(batch: Mapping[str, Any], encoder_decoder: bool) -> tuple[Tensor | No
     target = as_bool("decoder_attention_mask") if encoder_decoder else None
     if encoder_decoder and target is None and isinstance(batch.get("labels"), Tensor):
         target = batch["labels"] != -100
-    return as_bool("attention_mask"), target
+    source, target = (None if mask is None or mask.all() else mask for mask in (as_bool("attention_mask"), target))
+    return source, target
 
 
 def _batch_size(batch: Mapping[str, Any]) -> int:
