@@ -10,11 +10,11 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from .distributed import check_whole, fails_together, processes
 from .evaluation import evaluating, input_device
 from .factorized import LayerKind, layer_kind
 from .metrics import device_of_sums, exact
@@ -71,11 +71,7 @@ def gather_statistics(
         raise RuntimeError("calibration needs gradients, which `torch.inference_mode` rules out; leave it, or use `no_grad`.")
     statistics = Statistics(seed=seed, weight_norms={name: weight_norm(module) for name, module in modules.items()})
     world, own = processes()
-    if world > 1 and isinstance(batches, (DataLoaderShard, DataLoaderDispatcher)):
-        raise ValueError(
-            "`batches` were shared out among the processes by accelerate already; give every process the DataLoader that was "
-            "not prepared."
-        )
+    check_whole(batches)
     device = input_device(model)
     count = 0
     with fails_together(device), evaluating(model), _frozen(model), ExitStack() as stack:
@@ -111,30 +107,6 @@ def gather_statistics(
     return statistics
 
 
-def processes() -> tuple[int, int]:
-    """How many processes a distributed run has, and which of them this is; (1, 0) elsewhere."""
-    return (dist.get_world_size(), dist.get_rank()) if dist.is_available() and dist.is_initialized() else (1, 0)
-
-
-@contextmanager
-def fails_together(device: torch.device) -> Iterator[None]:
-    """Where this block fails in one process of a distributed run, it fails in all, so that none waits for the others.
-
-    Raises:
-        RuntimeError: in the processes that did not fail themselves.
-    """
-    failed = True
-    try:
-        yield
-        failed = False
-    finally:
-        if processes()[0] > 1:
-            flag = torch.tensor(int(failed), device=device)
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            if flag and not failed:
-                raise RuntimeError("another process of this run failed; its own message says why.")
-
-
 class _InputError(ValueError):
     """Of a hook, to be told as it is, and not as one of the model."""
 
@@ -145,6 +117,7 @@ class _Recorder:
     def __init__(self, statistics: Statistics, modules: Mapping[str, nn.Module], gradients: bool) -> None:
         self.statistics, self.modules, self.gradients = statistics, modules, gradients
         self.predictions = 0
+        self.centred = any(getattr(module, "bias", None) is not None for module in modules.values())
         self.seen: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}  # inputs of the running pass, by identity
         self.source_mask: Tensor | None = None
         self.target_mask: Tensor | None = None
@@ -225,7 +198,7 @@ class _Recorder:
             statistics.rows[name] = statistics.rows.get(name, 0) + kept.numel()
             return
         X = _wide(kind.rows(module, x), mask)
-        _add_gram(statistics.grams, name, X, centred=getattr(module, "bias", None) is not None)
+        _add_gram(statistics.grams, name, X, self.centred)
         _add(statistics.sums, name, X.sum(0, dtype=torch.float64))
         statistics.rows[name] = statistics.rows.get(name, 0) + len(X)
         if self.gradients and x.requires_grad:
@@ -241,16 +214,15 @@ class _Recorder:
         statistics = self.statistics
         X, H = (_wide(kind.rows(module, tensor), mask) for tensor in (x, h))
         weights = _squares(H).double()
-        weighted = X * weights.sqrt().to(X)[:, None]
-        _add_gram(statistics.weighted_grams, name, weighted)
-        _add(statistics.weighted_sums, name, (weighted * weights.sqrt().to(X)[:, None]).sum(0, dtype=torch.float64))
+        _add_gram(statistics.weighted_grams, name, X, self.centred, weights)
+        _add(statistics.weighted_sums, name, weights @ X.double())
         statistics.weights[name] = statistics.weights.get(name, 0.0) + float(weights.sum())
 
     def add_gradient(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, mask: Tensor | None, g: Tensor) -> None:
         """Add a gradient at the output that the module made of x."""
         statistics = self.statistics
         Y = _wide(kind.gradient_rows(module, g), None if mask is None else mask.to(g.device))
-        _add_gram(statistics.output_grams, name, Y)
+        _add_gram(statistics.output_grams, name, Y, centred=False)
         squares = (x if mask is None else x[mask]).to(Y.device).double()
         _add(statistics.energies, name, torch.stack([squares @ _squares(Y).double(), squares.sum()]))
         statistics.gradient_rows[name] = statistics.gradient_rows.get(name, 0) + len(Y)
@@ -323,40 +295,52 @@ def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
         totals[name] = value
 
 
-def _add_gram(totals: dict[str, Tensor], name: str, X: Tensor, centred: bool = False) -> None:
-    """Add XᵀX, float64, in the blocks on and above the diagonal.
+def _add_gram(totals: dict[str, Tensor], name: str, X: Tensor, centred: bool, weights: Tensor | None = None) -> None:
+    """Add Σ w x xᵀ, float64, in the blocks on and above the diagonal; the weights w, shape (rows,), float64, are 1 if None.
 
-    `centred`: multiply X − c with c near the mean, and add the rest in float64, so that the rounding of float32 products is
+    `centred`: multiply x − c with c near the mean, and add the rest in float64, so that the rounding of float32 products is
     relative to the variance of a channel and not to its mean square.
     """
     if name not in totals:
         totals[name] = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=X.device)
+    if not len(X):
+        return
     total = totals[name]
     if centred:
-        centre = X.mean(0)
+        whole = len(X) if weights is None else weights.sum()
+        sums = X.sum(0, dtype=torch.float64) if weights is None else weights @ X.double()
+        centre = (sums / (whole if weights is None else whole.clamp(min=1e-300))).to(X.dtype)
         c = centre.double()
-        s = X.sum(0, dtype=torch.float64) - len(X) * c  # of X − c, before that is rounded
+        s = sums - whole * c  # of w (x − c), before that is rounded
         X = X - centre
+    if weights is not None:
+        X = X * weights.sqrt().to(X)[:, None]
     for start in range(0, len(total), BLOCK):
         rows = slice(start, start + BLOCK)
         with _full_precision(X.device):
             product = X[:, rows].mT @ X[:, start:]
         total[rows, start:] += product
         if centred:
-            total[rows, start:] += torch.outer(c[rows], len(X) * c[start:] + s[start:]) + torch.outer(s[rows], c[start:])
+            total[rows, start:] += torch.outer(c[rows], whole * c[start:] + s[start:]) + torch.outer(s[rows], c[start:])
 
 
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     """Float32 products as such: neither half precision (autocast) nor TF32 or bfloat16 in their place."""
-    before = torch.get_float32_matmul_precision()
-    if before != "highest":
-        torch.set_float32_matmul_precision("highest")
+    backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]  # since PyTorch 2.9
+    before = [backend.fp32_precision for backend in backends] or torch.get_float32_matmul_precision()
     try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        if not backends:
+            torch.set_float32_matmul_precision("highest")
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        if before != "highest":
+        for backend, value in zip(backends, before, strict=False):
+            backend.fp32_precision = value
+        if not backends:
             torch.set_float32_matmul_precision(before)
 
 

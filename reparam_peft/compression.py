@@ -18,9 +18,10 @@ from tqdm.auto import tqdm
 
 from .allocation import uniform_rank
 from .autoencoder import train_autoencoder
-from .calibration import fails_together, gather_statistics, processes
+from .calibration import gather_statistics
 from .config import CALIBRATED, CALIBRATED_METHODS, ReparamConfig
 from .decompositions import Factors, check_matrix, direction_losses, factorize, random_factors
+from .distributed import check_whole, fails_together, processes
 from .factorized import layer_kind
 from .layer import Product
 from .metrics import diagonal, exact, shrink
@@ -173,6 +174,7 @@ class _Run:
         self.calibrated = self.config.method in CALIBRATED_METHODS
         self.gradients = self.config.allocation == "loss" or (self.calibrated and self.config.output_metric != "none")
         self.passes = [list(self.modules)] if max_memory is None else _groups(self.targets, max_memory)
+        check_whole(batches)
         several = len(self.passes) > 1 and not isinstance(batches, Statistics)
         self.batches = list(batches) if several else batches
         self._statistics: tuple[list[str], Statistics] | None = None

@@ -283,7 +283,8 @@ class ReparamConfig(PeftConfig):
         floor, ceiling = self.floor or 0.0, 1.0 if self.ceiling is None else self.ceiling
         if floor >= 1 or floor > ceiling:
             raise ValueError(f"`floor` must be below 1 and at most `ceiling`, got {floor!r} and {ceiling!r}.")
-        if self.allocation != "uniform" and self.r is None and not self._from_file and floor > self.keep:
+        exempt = self.rank_pattern or self.dense_modules
+        if self.allocation != "uniform" and self.r is None and not (self._from_file or exempt) and floor > self.keep:
             raise ValueError(f"`floor` must be at most `keep`, got {floor!r} and {self.keep!r}.")
         if self.r is not None and self.allocation == "loss":
             raise ValueError(f"`r={self.r!r}` fixes the ranks, and `allocation='loss'` chooses them under `keep`; give one.")
@@ -297,11 +298,13 @@ class ReparamConfig(PeftConfig):
                 raise ValueError(
                     f"`{name}` has an effect with a calibrated method only, not with `method='svd'`; leave it out."
                 )
-        for name, metric in (("shrinkage", "input_metric"), ("output_shrinkage", "output_metric")):
-            if without_loss and getattr(self, metric) == "none" and getattr(self, name) is not None:
+        if without_loss and self.output_metric == "none" and not self._from_file:  # gradients are of no use
+            if self.output_shrinkage is not None:
                 raise ValueError(
-                    f"`{name}` has no effect with `{metric}='none'` and without `allocation='loss'`; leave it out."
+                    "`output_shrinkage` has no effect with uniform ranks and `output_metric='none'`; leave it out."
                 )
+            if self.input_metric == "none" and self.shrinkage is not None:
+                raise ValueError("`shrinkage` has no effect with uniform ranks and without metrics; leave it out.")
 
     def _check_modules(self) -> None:
         for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "dense_modules"):

@@ -169,9 +169,8 @@ def random_factors(weight: Tensor, rank: int) -> Factors:
     check_rank(rank, weight.shape)
     out_features, in_features = weight.shape
     # E‖A B‖_F² = out · in · r · std(A)² · std(B)²; both factors get the same standard deviation.
-    largest = weight.detach().abs().amax().double()
-    rms = (weight.detach().double() / largest.clamp(min=torch.finfo(torch.float64).tiny)).square().mean().sqrt() * largest
-    std = rms.sqrt() / rank**0.25
+    W, largest = scaled(weight)
+    std = (float(W.square().mean().sqrt()) * largest) ** 0.5 / rank**0.25
     like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
     A = torch.randn(out_features, rank, **like) * std
     B = torch.randn(rank, in_features, **like) * std

@@ -85,7 +85,7 @@ class Statistics:
         gram = self.gram(module)
         covariance = gram - torch.outer(mean, mean)
         # Of constant channels only rounding is left, which may be negative.
-        covariance.diagonal().clamp_(min=1e-12 * gram.diagonal())
+        covariance.diagonal().clamp_(min=1e-14 * gram.diagonal())
         return covariance
 
     def weighted_gram(self, module: str, centre: Tensor | None = None) -> Tensor | None:
@@ -98,7 +98,9 @@ class Statistics:
         if centre is None:
             return gram
         cross = torch.outer(self.weighted_sums[name] / total, centre)
-        return gram - cross - cross.mT + torch.outer(centre, centre)
+        centred = gram - cross - cross.mT + torch.outer(centre, centre)
+        centred.diagonal().clamp_(min=0)
+        return centred
 
     def fisher(self, module: str) -> Tensor:
         """F = E[g gᵀ] at a module's output, shape (out, out)."""

@@ -119,9 +119,9 @@ def configs(draw: st.DrawFn) -> ReparamConfig:
     if method != "svd":  # which weighs nothing
         calibration["input_metric"] = draw(st.none() | st.sampled_from(INPUT_METRICS))
         calibration["output_metric"] = draw(st.none() | st.sampled_from(OUTPUT_METRICS))
-        for name, metric in (("shrinkage", "input_metric"), ("output_shrinkage", "output_metric")):
-            if calibration[metric] != "none" or (r is None and allocation != "uniform"):  # else nothing is shrunk
-                calibration[name] = draw(st.none() | st.floats(0, 1))
+        if calibration["output_metric"] != "none" or (r is None and allocation != "uniform"):  # else no gradients are needed
+            calibration["shrinkage"] = draw(st.none() | st.floats(0, 1))
+            calibration["output_shrinkage"] = draw(st.none() | st.floats(0, 1))
     if r is None and allocation != "uniform":  # ranks that are given cannot be chosen
         calibration["rank_multiple"] = draw(st.none() | st.integers(1, 128))
         calibration["floor"] = draw(st.none() | st.floats(0, keep, exclude_max=True))

@@ -13,7 +13,7 @@ import reparam_peft
 PACKAGE = Path(reparam_peft.__file__).parent
 FILES = sorted(PACKAGE.glob("**/*.py"))
 LEVELS = {
-    1: ["metrics", "allocation", "evaluation", "target_modules", "model_card", "sampling"],
+    1: ["metrics", "allocation", "evaluation", "target_modules", "model_card", "sampling", "distributed"],
     2: ["decompositions", "config"],
     3: ["pivoting", "autoencoder", "planning"],
     4: ["products"],

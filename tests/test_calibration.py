@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import BertModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from reparam_peft import Statistics, calibration
+from reparam_peft import Statistics, calibration, distributed
 from reparam_peft.calibration import gather_statistics
 
 Batch = dict[str, Tensor]
@@ -285,6 +285,60 @@ def test_an_input_that_changes_before_the_backward_pass_has_no_weighted_gram() -
     assert torch.equal(changing.gram("second"), steady.gram("second"))
 
 
+def test_a_module_without_rows_in_one_batch_adds_nothing() -> None:
+    class Routed(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.expert = nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            chosen = (x[:, 0] > 0).nonzero()[:, 0]
+            return x.index_put((chosen,), self.expert(x[chosen]))
+
+    X = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    torch.manual_seed(0)
+    model = Routed()
+    first, both = (gather(model, named("expert"), [{"x": x} for x in given]) for given in ([X], [X, -X.abs()]))
+    assert first.rows["expert"] > 0
+    assert both.rows == first.rows
+    assert torch.equal(both.gram("expert"), first.gram("expert"))
+
+
+def test_precision_set_for_one_backend_is_put_back() -> None:
+    backend = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(backend, "fp32_precision"):
+        pytest.skip("this PyTorch has no precision by backend")
+    expected, before = gather(nn.Linear(64, 8), named(""), ROWS_64), backend.fp32_precision
+    backend.fp32_precision = "bf16"
+    try:
+        got = gather(nn.Linear(64, 8), named(""), ROWS_64)
+        assert backend.fp32_precision == "bf16"
+    finally:
+        backend.fp32_precision = before
+    assert torch.equal(got.gram(""), expected.gram(""))
+
+
+@pytest.mark.parametrize("constant", [1e2, 1e3])
+def test_constant_channels_have_no_variance_whoever_reads_them_first(constant: float) -> None:
+    class Sharing(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.k, self.v = nn.Linear(4, 4), nn.Linear(4, 4, bias=False), nn.Linear(4, 4)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = 0.01 * torch.tanh(self.first(x)) + torch.tensor([constant, 0, 0, 0])
+            return self.k(h) + self.v(h)
+
+    torch.manual_seed(0)
+    model, x = Sharing(), torch.randn(50, 4)
+    got = gather(model, named("first", "k", "v"), [{"x": x[:20]}, {"x": x[20:]}])
+    assert got.inputs["v"] == "k"
+    with torch.no_grad():
+        h = (0.01 * torch.tanh(model.first(x)) + torch.tensor([constant, 0, 0, 0])).double()
+    assert relative_error(got.covariance("v"), h.T.cov(correction=0)) < 1e-5
+    assert got.weighted_gram("v", got.mean("v")).diagonal().max() < 1e-3
+
+
 @pytest.mark.parametrize("precision", ["high", "medium"])
 def test_products_are_float32_whatever_the_caller_allows(precision: str) -> None:
     expected = gather(nn.Linear(64, 8), named(""), ROWS_64)
@@ -542,6 +596,7 @@ def test_inference_mode_is_refused_where_gradients_are_needed() -> None:
 
 
 def test_batches_that_are_shared_out_already_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "processes", lambda: (2, 0))
     monkeypatch.setattr(calibration, "processes", lambda: (2, 0))
     loader = DataLoaderShard([text([4], 4)])
     with pytest.raises(ValueError, match="shared out among the processes by accelerate already; give every process"):

@@ -156,11 +156,8 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
         for name, value in (("input_metric", "none"), ("output_metric", "none"), ("shrinkage", 0), ("output_shrinkage", 0.1))
     ),
     *(
-        (
-            {f"{side}shrinkage": 0.1, metric: "none", **fixed},
-            f"`{side}shrinkage` has no effect with `{metric}='none'` and without",
-        )
-        for side, metric in (("", "input_metric"), ("output_", "output_metric"))
+        ({name: 0.1, "input_metric": "none", "output_metric": "none", **fixed}, f"`{name}` has no effect with uniform ranks")
+        for name in ("shrinkage", "output_shrinkage")
         for fixed in ({"allocation": "uniform"}, {"r": 8})
     ),
     ({"floor": 0.5, "keep": 0.4, "allocation": "loss"}, "`floor` must be at most `keep`, got 0.5 and 0.4"),
@@ -231,6 +228,8 @@ def test_every_choice_that_a_config_takes_is_data_free_or_refused_above() -> Non
         {"r": 8, "method": "whitened", "input_metric": "diagonal", "form": "pivot"},
         {"moved_bias": True, "calibration_tokens": 0, "gradient_tokens": 9, "seed": 0, "predicted_loss": 1},
         {"floor": 0.9, "keep": 0.5, "stored_parameters": 5},
+        {"floor": 0.5, "keep": 0.4, "rank_pattern": {"embed": 8}},
+        {"shrinkage": 0.1, "input_metric": "none", "allocation": "uniform"},
     ],
     ids=str,
 )
