@@ -198,8 +198,9 @@ class _Recorder:
             statistics.rows[name] = statistics.rows.get(name, 0) + kept.numel()
             return
         X = _wide(kind.rows(module, x), mask)
-        _add_gram(statistics.grams, name, X, self.centred)
-        _add(statistics.sums, name, X.sum(0, dtype=torch.float64))
+        sums = X.sum(0, dtype=torch.float64)
+        _add_gram(statistics.grams, name, X, sums if self.centred else None)
+        _add(statistics.sums, name, sums)
         statistics.rows[name] = statistics.rows.get(name, 0) + len(X)
         if self.gradients and x.requires_grad:
             x.register_hook(partial(self.add_weighted, name, module, kind, x.detach(), x._version, mask))
@@ -214,15 +215,16 @@ class _Recorder:
         statistics = self.statistics
         X, H = (_wide(kind.rows(module, tensor), mask) for tensor in (x, h))
         weights = _squares(H).double()
-        _add_gram(statistics.weighted_grams, name, X, self.centred, weights)
-        _add(statistics.weighted_sums, name, weights @ X.double())
+        sums = weights @ X.double()
+        _add_gram(statistics.weighted_grams, name, X, sums if self.centred else None, weights)
+        _add(statistics.weighted_sums, name, sums)
         statistics.weights[name] = statistics.weights.get(name, 0.0) + float(weights.sum())
 
     def add_gradient(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, mask: Tensor | None, g: Tensor) -> None:
         """Add a gradient at the output that the module made of x."""
         statistics = self.statistics
         Y = _wide(kind.gradient_rows(module, g), None if mask is None else mask.to(g.device))
-        _add_gram(statistics.output_grams, name, Y, centred=False)
+        _add_gram(statistics.output_grams, name, Y)
         squares = (x if mask is None else x[mask]).to(Y.device).double()
         _add(statistics.energies, name, torch.stack([squares @ _squares(Y).double(), squares.sum()]))
         statistics.gradient_rows[name] = statistics.gradient_rows.get(name, 0) + len(Y)
@@ -295,20 +297,21 @@ def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
         totals[name] = value
 
 
-def _add_gram(totals: dict[str, Tensor], name: str, X: Tensor, centred: bool, weights: Tensor | None = None) -> None:
+def _add_gram(
+    totals: dict[str, Tensor], name: str, X: Tensor, sums: Tensor | None = None, weights: Tensor | None = None
+) -> None:
     """Add Σ w x xᵀ, float64, in the blocks on and above the diagonal; the weights w, shape (rows,), float64, are 1 if None.
 
-    `centred`: multiply x − c with c near the mean, and add the rest in float64, so that the rounding of float32 products is
-    relative to the variance of a channel and not to its mean square.
+    With `sums`, Σ w x in float64, x − c is multiplied, with c near the mean, and the rest added in float64: then the rounding
+    of float32 products is relative to the variance of a channel and not to its mean square.
     """
     if name not in totals:
         totals[name] = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=X.device)
     if not len(X):
         return
     total = totals[name]
-    if centred:
+    if sums is not None:
         whole = len(X) if weights is None else weights.sum()
-        sums = X.sum(0, dtype=torch.float64) if weights is None else weights @ X.double()
         centre = (sums / (whole if weights is None else whole.clamp(min=1e-300))).to(X.dtype)
         c = centre.double()
         s = sums - whole * c  # of w (x − c), before that is rounded
@@ -320,7 +323,7 @@ def _add_gram(totals: dict[str, Tensor], name: str, X: Tensor, centred: bool, we
         with _full_precision(X.device):
             product = X[:, rows].mT @ X[:, start:]
         total[rows, start:] += product
-        if centred:
+        if sums is not None:
             total[rows, start:] += torch.outer(c[rows], whole * c[start:] + s[start:]) + torch.outer(s[rows], c[start:])
 
 
