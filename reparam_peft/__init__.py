@@ -11,20 +11,25 @@ from .registration import register
 
 register()
 
-from .compression import calibrate, compress, plan  # noqa: E402  the enum's member must exist first
+from .anchoring import Anchoring  # noqa: E402  the enum's member must exist first
+from .compression import calibrate, compress, plan  # noqa: E402
 from .config import ReparamConfig  # noqa: E402
 from .decompositions import Factors, factorize  # noqa: E402
 from .evaluation import Benchmark, MatrixSize, SizeReport, benchmark, perplexity, text_batches  # noqa: E402
 from .model import ReparamModel  # noqa: E402
 from .planning import Plan  # noqa: E402
+from .refinement import Refinement  # noqa: E402
 from .statistics import Statistics  # noqa: E402
+from .truncation import retruncate  # noqa: E402
 
 __version__ = version("reparam_peft")
 __all__ = [
+    "Anchoring",
     "Benchmark",
     "Factors",
     "MatrixSize",
     "Plan",
+    "Refinement",
     "ReparamConfig",
     "ReparamModel",
     "SizeReport",
@@ -35,5 +40,6 @@ __all__ = [
     "factorize",
     "perplexity",
     "plan",
+    "retruncate",
     "text_batches",
 ]

@@ -16,10 +16,12 @@ from tqdm.auto import tqdm
 
 from .distributed import check_whole, fails_together, processes
 from .evaluation import evaluating, input_device
-from .factorized import LayerKind, layer_kind
+from .factorized import LayerKind
+from .layer import kind_and_layer
 from .metrics import device_of_sums, exact
 from .sampling import sampled_objective
 from .statistics import Statistics, weight_norm
+from .targets import matrix_shape
 
 BLOCK = 256  # columns of a Gram matrix that are computed at a time, of which the lower triangle is left out
 
@@ -95,15 +97,12 @@ def gather_statistics(
         _reduce(statistics, modules, gradients)
     for name in modules.keys() - statistics.output_grams.keys() if gradients else ():  # no gradient came back
         module = modules[name]
-        size = layer_kind(module).shape(module)[0]
+        size = matrix_shape(module)[0]
         statistics.output_grams[name], statistics.energies[name] = _zeros(module, size, size), _zeros(module, 2)
         statistics.gradient_rows[name] = 0
     for gram in (*statistics.grams.values(), *statistics.weighted_grams.values(), *statistics.output_grams.values()):
-        for start in range(0, len(gram) if gram.ndim == 2 else 0, BLOCK):
-            end = start + BLOCK
-            block = gram[start:end, start:end]
-            block.copy_(block.triu() + block.triu(1).mT)
-            gram[end:, start:end] = gram[start:end, end:].mT
+        if gram.ndim == 2:
+            mirror(gram)
     return statistics
 
 
@@ -133,7 +132,7 @@ class _Recorder:
                 self.inside_encoder = set(encoder.modules())
                 handles.append(encoder.register_forward_hook(self._after_encoder))
             for name, module in self.modules.items():
-                handles.append(module.register_forward_hook(_Hook(self, name, layer_kind(module)), with_kwargs=True))
+                handles.append(module.register_forward_hook(_Hook(self, name, *kind_and_layer(module)), with_kwargs=True))
             handles += [module.register_forward_hook(lambda module, args, output: _start(output)[1]) for module in starts]
             yield
         finally:
@@ -143,7 +142,7 @@ class _Recorder:
     def run(self, model: nn.Module, batch: dict[str, Any], index: int, first_row: int, seed: int) -> None:
         """One batch: forward and, for gradients, backward."""
         self.seen.clear()
-        self.source_mask, self.target_mask = _masks(batch, bool(self.inside_encoder))
+        self.source_mask, self.target_mask = padding_masks(batch, bool(self.inside_encoder))
         with torch.set_grad_enabled(self.gradients):
             try:
                 output = model(**batch)
@@ -171,9 +170,7 @@ class _Recorder:
         of_encoder = self.encoder_output is not None and self.encoder_output() is x
         encodes = not self.inside_encoder or module in self.inside_encoder or of_encoder
         mask = self.source_mask if encodes else self.target_mask
-        positions = x.shape[:-1] if x.is_floating_point() else x.shape
-        fits = mask is not None and tuple(positions) in (tuple(mask.shape), (mask.numel(),))
-        return mask.flatten().to(x.device) if fits else None
+        return fitting_mask(mask, x)
 
     def add_input(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, mask: Tensor | None) -> None:
         """Add an input to its Gram, unless another module has read the same tensor."""
@@ -197,9 +194,9 @@ class _Recorder:
             _add(statistics.sums, name, counts.clone())
             statistics.rows[name] = statistics.rows.get(name, 0) + kept.numel()
             return
-        X = _wide(kind.rows(module, x), mask)
+        X = wide_rows(kind.rows(module, x), mask)
         sums = X.sum(0, dtype=torch.float64)
-        _add_gram(statistics.grams, name, X, sums if self.centred else None)
+        add_gram(statistics.grams, name, X, sums if self.centred else None)
         _add(statistics.sums, name, sums)
         statistics.rows[name] = statistics.rows.get(name, 0) + len(X)
         if self.gradients and x.requires_grad:
@@ -213,18 +210,18 @@ class _Recorder:
         if x._version != version:
             return
         statistics = self.statistics
-        X, H = (_wide(kind.rows(module, tensor), mask) for tensor in (x, h))
+        X, H = (wide_rows(kind.rows(module, tensor), mask) for tensor in (x, h))
         weights = _squares(H).double()
         sums = weights @ X.double()
-        _add_gram(statistics.weighted_grams, name, X, sums if self.centred else None, weights)
+        add_gram(statistics.weighted_grams, name, X, sums if self.centred else None, weights)
         _add(statistics.weighted_sums, name, sums)
         statistics.weights[name] = statistics.weights.get(name, 0.0) + float(weights.sum())
 
     def add_gradient(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, mask: Tensor | None, g: Tensor) -> None:
         """Add a gradient at the output that the module made of x."""
         statistics = self.statistics
-        Y = _wide(kind.gradient_rows(module, g), None if mask is None else mask.to(g.device))
-        _add_gram(statistics.output_grams, name, Y)
+        Y = wide_rows(kind.gradient_rows(module, g), None if mask is None else mask.to(g.device))
+        add_gram(statistics.output_grams, name, Y)
         squares = (x if mask is None else x[mask]).to(Y.device).double()
         _add(statistics.energies, name, torch.stack([squares @ _squares(Y).double(), squares.sum()]))
         statistics.gradient_rows[name] = statistics.gradient_rows.get(name, 0) + len(Y)
@@ -234,10 +231,10 @@ class _Recorder:
 
 
 class _Hook:
-    """The forward hook of one module."""
+    """The forward hook of one module, with the layer that has its geometry."""
 
-    def __init__(self, recorder: _Recorder, name: str, kind: LayerKind) -> None:
-        self.recorder, self.name, self.kind = recorder, name, kind
+    def __init__(self, recorder: _Recorder, name: str, kind: LayerKind, layer: nn.Module) -> None:
+        self.recorder, self.name, self.kind, self.layer = recorder, name, kind, layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         x = args[0] if args else next(iter(kwargs.values()))
@@ -246,17 +243,17 @@ class _Hook:
         if mask is not None and not mask.any():
             return None
         with torch.no_grad():
-            recorder.add_input(self.name, module, self.kind, x, mask)
+            recorder.add_input(self.name, self.layer, self.kind, x, mask)
         if not (recorder.gradients and torch.is_grad_enabled()):
             return None
         with torch.no_grad():
             ones = x.new_ones(x.numel(), dtype=torch.float32)
-            squares = ones if self.kind.one_hot else _squares(self.kind.rows(module, x))
+            squares = ones if self.kind.one_hot else _squares(self.kind.rows(self.layer, x))
         output, replaced = _start(output)
 
         @torch.no_grad()
         def add(g: Tensor) -> None:
-            recorder.add_gradient(self.name, module, self.kind, squares, mask, g)
+            recorder.add_gradient(self.name, self.layer, self.kind, squares, mask, g)
 
         output.register_hook(add)
         return replaced
@@ -280,7 +277,7 @@ def _squares(X: Tensor) -> Tensor:
     return torch.linalg.vector_norm(X, dim=1, dtype=torch.promote_types(X.dtype, torch.float32)).square()
 
 
-def _wide(X: Tensor, mask: Tensor | None) -> Tensor:
+def wide_rows(X: Tensor, mask: Tensor | None) -> Tensor:
     """The rows that count, in float32 or wider, where they can be added up in float64."""
     X = X if mask is None else X[mask]
     return X.to(device_of_sums(X.device), torch.promote_types(X.dtype, torch.float32))
@@ -297,7 +294,7 @@ def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
         totals[name] = value
 
 
-def _add_gram(
+def add_gram(
     totals: dict[str, Tensor], name: str, X: Tensor, sums: Tensor | None = None, weights: Tensor | None = None
 ) -> None:
     """Add Σ w x xᵀ, float64, in the blocks on and above the diagonal; the weights w, shape (rows,), float64, are 1 if None.
@@ -320,11 +317,24 @@ def _add_gram(
         X = X * weights.sqrt().to(X)[:, None]
     for start in range(0, len(total), BLOCK):
         rows = slice(start, start + BLOCK)
-        with _full_precision(X.device):
-            product = X[:, rows].mT @ X[:, start:]
-        total[rows, start:] += product
+        total[rows, start:] += cross_product(X[:, rows], X[:, start:])
         if sums is not None:
             total[rows, start:] += torch.outer(c[rows], whole * c[start:] + s[start:]) + torch.outer(s[rows], c[start:])
+
+
+def mirror(gram: Tensor) -> None:
+    """Fill in the lower triangle of what `add_gram` added up."""
+    for start in range(0, len(gram), BLOCK):
+        end = start + BLOCK
+        block = gram[start:end, start:end]
+        block.copy_(block.triu() + block.triu(1).mT)
+        gram[end:, start:end] = gram[start:end, end:].mT
+
+
+def cross_product(Y: Tensor, X: Tensor) -> Tensor:
+    """Σ y xᵀ over rows, in the dtype of the rows and at its full precision."""
+    with _full_precision(X.device):
+        return Y.mT @ X
 
 
 @contextmanager
@@ -347,7 +357,14 @@ def _full_precision(device: torch.device) -> Iterator[None]:
             torch.set_float32_matmul_precision(before)
 
 
-def _masks(batch: Mapping[str, Any], encoder_decoder: bool) -> tuple[Tensor | None, Tensor | None]:
+def fitting_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
+    """A mask (sequences, positions), flattened, where an input has these positions; else None."""
+    positions = x.shape[:-1] if x.is_floating_point() else x.shape
+    fits = mask is not None and tuple(positions) in (tuple(mask.shape), (mask.numel(),))
+    return mask.flatten().to(x.device) if fits else None
+
+
+def padding_masks(batch: Mapping[str, Any], encoder_decoder: bool) -> tuple[Tensor | None, Tensor | None]:
     """What is no padding in the inputs of the model, or of its encoder, and in those of its decoder; None: all."""
 
     def as_bool(name: str) -> Tensor | None:
@@ -406,7 +423,7 @@ def _reduce(statistics: Statistics, modules: Mapping[str, nn.Module], gradients:
         statistics.inputs[name] = names[high]
     for name in dict.fromkeys(statistics.inputs[n] for n in names if n in statistics.inputs):
         module = modules[name]
-        size, one_hot = layer_kind(module).shape(module)[1], layer_kind(module).one_hot
+        size, one_hot = matrix_shape(module)[1], kind_and_layer(module)[0].one_hot
         sum_up(statistics.grams, name, *((size,) if one_hot else (size, size)))
         sum_up(statistics.sums, name, size)
         count(statistics.rows, name)
@@ -418,7 +435,7 @@ def _reduce(statistics: Statistics, modules: Mapping[str, nn.Module], gradients:
         if not statistics.weights[name] > 0:
             del statistics.weights[name], statistics.weighted_grams[name], statistics.weighted_sums[name]
     for name, module in modules.items() if gradients else ():
-        size = layer_kind(module).shape(module)[0]
+        size = matrix_shape(module)[0]
         sum_up(statistics.output_grams, name, size, size)
         sum_up(statistics.energies, name, 2)
         count(statistics.gradient_rows, name)

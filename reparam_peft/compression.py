@@ -1,40 +1,24 @@
-"""The one-shot pipeline: calibrate, plan, factorise, and hand the products to the tuner."""
+"""`compress`, `plan` and `calibrate`: from a model, a config and data to a compressed model."""
 
 from __future__ import annotations
 
-import copy
-import warnings
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, replace
-from functools import partial
+from collections.abc import Iterable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from peft import PeftModel, get_peft_model
-from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import Tensor, nn
-from tqdm.auto import tqdm
+from torch import nn
 
-from .allocation import uniform_rank
-from .autoencoder import train_autoencoder
+from .blocks import find_blocks
 from .calibration import gather_statistics
-from .config import CALIBRATED, CALIBRATED_METHODS, ReparamConfig
-from .decompositions import Factors, check_matrix, direction_losses, factorize, random_factors
-from .distributed import check_whole, fails_together, processes
-from .factorized import layer_kind
-from .layer import Product
-from .metrics import diagonal, exact, shrink
-from .model import select_targets
-from .pivoting import PivotFactors, pivot
-from .planning import Plan, allocate_ranks, check_budget, make_plan
+from .config import CALIBRATED_METHODS, ReparamConfig
+from .pipeline import Batches, Run
+from .planning import Plan
+from .refinement import Refinement
+from .sequential import Anchoring, BlockByBlock, Result
 from .statistics import Statistics
-from .targets import Target, check_targets, installing, naming, resolve_rank, source_matrix
-
-# Part of the input metric that weighs each token by the gradient there, so that the many tokens that matter are not drowned
-# out by the few of huge norm. Chosen on held-out calibration text, as shrinkage was; 0.1 to 0.4 differ by less than 1.5 %.
-SENSITIVE = 0.1
-Batches = Iterable[Mapping[str, Any]] | Statistics
+from .targets import check_targets, installing
 
 
 def compress(
@@ -47,6 +31,12 @@ def compress(
     plan: Plan | None = None,
     max_memory: int | None = None,
     adapter_name: str = "default",
+    sequential: bool | Anchoring = False,
+    refine: bool | Refinement = False,
+    statistics: Statistics | None = None,
+    offload_folder: str | Path | None = None,
+    run_folder: str | Path | None = None,
+    device: str | torch.device | None = None,
 ) -> PeftModel:
     """Compress a model with calibration data: `get_peft_model` with ranks and factors chosen by what the layers compute.
 
@@ -54,19 +44,33 @@ def compress(
     by predicted loss, and products are stored in pivot form. The model is changed in place, as by `get_peft_model`, and only
     after everything is computed: an error leaves it as it was.
 
+    With `sequential` or `refine` the model is compressed block by block in the order of the data flow, so that each block sees
+    what the earlier ones became. What changes beside the factors (norms, and matrices that stay dense) becomes part of the
+    adapter through its `modules_to_save`.
+
     In a distributed run (`torchrun`, `accelerate launch`) every process calls this with the same model and batches; they share
-    out batches and matrices, and end with the same factors.
+    out batches and matrices, and end with the same factors. Blocks are refined by each process, and taken from the first.
 
     Args:
         model: any model that is called as `model(**batch)`, on any device.
         config: what to compress, and to which size.
-        batches: keyword batches, as a DataLoader yields them, read once; or the `Statistics` of an earlier run.
+        batches: keyword batches, as a DataLoader yields them, read once; or the `Statistics` of an earlier run. With
+            `sequential` or `refine` they are kept, and a step of the refinement takes one of them.
         seed: of the labels sampled for gradients; given `Statistics` have their own.
         progress: whether to show progress bars.
         plan: the ranks, from `reparam_peft.plan`, which then holds what the config leaves open; None: chosen here.
         max_memory: bytes that statistics may take at a time; where all of them take more, they are gathered in groups of
             modules, in two passes over the data for each group.
         adapter_name: name of the adapter.
+        sequential: factorise each matrix for the inputs that it gets from the compressed part before it, anchored to the
+            original's activations; True, or an `Anchoring` that says how far. Needs a calibrated method.
+        refine: train each block to reproduce the original block's output; True, or a `Refinement` that says how.
+        statistics: of an earlier run, where `batches` are for `sequential` or `refine`; None: gathered from `batches`.
+        offload_folder: folder in which activations are kept during the run; None: in memory, two streams of
+            (tokens, hidden size).
+        run_folder: folder for finished blocks, the plan, and `log.jsonl` with the errors of each block. A run that was killed
+            goes on after its last finished block, with the same result, when it is called again with the same arguments.
+        device: where blocks are computed, of which one at a time is copied there; None: where the model is.
 
     Returns:
         A `PeftModel`, with what was resolved in `peft_config[adapter_name]`.
@@ -74,7 +78,8 @@ def compress(
     Raises:
         TypeError: a target is of a kind that cannot be factorised, or the model is wrapped by PEFT already.
         ValueError: the batches are empty or not accepted by the model; a target is never reached by them; activations or
-            weights are NaN or infinite; statistics or plan are of another model; or the budget cannot be met.
+            weights are NaN or infinite; statistics or plan are of another model; the budget cannot be met; the model has no
+            blocks, with `sequential` or `refine`; or `run_folder` holds a run with other arguments.
 
     >>> from torch import nn
     >>> class Net(nn.Sequential):
@@ -84,14 +89,55 @@ def compress(
     >>> small.size_report().keep <= 0.5
     True
     """
-    run = _Run(model, config, batches, seed, progress, max_memory, adapter_name, plan)
-    if plan is None:
-        plan = run.plan()
-    check_targets(run.ranked(plan), run.config, model, adapter_name, loading=False)
-    products = run.products(plan)
-    resolved = run.resolved(plan)
-    with installing(products):
-        return get_peft_model(model, resolved, adapter_name=adapter_name)
+    anchoring = _options("sequential", sequential, Anchoring)
+    refinement = _options("refine", refine, Refinement)
+    if anchoring is None and refinement is None:
+        given = {"statistics": statistics, "offload_folder": offload_folder, "run_folder": run_folder, "device": device}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"`{name}` has an effect with `sequential` or `refine` only; leave it out.")
+        run = Run(model, config, batches, seed, progress, max_memory, adapter_name, plan)
+        plan = run.plan() if plan is None else plan
+        check_targets(run.ranked(plan), run.config, model, adapter_name, loading=False)
+        return _install(model, run, Result(plan, run.products(run.ranked(plan))), adapter_name)
+    if isinstance(batches, Statistics):
+        raise ValueError(
+            "`sequential` and `refine` need the data themselves; give them as `batches`, and the statistics as `statistics`."
+        )
+    batches = list(batches)
+    if not batches:
+        raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
+    blocks = find_blocks(model)
+    known = batches if statistics is None else statistics
+    run = Run(model, config, known, seed, progress, max_memory, adapter_name, plan, list(blocks), refinement is not None)
+    if anchoring is not None and not run.calibrated:
+        raise ValueError(f"`sequential` needs one of the methods {CALIBRATED_METHODS}, got {run.config.method!r}.")
+    by_block = BlockByBlock(run, blocks, batches, anchoring, refinement, offload_folder, run_folder, device)
+    return _install(model, run, by_block.result(plan, adapter_name), adapter_name)
+
+
+def _options(name: str, given: Any, kind: type[Any]) -> Any:
+    """The options of a step that is asked for by True or by options; None where it is not asked for."""
+    if given is None or isinstance(given, bool):
+        return kind() if given else None
+    if not isinstance(given, kind):
+        raise TypeError(f"`{name}` must be True, False or options of type {kind.__name__}, got {given!r}.")
+    return given
+
+
+def _install(model: nn.Module, run: Run, result: Result, adapter_name: str) -> PeftModel:
+    """Put products in place of the targets, and what else has changed in the adapter's own copies of modules."""
+    resolved = run.resolved(result.plan)
+    if result.changed:
+        resolved.modules_to_save = sorted({*(resolved.modules_to_save or []), *result.changed})
+    with installing(result.products):
+        compressed = get_peft_model(model, resolved, adapter_name=adapter_name)
+    for name, values in result.changed.items():
+        copies = compressed.base_model.model.get_submodule(name).modules_to_save[adapter_name]
+        for key, value in values.items():
+            own = copies.get_parameter(key)
+            own.data = value.to(own)
+    return compressed
 
 
 def plan(
@@ -107,7 +153,7 @@ def plan(
 
     Args, Raises: as for `compress`.
     """
-    return _Run(model, config, batches, seed, progress, max_memory, "default").plan()
+    return Run(model, config, batches, seed, progress, max_memory, "default").plan()
 
 
 def calibrate(
@@ -128,322 +174,5 @@ def calibrate(
             with the same seed, `Statistics.merge` of the parts gives the statistics of the whole.
         model, config, batches, seed, progress: as for `compress`, as are the errors.
     """
-    run = _Run(model, config, batches, seed, progress, None, "default")
+    run = Run(model, config, batches, seed, progress, None, "default")
     return gather_statistics(model, run.modules, batches, seed=seed, progress=progress, first_row=first_row)
-
-
-@dataclass(frozen=True)
-class _Metrics:
-    """What one module's factorisation weighs errors by, and what its loss is predicted in."""
-
-    input: Tensor | None
-    output: Tensor | None
-    gram: Tensor
-    fisher: Tensor | None
-    loss_scale: float
-    mean: Tensor
-
-
-class _Run:
-    """One call of `compress` or `plan`."""
-
-    def __init__(
-        self,
-        model: nn.Module,
-        config: ReparamConfig,
-        batches: Batches,
-        seed: int,
-        progress: bool,
-        max_memory: int | None,
-        adapter_name: str,
-        plan: Plan | None = None,
-    ) -> None:
-        if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
-            raise TypeError("`model` is wrapped by PEFT already; give the base model, or merge the adapter first.")
-        if not isinstance(config, ReparamConfig):
-            raise TypeError(f"`config` must be a ReparamConfig, got a {type(config).__name__}.")
-        if not isinstance(plan, Plan | None):
-            raise TypeError(f"`plan` must be a Plan, got a {type(plan).__name__}; read one with `Plan.load`.")
-        self.model, self.seed, self.progress = model, seed, progress
-        self.config = _with_defaults(config, plan)
-        self.targets = select_targets(model, self.config, adapter_name)
-        self.modules = {name: target.module for name, target in self.targets.items()}
-        for name, module in self.modules.items():
-            with naming(name):
-                check_matrix(source_matrix(module))
-        self.calibrated = self.config.method in CALIBRATED_METHODS
-        self.gradients = self.config.allocation == "loss" or (self.calibrated and self.config.output_metric != "none")
-        self.passes = [list(self.modules)] if max_memory is None else _groups(self.targets, max_memory)
-        check_whole(batches)
-        several = len(self.passes) > 1 and not isinstance(batches, Statistics)
-        self.batches = list(batches) if several else batches
-        self._statistics: tuple[list[str], Statistics] | None = None
-        self.tokens = self.predictions = 0
-        self.storages = {name: target.storage for name, target in self.targets.items()}
-        self.uniform = {name: target.rank for name, target in self.targets.items()}
-        if plan is not None:
-            self._check_plan(plan)
-        elif self.config.allocation == "loss":  # raises, before minutes of work, where no ranks fit
-            allocate_ranks(self.config, self.storages, {n: _length(t).zero_() for n, t in self.targets.items()}, self._given())
-        elif self.config.r is None:
-            check_budget(self.config.keep, self.uniform, self.storages)
-
-    def plan(self) -> Plan:
-        losses: dict[str, Tensor] = {}
-        for group in self.passes if self.gradients else ():
-            compute = partial(self._losses, statistics=self.statistics(group))
-            found = self._shared_out(group, "Planning", compute, lambda name: [_length(self.targets[name])])
-            losses.update({name: loss for name, (loss,) in found.items()})
-        if self.config.allocation == "loss":
-            ranks = allocate_ranks(self.config, self.storages, losses, self._fixed(losses))
-        else:
-            ranks = self.uniform
-        provenance = {"calibration_tokens": self.tokens, "gradient_tokens": self.predictions, "seed": self.seed}
-        return make_plan(self.config, self.storages, ranks, losses, **provenance)
-
-    def ranked(self, plan: Plan) -> dict[str, Target]:
-        """The targets with the ranks of a plan."""
-        return {module.name: replace(self.targets[module.name], rank=module.rank) for module in plan.modules}
-
-    def products(self, plan: Plan) -> dict[str, Product]:
-        """The products of all targets that do not stay dense."""
-        products: dict[str, Product] = {}
-        ranked = self.ranked(plan)
-        for group in self.passes:
-            todo = {name: ranked[name] for name in group if ranked[name].rank is not None}
-            if not todo:
-                continue
-            compute = partial(self._product, targets=todo, statistics=self.statistics(group))
-            found = self._shared_out(todo, "Factorising", compute, lambda name: _empty_product(todo[name]))  # noqa: B023
-            products.update({name: _from_tensors(tensors, todo[name]) for name, tensors in found.items()})
-        return products
-
-    def statistics(self, group: list[str]) -> Statistics:
-        """The statistics of a group of modules; those of the last group are at hand."""
-        if self._statistics is not None and self._statistics[0] == group:
-            return self._statistics[1]
-        self._statistics = None
-        modules = {name: self.modules[name] for name in group}
-        if isinstance(self.batches, Statistics):
-            found = self.batches
-        else:
-            options = {"gradients": self.gradients, "seed": self.seed, "progress": self.progress}
-            options["starts"] = self.modules.values()
-            found = gather_statistics(self.model, modules, self.batches, **options)
-        found.check(modules, self.gradients)
-        self.tokens, self.predictions = max(self.tokens, found.tokens), max(self.predictions, found.gradient_tokens)
-        self.seed = found.seed
-        self._statistics = (group, found)
-        return found
-
-    def _check_plan(self, plan: Plan) -> None:
-        """Raise `ValueError` unless a plan that was given is of these targets, and the config asks for nothing else."""
-        shapes = {name: (storage.out_features, storage.in_features) for name, storage in self.storages.items()}
-        given = {module.name: module.shape for module in plan.modules}
-        for name in shapes.keys() ^ given.keys():
-            raise ValueError(f"{name}: it is in the plan or among the targets, but not in both; the plan is of other targets.")
-        for name, shape in shapes.items():
-            if given[name] != shape:
-                raise ValueError(f"{name}: the plan is for a shape of {given[name]}, and the weight is {shape}.")
-        for name in ("form", "allocation", "keep"):
-            if getattr(plan, name) != getattr(self.config, name):
-                raise ValueError(
-                    f"`plan` is for `{name}={getattr(plan, name)!r}`, and the config says {getattr(self.config, name)!r}; "
-                    "leave it out of the config, or make a plan with it."
-                )
-        has_bias = any(getattr(module, "bias", None) is not None for module in self.modules.values())
-        if has_bias and plan.moved_bias != self.config.moved_bias:
-            raise ValueError(
-                f"`plan` is for `method={plan.method!r}`, and the config says {self.config.method!r}, which stores other "
-                "biases."
-            )
-        for name, rank in (self._given() if self.config.r is None else self.uniform).items():
-            if plan.ranks.get(name) != rank:
-                raise ValueError(
-                    f"{name}: the config says rank {rank}, and the plan {plan.ranks.get(name)}; leave `r`, `rank_pattern` and "
-                    "`dense_modules` out of the config, or make a plan with them."
-                )
-
-    def resolved(self, plan: Plan) -> ReparamConfig:
-        """The config for the tuner: what was chosen, and where it came from."""
-        config = copy.deepcopy(self.config)
-        config.rank_pattern, config.dense_modules = plan.ranks, plan.dense_modules
-        config.calibration_tokens, config.gradient_tokens, config.seed = self.tokens, self.predictions, self.seed
-        config.predicted_loss = plan.predicted_loss
-        return config
-
-    def _given(self) -> dict[str, int | None]:
-        """Targets whose rank the config gives."""
-        return {
-            name: resolve_rank(self.config, name, target.storage)
-            for name, target in self.targets.items()
-            if name in (self.config.dense_modules or ()) or self.config.module_rank(name) is not None
-        }
-
-    def _fixed(self, losses: Mapping[str, Tensor]) -> dict[str, int | None]:
-        """Those, and targets that no gradient reaches, which get a uniform rank."""
-        fixed = self._given()
-        for name, target in self.targets.items():
-            if name not in fixed and not losses[name].any():
-                warnings.warn(f"{name}: no gradient reaches its output, so that its rank is uniform.", stacklevel=4)
-                fixed[name] = uniform_rank(self.config.keep, target.storage)
-        return fixed
-
-    def _metrics(self, name: str, statistics: Statistics) -> _Metrics:
-        config, target = self.config, self.targets[name]
-        mean = statistics.mean(name)
-        gram = statistics.covariance(name) if target.storage.bias else statistics.gram(name)
-        if self.gradients and config.input_metric in (None, "gram") and config.output_metric in (None, "fisher"):
-            weighted = statistics.weighted_gram(name, mean if target.storage.bias else None)
-            if weighted is not None and weighted.trace() > 0:
-                gram = (1 - SENSITIVE) * gram + SENSITIVE * (gram.trace() / weighted.trace()) * weighted
-        rows = statistics.rows[statistics.inputs[name]]
-        amount = config.shrinkage
-        gram = shrink(gram, input_shrinkage(rows, len(gram)) if amount is None else amount)
-        fisher = None
-        if self.gradients:
-            fisher = statistics.fisher(name)
-            amount = config.output_shrinkage
-            fisher = shrink(fisher, output_shrinkage(statistics.gradient_rows[name], len(fisher)) if amount is None else amount)
-        input_metric = {"gram": gram, "diagonal": diagonal(gram).sqrt(), "none": None}[config.input_metric or "gram"]
-        output_metric = None
-        if config.output_metric != "none" and fisher is not None and fisher.any():
-            output_metric = diagonal(fisher) if config.output_metric == "diagonal" else fisher
-        if not self.calibrated:
-            input_metric = output_metric = None
-        scale = statistics.loss_scale(name) if self.gradients else 1.0
-        return _Metrics(input_metric, output_metric, gram, fisher, scale, mean)
-
-    def _losses(self, name: str, statistics: Statistics) -> list[Tensor]:
-        metrics = self._metrics(name, statistics)
-        W = source_matrix(self.modules[name])
-        q = direction_losses(W, metrics.gram, metrics.fisher, metrics.input, metrics.output)
-        return [q * metrics.loss_scale]
-
-    def _product(self, name: str, targets: Mapping[str, Target], statistics: Statistics) -> list[Tensor]:
-        target = targets[name]
-        metrics = self._metrics(name, statistics)
-        W = source_matrix(target.module)
-        wide = W.to(torch.promote_types(W.dtype, torch.float32))  # rounded once, at the end
-        if self.config.method == "autoencoder":
-            start = None if self.config.init_weights else random_factors(wide, target.rank)
-            factors = train_autoencoder(wide, target.rank, metrics.input, metrics.output, start)
-        elif not self.config.init_weights:
-            factors = random_factors(wide, target.rank)
-        else:
-            factors = factorize(wide, target.rank, metrics.input, metrics.output)
-        if target.storage.form == "pivot":
-            factors = pivot(factors, metrics.input, W.dtype)
-        else:
-            factors = Factors(*(factor.to(W.dtype) for factor in factors))
-        bias = None
-        if target.storage.bias:
-            A, B = factors.factors() if isinstance(factors, PivotFactors) else factors
-            bias = exact(target.module.bias) + _difference(exact(W), exact(A), exact(B), metrics.mean)
-            bias = bias.to(W.dtype).to(W.device)
-        return _tensors(Product(factors, bias))
-
-    def _shared_out(
-        self, names: Iterable[str], what: str, compute: Callable[[str], list[Tensor]], parts: Callable[[str], list[Tensor]]
-    ) -> dict[str, list[Tensor]]:
-        """`compute(name)` for each name, by one of the processes, in all of them; `parts` makes memory to receive it."""
-        names = list(names)
-        world, own = processes()
-        results = {}
-        bar = tqdm(names[own::world], desc=what, unit="matrix", delay=1, disable=None if self.progress and own == 0 else True)
-        with fails_together(self.modules[names[0]].weight.device):
-            for name in bar:
-                with naming(name):
-                    results[name] = compute(name)
-        for index, name in enumerate(names if world > 1 else ()):
-            device = self.modules[name].weight.device
-            results[name] = [part.to(device) for part in results.get(name) or parts(name)]
-            for tensor in results[name]:
-                dist.broadcast(tensor, index % world)
-        return {name: results[name] for name in names}
-
-
-def input_shrinkage(rows: int, size: int) -> float:
-    """How far to shrink a Gram matrix of this size out of so many rows: 0.01, more where rows are fewer than 10 · size.
-
-    Between 0.002 and 0.05 the perplexity on held-out calibration text changes by less than 1 %.
-
-    >>> input_shrinkage(24576, 576), input_shrinkage(512, 1024)
-    (0.01, 0.2)
-    """
-    return min(0.5, max(0.01, 0.1 * size / max(rows, 1)))
-
-
-def output_shrinkage(rows: int, size: int) -> float:
-    """Likewise for a Fisher matrix, whose rows are heavy-tailed: 0.1, more where rows are fewer than 5 · size.
-
-    >>> output_shrinkage(24576, 576), output_shrinkage(1024, 1024)
-    (0.1, 0.5)
-    """
-    return min(0.5, max(0.1, 0.5 * size / max(rows, 1)))
-
-
-def _with_defaults(config: ReparamConfig, plan: Plan | None) -> ReparamConfig:
-    """A copy with the choices of a plan, or of `compress`, where the config makes none; checked as one."""
-    config = copy.deepcopy(config)
-    if config.stored_parameters is not None:
-        raise ValueError("`config` is that of a compressed model (its sizes are filled in); make a new one.")
-    choices = {**CALIBRATED, **({"allocation": "uniform"} if config.r is not None else {})}
-    if plan is not None:
-        choices = {"method": plan.method, "allocation": plan.allocation, "form": plan.form}
-        if config.keep == ReparamConfig.keep:
-            config.keep = plan.keep
-    for field, value in choices.items():
-        setattr(config, field, getattr(config, field) or value)
-    config.__post_init__()
-    config.moved_bias = config.method in CALIBRATED_METHODS
-    return config
-
-
-def _groups(targets: Mapping[str, Target], max_memory: int) -> list[list[str]]:
-    """Modules in order, in groups whose statistics take at most so many bytes even where they share no inputs."""
-    passes: list[list[str]] = [[]]
-    left = max_memory
-    for name, target in targets.items():
-        size = target.storage.in_features
-        needed = 8 * ((size if layer_kind(target.module).one_hot else 2 * size**2) + target.storage.out_features**2)
-        if needed > max_memory:
-            raise ValueError(f"{name}: its statistics take {needed:,} bytes, and `max_memory` is {max_memory:,}; raise it.")
-        if needed > left:
-            passes.append([])
-            left = max_memory
-        passes[-1].append(name)
-        left -= needed
-    return passes
-
-
-def _difference(W: Tensor, A: Tensor, B: Tensor, mean: Tensor) -> Tensor:
-    """(W − A B) E[x]."""
-    mean = mean.to(W.device)
-    return W @ mean - A @ (B @ mean)
-
-
-def _length(target: Target) -> Tensor:
-    return torch.empty(min(target.storage.out_features, target.storage.in_features), dtype=torch.float64)
-
-
-def _empty_product(target: Target) -> list[Tensor]:
-    """Memory for what `_tensors` gives."""
-    storage, rank, dtype = target.storage, target.rank, target.module.weight.dtype
-    if storage.form == "pivot":
-        shapes = [(rank, storage.in_features), (storage.out_features - rank, rank)]
-        tensors = [*(torch.empty(shape, dtype=dtype) for shape in shapes), torch.empty(rank, dtype=torch.int64)]
-    else:
-        shapes = [(storage.out_features, rank), (rank, storage.in_features)]
-        tensors = [torch.empty(shape, dtype=dtype) for shape in shapes]
-    return [*tensors, *([torch.empty(storage.out_features, dtype=dtype)] if storage.bias else [])]
-
-
-def _tensors(product: Product) -> list[Tensor]:
-    return [*product.factors, *([] if product.bias is None else [product.bias])]
-
-
-def _from_tensors(tensors: list[Tensor], target: Target) -> Product:
-    form = PivotFactors if target.storage.form == "pivot" else Factors
-    count = len(form._fields)
-    return Product(form(*tensors[:count]), tensors[count] if target.storage.bias else None)

@@ -24,6 +24,12 @@ def check_whole(batches: object) -> None:
         )
 
 
+def together() -> None:
+    """Wait for all processes of a distributed run."""
+    if processes()[0] > 1:
+        dist.barrier()
+
+
 @contextmanager
 def fails_together(device: torch.device) -> Iterator[None]:
     """Where this block fails in one process of a distributed run, it fails in all, so that none waits for the others.

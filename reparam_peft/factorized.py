@@ -57,7 +57,7 @@ class FactorizedEmbedding(FactorizedModule):
             **like,
         )
         super().__init__(B, partial(nn.Linear, rank, bias=False, **like), rank, layer.embedding_dim, form, bias, **like)
-        self.scale = embedding_scale(layer)
+        self.scale = embedding_scale(layer, B.weight.dtype)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = super().forward(x, bias)
@@ -67,11 +67,11 @@ class FactorizedEmbedding(FactorizedModule):
         return weight.mT
 
 
-def embedding_scale(layer: nn.Embedding) -> float:
+def embedding_scale(layer: nn.Embedding, dtype: torch.dtype) -> float:
     """What an embedding multiplies its rows by: BART a number, Gemma a tensor in the table's dtype, which may be on meta."""
     scale = getattr(layer, "embed_scale", 1.0)
     if isinstance(scale, Tensor):
-        scale = torch.tensor(float(getattr(layer, "scalar_embed_scale", scale)), dtype=layer.weight.dtype)
+        scale = torch.tensor(float(getattr(layer, "scalar_embed_scale", scale)), dtype=dtype)
     return float(scale)
 
 
@@ -243,7 +243,7 @@ class EmbeddingKind(LayerKind):
         return F.one_hot(inputs.flatten(), layer.num_embeddings).to(layer.weight.dtype)
 
     def gradient_rows(self, layer: nn.Embedding, gradients: Tensor) -> Tensor:
-        return super().gradient_rows(layer, gradients) * embedding_scale(layer)
+        return super().gradient_rows(layer, gradients) * embedding_scale(layer, gradients.dtype)
 
     def row_counts(self, layer: nn.Embedding, inputs: Tensor) -> Tensor:
         return torch.bincount(inputs.flatten(), minlength=layer.num_embeddings)

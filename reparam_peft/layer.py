@@ -11,7 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from .decompositions import Factors, factorize
-from .factorized import layer_kind
+from .factorized import LayerKind, layer_kind
 from .pivoting import PivotFactors
 
 BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"  # PEFT's words, which its users match
@@ -86,6 +86,12 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
         A, B = self.reparam_factors[adapter_name].factors
         precision = torch.promote_types(A.dtype, torch.float32)
         return (A.to(precision) @ B.to(precision)).to(self.base_dtype)
+
+    def computed_matrix(self) -> Tensor:
+        """The matrix (out, in) that the layer computes with: A B, or with several adapters active W + Σ (A_i B_i − W)."""
+        active = [name for name in self.active_adapters if name in self.reparam_factors]
+        self.check_active(active)
+        return _combined([self.dense_matrix(name) for name in active], self._base_matrix)
 
     @property
     def source(self) -> str | None:
@@ -364,3 +370,14 @@ def reparam_layer(module: nn.Module) -> ReparamLayer:
     """
     classes = {nn.Conv2d: Conv2d, nn.Embedding: Embedding}
     return classes.get(layer_kind(module).layer_class, Linear)(module)
+
+
+def kind_and_layer(module: nn.Module) -> tuple[LayerKind, nn.Module]:
+    """The kind of a layer, factorised already or not, and the layer that has its geometry: of a `ReparamLayer` the shell.
+
+    Raises:
+        TypeError, ValueError: as for `factorized.layer_kind`.
+    """
+    if isinstance(module, ReparamLayer):
+        return module.kind, module.base_layer
+    return layer_kind(module), module

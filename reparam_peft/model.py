@@ -30,6 +30,7 @@ from .targets import (
     naming,
     parameter_owners,
     reparam_layers,
+    unwrapped,
 )
 
 
@@ -156,14 +157,15 @@ class ReparamModel(BaseTuner):
         config = self.peft_config[adapter_name]
         modules = dict(self.model.named_modules())
         sizes = [matrix_size(name, modules[name], rank, config) for name, rank in config.rank_pattern.items()]
-        sizes += [matrix_size(name, modules[name], None, config) for name in config.dense_modules or []]
+        dense = {name: unwrapped(modules[name]) for name in config.dense_modules or []}
+        sizes += [matrix_size(name, module, None, config) for name, module in dense.items()]
         inside = {id(p) for _, layer in reparam_layers(self.model) for p in layer.reparam_factors.parameters()}
         # A module that is saved whole beside the factors has copies for each adapter; it counts once.
         copies = [m.modules_to_save for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
         inside |= {id(p) for module in copies for p in module.parameters()}
         kept = {id(layer.base_layer.weight) for _, layer in reparam_layers(self.model) if layer.base_layer.weight is not None}
-        dense = {id(modules[name].weight) for name in config.dense_modules or []}
-        rest = [p for p in self.model.parameters() if id(p) not in inside | kept | dense]
+        kept |= {id(module.weight) for module in dense.values()}
+        rest = [p for p in self.model.parameters() if id(p) not in inside | kept]
         return SizeReport(
             matrices=sizes,
             other_parameters=sum(p.numel() for p in rest),
@@ -187,7 +189,7 @@ class ReparamModel(BaseTuner):
         super().delete_adapter(adapter_name)
 
     def unload(self) -> nn.Module:
-        """The base model without adapters.
+        """The base model without adapters: its own matrices and norms, and the active adapter's heads, as PEFT has it.
 
         Raises:
             ValueError: W was dropped; `merge_and_unload` gives a dense model of the products.
@@ -196,6 +198,12 @@ class ReparamModel(BaseTuner):
         for _, layer in reparam_layers(self.model):
             if layer.merged:
                 layer.unmerge()
+        dense = {name for config in self.peft_config.values() for name in getattr(config, "dense_modules", None) or ()}
+        for name, module in self.model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                vectors = all(parameter.ndim <= 1 for parameter in module.original_module.parameters())
+                if vectors or name in dense:
+                    module.set_adapter([])
         return super().unload()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:

@@ -187,7 +187,7 @@ def allocate_ranks(
         ValueError: the budget cannot be met.
     """
     floor, ceiling = config.floor or 0.0, 1.0 if config.ceiling is None else config.ceiling
-    budget = _budget(config.keep, storages)
+    budget = parameter_budget(config.keep, storages)
     curves: dict[str, list[Point]] = {}
     for name, storage in storages.items():
         if name in fixed:
@@ -218,7 +218,7 @@ def allocate_ranks(
 
 def check_budget(keep: float, ranks: Mapping[str, int | None], storages: Mapping[str, Storage]) -> None:
     """Raise `ValueError` where ranks store more than the fraction `keep` of the targeted parameters."""
-    stored, budget = _stored(ranks, storages), _budget(keep, storages)
+    stored, budget = _stored(ranks, storages), parameter_budget(keep, storages)
     if stored > budget:
         dense = sum(storages[name].dense for name, rank in ranks.items() if rank is None)
         raise ValueError(
@@ -227,7 +227,8 @@ def check_budget(keep: float, ranks: Mapping[str, int | None], storages: Mapping
         )
 
 
-def _budget(keep: float, storages: Mapping[str, Storage]) -> int:
+def parameter_budget(keep: float, storages: Mapping[str, Storage]) -> int:
+    """How many numbers the fraction `keep` of the targeted parameters is."""
     return math.floor(keep * sum(storage.dense for storage in storages.values()) * (1 + 1e-12))
 
 

@@ -138,13 +138,19 @@ class FactorizedModule(nn.Module):
         return self.B.weight.dtype
 
     @property
-    def factors(self) -> Factors:
-        """A (out, r) and B (r, in); views of the parameters, but for the A of the pivot form."""
+    def stored(self) -> Factors | PivotFactors:
+        """The product in the form in which it is stored; views of the parameters."""
         B = self._matrix_of_B(self.B.weight)
         if isinstance(self.A, PivotExpansion):
             K = B.new_empty(0, len(B)) if self.A.K is None else self.A.K.weight.flatten(1)
-            return PivotFactors(B, K, self.A.pivots).factors()
+            return PivotFactors(B, K, self.A.pivots)
         return Factors(self.A.weight.flatten(1), B)
+
+    @property
+    def factors(self) -> Factors:
+        """A (out, r) and B (r, in); views of the parameters, but for the A of the pivot form."""
+        stored = self.stored
+        return stored.factors() if isinstance(stored, PivotFactors) else stored
 
     def set_factors(self, factors: Factors | PivotFactors) -> None:
         """Make a product the parameters, in their dtype; copied only where needed. Works on meta.

@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .factorized import layer_kind
+from .layer import ReparamLayer, kind_and_layer
 
 FORMAT = "reparam_peft statistics 1"
 
@@ -149,7 +149,8 @@ class Statistics:
                 raise ValueError(
                     f"{name}: the statistics do not hold this module; they are of another model or of other targets."
                 )
-            out_features, in_features = layer_kind(module).shape(module)
+            kind, layer = kind_and_layer(module)
+            out_features, in_features = kind.shape(layer)
             gram, fisher = self.grams.get(self.inputs.get(name, "")), self.output_grams.get(name)
             for tensor, size in ((gram, in_features), (fisher, out_features)):
                 if tensor is not None and tensor.shape[0] != size:
@@ -240,8 +241,8 @@ def _shapes(kind: str, size: int) -> list[tuple[int, ...]]:
 
 
 def weight_norm(module: nn.Module) -> float:
-    """‖W‖_F of a layer."""
-    weight = module.weight.detach()
+    """‖W‖_F of a layer, or of the product in its place."""
+    weight = module.computed_matrix() if isinstance(module, ReparamLayer) else module.weight.detach()
     return float(torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))
 
 

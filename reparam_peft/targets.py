@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
@@ -54,10 +55,13 @@ def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str
         TypeError, ValueError: a module cannot be factorised, or its rank is out of range.
     """
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    # Dense targets whose weight has changed are saved whole, which PEFT takes for no targets at all.
+    saved_whole = {*(config.dense_modules or ())} & {*(config.modules_to_save or ())}
     targets = {}
     for name, module in model.named_modules():
-        if name and not name.startswith(inside) and matches(name):
+        if name and not name.startswith(inside) and (matches(name) or name in saved_whole):
             with naming(name):
+                module = unwrapped(module)
                 storage = matrix_storage(module, config)
                 targets[name] = Target(module, resolve_rank(config, name, storage), storage)
     unknown = sorted(set(config.dense_modules or []) - set(targets))
@@ -185,6 +189,11 @@ def source_matrix(module: nn.Module) -> Tensor:
     if isinstance(module, ReparamLayer):
         return module.source_matrix()
     return layer_kind(module).matrix(module.weight.detach())
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The base model's own module, of one that adapters save whole."""
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:

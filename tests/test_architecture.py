@@ -14,17 +14,19 @@ PACKAGE = Path(reparam_peft.__file__).parent
 FILES = sorted(PACKAGE.glob("**/*.py"))
 LEVELS = {
     1: ["metrics", "allocation", "evaluation", "target_modules", "model_card", "sampling", "distributed"],
-    2: ["decompositions", "config"],
-    3: ["pivoting", "autoencoder", "planning"],
-    4: ["products"],
+    2: ["decompositions", "config", "blocks"],
+    3: ["pivoting", "autoencoder", "planning", "refinement"],
+    4: ["products", "run_folder"],
     5: ["factorized"],
-    6: ["layer", "statistics"],
-    7: ["targets", "calibration"],
-    8: ["model"],
-    9: ["compression", "registration", "demo"],
-    10: ["sources"],
-    11: ["cli"],
-    12: ["__init__"],
+    6: ["layer"],
+    7: ["targets", "statistics"],
+    8: ["model", "calibration"],
+    9: ["pipeline", "healing", "registration", "demo"],
+    10: ["anchoring", "truncation", "sources"],
+    11: ["sequential"],
+    12: ["compression"],
+    13: ["cli"],
+    14: ["__init__"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}
 TORCH_ONLY = {"metrics", "decompositions", "allocation", "pivoting", "autoencoder"}

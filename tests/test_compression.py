@@ -687,7 +687,7 @@ def test_wrapped_models_are_refused(wrap: Any, inner: bool) -> None:
 
 
 def test_an_error_while_factorising_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    import reparam_peft.compression as module
+    import reparam_peft.pipeline as module
 
     real, count = module.factorize, iter(range(100))
 

@@ -17,10 +17,10 @@ from transformers import AutoModelForCausalLM
 
 from reparam_peft import Statistics
 from reparam_peft.allocation import Point, Storage, points
-from reparam_peft.compression import input_shrinkage, output_shrinkage
 from reparam_peft.decompositions import direction_losses
 from reparam_peft.demo import demo_folder
 from reparam_peft.metrics import shrink
+from reparam_peft.pipeline import input_shrinkage, output_shrinkage
 
 
 def main() -> None:
