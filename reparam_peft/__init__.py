@@ -16,6 +16,7 @@ from .compression import calibrate, compress, plan  # noqa: E402
 from .config import ReparamConfig  # noqa: E402
 from .decompositions import Factors, factorize  # noqa: E402
 from .evaluation import Benchmark, MatrixSize, SizeReport, benchmark, perplexity, text_batches  # noqa: E402
+from .healing import HealingTrainer  # noqa: E402
 from .model import ReparamModel  # noqa: E402
 from .planning import Plan  # noqa: E402
 from .refinement import Refinement  # noqa: E402
@@ -27,6 +28,7 @@ __all__ = [
     "Anchoring",
     "Benchmark",
     "Factors",
+    "HealingTrainer",
     "MatrixSize",
     "Plan",
     "Refinement",

@@ -54,7 +54,7 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> flo
     with evaluating(model):
         for index, batch in enumerate(batches):
             batch = _to_device(batch, model, index)
-            labels = _labels(batch, shifts, index)
+            labels = labels_of(batch, shifts, index)
             logits = model(**{key: value for key, value in batch.items() if key != "labels" or not shifts}).logits
             if shifts:
                 logits, labels = logits[:, :-1], labels[:, 1:]
@@ -380,7 +380,7 @@ def _to_device(batch: Mapping[str, Tensor], model: nn.Module, index: int) -> dic
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 
 
-def _labels(batch: Mapping[str, Tensor], shifts: bool, index: int) -> Tensor:
+def labels_of(batch: Mapping[str, Tensor], shifts: bool, index: int) -> Tensor:
     """The tokens to predict, with padding ignored."""
     labels = batch.get("labels")
     if labels is None:

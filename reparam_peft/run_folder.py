@@ -116,8 +116,9 @@ class RunFolder:
 
 
 def fingerprint_of_model(model: nn.Module) -> str:
-    """SHA-256 of names, shapes, dtypes and values of all parameters and buffers."""
-    return _sha256((name, tensor) for name, tensor in model.state_dict().items())
+    """SHA-256 of names, shapes, dtypes and values of all parameters and buffers, but for those of adapters."""
+    adapters = (".reparam_factors.", ".modules_to_save.")
+    return _sha256((n, tensor) for n, tensor in model.state_dict().items() if not any(part in n for part in adapters))
 
 
 def fingerprint_of_batches(batches: Sequence[Mapping[str, Any]]) -> str:

@@ -14,7 +14,7 @@ PACKAGE = Path(reparam_peft.__file__).parent
 FILES = sorted(PACKAGE.glob("**/*.py"))
 LEVELS = {
     1: ["metrics", "allocation", "evaluation", "target_modules", "model_card", "sampling", "distributed"],
-    2: ["decompositions", "config", "blocks"],
+    2: ["decompositions", "config", "blocks", "distillation"],
     3: ["pivoting", "autoencoder", "planning", "refinement"],
     4: ["products", "run_folder"],
     5: ["factorized"],

@@ -1,0 +1,457 @@
+"""`HealingTrainer`: its loss, its teachers, what it trains and saves, and that it heals."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import bert, llama, t5
+from peft import LoraConfig, PeftModel, get_peft_model
+from test_calibration import pairs, text
+from torch import Tensor, nn
+from transformers import Trainer, TrainingArguments
+
+from reparam_peft import HealingTrainer, ReparamConfig, compress, perplexity
+from reparam_peft.healing import set_trained
+
+LENGTH = 16
+ROWS = [{k: v[0] for k, v in text([LENGTH], LENGTH, seed=seed).items()} for seed in range(24)]
+
+
+def small(build: Callable[[], nn.Module] = llama, **options: Any) -> PeftModel:
+    return get_peft_model(build(), ReparamConfig(**{"target_modules": "all-linear", "keep": 0.4, **options}))
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    plain = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "report_to": "none", "disable_tqdm": True}
+    return TrainingArguments(str(folder), **{**plain, "use_cpu": True, "save_strategy": "no", "logging_steps": 1, **options})
+
+
+def trainer(folder: Path, model: Any = None, rows: Any = ROWS, **options: Any) -> HealingTrainer:
+    own = {"teacher", "distillation", "temperature", "hidden", "trains", "lora", "teacher_cache", "top_k", "eval_dataset"}
+    ours = {key: options.pop(key) for key in own & options.keys()}
+    if model is None:
+        model = small()
+    if "teacher" not in ours:
+        ours["teacher"] = llama()
+    return HealingTrainer(model, arguments(folder, **options), train_dataset=rows, **ours)
+
+
+def losses(made: Trainer) -> list[float]:
+    return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
+
+
+def falls(made: Trainer) -> bool:
+    """Whether the loss of the last third is below that of the first, batches being few and different."""
+    found = losses(made)
+    third = len(found) // 3
+    return sum(found[-third:]) < 0.97 * sum(found[:third])
+
+
+def stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
+    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+
+
+def reference_loss(model: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
+    """KL by PyTorch in float64, mean over the positions whose next token is real."""
+    student, target = model(**batch).logits[:, :-1].double(), teacher(**batch).logits[:, :-1].double()
+    kl = F.kl_div(
+        (student / temperature).log_softmax(-1), (target / temperature).log_softmax(-1), log_target=True, reduction="none"
+    )
+    mask = batch["attention_mask"][:, 1:].bool()
+    return temperature**2 * kl.sum(-1)[mask].mean()
+
+
+# The loss
+
+
+@pytest.mark.parametrize("temperature", [1.0, 2.5])
+def test_it_is_the_divergence_and_falls(temperature: float, tmp_path: Path) -> None:
+    made = trainer(tmp_path, temperature=temperature, max_steps=30)
+    batch = {**text([16, 9, 16, 4], 16, seed=7)}
+    made.model.eval()
+    expected = reference_loss(made.model, llama(), batch, temperature)
+    assert float(made.compute_loss(made.model, batch)) == pytest.approx(float(expected), rel=1e-4)
+    made.train()
+    assert falls(made)
+
+
+def test_healing_lowers_the_perplexity_of_what_the_teacher_knows(tmp_path: Path) -> None:
+    """A teacher that has learned something, a student that has lost it."""
+    dense = llama()
+    Trainer(
+        dense, arguments(tmp_path, max_steps=60), train_dataset=[{**row, "labels": row["input_ids"]} for row in ROWS]
+    ).train()
+    batches = [stacked(ROWS[i : i + 8]) for i in (0, 8, 16)]
+
+    def base() -> nn.Module:
+        other = llama()
+        other.load_state_dict(dense.state_dict())
+        return other
+
+    model = small(base)
+    before = perplexity(model, batches)
+    trainer(tmp_path, model, teacher=dense, max_steps=60).train()
+    assert perplexity(dense, batches) < perplexity(model, batches) < 0.8 * before
+
+
+@pytest.mark.parametrize("distillation", [0.0, 0.3])
+def test_the_tasks_own_loss_is_mixed_in(distillation: float, tmp_path: Path) -> None:
+    made = trainer(tmp_path, distillation=distillation)
+    made.model.eval()
+    batch = text([16, 9], 16, seed=7)
+    own = made.model(**batch, labels=batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)).loss
+    expected = distillation * reference_loss(made.model, llama(), batch) + (1 - distillation) * own
+    assert float(made.compute_loss(made.model, batch)) == pytest.approx(float(expected), rel=1e-4)
+
+
+def test_labels_say_which_positions_count(tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    made.model.eval()
+    batch = text([16, 16], 16, seed=7)
+    labels = batch["input_ids"].clone()
+    labels[:, :10] = -100
+    kl = reference_rows(made.model, batch)[:, 9:].mean()
+    assert float(made.compute_loss(made.model, {**batch, "labels": labels})) == pytest.approx(float(kl), rel=1e-4)
+
+
+def reference_rows(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    student, target = (m(**batch).logits[:, :-1].double().log_softmax(-1) for m in (model, llama()))
+    return F.kl_div(student, target, log_target=True, reduction="none").sum(-1)
+
+
+def test_hidden_states_are_matched_too(tmp_path: Path) -> None:
+    made = trainer(tmp_path, hidden=2.0, distillation=0.0, max_steps=20)
+    made.model.eval()
+    batch = text([16, 9], 16, seed=7)
+    plain = trainer(tmp_path, made.model, distillation=0.0)
+    ours = made.model(**batch, output_hidden_states=True).hidden_states[1:]
+    theirs = llama()(**batch, output_hidden_states=True).hidden_states[1:]
+    mask = batch["attention_mask"][:, 1:].bool()  # as for logits, positions whose next token is real
+    both = [(a[:, :-1], b[:, :-1]) for a, b in zip(ours, theirs, strict=True)]
+    errors = [((a - b).square().sum(-1) / b.square().sum(-1))[mask].mean() for a, b in both]
+    expected = plain.compute_loss(made.model, batch) + 2.0 * torch.stack(errors).mean()
+    assert float(made.compute_loss(made.model, batch)) == pytest.approx(float(expected), rel=1e-4)
+
+
+@pytest.mark.parametrize("options", [{}, {"distillation": 0.5}, {"hidden": 1.0}])
+def test_accumulated_batches_give_the_gradient_of_the_whole(options: dict[str, Any], tmp_path: Path) -> None:
+    """Rows of very different lengths: a mean of means would differ."""
+    rows = [{k: v[0] for k, v in text([n], LENGTH, seed=n).items()} for n in (16, 16, 3, 4)]
+    results = []
+    for size, steps in ((4, 1), (2, 2), (1, 4)):
+        model = small()
+        step = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1, "optim": "sgd"}
+        made = trainer(
+            tmp_path, model, rows, **step, learning_rate=1.0, max_grad_norm=0.0, lr_scheduler_type="constant", **options
+        )
+        made.train()
+        results.append(torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad]))
+    before = torch.cat([p.detach().flatten() for p in trainer(tmp_path).model.parameters() if p.requires_grad])
+    moved = (results[0] - before).norm()
+    assert moved > 0
+    for other in results[1:]:
+        assert (other - results[0]).norm() < 1e-4 * moved
+
+
+def test_evaluation_needs_no_labels_and_keeps_metrics(tmp_path: Path) -> None:
+    shapes = []
+
+    def metrics(prediction: Any) -> dict[str, float]:
+        shapes.append(prediction.predictions.shape)
+        return {"accuracy": 1.0}
+
+    made = trainer(tmp_path, eval_dataset=ROWS[:8], hidden=0.5)
+    made.compute_metrics = metrics
+    found = made.evaluate()
+    assert found["eval_accuracy"] == 1.0
+    assert shapes == [(8, LENGTH, 100)]
+    assert found["eval_loss"] > 0
+
+
+# Teachers
+
+
+def test_the_model_itself_is_the_teacher_with_keep_base(tmp_path: Path) -> None:
+    model = small(keep_base=True)
+    made = trainer(tmp_path, model, teacher=None, trains=["norms"], max_steps=45, learning_rate=1e-2)
+    trained = {name for name, p in model.named_parameters() if p.requires_grad}
+    batch = text([16, 9], 16, seed=7)
+    model.train()
+    expected = trainer(tmp_path, small(), trains=["norms"])
+    expected.model.train()
+    assert float(made.compute_loss(model, batch)) == pytest.approx(
+        float(expected.compute_loss(expected.model, batch)), rel=1e-5
+    )
+    assert trained == {name for name, p in model.named_parameters() if p.requires_grad}
+    assert model.training
+    made.train()
+    assert falls(made)
+
+
+def test_the_teacher_is_frozen_and_evaluates(tmp_path: Path) -> None:
+    teacher = llama(attention_dropout=0.5).train()
+    before = {name: tensor.clone() for name, tensor in teacher.state_dict().items()}
+    trainer(tmp_path, teacher=teacher, max_steps=2).train()
+    assert not teacher.training
+    assert not any(p.requires_grad for p in teacher.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
+
+
+@pytest.fixture
+def counted() -> tuple[nn.Module, list[int]]:
+    teacher, calls = llama(), []
+    teacher.register_forward_hook(lambda module, args, output: calls.append(1))
+    return teacher, calls
+
+
+def test_the_teacher_runs_once_for_each_row(counted: Any, tmp_path: Path) -> None:
+    teacher, calls = counted
+    options = {"teacher": teacher, "teacher_cache": tmp_path / "cache", "top_k": 100, "num_train_epochs": 2, "max_steps": -1}
+    made = trainer(tmp_path, rows=ROWS[:8], **options)
+    made.train()
+    assert len(calls) == 2
+    assert len(list((tmp_path / "cache").iterdir())) == 8
+    exact = trainer(tmp_path, rows=ROWS[:8], num_train_epochs=2, max_steps=-1)
+    exact.train()
+    assert losses(made) == pytest.approx(losses(exact), rel=1e-3)
+    other = llama()
+    other.lm_head.weight.data.mul_(2)
+    trainer(tmp_path, rows=ROWS[:4], **{**options, "teacher": other}).train()
+    assert len(list((tmp_path / "cache").iterdir())) == 12, "another teacher has files of its own"
+
+
+def test_padding_does_not_change_what_is_kept_and_damage_is_repaired(counted: Any, tmp_path: Path) -> None:
+    teacher, calls = counted
+    made = trainer(tmp_path, teacher=teacher, teacher_cache=tmp_path / "cache", top_k=20)
+    made.model.eval()
+    batch = text([9, 5], 9, seed=3)
+    first = made.compute_loss(made.model, batch)
+    assert len(calls) == 1
+    longer = {key: F.pad(value, (0, 4)) for key, value in batch.items()}
+    assert float(made.compute_loss(made.model, longer)) == pytest.approx(float(first), rel=1e-4)
+    assert len(calls) == 1
+    path = next((tmp_path / "cache").iterdir())
+    path.write_bytes(path.read_bytes()[:50])
+    assert float(made.compute_loss(made.model, batch)) == pytest.approx(float(first), rel=1e-6)
+    assert len(calls) == 2
+
+
+# What is trained, saved and loaded
+
+
+@pytest.mark.parametrize("trains", [["factors"], ["norms"], ["factors", "norms", "biases"]])
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_what_is_trained_is_saved(trains: list[str], form: str, tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        return llama(attention_bias=True)
+
+    model = compress(build(), ReparamConfig(target_modules="all-linear", keep=0.5, form=form), [stacked(ROWS)], progress=False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    made = trainer(tmp_path, model, teacher=build(), trains=trains)
+    made.train()
+    changed = {n for n, p in model.named_parameters() if n in before and not torch.equal(before[n], p)}
+    assert any("reparam_factors" in n and n.endswith("weight") for n in changed) == ("factors" in trains)
+    assert any(n.endswith("reparam_factors.default.bias") for n in changed) == ("biases" in trains)
+    norms = [n for n, m in model.get_base_model().named_modules() if n.endswith("norm") and "original" not in n]
+    saved_whole = set(model.peft_config["default"].modules_to_save or ())
+    assert (len(saved_whole & set(norms)) == 5) == ("norms" in trains)
+    model.eval()
+    made.save_model(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(build(), tmp_path / "saved").eval()
+    batch = stacked(ROWS[:4])
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+
+
+def test_heads_that_are_saved_whole_are_trained(tmp_path: Path) -> None:
+    model = small(bert, modules_to_save=["classifier"], target_modules=["query", "key", "value", "dense"])
+    set_trained(model, [])
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert sorted(trained) == [f"base_model.model.classifier.modules_to_save.default.{key}" for key in ("bias", "weight")]
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_a_lora_is_merged_into_the_factors(form: str, tmp_path: Path) -> None:
+    model = small(form=form)
+    ranks = dict(model.peft_config["default"].rank_pattern)
+    made = trainer(tmp_path, model, lora=LoraConfig(r=4, lora_alpha=8), trains=["factors"], max_steps=45)
+    made.train()
+    assert falls(made)
+    assert not any("lora" in name for name, _ in model.named_modules())
+    model.eval()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "saved").eval()
+    assert loaded.peft_config["default"].rank_pattern == ranks
+    batch = stacked(ROWS[:4])
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    original = small(form=form)
+    for (name, one), (_, two) in zip(model.named_modules(), original.named_modules(), strict=True):
+        if isinstance(one, nn.Linear) and "reparam_factors" in name:
+            change = (one.weight - two.weight).detach()
+            assert 0 < torch.linalg.matrix_rank(change, rtol=1e-4) <= 4, name
+
+
+@pytest.mark.parametrize("options", [{}, {"lora": LoraConfig(r=4)}, {"bf16": True}, {"distillation": 0.5}])
+def test_a_run_that_is_resumed_ends_with_the_same_bits(options: dict[str, Any], tmp_path: Path) -> None:
+    def run(folder: Path, resume: bool, **more: Any) -> PeftModel:
+        model = small()
+        made = trainer(folder, model, save_strategy="steps", save_steps=3, seed=3, **options, **more)
+        made.train(resume_from_checkpoint=str(folder / "checkpoint-3") if resume else None)
+        return model
+
+    whole = run(tmp_path / "whole", resume=False)
+    resumed = run(tmp_path / "whole", resume=True)
+    for (name, one), (_, two) in zip(whole.named_parameters(), resumed.named_parameters(), strict=True):
+        assert torch.equal(one, two), name
+    middle = PeftModel.from_pretrained(llama(), tmp_path / "whole" / "checkpoint-6")
+    assert not any("lora" in name for name, _ in middle.named_modules())
+
+
+def test_a_checkpoint_of_other_arguments_is_refused(tmp_path: Path) -> None:
+    trainer(tmp_path, save_strategy="steps", save_steps=3, max_steps=3).train()
+    with pytest.raises(ValueError, match="does not belong to this model and these arguments"):
+        trainer(tmp_path, small(keep=0.3)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+
+
+# Other models
+
+
+def test_a_classifier_is_healed(tmp_path: Path) -> None:
+    """Dense learns to tell which of three tokens a row begins with, compression forgets it, healing brings it back."""
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(10, 100, (240, 12), generator=generator)
+    labels = torch.arange(240) % 3
+    tokens[:, 1] = labels + 3
+    rows = [{"input_ids": t, "attention_mask": torch.ones_like(t), "labels": y} for t, y in zip(tokens, labels, strict=True)]
+    train, test = rows[:180], stacked(rows[180:])
+    dense = bert()
+    Trainer(dense, arguments(tmp_path, max_steps=150, per_device_train_batch_size=16), train_dataset=train).train()
+
+    def accuracy(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float(
+                (model.eval()(**{k: v for k, v in test.items() if k != "labels"}).logits.argmax(-1) == test["labels"])
+                .float()
+                .mean()
+            )
+
+    base = bert()
+    base.load_state_dict(dense.state_dict())
+    model = small(
+        lambda: base,
+        keep=0.1,
+        target_modules=["query", "key", "value", "dense"],
+        exclude_modules=["classifier", "pooler.dense"],
+    )
+    before = accuracy(model)
+    trainer(tmp_path, model, train, teacher=dense, distillation=0.7, max_steps=150, per_device_train_batch_size=16).train()
+    assert accuracy(dense) > 0.9
+    assert before < accuracy(model) - 0.1
+    assert accuracy(model) > 0.8
+
+
+def test_an_encoder_decoder_is_healed(tmp_path: Path) -> None:
+    rows = [{k: v[0] for k, v in pairs([8], [6], (8, 6), seed=s).items() if "decoder" not in k} for s in range(16)]
+    rows = [{**row, "labels": (row["input_ids"][:6] * 3) % 97 + 2} for row in rows]
+    model = small(t5, target_modules=["q", "k", "v", "o", "wi_0", "wi_1", "wo"])
+    made = trainer(tmp_path, model, rows, teacher=t5(), max_steps=45)
+    made.train()
+    assert falls(made)
+
+
+def test_half_precision_is_trained_in_float32(tmp_path: Path) -> None:
+    model = small(lambda: llama().bfloat16())
+    made = trainer(tmp_path, model, teacher=llama().bfloat16(), bf16=True, max_steps=45)
+    made.train()
+    assert {p.dtype for n, p in model.named_parameters() if "reparam_factors" in n} == {torch.float32}
+    assert falls(made)
+
+
+# Several processes
+
+SCRIPT = """
+import sys
+sys.path.insert(0, {tests!r})
+from test_healing import *
+torch.set_num_threads(1)
+model = small()
+made = trainer(Path({folder!r}), model, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, {options})
+made.train()
+made.save_model({folder!r} + "/saved")
+"""
+
+
+def launched(folder: Path, options: str) -> None:
+    script = folder / "script.py"
+    folder.mkdir(exist_ok=True)
+    script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), options=options))
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-4000:]
+
+
+def saved_state(folder: Path) -> dict[str, Tensor]:
+    return {n: p.detach() for n, p in PeftModel.from_pretrained(llama(), folder / "saved").named_parameters()}
+
+
+@pytest.mark.parametrize("options", ["", "fsdp='full_shard', fsdp_config={'version': 2, 'reshard_after_forward': True}"])
+def test_two_processes_train_as_one(options: str, tmp_path: Path) -> None:
+    launched(tmp_path / "two", options)
+    alone = trainer(tmp_path / "one", max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2)
+    alone.train()
+    alone.save_model(tmp_path / "one" / "saved")
+    two, one, start = saved_state(tmp_path / "two"), saved_state(tmp_path / "one"), dict(small().named_parameters())
+    for name, value in one.items():
+        if "reparam_factors" in name:
+            moved = (value - start[name]).norm()
+            assert moved > 0
+            assert (two[name] - value).norm() < 0.05 * moved, name
+
+
+# What is refused
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"teacher": None}, ValueError, "there is no teacher: the original weights were dropped. Give the dense model as"),
+        ({"teacher": "gpt2"}, TypeError, "`teacher` must be another model, got a str"),
+        (
+            {"teacher": llama(vocab_size=90)},
+            ValueError,
+            "`teacher` must have the vocabulary of the model, of 100, and has one of 90",
+        ),
+        ({"distillation": 1.1}, ValueError, r"`distillation` must be in \[0, 1\], got 1\.1"),
+        ({"temperature": 0.0}, ValueError, "`temperature` must be positive and finite"),
+        ({"hidden": -1.0}, ValueError, "`hidden` must be finite and not negative"),
+        ({"top_k": 0}, ValueError, "`top_k` must be a positive whole number"),
+        ({"trains": ["weights"]}, ValueError, "`trains` must be a list of factors, norms, biases, got 'weights'"),
+        ({"trains": "factors"}, ValueError, "`trains` must be a list of"),
+        ({"teacher_cache": "x", "hidden": 1.0}, ValueError, "`teacher_cache` keeps probabilities at temperature 1 only"),
+        ({"lora": {"r": 4}}, TypeError, "`lora` must be a LoraConfig, got a dict"),
+        ({"lora": LoraConfig(target_modules=["A"])}, ValueError, "`lora` must name no modules"),
+        ({"lora": LoraConfig(use_dora=True)}, ValueError, "`lora` must be a plain LoRA"),
+    ],
+)
+def test_what_is_refused(options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
+    model = small()
+    flags = {name: p.requires_grad for name, p in model.named_parameters()}
+    with pytest.raises(error, match=message):
+        trainer(tmp_path, model, **options)
+    assert flags == {name: p.requires_grad for name, p in model.named_parameters()}
+
+
+@pytest.mark.parametrize("build", [llama, lambda: get_peft_model(llama(), LoraConfig(target_modules=["q_proj"]))])
+def test_other_models_are_refused(build: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match="`model` must be a PeftModel with an active reparam adapter"):
+        trainer(tmp_path, build())
