@@ -1,4 +1,4 @@
-"""The command line: `reparam compress`, `reparam plan` and `reparam evaluate`."""
+"""The command line: `reparam compress`, `reparam plan`, `reparam heal` and `reparam evaluate`."""
 
 from __future__ import annotations
 
@@ -6,9 +6,7 @@ import json
 import logging
 import math
 import os
-import shutil
 import sys
-import tempfile
 import time
 import warnings
 from pathlib import Path
@@ -17,7 +15,6 @@ from typing import Annotated, Any
 import typer
 from peft import PeftModel, get_peft_model
 from rich.console import Console
-from rich.table import Table
 from safetensors import SafetensorError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -26,9 +23,34 @@ from .compression import calibrate
 from .compression import compress as compress_model
 from .compression import plan as plan_model
 from .config import ReparamConfig
-from .evaluation import SizeReport, benchmark, perplexity, predicts_next_token
+from .evaluation import SizeReport, benchmark, perplexity
+from .heal_command import heal
 from .model import ReparamModel
+from .options import (
+    AllocationOption,
+    CalibrationOption,
+    CalibrationWindowsOption,
+    DeviceOption,
+    DtypeOption,
+    ExcludeOption,
+    FormOption,
+    JsonOption,
+    KeepOption,
+    LengthOption,
+    MethodOption,
+    ModelArgument,
+    OutputArgument,
+    OverwriteOption,
+    RankOption,
+    SeedOption,
+    StatisticsOption,
+    TargetOption,
+    TextOption,
+    WindowsOption,
+)
+from .outputs import check_language_model, check_output, figures_table, save_whole, size_table
 from .planning import Plan
+from .refinement import Refinement
 from .sources import CliError, load_model, read_batches
 from .statistics import Statistics
 
@@ -41,47 +63,13 @@ app = typer.Typer(
 )
 # Tables go to stdout, what happens meanwhile to stderr, so that `--json` can be piped.
 out, err = Console(), Console(stderr=True)
-
-ModelArgument = Annotated[
-    str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a model or of a compressed adapter, or `demo`.")
-]
-TextOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Text to measure perplexity on: a file, or a Hub data set as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT. "
-        "Default: Python's language reference."
-    ),
-]
-KeepOption = Annotated[float | None, typer.Option(help="Fraction of the targeted parameters to store. Default: 0.8.")]
-RankOption = Annotated[str | None, typer.Option(help="One rank for all matrices, or `full`; instead of --keep.")]
-TargetOption = Annotated[str, typer.Option(help="`all-linear`, a regular expression, or name endings separated by commas.")]
-ExcludeOption = Annotated[str | None, typer.Option(help="Likewise, to leave out.")]
-MethodOption = Annotated[str | None, typer.Option(help="svd, whitened or autoencoder. Default: whitened.")]
-AllocationOption = Annotated[str | None, typer.Option(help="uniform or loss. Default: loss; uniform with --rank or svd.")]
-FormOption = Annotated[str | None, typer.Option(help="factors or pivot. Default: pivot; factors without calibration.")]
-CalibrationOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Text to calibrate on: as for --text. Default: Python's language reference, of which --text then takes "
-        "later windows."
-    ),
-]
-CalibrationWindowsOption = Annotated[int, typer.Option(min=1, help="The most windows of text to calibrate on.")]
-StatisticsOption = Annotated[
-    Path | None, typer.Option(help="File of calibration statistics: read if it exists, else written; serves any --keep.")
-]
-SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed of the labels sampled for gradients. Default: 0.")]
-LengthOption = Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")]
-WindowsOption = Annotated[int, typer.Option(min=1, help="The most windows of text to evaluate.")]
-DtypeOption = Annotated[str, typer.Option(help="Dtype to load the model in: auto, float32, bfloat16 or float16.")]
-DeviceOption = Annotated[str | None, typer.Option(help="Device, e.g. cpu or cuda. Default: the best there is.")]
-JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
+app.command(epilog="Example: `reparam heal compressed healed --calibration article.txt --steps 200`")(heal)
 
 
 @app.command(epilog="Example: `reparam compress demo compressed --keep 0.9`")
 def compress(
     model: ModelArgument,
-    output: Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the compressed adapter to.")],
+    output: OutputArgument,
     keep: KeepOption = None,
     rank: RankOption = None,
     target_modules: TargetOption = "all-linear",
@@ -94,31 +82,51 @@ def compress(
     statistics: StatisticsOption = None,
     plan: Annotated[Path | None, typer.Option(help="Plan that `reparam plan --output` wrote, instead of --keep.")] = None,
     seed: SeedOption = None,
+    sequential: Annotated[
+        bool, typer.Option("--sequential", help="Block by block: fit each matrix to what the earlier ones became.")
+    ] = False,
+    refine: Annotated[
+        bool, typer.Option("--refine", help="Block by block: train each block to compute what the original one does.")
+    ] = False,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of --refine. Default: 8.")] = None,
+    run_folder: Annotated[
+        Path | None, typer.Option(help="Folder for finished blocks and their errors: a run that was killed goes on from there.")
+    ] = None,
+    offload_folder: Annotated[
+        Path | None, typer.Option(help="Folder for activations during --sequential or --refine. Default: in memory.")
+    ] = None,
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after, and generate a sample.")] = True,
     text: TextOption = None,
     length: LengthOption = 512,
     windows: WindowsOption = 8,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
-    overwrite: Annotated[bool, typer.Option(help="Replace OUT if it exists.")] = False,
+    overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
     """Compress MODEL, save it to OUT, load it again, and say how large and how good it is."""
     output = output.resolve()
-    _check_output(output, model, overwrite)
+    check_output(output, model, overwrite)
     ranks = _read_plan(plan, keep, rank, allocation)
     if ranks is not None:
         keep, method, allocation, form = ranks.keep, method or ranks.method, ranks.allocation, form or ranks.form
     config = _config(keep, rank, target_modules, exclude_modules, method, allocation, form)
     if ranks is not None and _is_data_free(config):
         raise CliError("--plan is for calibrated methods; leave out --method svd.")
-    known = _read_statistics(config, calibration, statistics, seed)
+    by_block = sequential or refine
+    if by_block and _is_data_free(config):
+        raise CliError("--sequential and --refine need calibration; leave out --method svd.")
+    if not refine and epochs is not None:
+        raise CliError("--epochs are those of --refine; add it.")
+    if not by_block and not (run_folder is None and offload_folder is None):
+        raise CliError("--run-folder and --offload-folder are for --sequential and --refine.")
+    known = _read_statistics(config, None if by_block else calibration, statistics, seed)
     base, tokenizer = _load_dense(model, dtype, device)
     if evaluate:
-        _check_language_model(base, model, "; add --no-evaluate")
+        check_language_model(base, model, "; add --no-evaluate")
     skip = 0
     if text is None and calibration is None and not _is_data_free(config):  # both are of the reference text
-        skip = calibration_windows if known is None else math.ceil(known.tokens / length)
+        skip = max(0 if known is None else math.ceil(known.tokens / length), calibration_windows * (known is None or by_block))
     batches = read_batches(tokenizer, "--text", text, length, windows, skip) if evaluate else []
     if known is None and not _is_data_free(config):
         known = _calibrate(base, tokenizer, config, calibration, length, calibration_windows, statistics, seed)
@@ -129,10 +137,18 @@ def compress(
         sample = _generate(base, tokenizer)
     err.print("factorising …")
     start = time.perf_counter()
-    compressed = get_peft_model(base, config) if known is None else compress_model(base, config, known, plan=ranks)
+    if known is None:
+        compressed = get_peft_model(base, config)
+    elif by_block:
+        blocks = read_batches(tokenizer, "--calibration", calibration, length, calibration_windows)
+        how = {"sequential": sequential, "run_folder": run_folder, "offload_folder": offload_folder, "statistics": known}
+        how["refine"] = Refinement(**({} if epochs is None else {"epochs": epochs})) if refine else False
+        compressed = compress_model(base, config, blocks, plan=ranks, **how)
+    else:
+        compressed = compress_model(base, config, known, plan=ranks)
     seconds = time.perf_counter() - start
     sizes = compressed.size_report()
-    _save(compressed, tokenizer, output)
+    save_whole(compressed, tokenizer, output)
     del base, compressed
     err.print("loading it again …")
     source, _ = load_model(model, dtype, device)
@@ -149,7 +165,7 @@ def compress(
         err.print("measuring perplexity after …")
         figures["perplexity"] = perplexity(reloaded, batches)
         reloaded.peft_config["default"].evaluation = dict(figures)
-        _save(reloaded, tokenizer, output)
+        save_whole(reloaded, tokenizer, output)
         result |= {"evaluation": figures, "sample": {"dense": sample, "compressed": _generate(reloaded, tokenizer)}}
     if as_json:
         print(json.dumps(result))
@@ -208,7 +224,7 @@ def evaluate(
 ) -> None:
     """Perplexity of MODEL on a text, its size, and on request its speed."""
     loaded, tokenizer = load_model(model, dtype, device)
-    _check_language_model(loaded, model, "")
+    check_language_model(loaded, model, "")
     figures: dict[str, Any] = {"perplexity": perplexity(loaded, read_batches(tokenizer, "--text", text, length, windows))}
     sizes = loaded.size_report() if isinstance(getattr(loaded, "base_model", None), ReparamModel) else None
     whole = sizes.to_dict()["model"] if sizes else {}
@@ -220,9 +236,9 @@ def evaluate(
     if as_json:
         print(json.dumps({"model": model, **figures, **({"size": sizes.to_dict()} if sizes else {})}))
         return
-    out.print(_figures_table(figures))
+    out.print(figures_table(figures))
     if sizes:
-        out.print(_size_table(sizes))
+        out.print(size_table(sizes))
 
 
 def main() -> None:
@@ -238,20 +254,6 @@ def main() -> None:
         message = " ".join(str(error).split()) or type(error).__name__
         print(f"error: {message}", file=sys.stderr)
         sys.exit(1)
-
-
-def _check_output(output: Path, model: str, overwrite: bool) -> None:
-    """Refuse, before any work, an OUT whose replacement would delete something else than an earlier result."""
-    if output.exists() and (output.is_file() or any(output.iterdir())) and not overwrite:
-        raise CliError(f"{output} already exists; choose another folder or add --overwrite.")
-    if output.is_file():
-        raise CliError(f"{output} is a file; OUT must be a folder.")
-    if Path.cwd().is_relative_to(output):
-        raise CliError(f"{output} is or holds the current folder; choose another folder.")
-    if os.path.isdir(model) and Path(model).resolve().is_relative_to(output):
-        raise CliError(f"{output} holds the model itself, which must not be overwritten; choose another folder.")
-    if output.exists() and any(output.iterdir()) and not (output / "adapter_config.json").exists():
-        raise CliError(f"{output} holds no compressed model but other files, which are not overwritten; choose another folder.")
 
 
 def _config(
@@ -357,32 +359,6 @@ def _load_dense(model: str, dtype: str, device: str | None) -> tuple[Any, PreTra
     return loaded, tokenizer
 
 
-def _save(model: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Write model and tokenizer beside `output` and move them there whole, so that nothing half-written stays."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    folder, aside = (Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent)) for _ in range(2))
-    try:
-        model.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
-        folder.chmod(0o755)
-        earlier = output.rename(aside / output.name) if output.exists() else None
-        try:
-            folder.rename(output)
-        except OSError:
-            if earlier is not None:
-                earlier.rename(output)
-            raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
-
-
-def _check_language_model(model: Any, name: str, remedy: str) -> None:
-    if not predicts_next_token(model):
-        base = model.get_base_model() if isinstance(model, PeftModel) else model
-        raise CliError(f"{name} is a {type(base).__name__}, and perplexity is of causal language models only{remedy}.")
-
-
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
     """A short greedy continuation."""
     prompt = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
@@ -391,26 +367,10 @@ def _generate(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def _print_compression(result: dict[str, Any], sizes: SizeReport) -> None:
-    out.print(_size_table(sizes))
+    out.print(size_table(sizes))
     if "evaluation" in result:
-        out.print(_figures_table(result["evaluation"]))
+        out.print(figures_table(result["evaluation"]))
         for name, words in result["sample"].items():
             out.print(f"[bold]{name}:[/] ", end="")
             out.print(words, markup=False, highlight=False)
     out.print(f"factorised in {result['seconds']:.1f} s, saved to {result['output']}", highlight=False)
-
-
-def _size_table(sizes: SizeReport) -> Table:
-    table = Table("size", "before", "after", "kept")
-    for part, unit, before, after, kept in sizes.rows():
-        table.add_row(f"{part}, {unit}", f"{before:,}", f"{after:,}", f"{kept:.1%}")
-    dense = len(sizes.dense_modules)
-    table.caption = f"{len(sizes.matrices) - dense} matrices factorised, {dense} left dense"
-    return table
-
-
-def _figures_table(figures: dict[str, Any]) -> Table:
-    table = Table("measure", "value")
-    for name, value in figures.items():
-        table.add_row(name, f"{value:,}" if isinstance(value, int) else f"{value:,.4g}")
-    return table

@@ -78,6 +78,8 @@ class HealingTrainer(Trainer):
         _check_teacher(model, teacher)
         _check_loss(distillation, temperature, hidden, teacher_cache, top_k)
         _check_trained(trains, lora)
+        if lora is not None and getattr(args, "fsdp", None):
+            raise ValueError("`lora` cannot be merged into sharded factors; train the factors themselves, or leave out `fsdp`.")
         self.distillation, self.temperature, self.hidden, self.lora = distillation, temperature, hidden, lora
         self.teacher = teacher
         self.shifts = predicts_next_token(model)
@@ -110,7 +112,8 @@ class HealingTrainer(Trainer):
         if self.distillation:
             loss = loss + self.distillation * divergence(logits, target["logits"], mask, self.temperature) / count
         if self.hidden:
-            loss = loss + self.hidden * own / count * _hidden_error(outputs.hidden_states, target["hidden_states"], mask)
+            error = _hidden_error(_hidden_states(outputs), target["hidden_states"], mask)
+            loss = loss + self.hidden * own / count * error
         if self.distillation < 1:
             loss = loss + (1 - self.distillation) * outputs.loss
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:
@@ -121,7 +124,8 @@ class HealingTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
         """As `Trainer`'s; the loss is the mixed one, without labels too."""
-        ignored = [*(ignore_keys or getattr(model.config, "keys_to_ignore_at_inference", ["past_key_values"])), "hidden_states"]
+        ignored = list(ignore_keys or getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"]))
+        ignored += ["hidden_states", "encoder_hidden_states", "decoder_hidden_states"]
         return super().prediction_step(model, self._with_labels(inputs), prediction_loss_only, ignored)
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
@@ -191,7 +195,8 @@ class HealingTrainer(Trainer):
         if self.cache is not None:
             self.cache.write(inputs, outputs.logits)
             return {"logits": self._shifted(self.cache.read(inputs))}
-        return {"logits": outputs.logits[:, :-1] if self.shifts else outputs.logits, "hidden_states": outputs.hidden_states}
+        logits = outputs.logits[:, :-1] if self.shifts else outputs.logits
+        return {"logits": logits, "hidden_states": _hidden_states(outputs)}
 
     def _shifted(self, known: Sparse) -> Sparse:
         return Sparse(known.indices[:, :-1], known.log_probabilities[:, :-1]) if self.shifts else known
@@ -291,13 +296,19 @@ def _as_dense(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def _hidden_states(outputs: Any) -> list[Tensor]:
+    """The outputs of all layers, where they were asked for."""
+    names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
+    return [state for name in names for state in (getattr(outputs, name, None) or ())[1:]]
+
+
 def _hidden_error(ours: Sequence[Tensor], theirs: Sequence[Tensor], mask: Tensor) -> Tensor:
     """Mean over layers and positions of |error|² / |teacher's|²; over the positions that count, where logits have any."""
     errors = []
-    for student, teacher in zip(ours[1:], theirs[1:], strict=True):
+    for student, teacher in zip(ours, theirs, strict=True):
         wide = teacher.float()
         relative = (student.float() - wide).square().sum(-1) / wide.square().sum(-1).clamp(min=1e-12)
-        if mask.ndim == relative.ndim == 2:
+        if mask.ndim == relative.ndim == 2 and relative.shape[1] - mask.shape[1] in (0, 1):
             relative = relative[:, : mask.shape[1]][mask]
         errors.append(relative.mean())
     return torch.stack(errors).mean()

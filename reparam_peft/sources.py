@@ -25,8 +25,8 @@ class CliError(Exception):
     """A mistake of the user or the environment, to be told in one line."""
 
 
-def load_model(model: str, dtype: str, device: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A dense model or a compressed one, on its device, and its tokenizer."""
+def load_model(model: str, dtype: str, device: str | None, trainable: bool = False) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A dense model or a compressed one, to be trained or not, on its device, and its tokenizer."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -39,15 +39,17 @@ def load_model(model: str, dtype: str, device: str | None) -> tuple[Any, PreTrai
     source = str(demo_folder()) if model == "demo" else model
     if os.path.exists(source) and not os.path.isdir(source):
         raise CliError(f"{source} is a file; MODEL must be a folder, a Hub id or `demo`.")
+    options: dict[str, Any] = {}
     try:
         if os.path.exists(os.path.join(source, "adapter_config.json")):
             task_type = PeftConfig.from_pretrained(source).task_type
             loader = getattr(peft, AUTO_CLASSES.get(task_type, "AutoPeftModel"))
+            options = {"is_trainable": trainable}
         else:
             architectures = AutoConfig.from_pretrained(source).architectures or [""]
             named = getattr(transformers, architectures[0], None)
             loader = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else AutoModel
-        loaded = loader.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype))
+        loaded = loader.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CliError(f"{model} cannot be loaded: {error}") from error

@@ -348,7 +348,7 @@ def test_a_classifier_is_healed(tmp_path: Path) -> None:
     base.load_state_dict(dense.state_dict())
     model = small(
         lambda: base,
-        keep=0.1,
+        r=1,
         target_modules=["query", "key", "value", "dense"],
         exclude_modules=["classifier", "pooler.dense"],
     )
@@ -382,15 +382,27 @@ SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
 from test_healing import *
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 torch.set_num_threads(1)
-model = small()
-made = trainer(Path({folder!r}), model, max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, {options})
+options = {options!r}
+given = arguments(Path({folder!r}), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, **options)
+assert given.device.type == "cpu"
+if options:  # accelerate shards on accelerators only, unless it takes this for one
+    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+made = HealingTrainer(small(), given, train_dataset=ROWS, teacher=llama())
+assert made.is_fsdp_enabled == bool(options)
 made.train()
+kinds = {{type(parameter).__name__ for parameter in made.model_wrapped.parameters()}}
+assert ("DTensor" in kinds) == bool(options), kinds
 made.save_model({folder!r} + "/saved")
+torch.distributed.barrier()
+os._exit(0)  # gloo's threads do not always end in order
 """
+FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 
 
-def launched(folder: Path, options: str) -> None:
+def launched(folder: Path, options: dict[str, Any]) -> None:
     script = folder / "script.py"
     folder.mkdir(exist_ok=True)
     script.write_text(SCRIPT.format(tests=str(Path(__file__).parent), folder=str(folder), options=options))
@@ -404,8 +416,8 @@ def saved_state(folder: Path) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in PeftModel.from_pretrained(llama(), folder / "saved").named_parameters()}
 
 
-@pytest.mark.parametrize("options", ["", "fsdp='full_shard', fsdp_config={'version': 2, 'reshard_after_forward': True}"])
-def test_two_processes_train_as_one(options: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("options", [{}, FSDP], ids=["copies", "shards"])
+def test_two_processes_train_as_one(options: dict[str, Any], tmp_path: Path) -> None:
     launched(tmp_path / "two", options)
     alone = trainer(tmp_path / "one", max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2)
     alone.train()
@@ -415,7 +427,7 @@ def test_two_processes_train_as_one(options: str, tmp_path: Path) -> None:
         if "reparam_factors" in name:
             moved = (value - start[name]).norm()
             assert moved > 0
-            assert (two[name] - value).norm() < 0.05 * moved, name
+            assert (two[name] - value).norm() < 1e-3 * moved, name
 
 
 # What is refused
