@@ -10,7 +10,7 @@ from typing import Annotated, Any
 import typer
 from peft import PeftConfig
 from rich.console import Console
-from transformers import TrainingArguments
+from transformers import PrinterCallback, TrainingArguments
 from transformers.trainer_utils import get_last_checkpoint
 
 from .evaluation import perplexity
@@ -42,9 +42,7 @@ def heal(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of --epochs.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 4,
     learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 2e-4,
-    distillation: Annotated[
-        float, typer.Option(help="Part of the loss that is distillation; the rest predicts the text.")
-    ] = 1.0,
+    distillation: Annotated[float, typer.Option(help="Part of the loss that is distillation; the rest is of the text.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16, where the device has it.")] = False,
     run_folder: Annotated[
@@ -95,6 +93,7 @@ def heal(
         )
         options: dict[str, Any] = {"teacher": dense, "distillation": distillation, "temperature": temperature}
         trainer = HealingTrainer(small, arguments, train_dataset=rows, **options)
+        trainer.remove_callback(PrinterCallback)  # stdout is for the result
         last = get_last_checkpoint(str(run_folder)) if run_folder is not None and run_folder.is_dir() else None
         trainer.train(resume_from_checkpoint=last)
     small.eval()

@@ -87,14 +87,18 @@ class Task:
     mask: Callable[[int, Tensor], Tensor | None]
 
     def loss(self, block: nn.Module, batch: int, precision: torch.dtype | None = None) -> Tensor:
-        """Mean of |error|² / |target|² over tokens (or images): the few of huge norm must not drown the others."""
+        """Mean of log(1 + |error|² / |target|²) over tokens (or images).
+
+        Relative to the target, so that the few tokens of huge norm do not drown the others; the logarithm, so that neither do
+        those that are huge in the compressed model only.
+        """
         args, kwargs = self.call(batch) if precision is None else _in_precision(self.call(batch), precision)
         output = stream(block(*args, **kwargs))
         wide = torch.promote_types(output.dtype, torch.float32)
         target = self.target(batch).to(output.device, wide)
         features = -1 if output.ndim <= 3 else tuple(range(1, output.ndim))  # of a token, or of an image
         errors = (output.to(wide) - target).square().sum(features)
-        relative = (errors / target.square().sum(features).clamp(min=torch.finfo(wide).tiny)).flatten()
+        relative = (errors / target.square().sum(features).clamp(min=torch.finfo(wide).tiny)).log1p().flatten()
         mask = self.mask(batch, output)
         return relative.mean() if mask is None or len(mask) != len(relative) else relative[mask].mean()
 

@@ -658,3 +658,82 @@ def test_the_installed_command(models: Path, tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr
+
+
+# Block by block, and healing
+
+
+def test_compress_block_by_block_and_go_on_after_a_kill(run: Run, models: Path, tmp_path: Path) -> None:
+    by_block = ["--sequential", "--refine", "--epochs", 2, "--run-folder", tmp_path / "run", "--offload-folder", tmp_path]
+    arguments = [*calibrated(models), *by_block, "--statistics", tmp_path / "statistics.safetensors", "--keep", 0.5]
+    assert run("compress", models / "llama", tmp_path / "one", *arguments).code == 0
+    log = [json.loads(line) for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()]
+    assert [entry["block"] for entry in log] == ["model.layers.0", "model.layers.1"]
+    assert all(len(entry["epochs"]) == 2 for entry in log)
+    (tmp_path / "run" / "block-0001.safetensors").unlink()
+    assert run("compress", models / "llama", tmp_path / "two", *arguments).code == 0
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--method", "svd", "--refine"], "--sequential and --refine need calibration"),
+        (["--epochs", 2], "--epochs are those of --refine"),
+        (["--run-folder", "x"], "--run-folder and --offload-folder are for --sequential and --refine"),
+    ],
+)
+def test_compress_refuses_options_without_effect(
+    run: Run, models: Path, tmp_path: Path, options: list[object], message: str
+) -> None:
+    assert_error(run("compress", models / "llama", tmp_path / "out", "--no-evaluate", *options), message)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture
+def taught(models: Path, tmp_path: Path, run: Run) -> Path:
+    """A Llama that knows its text, and what is left of it."""
+    model, tokenizer = llama(vocab_size=259), byte_tokenizer()
+    (batch,) = text_batches(tokenizer, (models / "calibration.txt").read_text(), length=64, batch_size=8, limit=8)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    for _ in range(60):
+        model(**batch, labels=batch["input_ids"]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(tmp_path / "taught")
+    tokenizer.save_pretrained(tmp_path / "taught")
+    result = run("compress", tmp_path / "taught", tmp_path / "small", "--keep", 0.2, *calibrated(models))
+    assert result.code == 0, result.err
+    return tmp_path
+
+
+def test_heal_brings_back_what_was_lost(run: Run, models: Path, taught: Path) -> None:
+    texts = ["--calibration", models / "calibration.txt", "--text", models / "calibration.txt", "--length", 64]
+    arguments = [*texts, "--train-windows", 8, "--epochs", 30, "--learning-rate", 3e-3, "--run-folder", taught / "run"]
+    result = run("heal", taught / "small", taught / "healed", *arguments, "--json")
+    assert result.code == 0, result.err
+    printed = json.loads(result.out)
+    found = printed["evaluation"]
+    assert found["dense perplexity"] < found["perplexity"] < found["perplexity before"]
+    assert printed["losses"][-1] < printed["losses"][0]
+    assert {path.name for path in (taught / "healed").iterdir()} >= FILES
+    evaluated = run("evaluate", taught / "healed", "--text", models / "calibration.txt", "--length", 64, "--json")
+    assert json.loads(evaluated.out)["perplexity"] == pytest.approx(found["perplexity"], rel=1e-4)
+    assert "perplexity before" in (taught / "healed" / "README.md").read_text()
+    again = run("heal", taught / "small", taught / "again", *arguments)  # it has ended, and is taken up at its end
+    assert again.code == 0, again.err
+    assert "perplexity before" in again.out
+    first, second = (load_file(taught / name / "adapter_model.safetensors") for name in ("healed", "again"))
+    assert all(torch.equal(first[key], second[key]) for key in first)
+
+
+def test_heal_refuses_what_it_cannot_do(run: Run, models: Path, taught: Path) -> None:
+    assert_error(run("heal", models / "llama", taught / "out"), "is no compressed adapter; make one with `reparam compress`")
+    assert_error(run("heal", taught / "small", taught / "small"), "already exists; choose another folder")
+    assert_error(run("heal", taught / "small", taught / "small", "--overwrite"), "holds the model itself")
+    bad = run("heal", taught / "small", taught / "out", "--distillation", 2, "--length", 64, *quick(models)[:2])
+    assert_error(bad, r"`distillation` must be in \[0, 1\]")
+    other = run("heal", taught / "small", taught / "out", "--teacher", models / "bert", "--length", 64, *quick(models)[:2])
+    assert_error(other, "logits|labels|causal|next|vocabulary")
+    assert not (taught / "out").exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -101,7 +102,20 @@ def test_every_token_counts_alike_whatever_its_size() -> None:
             return 1.1 * y * scales
 
     scaled = Task(lambda i: ((x,), {}), lambda i: y * scales, lambda i, output: None)
-    assert scaled.error(Scaled(), [0]) == pytest.approx(0.01, rel=1e-4)
+    assert scaled.error(Scaled(), [0]) == pytest.approx(math.log(1.01), rel=1e-4)
+
+
+def test_tokens_that_are_huge_in_the_compressed_model_only_do_not_drown_the_others() -> None:
+    made = task()
+    x = torch.ones(1, 1, 1)
+
+    class Huge(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return torch.tensor([[[1e4], [1.1], [1.1]]])
+
+    outlier = Task(lambda i: ((x,), {}), lambda i: torch.ones(1, 3, 1), lambda i, output: None)
+    assert outlier.error(Huge(), [0]) < math.log(1e8)
+    assert made.error(Block(1), [0]) == 0.0
 
 
 def test_padding_does_not_count() -> None:
