@@ -21,7 +21,7 @@ from .pipeline import Batches, Run, mean_output, tensors_of
 from .planning import Plan, allocate_ranks, check_budget, parameter_budget
 from .products import FactorizedModule
 from .statistics import Statistics
-from .targets import Target, matrix_storage, naming, reparam_layers
+from .targets import Target, matrix_storage, naming, reparam_layers, unwrapped
 
 NOT_DENSE = math.nextafter(1.0, 0.0)  # the `ceiling` that keeps a matrix from becoming dense again
 # What a config holds with data only.
@@ -259,7 +259,7 @@ def _present(model: PeftModel, adapter_name: str) -> tuple[dict[str, ReparamLaye
     for name in config.dense_modules or ():
         with naming(name):
             module = base.get_submodule(name)
-            targets[name] = Target(module, None, matrix_storage(module, config))
+            targets[name] = Target(module, None, matrix_storage(unwrapped(module), config))
     return layers, targets
 
 

@@ -21,7 +21,7 @@ from test_calibration import Batch, images, pairs, state_of, text
 from test_compression import assert_same_model, config_of, layers, qwen_moe
 from torch import Tensor, multiprocessing, nn
 
-from reparam_peft import Anchoring, Refinement, calibrate, compress, plan
+from reparam_peft import Anchoring, Refinement, calibrate, compress, plan, retruncate
 from reparam_peft.run_folder import RunFolder
 
 TEXT = [text([20, 9, 20, 5, 20, 20], 20, seed=seed) for seed in range(6)]
@@ -390,3 +390,14 @@ def test_two_processes_end_with_one_model(tmp_path: Path) -> None:
     for a, b in zip(outputs(one, TEXT), outputs(alone, TEXT), strict=True):
         assert_close(a, b, torch.float16)
     assert len(log_of(tmp_path / "run")) == 2
+
+
+def test_what_was_refined_is_truncated_and_healed(tmp_path: Path) -> None:
+    small = by_block(llama(), TEXT, WAYS["both"], keep=0.6)
+    assert set(small.peft_config["default"].dense_modules) & set(small.peft_config["default"].modules_to_save)
+    for keep, batches in ((0.5, TEXT), (0.4, None)):
+        retruncate(small, keep, batches, progress=False)
+        small.save_pretrained(tmp_path / str(keep))
+        loaded = PeftModel.from_pretrained(llama(), tmp_path / str(keep)).eval()
+        assert loaded.size_report().keep <= keep
+        assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, TEXT), outputs(small, TEXT), strict=True))
