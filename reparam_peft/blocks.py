@@ -54,6 +54,18 @@ def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
     return {name: module for name, module in modules.items() if not any(name.startswith(f"{n}.") for n in modules)}
 
 
+def split_rows(batch: Batch, size: int) -> list[Batch]:
+    """A batch in parts of at most so many rows; whole where its tensors do not agree on the number of rows."""
+    lengths = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim}
+    if len(lengths) != 1:
+        return [batch]
+    (rows,) = lengths
+    return [
+        {key: value[i : i + size] if isinstance(value, Tensor) and value.ndim else value for key, value in batch.items()}
+        for i in range(0, rows, size)
+    ]
+
+
 class Activations:
     """Outputs of blocks by key, in memory or as files of a temporary folder within `folder`."""
 

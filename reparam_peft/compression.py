@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from .blocks import find_blocks
+from .blocks import find_blocks, split_rows
 from .calibration import gather_statistics
 from .config import CALIBRATED_METHODS, ReparamConfig
 from .pipeline import Batches, Run
@@ -55,7 +55,7 @@ def compress(
         model: any model that is called as `model(**batch)`, on any device.
         config: what to compress, and to which size.
         batches: keyword batches, as a DataLoader yields them, read once; or the `Statistics` of an earlier run. With
-            `sequential` or `refine` they are kept, and a step of the refinement takes one of them.
+            `sequential` or `refine` they are kept.
         seed: of the labels sampled for gradients; given `Statistics` have their own.
         progress: whether to show progress bars.
         plan: the ranks, from `reparam_peft.plan`, which then holds what the config leaves open; None: chosen here.
@@ -112,6 +112,8 @@ def compress(
     run = Run(model, config, known, seed, progress, max_memory, adapter_name, plan, list(blocks), refinement is not None)
     if anchoring is not None and not run.calibrated:
         raise ValueError(f"`sequential` needs one of the methods {CALIBRATED_METHODS}, got {run.config.method!r}.")
+    if refinement is not None:
+        batches = [part for batch in batches for part in split_rows(batch, refinement.batch_size)]
     by_block = BlockByBlock(run, blocks, batches, anchoring, refinement, offload_folder, run_folder, device)
     return _install(model, run, by_block.result(plan, adapter_name), adapter_name)
 

@@ -21,10 +21,11 @@ LEAST_SIZE = 1e-3  # as of Adafactor, arXiv:1804.04235
 
 @dataclass(frozen=True)
 class Refinement:
-    """How blocks are refined: AdamW with warm-up and cosine decay, one step per batch.
+    """How blocks are refined: AdamW with warm-up and cosine decay.
 
     Attributes:
         epochs: passes over the training batches, at most.
+        batch_size: rows (sequences) in a step; larger batches are split. Many small steps fit better than few large ones.
         learning_rate: its peak, relative to the root mean square of each parameter at the start, so that one value suits models
             of any scale: 2.5e-3 is 5e-4 for weights of 0.2.
         warmup: fraction of the steps in which the learning rate rises.
@@ -39,6 +40,7 @@ class Refinement:
     """
 
     epochs: int = 8
+    batch_size: int = 1
     learning_rate: float = 2.5e-3
     warmup: float = 0.1
     weight_decay: float = 0.0
@@ -49,7 +51,7 @@ class Refinement:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("patience", 1), ("seed", 0)):
+        for name, least in (("epochs", 1), ("batch_size", 1), ("patience", 1), ("seed", 0)):
             value = getattr(self, name)
             if value is None and name == "patience":
                 continue

@@ -13,7 +13,7 @@ from test_calibration import images, pairs, text
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from reparam_peft.blocks import Activations, Replay, find_blocks, hollowed, replaced, stream
+from reparam_peft.blocks import Activations, Replay, find_blocks, hollowed, replaced, split_rows, stream
 
 TEXT = [text([12, 9, 12, 5], 12), text([10, 10, 3], 10, seed=1)]
 PAIRS = [pairs([8, 3], [6, 2], (8, 6)), pairs([5, 5], [4, 1], (5, 4))]
@@ -195,6 +195,16 @@ def test_activations_are_kept_until_they_are_dropped(on_disk: bool, tmp_path: Pa
             store.get(("a", 0))
         store.put(("b", 1), tree)
     assert not list(tmp_path.rglob("activations-*"))
+
+
+def test_batches_are_split_by_rows_where_their_tensors_agree() -> None:
+    batch = {"a": torch.arange(6).view(3, 2), "b": torch.arange(3), "c": torch.tensor(1.0), "d": "text"}
+    parts = split_rows(batch, 2)
+    assert [part["a"].tolist() for part in parts] == [[[0, 1], [2, 3]], [[4, 5]]]
+    assert [part["b"].tolist() for part in parts] == [[0, 1], [2]]
+    assert all(part["c"] == 1 and part["d"] == "text" for part in parts)
+    other = {"a": torch.ones(3), "pixels": torch.ones(7, 2)}
+    assert split_rows(other, 1) == [other]
 
 
 def test_hollow_outputs_have_shapes_and_no_numbers() -> None:

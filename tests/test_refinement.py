@@ -191,6 +191,7 @@ def test_training_does_not_touch_copies() -> None:
     ("field", "value", "message"),
     [
         ("epochs", 0, r"`epochs` must be a whole number of at least 1, got 0"),
+        ("batch_size", 0, "`batch_size` must be a whole number of at least 1"),
         ("epochs", 1.5, "`epochs` must be a whole number"),
         ("patience", True, "`patience` must be a whole number"),
         ("seed", -1, "`seed` must be a whole number of at least 0"),

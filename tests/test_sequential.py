@@ -27,7 +27,7 @@ from reparam_peft.run_folder import RunFolder
 TEXT = [text([20, 9, 20, 5, 20, 20], 20, seed=seed) for seed in range(6)]
 PAIRS = [pairs([20, 13, 20, 20], [16, 12, 16, 16], (20, 16), seed=seed) for seed in range(8)]
 IMAGES = [images(8, (3, 16, 16), "pixel_values", seed=seed) for seed in range(8)]
-REFINE = Refinement(epochs=3, learning_rate=2e-3, autocast=None)
+REFINE = Refinement(epochs=3, batch_size=4, learning_rate=2e-3, autocast=None)
 ALL = {"target_modules": "all-linear"}
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[Batch], Any]] = {
     "llama": (llama, TEXT, "all-linear"),
