@@ -112,6 +112,7 @@ class Run:
             check_budget(self.config.keep, self.uniform, self.storages)
 
     def plan(self) -> Plan:
+        """The ranks that the config and the statistics lead to."""
         losses: dict[str, Tensor] = {}
         for group in self.passes if self.gradients else ():
             compute = partial(self._losses, statistics=self.statistics(group))
