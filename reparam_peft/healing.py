@@ -86,6 +86,11 @@ class HealingTrainer(Trainer):
         self.encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
         set_trained(model, [kind for kind in trains if lora is None or kind == "norms"])
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
+        if distillation == 1 and (self.compute_loss_func is not None or self.label_smoother is not None):
+            raise ValueError(
+                "`compute_loss_func` and `label_smoothing_factor` are of the task's own loss, which has no part in "
+                "`distillation=1`; lower it, or leave them out."
+            )
         if teacher is not None:
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self.cache = None
@@ -96,28 +101,27 @@ class HealingTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mixed loss."""
-        inputs = self._with_labels(inputs) if self.distillation < 1 else dict(inputs)
-        needed = self.distillation < 1 or self.encoder_decoder  # which makes its decoder's inputs of the labels
-        known = {key: value for key, value in inputs.items() if key != "labels" or needed}
-        target = self._ask(model, {key: v for key, v in known.items() if key != "labels" or self.encoder_decoder})
+        plain = {key: value for key, value in inputs.items() if key != "labels" or self.encoder_decoder}
+        target = self._ask(model, plain)
         options = {"output_hidden_states": True} if self.hidden else {}
-        if self.distillation < 1 and num_items_in_batch is not None:
-            options["num_items_in_batch"] = num_items_in_batch
-        outputs = model(**known, **options)
+        loss: Any = 0.0
+        if self.distillation < 1:
+            labelled = {**self._with_labels(inputs), **options}
+            task, outputs = super().compute_loss(model, labelled, True, num_items_in_batch)
+            loss = (1 - self.distillation) * task
+        else:
+            outputs = model(**plain, **options)
         logits = outputs.logits[:, :-1] if self.shifts else outputs.logits
         mask = self._counted(inputs, logits)
         own = mask.sum()
         count = own.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        loss = torch.zeros((), device=logits.device)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:  # as in `Trainer.compute_loss`
+            count = count / (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
         if self.distillation:
             loss = loss + self.distillation * divergence(logits, target["logits"], mask, self.temperature) / count
         if self.hidden:
             error = _hidden_error(_hidden_states(outputs), target["hidden_states"], mask)
             loss = loss + self.hidden * own / count * error
-        if self.distillation < 1:
-            loss = loss + (1 - self.distillation) * outputs.loss
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:
-            loss = loss * (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(

@@ -112,6 +112,22 @@ def test_the_tasks_own_loss_is_mixed_in(distillation: float, tmp_path: Path) -> 
     assert float(made.compute_loss(made.model, batch)) == pytest.approx(float(expected), rel=1e-4)
 
 
+def test_the_tasks_own_loss_is_that_of_the_trainer(tmp_path: Path) -> None:
+    batch = text([16, 9], 16, seed=7)
+    smooth = trainer(tmp_path, distillation=0.0, label_smoothing_factor=0.2)
+    smooth.model.eval()
+    labels = batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)[:, 1:]
+    logits = smooth.model(**batch).logits[:, :-1]
+    expected = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), label_smoothing=0.2)
+    assert float(smooth.compute_loss(smooth.model, batch)) == pytest.approx(float(expected), rel=1e-4)
+    own = {"compute_loss_func": lambda outputs, labels, num_items_in_batch=None: outputs.logits.sum() * 0 + 7.0}
+    made = HealingTrainer(small(), arguments(tmp_path), train_dataset=ROWS, teacher=llama(), distillation=0.0, **own)
+    assert float(made.compute_loss(made.model, batch)) == 7.0
+    for options in (own, {"args": arguments(tmp_path, label_smoothing_factor=0.1)}):
+        with pytest.raises(ValueError, match="are of the task's own loss, which has no part in `distillation=1`"):
+            HealingTrainer(small(), **{"args": arguments(tmp_path), **options}, train_dataset=ROWS, teacher=llama())
+
+
 def test_labels_say_which_positions_count(tmp_path: Path) -> None:
     made = trainer(tmp_path)
     made.model.eval()
@@ -350,7 +366,7 @@ def test_a_classifier_is_healed(tmp_path: Path) -> None:
         lambda: base,
         r=1,
         target_modules=["query", "key", "value", "dense"],
-        exclude_modules=["classifier", "pooler.dense"],
+        exclude_modules=["classifier"],
     )
     before = accuracy(model)
     trainer(tmp_path, model, train, teacher=dense, distillation=0.7, max_steps=150, per_device_train_batch_size=16).train()
