@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import ModulesToSaveWrapper
@@ -16,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
 
-from .distillation import Sparse, TeacherCache, divergence
+from .distillation import TeacherCache, divergence
 from .evaluation import evaluating, labels_of, predicts_next_token
 from .layer import ReparamLayer
 from .model import ReparamModel
@@ -111,14 +112,13 @@ class HealingTrainer(Trainer):
             loss = (1 - self.distillation) * task
         else:
             outputs = model(**plain, **options)
-        logits = outputs.logits[:, :-1] if self.shifts else outputs.logits
-        mask = self._counted(inputs, logits)
+        mask = self._counted(inputs, outputs.logits)
         own = mask.sum()
         count = own.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
         if self.args.average_tokens_across_devices and num_items_in_batch is not None:  # as in `Trainer.compute_loss`
             count = count / (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
         if self.distillation:
-            loss = loss + self.distillation * divergence(logits, target["logits"], mask, self.temperature) / count
+            loss = loss + self.distillation * divergence(outputs.logits, target["logits"], mask, self.temperature) / count
         if self.hidden:
             error = _hidden_error(_hidden_states(outputs), target["hidden_states"], mask)
             loss = loss + self.hidden * own / count * error
@@ -179,7 +179,8 @@ class HealingTrainer(Trainer):
         inputs = self._with_labels(inputs)
         labels, mask = inputs.get("labels"), inputs.get("attention_mask")
         if labels is not None:
-            labels = labels[:, 1:] if self.shifts else labels
+            if self.shifts:  # a position predicts the token after it, and the last one nothing
+                labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
             if labels.shape == logits.shape[:-1]:
                 return labels != IGNORED
         if mask is not None and mask.shape == logits.shape[:-1]:
@@ -190,7 +191,7 @@ class HealingTrainer(Trainer):
     def _ask(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
         """What the teacher says of a batch."""
         if self.cache is not None and (known := self.cache.read(inputs)) is not None:
-            return {"logits": self._shifted(known)}
+            return {"logits": known}
         if self.teacher is None:
             with _as_dense(self.accelerator.unwrap_model(model, keep_torch_compile=False)):
                 outputs = model(**inputs, output_hidden_states=bool(self.hidden))
@@ -198,12 +199,8 @@ class HealingTrainer(Trainer):
             outputs = self.teacher(**inputs, output_hidden_states=bool(self.hidden))
         if self.cache is not None:
             self.cache.write(inputs, outputs.logits)
-            return {"logits": self._shifted(self.cache.read(inputs))}
-        logits = outputs.logits[:, :-1] if self.shifts else outputs.logits
-        return {"logits": logits, "hidden_states": _hidden_states(outputs)}
-
-    def _shifted(self, known: Sparse) -> Sparse:
-        return Sparse(known.indices[:, :-1], known.log_probabilities[:, :-1]) if self.shifts else known
+            return {"logits": self.cache.read(inputs)}
+        return {"logits": outputs.logits, "hidden_states": _hidden_states(outputs)}
 
 
 def set_trained(model: PeftModel, kinds: Sequence[str]) -> None:
@@ -312,8 +309,8 @@ def _hidden_error(ours: Sequence[Tensor], theirs: Sequence[Tensor], mask: Tensor
     for student, teacher in zip(ours, theirs, strict=True):
         wide = teacher.float()
         relative = (student.float() - wide).square().sum(-1) / wide.square().sum(-1).clamp(min=1e-12)
-        if mask.ndim == relative.ndim == 2 and relative.shape[1] - mask.shape[1] in (0, 1):
-            relative = relative[:, : mask.shape[1]][mask]
+        if mask.shape == relative.shape:
+            relative = relative[mask]
         errors.append(relative.mean())
     return torch.stack(errors).mean()
 
