@@ -88,7 +88,7 @@ def compress(
     refine: Annotated[
         bool, typer.Option("--refine", help="Block by block: train each block to compute what the original one does.")
     ] = False,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Of --refine. Default: 8.")] = None,
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of --refine. Default: 4.")] = None,
     run_folder: Annotated[
         Path | None, typer.Option(help="Folder for finished blocks and their errors: a run that was killed goes on from there.")
     ] = None,
