@@ -10,7 +10,7 @@ import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
-from .blocks import find_blocks, split_rows
+from .blocks import find_blocks
 from .calibration import gather_statistics
 from .config import CALIBRATED_METHODS, ReparamConfig
 from .pipeline import Batches, Run
@@ -112,8 +112,6 @@ def compress(
     run = Run(model, config, known, seed, progress, max_memory, adapter_name, plan, list(blocks), refinement is not None)
     if anchoring is not None and not run.calibrated:
         raise ValueError(f"`sequential` needs one of the methods {CALIBRATED_METHODS}, got {run.config.method!r}.")
-    if refinement is not None:
-        batches = [part for batch in batches for part in split_rows(batch, refinement.batch_size)]
     by_block = BlockByBlock(run, blocks, batches, anchoring, refinement, offload_folder, run_folder, device)
     return _install(model, run, by_block.result(plan, adapter_name), adapter_name)
 

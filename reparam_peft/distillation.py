@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,6 +13,8 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+
+from .evaluation import IGNORED
 
 CHUNK = 2**22  # logits that are looked at at a time: 16 MiB in float32
 
@@ -35,14 +37,15 @@ class _Divergence(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, student: Tensor, teacher: Tensor | Sparse, rows: Tensor, temperature: float) -> Tensor:
-        gradient = torch.zeros_like(student)
+        gradient = torch.zeros_like(student) if ctx.needs_input_grad[0] else None
         total = torch.zeros((), dtype=torch.float64 if student.dtype == torch.float64 else torch.float32, device=student.device)
         for chunk in rows.split(max(1, CHUNK // student.shape[-1])):
             log_q = (student[chunk].to(total.dtype) / temperature).log_softmax(-1)
             log_p = _teacher(teacher, chunk, log_q, temperature)
             p = log_p.exp()
-            total += (p * (log_p - log_q)).nansum()  # 0 · log 0 = 0
-            gradient[chunk] = ((log_q.exp() - p) / temperature).to(gradient.dtype)
+            total += (p * (log_p - log_q)).masked_fill(p == 0, 0.0).sum()  # 0 · log 0 = 0; NaN stays NaN
+            if gradient is not None:
+                gradient[chunk] = ((log_q.exp() - p) / temperature).to(gradient.dtype)
         ctx.save_for_backward(gradient)
         return total
 
@@ -110,7 +113,8 @@ class TeacherCache:
         found = [self._row(inputs, row) for row in range(_rows(inputs))]
         if any(row is None for row in found):
             return None
-        places = [_real(inputs, row) for row in range(len(found))]
+        single = found[0].indices.ndim == 1  # one distribution for a row, not one for each position
+        places = [None if single else _real(inputs, row, _PREDICTED) for row in range(len(found))]
         shape = places[0].shape if places[0] is not None else found[0].indices.shape[:-1]
         indices = torch.zeros(len(found), *shape, found[0].indices.shape[-1], dtype=torch.int32)
         known = torch.full(indices.shape, -torch.inf)
@@ -122,7 +126,7 @@ class TeacherCache:
     def write(self, inputs: Mapping[str, Tensor], logits: Tensor) -> None:
         """Keep the likeliest classes of a batch's logits (rows, …, classes)."""
         for row in range(_rows(inputs)):
-            place = _real(inputs, row)
+            place = None if logits.ndim == 2 else _real(inputs, row, _PREDICTED)
             chosen = logits[row] if place is None else logits[row][place]
             log_p, indices = chosen.float().log_softmax(-1).topk(min(self.top_k, logits.shape[-1]), sorted=False)
             path = self._path(inputs, row)
@@ -140,12 +144,18 @@ class TeacherCache:
 
     def _path(self, inputs: Mapping[str, Tensor], row: int) -> Path:
         digest = hashlib.sha256(f"{self.teacher} {self.top_k}".encode())
-        place = _real(inputs, row)
         for name in sorted(inputs):
             value = inputs[name]
-            if name in ("labels", "attention_mask") or not isinstance(value, Tensor) or not value.ndim:
+            if name.endswith("attention_mask") or not isinstance(value, Tensor) or not value.ndim:
                 continue
-            real = value[row][place] if place is not None and value.shape[1:2] == place.shape else value[row]
+            mask = {"labels": "labels", "decoder_input_ids": "decoder_attention_mask"}.get(name, "attention_mask")
+            place = _real(inputs, row, [mask])
+            real = value[row]
+            if place is not None and real.shape[:1] == place.shape:
+                # Where padding stands does not matter, but gaps do.
+                where = place.nonzero().flatten().cpu()
+                digest.update((where - where[:1]).numpy())
+                real = real[place]
             digest.update(f"{name} {tuple(real.shape)} {real.dtype}".encode())
             digest.update(real.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
         return self.folder / f"{digest.hexdigest()[:40]}.safetensors"
@@ -155,7 +165,13 @@ def _rows(inputs: Mapping[str, Tensor]) -> int:
     return len(next(value for value in inputs.values() if isinstance(value, Tensor) and value.ndim))
 
 
-def _real(inputs: Mapping[str, Tensor], row: int) -> Tensor | None:
-    """Which positions of a row are no padding, bool; None: it has no mask."""
-    mask = inputs.get("attention_mask")
-    return None if mask is None or mask.ndim != 2 else mask[row].bool()
+# What says which positions logits are for: an encoder-decoder makes its decoder's inputs of the labels.
+_PREDICTED = ("labels", "decoder_attention_mask", "attention_mask")
+
+
+def _real(inputs: Mapping[str, Tensor], row: int, masks: Sequence[str]) -> Tensor | None:
+    """Which positions of a row are no padding, bool, by the first of the masks that is there; None: there is none."""
+    name = next((name for name in masks if name in inputs), None)
+    if name is None or inputs[name].ndim != 2:
+        return None
+    return inputs[name][row] != IGNORED if name == "labels" else inputs[name][row].bool()

@@ -2,32 +2,38 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from peft import LoraConfig, PeftModel
-from peft.tuners.lora import Linear as LoraLinear
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import _set_trainable
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from transformers import Trainer
+from transformers.trainer_pt_utils import nested_detach
 
 from .distillation import TeacherCache, divergence
-from .evaluation import evaluating, labels_of, predicts_next_token
+from .evaluation import IGNORED, evaluating, labels_of, predicts_next_token
+from .inner_lora import adapted, check_lora, merged
 from .layer import ReparamLayer
 from .model import ReparamModel
 from .run_folder import fingerprint_of_model
 from .targets import reparam_layers
 
 TRAINS = ("factors", "norms", "biases")
-IGNORED = -100
-LORA = "healing"  # name of the adapter within the factors
 TRAINED = "healing.safetensors"
+
+
+class Counts(NamedTuple):
+    """How much counts in all batches of a step; of which kind logits are, the logits tell."""
+
+    positions: Tensor
+    rows: Tensor
 
 
 class HealingTrainer(Trainer):
@@ -35,7 +41,8 @@ class HealingTrainer(Trainer):
 
     loss = α T² KL(teacher ‖ student) + (1 − α) task + λ Σ hidden-state errors, per position that counts: where the batch has
     labels, those that are not −100; else those that are no padding. Accumulated batches are weighed by their positions, as
-    `Trainer` weighs tokens. Without labels a model that predicts its own input is trained on any text.
+    `Trainer` weighs tokens. Without labels a model that predicts its own input is trained on any text. A model without
+    `logits`, of embeddings say, learns from `hidden` alone.
 
     What is trained is saved with the adapter: norms through PEFT's `modules_to_save`, as what `compress` refined already is.
 
@@ -55,7 +62,8 @@ class HealingTrainer(Trainer):
 
     Raises:
         TypeError: `model` has no active reparam adapter.
-        ValueError: an argument is out of range, there is no teacher, or its classes are not those of the model.
+        ValueError: an argument is out of range or has no effect, there is no teacher, or its classes are not those of the
+            model.
 
     Source: Hinton et al. 2015, arXiv:1503.02531.
     """
@@ -78,20 +86,17 @@ class HealingTrainer(Trainer):
         _check_model(model)
         _check_teacher(model, teacher)
         _check_loss(distillation, temperature, hidden, teacher_cache, top_k)
-        _check_trained(trains, lora)
-        if lora is not None and getattr(args, "fsdp", None):
-            raise ValueError("`lora` cannot be merged into sharded factors; train the factors themselves, or leave out `fsdp`.")
+        _check_classes(model, distillation)
+        _check_trained(model, trains)
+        check_lora(model, lora)
+        _check_arguments(args, trainer_args, trainer_kwargs, distillation, lora)
         self.distillation, self.temperature, self.hidden, self.lora = distillation, temperature, hidden, lora
         self.teacher = teacher
         self.shifts = predicts_next_token(model)
         self.encoder_decoder = bool(getattr(model.config, "is_encoder_decoder", False))
-        set_trained(model, [kind for kind in trains if lora is None or kind == "norms"])
         super().__init__(model, args, *trainer_args, **trainer_kwargs)
-        if distillation == 1 and (self.compute_loss_func is not None or self.label_smoother is not None):
-            raise ValueError(
-                "`compute_loss_func` and `label_smoothing_factor` are of the task's own loss, which has no part in "
-                "`distillation=1`; lower it, or leave them out."
-            )
+        self.loss_is_scaled_for_ga = True  # by `Counts`
+        set_trained(model, [kind for kind in trains if lora is None or kind != "factors"])
         if teacher is not None:
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self.cache = None
@@ -102,26 +107,26 @@ class HealingTrainer(Trainer):
         self, model: nn.Module, inputs: dict[str, Any], return_outputs: bool = False, num_items_in_batch: Any = None
     ) -> Any:
         """The mixed loss."""
-        plain = {key: value for key, value in inputs.items() if key != "labels" or self.encoder_decoder}
-        target = self._ask(model, plain)
-        options = {"output_hidden_states": True} if self.hidden else {}
-        loss: Any = 0.0
-        if self.distillation < 1:
-            labelled = {**self._with_labels(inputs), **options}
-            task, outputs = super().compute_loss(model, labelled, True, num_items_in_batch)
-            loss = (1 - self.distillation) * task
-        else:
-            outputs = model(**plain, **options)
-        mask = self._counted(inputs, outputs.logits)
-        own = mask.sum()
-        count = own.clamp(min=1) if num_items_in_batch is None else num_items_in_batch
-        if self.args.average_tokens_across_devices and num_items_in_batch is not None:  # as in `Trainer.compute_loss`
-            count = count / (self.accelerator.num_processes if self.args.n_gpu <= 1 else self.args.n_gpu)
-        if self.distillation:
-            loss = loss + self.distillation * divergence(outputs.logits, target["logits"], mask, self.temperature) / count
+        inputs = self._with_labels(inputs)
+        asked = self.distillation < 1 or self.encoder_decoder  # which makes its decoder's inputs of the labels
+        known = {key: value for key, value in inputs.items() if key != "labels" or asked}
+        plain = {key: value for key, value in known.items() if key != "labels" or self.encoder_decoder}
+        target = self._ask(model, plain) if self.distillation or self.hidden else {}
+        outputs = model(**known, **({"output_hidden_states": True} if self.hidden else {}))
+        logits = getattr(outputs, "logits", None)
+        if logits is None and self.distillation and not self.hidden:
+            raise ValueError(f"the outputs of a {type(outputs).__name__} have no `logits` to distil; give `hidden` > 0.")
+        mask, count = self._counted(inputs, outputs, num_items_in_batch)
+        loss = torch.zeros((), device=mask.device)
+        if self.distillation and logits is not None:
+            loss = loss + self.distillation * divergence(logits, target["logits"], mask, self.temperature) / count
         if self.hidden:
-            error = _hidden_error(_hidden_states(outputs), target["hidden_states"], mask)
-            loss = loss + self.hidden * own / count * error
+            error = _hidden_error(_hidden_states(outputs), target["hidden_states"], mask, inputs.get("attention_mask"))
+            loss = loss + self.hidden * error * mask.sum() / count
+        if self.distillation < 1:
+            loss = loss + (1 - self.distillation) * self._task(outputs, inputs.get("labels"), mask, count)
+        if self.args.average_tokens_across_devices and num_items_in_batch is not None:  # the mean over processes is taken later
+            loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
 
     def prediction_step(
@@ -130,22 +135,35 @@ class HealingTrainer(Trainer):
         """As `Trainer`'s; the loss is the mixed one, without labels too."""
         ignored = list(ignore_keys or getattr(self.model.config, "keys_to_ignore_at_inference", ["past_key_values"]))
         ignored += ["hidden_states", "encoder_hidden_states", "decoder_hidden_states"]
-        return super().prediction_step(model, self._with_labels(inputs), prediction_loss_only, ignored)
+        inputs = self._with_labels(inputs)
+        if self.label_names and all(inputs.get(name) is not None for name in self.label_names):
+            return super().prediction_step(model, inputs, prediction_loss_only, ignored)
+        inputs = self._prepare_inputs(inputs)
+        with torch.no_grad(), self.compute_loss_context_manager():
+            count = self._get_num_items_in_batch([inputs], self.args.device)
+            loss, outputs = self.compute_loss(model, inputs, return_outputs=True, num_items_in_batch=count)
+        if prediction_loss_only:
+            return loss.detach(), None, None
+        logits = nested_detach(tuple(value for key, value in outputs.items() if key not in [*ignored, "loss"]))
+        return loss.detach(), logits[0] if len(logits) == 1 else logits, None
 
     def train(self, *args: Any, **kwargs: Any) -> Any:
         """As `Trainer`'s; a LoRA on the factors is merged into them at the end."""
         if self.lora is None:
             return super().train(*args, **kwargs)
+        # Each run trains a LoRA of its own: an optimizer and a wrapper of an earlier run would hold one that is gone.
+        self.optimizer = self.lr_scheduler = None
+        self.model_wrapped = self.model
         with adapted(self.model, self.lora):
             return super().train(*args, **kwargs)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
-        """As `Trainer`'s; checkpoints to resume from also hold what is trained, to the bit."""
+        """As `Trainer`'s; checkpoints to resume from also hold what is trained and the factors, without a LoRA, to the bit."""
         with merged(self.model):
             super().save_model(output_dir, _internal_call)
         if _internal_call and self.args.should_save and not self.is_fsdp_enabled:
-            trained = {name: p.detach().cpu().contiguous() for name, p in self.model.named_parameters() if p.requires_grad}
-            save_file(trained, Path(output_dir) / TRAINED)
+            parts = {n: p for n, p in self.model.named_parameters() if p.requires_grad or ".reparam_factors." in n}
+            save_file({n: p.detach().cpu().contiguous() for n, p in parts.items()}, Path(output_dir) / TRAINED)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINED
@@ -164,8 +182,14 @@ class HealingTrainer(Trainer):
     def _load_best_model(self) -> None:
         self._load_from_checkpoint(self.state.best_model_checkpoint)
 
-    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Any:
-        return super()._get_num_items_in_batch([self._with_labels(batch) for batch in batch_samples], device)
+    def _get_num_items_in_batch(self, batch_samples: list[Any], device: torch.device) -> Counts | None:
+        if not batch_samples:
+            return None
+        found = [self._masks(batch) for batch in batch_samples]
+        sums = torch.stack([sum(masks[dimensions].sum() for masks in found) for dimensions in (2, 1)]).to(device)
+        if self.args.average_tokens_across_devices and self.args.world_size > 1:
+            sums = self.accelerator.gather(sums[None]).sum(0) / self.get_tp_size()
+        return Counts(*sums)
 
     def _with_labels(self, inputs: Mapping[str, Any]) -> dict[str, Any]:
         """A batch with the tokens to predict, where the model predicts its own input and is given no labels."""
@@ -174,18 +198,47 @@ class HealingTrainer(Trainer):
             inputs["labels"] = labels_of(inputs, True, 0)
         return inputs
 
-    def _counted(self, inputs: Mapping[str, Any], logits: Tensor) -> Tensor:
-        """Which positions count, bool, of the shape of logits without their classes."""
+    def _masks(self, inputs: Mapping[str, Any]) -> dict[int, Tensor]:
+        """What counts, bool, by number of dimensions: positions, shape (rows, length), and rows."""
         inputs = self._with_labels(inputs)
-        labels, mask = inputs.get("labels"), inputs.get("attention_mask")
-        if labels is not None:
+        first = next(value for value in inputs.values() if isinstance(value, Tensor) and value.ndim)
+        rows = torch.ones(len(first), dtype=torch.bool, device=first.device)
+        masks = {1: rows, 2: rows[:, None]}
+        if "input_ids" in inputs and not self.encoder_decoder:
+            masks[2] = torch.ones_like(inputs["input_ids"], dtype=torch.bool)
+        attention = inputs.get("decoder_attention_mask" if self.encoder_decoder else "attention_mask")
+        if attention is not None and attention.ndim == 2:
+            masks[2] = attention.bool()
+        labels = inputs.get("labels")
+        if labels is not None and not labels.is_floating_point():
+            counts = labels != IGNORED
             if self.shifts:  # a position predicts the token after it, and the last one nothing
-                labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED)
-            if labels.shape == logits.shape[:-1]:
-                return labels != IGNORED
-        if mask is not None and mask.shape == logits.shape[:-1]:
-            return mask.bool()
-        return torch.ones(logits.shape[:-1], dtype=torch.bool, device=logits.device)
+                counts = torch.cat([counts[:, 1:], torch.zeros_like(counts[:, :1])], dim=1)
+            masks[counts.ndim] = counts
+        return masks
+
+    def _counted(self, inputs: Mapping[str, Any], outputs: Any, counts: Counts | None) -> tuple[Tensor, Tensor]:
+        """What of a batch's logits (or of its last layer) counts, bool, and how much counts in all batches of the step."""
+        logits = getattr(outputs, "logits", None)
+        shape = (outputs[0] if logits is None else logits).shape[:-1]
+        mask = self._masks(inputs).get(len(shape))
+        if mask is not None and mask.shape == shape:
+            total = None if counts is None else counts.positions if mask.ndim == 2 else counts.rows
+        else:
+            mask = torch.ones(shape, dtype=torch.bool, device=self.args.device)
+            total = None if counts is None else counts.rows * (mask.numel() // len(mask))
+        return mask, (mask.sum() if total is None else total).clamp(min=1)
+
+    def _task(self, outputs: Any, labels: Tensor | None, mask: Tensor, count: Tensor) -> Tensor:
+        """The task's own loss, as in `Trainer.compute_loss`, as its part of the mean over all batches of the step."""
+        if self.compute_loss_func is not None:
+            return self.compute_loss_func(outputs, labels, num_items_in_batch=count)
+        if self.label_smoother is not None and labels is not None:
+            return self.label_smoother(outputs, labels, shift_labels=self.shifts, num_items_in_batch=count)
+        if getattr(outputs, "loss", None) is None:
+            raise ValueError("`distillation` below 1 needs the labels of the task in each batch, got none; use 1 without them.")
+        # The model's mean: many models take no `num_items_in_batch`. Of nothing it would be NaN.
+        return outputs.loss.mean() * mask.sum() / count if mask.any() else outputs.logits.sum() * 0
 
     @torch.no_grad()
     def _ask(self, model: nn.Module, inputs: dict[str, Any]) -> dict[str, Any]:
@@ -200,7 +253,7 @@ class HealingTrainer(Trainer):
         if self.cache is not None:
             self.cache.write(inputs, outputs.logits)
             return {"logits": self.cache.read(inputs)}
-        return {"logits": outputs.logits, "hidden_states": _hidden_states(outputs)}
+        return {"logits": getattr(outputs, "logits", None), "hidden_states": _hidden_states(outputs)}
 
 
 def set_trained(model: PeftModel, kinds: Sequence[str]) -> None:
@@ -241,50 +294,6 @@ def _norms(model: PeftModel) -> list[str]:
 
 
 @contextmanager
-def adapted(model: PeftModel, config: LoraConfig) -> Iterator[None]:
-    """Within this block a LoRA on the linear layers of the factors is trained; afterwards it is merged into them."""
-    for parent, child, linear in _inner(model, nn.Linear):
-        layer = LoraLinear(linear.requires_grad_(False), LORA, config, r=config.r, lora_alpha=config.lora_alpha)
-        setattr(parent, child, layer.train(linear.training))
-    try:
-        yield
-    finally:
-        for parent, child, layer in _inner(model, LoraLinear):
-            base = layer.get_base_layer()
-            base.weight.data = base.weight.data + layer.get_delta_weight(LORA).to(base.weight.dtype)
-            setattr(parent, child, base)
-
-
-@contextmanager
-def merged(model: PeftModel) -> Iterator[None]:
-    """Within this block the factors are as they would be with the LoRA merged; afterwards they are as they were, to the bit."""
-    inner = list(_inner(model, LoraLinear))
-    before = [layer.get_base_layer().weight.data for _, _, layer in inner]
-    try:
-        for parent, child, layer in inner:
-            base = layer.get_base_layer()
-            base.weight.data = base.weight.data + layer.get_delta_weight(LORA).to(base.weight.dtype)
-            setattr(parent, child, base)
-        yield
-    finally:
-        for (parent, child, layer), weight in zip(inner, before, strict=True):
-            layer.get_base_layer().weight.data = weight
-            setattr(parent, child, layer)
-
-
-def _inner(model: nn.Module, kind: type[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
-    """Modules of a kind within the factors of the active adapter, with parent and name."""
-    return [
-        (parent, name, child)
-        for _, layer in reparam_layers(model)
-        for adapter in layer.active_adapters
-        for parent in layer.reparam_factors[adapter].modules()
-        for name, child in parent.named_children()
-        if isinstance(child, kind) and not isinstance(parent, LoraLinear)
-    ]
-
-
-@contextmanager
 def _as_dense(model: PeftModel) -> Iterator[None]:
     """Within this block a model computes without its adapter, in eval mode; it trains the same parameters afterwards."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -297,21 +306,26 @@ def _as_dense(model: PeftModel) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
-def _hidden_states(outputs: Any) -> list[Tensor]:
+def _hidden_states(outputs: Any) -> dict[str, Sequence[Tensor]]:
     """The outputs of all layers, where they were asked for."""
     names = ("hidden_states", "encoder_hidden_states", "decoder_hidden_states")
-    return [state for name in names for state in (getattr(outputs, name, None) or ())[1:]]
+    return {name: getattr(outputs, name)[1:] for name in names if getattr(outputs, name, None)}
 
 
-def _hidden_error(ours: Sequence[Tensor], theirs: Sequence[Tensor], mask: Tensor) -> Tensor:
-    """Mean over layers and positions of |error|² / |teacher's|²; over the positions that count, where logits have any."""
+def _hidden_error(
+    ours: dict[str, Sequence[Tensor]], theirs: dict[str, Sequence[Tensor]], mask: Tensor, attention: Tensor | None
+) -> Tensor:
+    """Mean over layers of |error|² / |teacher's|²: of the positions that count; or of rows, over what is no padding in each."""
     errors = []
-    for student, teacher in zip(ours, theirs, strict=True):
-        wide = teacher.float()
-        relative = (student.float() - wide).square().sum(-1) / wide.square().sum(-1).clamp(min=1e-12)
-        if mask.shape == relative.shape:
-            relative = relative[mask]
-        errors.append(relative.mean())
+    for name, states in ours.items():
+        for student, teacher in zip(states, theirs[name], strict=True):
+            wide = teacher.float()
+            relative = (student.float() - wide).square().sum(-1) / wide.square().sum(-1).clamp(min=1e-12)
+            if mask.shape == relative.shape and not name.startswith("encoder"):
+                errors.append((relative * mask).sum() / mask.sum().clamp(min=1))
+                continue
+            real = attention if attention is not None and attention.shape == relative.shape else torch.ones_like(relative)
+            errors.append(((relative * real).flatten(1).sum(1) / real.flatten(1).sum(1).clamp(min=1)).mean())
     return torch.stack(errors).mean()
 
 
@@ -356,15 +370,39 @@ def _check_loss(distillation: float, temperature: float, hidden: float, cache: A
         raise ValueError("`teacher_cache` keeps probabilities at temperature 1 only; leave out `hidden` and `temperature`.")
 
 
-def _check_trained(trains: Sequence[str], lora: Any) -> None:
+def _check_classes(model: PeftModel, distillation: float) -> None:
+    config = getattr(model.get_base_model(), "config", None)
+    kind = getattr(config, "problem_type", None)
+    if distillation and kind in ("regression", "multi_label_classification"):
+        raise ValueError(
+            f"`distillation` compares distributions over classes, and `problem_type` of the model is {kind!r}; use "
+            "`distillation=0`, with `hidden` for the teacher's part."
+        )
+
+
+def _check_trained(model: PeftModel, trains: Sequence[str]) -> None:
     unknown = [kind for kind in trains if kind not in TRAINS] if not isinstance(trains, str) else [trains]
     if unknown:
         raise ValueError(f"`trains` must be a list of {', '.join(TRAINS)}, got {unknown[0]!r}.")
-    if lora is None:
-        return
-    if not isinstance(lora, LoraConfig):
-        raise TypeError(f"`lora` must be a LoraConfig, got a {type(lora).__name__}.")
-    if lora.target_modules or lora.modules_to_save:
-        raise ValueError("`lora` must name no modules: its targets are the factors.")
-    if lora.use_dora or lora.bias != "none":
-        raise ValueError("`lora` must be a plain LoRA, without `use_dora` and with `bias='none'`.")
+    adapter = model.active_adapter
+    whole = any(isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save for m in model.modules())
+    biases = any(layer.reparam_factors[adapter].bias is not None for _, layer in reparam_layers(model))
+    if not (whole or "factors" in trains or ("norms" in trains and _norms(model)) or ("biases" in trains and biases)):
+        raise ValueError(f"`trains` must name something that the model has, got {list(trains)!r}; add 'factors'.")
+
+
+def _check_arguments(
+    args: Any, trainer_args: Sequence[Any], trainer_kwargs: Mapping[str, Any], distillation: float, lora: Any
+) -> None:
+    """Raise where arguments of `Trainer` would have no effect here, or a wrong one."""
+    bound = inspect.signature(Trainer.__init__).bind_partial(None, None, args, *trainer_args, **trainer_kwargs).arguments
+    smoothing = getattr(args, "label_smoothing_factor", 0)
+    if distillation == 1 and (bound.get("compute_loss_func") is not None or smoothing):
+        raise ValueError(
+            "`compute_loss_func` and `label_smoothing_factor` are of the task's own loss, which has no part in "
+            "`distillation=1`; lower it, or leave them out."
+        )
+    if lora is not None and any(part is not None for part in bound.get("optimizers") or ()):
+        raise ValueError("`optimizers` cannot hold what `lora` adds when training begins; set `args.optim`.")
+    if lora is not None and getattr(args, "fsdp", None):
+        raise ValueError("`lora` cannot be merged into sharded factors; train the factors themselves, or leave out `fsdp`.")

@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 
 from .anchoring import Anchoring, Observed, anchored, input_groups, observe, residual_sources
-from .blocks import Activations, Batch, Call, Replay, hollowed, replaced, set_module, stream
+from .blocks import Activations, Batch, Call, Replay, hollowed, replaced, set_module, split_rows, stream
 from .calibration import fitting_mask, padding_masks
 from .distributed import processes
 from .evaluation import input_device
@@ -72,9 +72,12 @@ class BlockByBlock:
         run_folder: str | Path | None = None,
         device: str | torch.device | None = None,
     ) -> None:
-        self.run, self.batches, self.anchoring, self.refinement = run, batches, anchoring, refinement
+        parts = list(batches)
+        if refinement is not None:
+            parts = [part for batch in batches for part in split_rows(batch, refinement.batch_size)]
+        self.run, self.batches, self.anchoring, self.refinement = run, parts, anchoring, refinement
         self.offload_folder, self.device, self.home = offload_folder, device, input_device(run.model)
-        self.replay = Replay(run.model, blocks, batches)
+        self.replay = Replay(run.model, blocks, parts)
         encodes = getattr(getattr(run.model, "config", None), "is_encoder_decoder", False)
         self.encoder = set(run.model.get_encoder().modules()) if encodes else None
         self.shared = {name for names in parameter_owners(run.model).values() if len(names) > 1 for name in names}

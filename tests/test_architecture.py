@@ -20,7 +20,7 @@ LEVELS = {
     5: ["factorized"],
     6: ["layer"],
     7: ["targets", "statistics"],
-    8: ["model", "calibration"],
+    8: ["model", "calibration", "inner_lora"],
     9: ["pipeline", "healing", "registration", "demo"],
     10: ["anchoring", "truncation", "sources", "options"],
     11: ["sequential", "outputs"],

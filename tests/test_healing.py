@@ -12,16 +12,17 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import bert, llama, t5
+from conftest import bert, llama, t5, vit
 from peft import LoraConfig, PeftModel, get_peft_model
 from test_calibration import pairs, text
 from torch import Tensor, nn
-from transformers import Trainer, TrainingArguments
+from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
 from reparam_peft import HealingTrainer, ReparamConfig, compress, perplexity
 from reparam_peft.healing import set_trained
 
 LENGTH = 16
+BERT = {"target_modules": ["query", "key", "value"]}
 ROWS = [{k: v[0] for k, v in text([LENGTH], LENGTH, seed=seed).items()} for seed in range(24)]
 
 
@@ -67,6 +68,53 @@ def reference_loss(model: nn.Module, teacher: nn.Module, batch: dict[str, Tensor
     )
     mask = batch["attention_mask"][:, 1:].bool()
     return temperature**2 * kl.sum(-1)[mask].mean()
+
+
+def masked_lm() -> BertForMaskedLM:
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
+    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    return BertForMaskedLM(BertConfig(**sizes, **quiet, max_position_embeddings=64)).eval()
+
+
+def classifier() -> nn.Module:
+    model = bert()
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    return model
+
+
+def moved(model: PeftModel) -> Tensor:
+    return torch.cat([p.detach().flatten() for p in model.parameters() if p.requires_grad])
+
+
+def accumulated(tmp_path: Path, build: Any, teacher: Any, rows: list[dict[str, Tensor]], **options: Any) -> None:
+    results = []
+    for size, steps in ((4, 1), (2, 2), (1, 4)):
+        model = small(build, **(BERT if "Bert" in type(build()).__name__ else {"target_modules": ["q", "k", "v", "o"]}))
+        step = {"per_device_train_batch_size": size, "gradient_accumulation_steps": steps, "max_steps": 1, "optim": "sgd"}
+        made = trainer(
+            tmp_path,
+            model,
+            rows,
+            teacher=teacher(),
+            **step,
+            learning_rate=1.0,
+            max_grad_norm=0.0,
+            lr_scheduler_type="constant",
+            **options,
+        )
+        start = moved(model).clone()
+        made.train()
+        results.append(moved(model) - start)
+    assert results[0].norm() > 0
+    for other in results[1:]:
+        assert (other - results[0]).norm() < 1e-3 * results[0].norm(), float((other - results[0]).norm() / results[0].norm())
+
+
+def padded(lengths: tuple[int, ...]) -> list[dict[str, Tensor]]:
+    return [{k: v[0] for k, v in text([n], LENGTH, seed=n).items()} for n in lengths]
 
 
 # The loss
@@ -192,6 +240,99 @@ def test_evaluation_needs_no_labels_and_keeps_metrics(tmp_path: Path) -> None:
     assert found["eval_loss"] > 0
 
 
+@pytest.mark.parametrize("distillation", [1.0, 0.5])
+def test_accumulation_of_a_masked_language_model(distillation: float, tmp_path: Path) -> None:
+    rows = padded((16, 15, 3, 4))
+    if distillation < 1:
+        rows = [{**row, "labels": row["input_ids"].masked_fill(row["attention_mask"] == 0, -100)} for row in rows]
+    accumulated(tmp_path, masked_lm, masked_lm, rows, distillation=distillation)
+
+
+@pytest.mark.parametrize(("distillation", "labelled"), [(1.0, False), (1.0, True), (0.5, True), (0.0, True)])
+def test_accumulation_of_a_classifier(distillation: float, labelled: bool, tmp_path: Path) -> None:
+    rows = padded((16, 15, 3, 4))
+    if labelled:
+        rows = [{**row, "labels": torch.tensor(i % 3)} for i, row in enumerate(rows)]
+    accumulated(tmp_path, classifier, classifier, rows, distillation=distillation)
+
+
+@pytest.mark.parametrize("distillation", [1.0, 0.5])
+def test_accumulation_of_an_encoder_decoder(distillation: float, tmp_path: Path) -> None:
+    def plain() -> nn.Module:
+        model = t5()
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+            if hasattr(module, "dropout") and isinstance(module.dropout, float):
+                module.dropout = 0.0
+        return model
+
+    rows = [
+        {**row, "labels": torch.where(torch.arange(8) < n, row["input_ids"][:8], -100)}
+        for row, n in zip(padded((16, 15, 9, 8)), (8, 2, 1, 5), strict=True)
+    ]
+    accumulated(tmp_path, plain, plain, rows, distillation=distillation)
+
+
+def test_accumulation_with_hidden_states_and_several_labels_for_a_row(tmp_path: Path) -> None:
+    def several() -> nn.Module:
+        model = classifier()
+        model.config.problem_type = "multi_label_classification"
+        return model
+
+    rows = [{**row, "labels": torch.eye(3)[i % 3]} for i, row in enumerate(padded((16, 15, 3, 4)))]
+    accumulated(tmp_path, several, several, rows, distillation=0.0, hidden=0.5)
+
+
+def test_the_loss_that_is_logged_does_not_depend_on_accumulation(tmp_path: Path) -> None:
+    rows = padded((16, 15, 3, 4))
+    logged = []
+    for size, steps in ((4, 1), (1, 4)):
+        made = trainer(
+            tmp_path, small(), rows, per_device_train_batch_size=size, gradient_accumulation_steps=steps, max_steps=1
+        )
+        made.train()
+        logged.append(losses(made)[0])
+    assert logged[0] == pytest.approx(logged[1], rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["classifier", "encoder-decoder"])
+def test_hidden_error_does_not_see_padding(kind: str, tmp_path: Path) -> None:
+    build = {"classifier": classifier, "encoder-decoder": t5}[kind]
+    options = BERT if kind == "classifier" else {"target_modules": ["q", "k", "v", "o"]}
+    model = small(build, **options)
+    made = trainer(tmp_path, model, teacher=build(), hidden=1.0)
+    model.eval()
+    batch = text([9, 5], 9, seed=3)
+    longer = {key: F.pad(value, (0, 4)) for key, value in batch.items()}
+    if kind == "encoder-decoder":
+        labels = batch["input_ids"][:, :9]
+        batch, longer = {**batch, "labels": labels}, {**longer, "labels": labels}
+    first, second = (float(made.compute_loss(model, b).detach()) for b in (batch, longer))
+    assert first == pytest.approx(second, rel=1e-4)
+
+
+def test_a_batch_whose_labels_are_all_ignored_adds_nothing(tmp_path: Path) -> None:
+    made = trainer(tmp_path, distillation=0.5)
+    batch = {**stacked(ROWS[:2]), "labels": torch.full((2, LENGTH), -100)}
+    loss = made.compute_loss(made.model, batch)
+    loss.backward()
+    assert float(loss.detach()) == 0
+    assert all(p.grad is None or p.grad.isfinite().all() for p in made.model.parameters())
+
+
+def test_missing_labels_are_named(tmp_path: Path) -> None:
+    made = trainer(tmp_path, small(classifier, **BERT), teacher=classifier(), distillation=0.5)
+    with pytest.raises(ValueError, match="`distillation` below 1 needs"):
+        made.compute_loss(made.model, stacked(ROWS[:2]))
+
+
+@pytest.mark.parametrize("build", [classifier, masked_lm])
+def test_evaluation_without_labels_has_the_loss(build: Any, tmp_path: Path) -> None:
+    made = trainer(tmp_path, small(build, **BERT), teacher=build(), eval_dataset=ROWS[:4])
+    assert made.evaluate()["eval_loss"] > 0
+
+
 # Teachers
 
 
@@ -219,45 +360,6 @@ def test_the_teacher_is_frozen_and_evaluates(tmp_path: Path) -> None:
     assert not teacher.training
     assert not any(p.requires_grad for p in teacher.parameters())
     assert all(torch.equal(before[name], tensor) for name, tensor in teacher.state_dict().items())
-
-
-@pytest.fixture
-def counted() -> tuple[nn.Module, list[int]]:
-    teacher, calls = llama(), []
-    teacher.register_forward_hook(lambda module, args, output: calls.append(1))
-    return teacher, calls
-
-
-def test_the_teacher_runs_once_for_each_row(counted: Any, tmp_path: Path) -> None:
-    teacher, calls = counted
-    options = {"teacher": teacher, "teacher_cache": tmp_path / "cache", "top_k": 100, "num_train_epochs": 2, "max_steps": -1}
-    made = trainer(tmp_path, rows=ROWS[:8], **options)
-    made.train()
-    assert len(calls) == 2
-    assert len(list((tmp_path / "cache").iterdir())) == 8
-    exact = trainer(tmp_path, rows=ROWS[:8], num_train_epochs=2, max_steps=-1)
-    exact.train()
-    assert losses(made) == pytest.approx(losses(exact), rel=1e-3)
-    other = llama()
-    other.lm_head.weight.data.mul_(2)
-    trainer(tmp_path, rows=ROWS[:4], **{**options, "teacher": other}).train()
-    assert len(list((tmp_path / "cache").iterdir())) == 12, "another teacher has files of its own"
-
-
-def test_padding_does_not_change_what_is_kept_and_damage_is_repaired(counted: Any, tmp_path: Path) -> None:
-    teacher, calls = counted
-    made = trainer(tmp_path, teacher=teacher, teacher_cache=tmp_path / "cache", top_k=20)
-    made.model.eval()
-    batch = text([9, 5], 9, seed=3)
-    first = made.compute_loss(made.model, batch)
-    assert len(calls) == 1
-    longer = {key: F.pad(value, (0, 4)) for key, value in batch.items()}
-    assert float(made.compute_loss(made.model, longer)) == pytest.approx(float(first), rel=1e-4)
-    assert len(calls) == 1
-    path = next((tmp_path / "cache").iterdir())
-    path.write_bytes(path.read_bytes()[:50])
-    assert float(made.compute_loss(made.model, batch)) == pytest.approx(float(first), rel=1e-6)
-    assert len(calls) == 2
 
 
 # What is trained, saved and loaded
@@ -338,6 +440,68 @@ def test_a_checkpoint_of_other_arguments_is_refused(tmp_path: Path) -> None:
         trainer(tmp_path, small(keep=0.3)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
+@pytest.mark.parametrize("options", [{}, {"lora": LoraConfig(r=4)}])
+def test_keep_base_with_checkpointing_of_activations_and_evaluation(options: dict[str, Any], tmp_path: Path) -> None:
+    made = trainer(
+        tmp_path,
+        small(keep_base=True),
+        teacher=None,
+        gradient_checkpointing=True,
+        eval_strategy="steps",
+        eval_steps=3,
+        save_strategy="steps",
+        save_steps=3,
+        load_best_model_at_end=True,
+        eval_dataset=ROWS[:4],
+        max_steps=9,
+        **options,
+    )
+    made.train()
+    found = [entry["eval_loss"] for entry in made.state.log_history if "eval_loss" in entry]
+    assert found[-1] < found[0]
+    assert made.evaluate()["eval_loss"] == pytest.approx(min(found), rel=1e-4)
+
+
+@pytest.mark.parametrize("where", ["same trainer", "loaded checkpoint", "fresh"])
+def test_a_lora_resumes_from_whatever_the_factors_are_now(where: str, tmp_path: Path) -> None:
+    def made(model: PeftModel) -> HealingTrainer:
+        return trainer(tmp_path, model, save_strategy="steps", save_steps=3, seed=3, max_steps=6, lora=LoraConfig(r=4))
+
+    first = made(small())
+    first.train()
+    whole = {name: p.detach().clone() for name, p in first.model.named_parameters()}
+    if where == "same trainer":
+        again = first
+    elif where == "fresh":
+        again = made(small())
+    else:
+        again = made(PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-3", is_trainable=True))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, p in again.model.named_parameters():
+        assert (p - whole[name]).norm() <= 1e-6 * whole[name].norm(), name
+
+
+def test_a_trainer_with_a_lora_trains_twice(tmp_path: Path) -> None:
+    made = trainer(tmp_path, lora=LoraConfig(r=4), max_steps=3)
+    made.train()
+    between = {name: p.detach().clone() for name, p in made.model.named_parameters() if "reparam_factors" in name}
+    made.train()
+    assert any(not torch.equal(p, between[name]) for name, p in made.model.named_parameters() if name in between)
+
+
+def test_lora_beside_biases(tmp_path: Path) -> None:
+    model = compress(
+        llama(attention_bias=True), ReparamConfig(target_modules="all-linear", keep=0.5), [stacked(ROWS)], progress=False
+    )
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer(tmp_path, model, teacher=llama(attention_bias=True), lora=LoraConfig(r=2), max_steps=3).train()
+    assert any(
+        n.endswith("reparam_factors.default.bias") and not torch.equal(p, before[n])
+        for n, p in model.named_parameters()
+        if n in before
+    )
+
+
 # Other models
 
 
@@ -373,6 +537,21 @@ def test_a_classifier_is_healed(tmp_path: Path) -> None:
     assert accuracy(dense) > 0.9
     assert before < accuracy(model) - 0.1
     assert accuracy(model) > 0.8
+
+
+def test_a_model_of_embeddings_is_healed(tmp_path: Path) -> None:
+    made = trainer(
+        tmp_path,
+        small(lambda: classifier().bert, **BERT),
+        teacher=classifier().bert,
+        hidden=1.0,
+        max_steps=45,
+        eval_dataset=ROWS,
+    )
+    before = made.evaluate()["eval_loss"]
+    made.train()
+    assert falls(made)
+    assert made.evaluate()["eval_loss"] < 0.9 * before
 
 
 def test_an_encoder_decoder_is_healed(tmp_path: Path) -> None:
@@ -468,7 +647,20 @@ def test_two_processes_train_as_one(options: dict[str, Any], tmp_path: Path) -> 
         ({"teacher_cache": "x", "hidden": 1.0}, ValueError, "`teacher_cache` keeps probabilities at temperature 1 only"),
         ({"lora": {"r": 4}}, TypeError, "`lora` must be a LoraConfig, got a dict"),
         ({"lora": LoraConfig(target_modules=["A"])}, ValueError, "`lora` must name no modules"),
-        ({"lora": LoraConfig(use_dora=True)}, ValueError, "`lora` must be a plain LoRA"),
+        *(
+            ({"lora": LoraConfig(**options)}, ValueError, f"`lora` must be a plain LoRA, in which `{next(iter(options))}` has")
+            for options in (
+                {"use_dora": True},
+                {"rank_pattern": {"A": 2}},
+                {"alpha_pattern": {"A": 2}},
+                {"layers_to_transform": [0]},
+                {"init_lora_weights": "pissa"},
+                {"exclude_modules": ["B"]},
+                {"lora_bias": True},
+            )
+        ),
+        ({"trains": []}, ValueError, r"`trains` must name something that the model has, got \[\]; add 'factors'"),
+        ({"trains": ["biases"]}, ValueError, "`trains` must name something that the model has"),
     ],
 )
 def test_what_is_refused(options: dict[str, Any], error: type[Exception], message: str, tmp_path: Path) -> None:
@@ -483,3 +675,41 @@ def test_what_is_refused(options: dict[str, Any], error: type[Exception], messag
 def test_other_models_are_refused(build: Any, tmp_path: Path) -> None:
     with pytest.raises(TypeError, match="`model` must be a PeftModel with an active reparam adapter"):
         trainer(tmp_path, build())
+
+
+def test_a_refused_trainer_leaves_the_model_alone(tmp_path: Path) -> None:
+    model = small()
+    names = [name for name, _ in model.named_modules()]
+    flags = [p.requires_grad for p in model.parameters()]
+    with pytest.raises((TypeError, ValueError)):
+        HealingTrainer(model, arguments(tmp_path), train_dataset=ROWS, teacher=llama(), no_such_option=1)
+    assert names == [name for name, _ in model.named_modules()]
+    assert flags == [p.requires_grad for p in model.parameters()]
+
+
+def test_a_lora_needs_linear_factors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`lora` needs factors that are linear layers"):
+        trainer(tmp_path, small(vit, target_modules=["projection"]), teacher=vit(), lora=LoraConfig(r=4))
+
+
+def test_an_optimizer_cannot_hold_a_lora(tmp_path: Path) -> None:
+    model = small()
+    optimizers = (torch.optim.SGD(model.parameters()), None)
+    with pytest.raises(ValueError, match="`optimizers` cannot hold what `lora` adds when training begins"):
+        HealingTrainer(
+            model, arguments(tmp_path), train_dataset=ROWS, teacher=llama(), lora=LoraConfig(), optimizers=optimizers
+        )
+
+
+@pytest.mark.parametrize("kind", ["regression", "multi_label_classification"])
+def test_only_distributions_are_distilled(kind: str, tmp_path: Path) -> None:
+    model = small(classifier, **BERT)
+    model.get_base_model().config.problem_type = kind
+    with pytest.raises(ValueError, match=f"`problem_type` of the model is '{kind}'; use `distillation=0`"):
+        trainer(tmp_path, model, teacher=classifier())
+
+
+def test_outputs_without_logits_need_hidden(tmp_path: Path) -> None:
+    made = trainer(tmp_path, small(lambda: classifier().bert, **BERT), teacher=classifier().bert)
+    with pytest.raises(ValueError, match="have no `logits` to distil; give `hidden` > 0"):
+        made.train()
