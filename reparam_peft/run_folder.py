@@ -13,7 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten
+from torch.utils._pytree import keystr, tree_leaves_with_path
 
 from .distributed import processes, together
 from .planning import Plan
@@ -122,8 +122,10 @@ def fingerprint_of_model(model: nn.Module) -> str:
 
 
 def fingerprint_of_batches(batches: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 of all tensors in batches."""
-    leaves = ((f"{i}/{j}", leaf) for i, batch in enumerate(batches) for j, leaf in enumerate(tree_flatten(dict(batch))[0]))
+    """SHA-256 of all tensors in batches, and of where they stand."""
+    leaves = (
+        (f"{i}{keystr(path)}", leaf) for i, batch in enumerate(batches) for path, leaf in tree_leaves_with_path(dict(batch))
+    )
     return _sha256((name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor))
 
 

@@ -271,43 +271,6 @@ def test_a_process_that_is_killed_at_any_moment(tmp_path: Path) -> None:
     assert (tmp_path / "killed-saved" / name).read_bytes() == (tmp_path / "whole-saved" / name).read_bytes()
 
 
-def test_a_damaged_block_is_computed_anew(tmp_path: Path) -> None:
-    arguments = {**WAYS["both"], "run_folder": tmp_path}
-    expected = by_block(llama(), TEXT, arguments)
-    path = tmp_path / "block-0001.safetensors"
-    path.write_bytes(path.read_bytes()[:1000])
-    assert_same_model(by_block(llama(), TEXT, arguments), expected)
-    (tmp_path / "block-0000.safetensors").unlink()
-    assert_same_model(by_block(llama(), TEXT, arguments), expected)
-
-
-@pytest.mark.parametrize(
-    ("changes", "what"),
-    [
-        ({"keep": 0.6}, "config"),
-        ({"arguments": {"sequential": True}}, "refine"),
-        ({"arguments": {"refine": REFINE}}, "sequential"),
-        ({"batches": TEXT[:3]}, "batches"),
-        ({"model": lambda: llama(vocab_size=101)}, "model"),
-    ],
-)
-def test_a_folder_of_another_run_is_refused(changes: dict[str, Any], what: str, tmp_path: Path) -> None:
-    by_block(llama(), TEXT, {**WAYS["both"], "run_folder": tmp_path})
-    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    arguments = {**changes.pop("arguments", WAYS["both"]), "run_folder": tmp_path}
-    model, batches = changes.pop("model", llama)(), changes.pop("batches", TEXT)
-    with pytest.raises(ValueError, match=f"holds a run with another `{what}`: .* Give another folder, or delete it"):
-        by_block(model, batches, arguments, **changes)
-    assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
-
-
-def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:
-    (tmp_path / "thesis.tex").write_text("years of work")
-    with pytest.raises(ValueError, match="holds other files and no run; give a new folder"):
-        by_block(llama(), TEXT, {"sequential": True, "run_folder": tmp_path})
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
 # What is refused
 
 
