@@ -57,7 +57,8 @@ def main() -> None:
     parser.add_argument("--refine-one-shot", action="store_true", help="refine one-shot factors, not sequential ones")
     parser.add_argument("--refinement", type=json.loads, default={}, help="fields of Refinement, as JSON")
     parser.add_argument("--minutes", type=float, default=30, help="of healing")
-    parser.add_argument("--learning-rate", type=float, default=2e-4, help="of healing")
+    parser.add_argument("--learning-rate", type=float, default=1.5e-4, help="of healing")
+    parser.add_argument("--healing-batch-size", type=int, default=2, help="windows in a step of healing")
     parser.add_argument("--healing", type=json.loads, default={}, help="arguments of HealingTrainer, as JSON")
     parser.add_argument("--mixture", type=float, default=0.0, help="part of the healing windows that is of Python's reference")
     parser.add_argument("--statistics", type=Path, help="file to keep statistics in, from one run to the next")
@@ -143,7 +144,7 @@ def heal(model: Any, teacher: Any, rows: list[dict[str, Tensor]], options: argpa
             arguments = TrainingArguments(
                 folder,
                 max_steps=steps,
-                per_device_train_batch_size=4,
+                per_device_train_batch_size=options.healing_batch_size,
                 learning_rate=learning_rate,
                 lr_scheduler_type="cosine",
                 warmup_steps=max(1, steps // 10),
