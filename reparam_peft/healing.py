@@ -108,8 +108,9 @@ class HealingTrainer(Trainer):
     ) -> Any:
         """The mixed loss."""
         inputs = self._with_labels(inputs)
-        asked = self.distillation < 1 or self.encoder_decoder  # which makes its decoder's inputs of the labels
-        known = {key: value for key, value in inputs.items() if key != "labels" or asked}
+        own = self.distillation < 1 and self.compute_loss_func is None and self.label_smoother is None  # loss of the model
+        needed = own or self.encoder_decoder  # which makes its decoder's inputs of the labels
+        known = {key: value for key, value in inputs.items() if key != "labels" or needed}
         plain = {key: value for key, value in known.items() if key != "labels" or self.encoder_decoder}
         target = self._ask(model, plain) if self.distillation or self.hidden else {}
         outputs = model(**known, **({"output_hidden_states": True} if self.hidden else {}))
