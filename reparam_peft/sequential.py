@@ -104,6 +104,7 @@ class BlockByBlock:
             run.resume(plan, [name for name in run.modules if any(name.startswith(f"{block}.") for block in done)])
         if plan is None:
             plan = run.plan()
+        self.unfinished = len(done) < len(self.replay.order)  # else nobody needs what blocks compute
         targets = run.ranked(plan)
         check_targets(targets, run.config, run.model, adapter_name, loading=False)
         self.folder.begin(plan)
@@ -142,7 +143,8 @@ class BlockByBlock:
         original = self.replay.blocks[name]
         original = original if self.device is None else copy.deepcopy(original).to(self.device)
         student = copy.deepcopy(original).requires_grad_(False).eval()
-        self._propagate(ORIGINAL, position, original.eval())
+        if self.unfinished:
+            self._propagate(ORIGINAL, position, original.eval())
         if done is not None:
             _restore(student, targets, done)
         else:
@@ -151,8 +153,9 @@ class BlockByBlock:
             self.folder.finish(entry, _state(original, student, targets))
         result.products |= {f"{name}.{relative}": product for relative, product in _products(student).items()}
         result.changed |= {f"{name}.{relative}": values for relative, values in _changed(original, student).items()}
-        self._propagate(COMPRESSED, position, student)
-        self._forget(position)
+        if self.unfinished:
+            self._propagate(COMPRESSED, position, student)
+            self._forget(position)
 
     def _propagate(self, which: str, position: int, block: nn.Module) -> None:
         """Run a block on all batches, and keep what it makes."""
