@@ -68,8 +68,8 @@ def main() -> None:
     source = str(demo_folder()) if options.model == "demo" else options.model
     tokenizer = AutoTokenizer.from_pretrained(source)
 
-    def base() -> Any:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    def base(dtype: torch.dtype = torch.float32) -> Any:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
 
     def windows(text: str, start: int, end: int | None, size: int = 4) -> list[dict[str, Tensor]]:
         batches = text_batches(tokenizer, text, length=512, limit=end, batch_size=1)[start:]
@@ -128,7 +128,7 @@ def main() -> None:
                 raise SystemExit("`healed` needs another row before it")
             rows = windows(calibration, options.windows, HELD_OUT if options.held_out else None, 1)
             mixed = windows(other, 16, None, 1)[: round(len(rows) * options.mixture)]
-            heal(model, base(), [*rows, *mixed], options)
+            heal(model, base(torch.bfloat16), [*rows, *mixed], options)
         minutes = (time.perf_counter() - start) / 60
         report(row, model)
     if options.run_folder is not None and (options.run_folder / "log.jsonl").exists():
