@@ -163,8 +163,9 @@ def heal(model: Any, teacher: Any, rows: list[dict[str, Tensor]], options: argpa
             print([round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry], flush=True)
         return seconds
 
-    seconds = train(2, 1e-12) / 2
-    train(max(1, int(60 * options.minutes / seconds) - 2), options.learning_rate)
+    train(2, 1e-12)  # the first steps are slow
+    seconds = train(4, 1e-12) / 4
+    train(max(1, int(60 * options.minutes / seconds) - 6), options.learning_rate)
     model.eval()
 
 
