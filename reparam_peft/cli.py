@@ -1,4 +1,4 @@
-"""The command line: `reparam compress`, `reparam plan`, `reparam heal` and `reparam evaluate`."""
+"""The command line: `reparam compress`, `reparam plan`, `reparam heal`, `reparam evaluate` and `reparam export`."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from .compression import compress as compress_model
 from .compression import plan as plan_model
 from .config import ReparamConfig
 from .evaluation import SizeReport, benchmark, perplexity
+from .export_command import export
 from .heal_command import heal
 from .model import ReparamModel
 from .options import (
@@ -64,6 +65,7 @@ app = typer.Typer(
 # Tables go to stdout, what happens meanwhile to stderr, so that `--json` can be piped.
 out, err = Console(), Console(stderr=True)
 app.command(epilog="Example: `reparam heal compressed healed --calibration article.txt --steps 200`")(heal)
+app.command(epilog="Example: `reparam export compressed standalone`")(export)
 
 
 @app.command(epilog="Example: `reparam compress demo compressed --keep 0.9`")

@@ -15,11 +15,13 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 
 from .config import DATA_FREE, ReparamConfig
 from .evaluation import SizeReport
 from .layer import DAMAGED, W_IS_GONE, ReparamLayer, reparam_layer
 from .model_card import upload_with_section
+from .standalone import standalone_model
 from .target_modules import TARGET_MODULES
 from .targets import (
     Target,
@@ -171,6 +173,19 @@ class ReparamModel(BaseTuner):
             other_parameters=sum(p.numel() for p in rest),
             other_bytes=sum(p.numel() * p.element_size() for p in rest),
         )
+
+    def to_standalone(self) -> PreTrainedModel:
+        """A plain transformers model of the same class with factorised layers, that computes as this one does.
+
+        It has no PEFT modules and no dense weights; `save_pretrained` makes a checkpoint that `AutoModel…` loads after
+        `import reparam_peft`. This model stays as it is; both share their tensors, so that no memory is needed for a second
+        one and training either changes both. All parameters of the new model are trainable.
+
+        Raises:
+            TypeError: the base model is none of transformers', or it holds modules of other PEFT methods.
+            ValueError: the adapter is merged, disabled or was never loaded, or several are active.
+        """
+        return standalone_model(self.model)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name

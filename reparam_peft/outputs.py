@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import tempfile
@@ -12,6 +13,7 @@ from peft import PeftModel
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from .checkpoint import METHOD
 from .evaluation import SizeReport, predicts_next_token
 from .sources import CliError
 
@@ -26,8 +28,19 @@ def check_output(output: Path, model: str, overwrite: bool) -> None:
         raise CliError(f"{output} is or holds the current folder; choose another folder.")
     if os.path.isdir(model) and Path(model).resolve().is_relative_to(output):
         raise CliError(f"{output} holds the model itself, which must not be overwritten; choose another folder.")
-    if output.exists() and any(output.iterdir()) and not (output / "adapter_config.json").exists():
+    if output.exists() and any(output.iterdir()) and not _is_compressed(output):
         raise CliError(f"{output} holds no compressed model but other files, which are not overwritten; choose another folder.")
+
+
+def _is_compressed(folder: Path) -> bool:
+    """Whether a folder holds an adapter or a standalone checkpoint."""
+    if (folder / "adapter_config.json").exists():
+        return True
+    try:
+        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        return config["quantization_config"]["quant_method"] == METHOD
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
 
 
 def save_whole(model: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:

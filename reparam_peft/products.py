@@ -97,6 +97,7 @@ class FactorizedModule(nn.Module):
         like: device and dtype.
 
     Attributes:
+        rank: r.
         A: maps r features to the output: of the class that `expand` makes, or a `PivotExpansion` of it.
         bias: shape (out,), or None.
     """
@@ -113,7 +114,7 @@ class FactorizedModule(nn.Module):
         **like: torch.device | torch.dtype | None,
     ) -> None:
         super().__init__()
-        self.B = B
+        self.B, self.rank = B, rank
         if form == "pivot":
             K = expand(out_features - rank) if out_features > rank else None
             self.A = PivotExpansion(K, rank, out_features, dim, like.get("device"))

@@ -1,4 +1,4 @@
-"""Make PEFT know the method REPARAM. PEFT has no plug-in interface: its registry demands a member of an enum."""
+"""Make PEFT and transformers know the method. PEFT has no plug-in interface: its registry demands a member of an enum."""
 
 from __future__ import annotations
 
@@ -32,9 +32,11 @@ def register() -> None:
     """Register method REPARAM with PEFT. Idempotent; yields, with a warning, where PEFT has a method of this name itself."""
     extend_peft_types(NAME.upper())
     # Imported here because the config's class body needs the enum's member.
+    from .checkpoint import register_checkpoints
     from .config import ReparamConfig
     from .model import ReparamModel
 
+    register_checkpoints()
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.REPARAM)
     if registered is None:
         register_peft_method(name=NAME, config_cls=ReparamConfig, model_cls=ReparamModel)

@@ -17,7 +17,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import bert, byte_tokenizer, llama
+from conftest import assert_close, bert, byte_tokenizer, llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
@@ -737,3 +737,33 @@ def test_heal_refuses_what_it_cannot_do(run: Run, models: Path, taught: Path) ->
     other = run("heal", taught / "small", taught / "out", "--teacher", models / "bert", "--length", 64, *quick(models)[:2])
     assert_error(other, "logits|labels|causal|next|vocabulary")
     assert not (taught / "out").exists()
+
+
+# Export
+
+
+@pytest.mark.parametrize("kind", ["standalone", "dense"])
+def test_export(run: Run, models: Path, tmp_path: Path, kind: str) -> None:
+    assert run("compress", models / "llama", tmp_path / "small", "--rank", 4, "--method", "svd", "--no-evaluate").code == 0
+    result = run("export", tmp_path / "small", tmp_path / "out", "--to", kind, "--json")
+    assert result.code == 0, result.err
+    written = json.loads(result.out)
+    assert written["bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
+    one = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models / "llama"), tmp_path / "small")
+    assert one.num_parameters() < llama(vocab_size=259).num_parameters() or kind == "dense"
+    tokens = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        assert_close(one(tokens).logits, other(tokens).logits)
+    evaluated = run("evaluate", tmp_path / "out", "--text", models / "calibration.txt", "--length", 64, "--json")
+    assert json.loads(evaluated.out)["parameters"] == one.num_parameters()
+
+
+def test_export_replaces_standalone_checkpoints_only(run: Run, models: Path, tmp_path: Path) -> None:
+    assert run("compress", models / "llama", tmp_path / "small", "--rank", 4, "--method", "svd", "--no-evaluate").code == 0
+    assert run("export", tmp_path / "small", tmp_path / "out").code == 0
+    assert_error(run("export", tmp_path / "small", tmp_path / "out"), "already exists")
+    assert run("export", tmp_path / "small", tmp_path / "out", "--overwrite").code == 0
+    assert_error(run("export", tmp_path / "small", models / "llama", "--overwrite"), "holds no compressed model")
+    assert_error(run("export", models / "llama", tmp_path / "other"), "is no compressed adapter")
+    assert not (tmp_path / "other").exists()
