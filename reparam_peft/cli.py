@@ -51,6 +51,7 @@ from .options import (
 )
 from .outputs import check_language_model, check_output, figures_table, save_whole, size_table
 from .planning import Plan
+from .products import FactorizedModule
 from .refinement import Refinement
 from .sources import CliError, load_model, read_batches
 from .statistics import Statistics
@@ -356,7 +357,7 @@ def _names(value: str) -> str | list[str]:
 def _load_dense(model: str, dtype: str, device: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
     """A model to compress, and its tokenizer."""
     loaded, tokenizer = load_model(model, dtype, device)
-    if hasattr(loaded, "peft_config"):
+    if hasattr(loaded, "peft_config") or any(isinstance(module, FactorizedModule) for module in loaded.modules()):
         raise CliError(f"{model} is compressed already; give the model that it was made from.")
     return loaded, tokenizer
 

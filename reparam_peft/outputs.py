@@ -6,6 +6,7 @@ import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,17 +39,22 @@ def _is_compressed(folder: Path) -> bool:
         return True
     try:
         config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-        return config["quantization_config"]["quant_method"] == METHOD
+        return "reparam_layers" in config or config["quantization_config"]["quant_method"] == METHOD
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
-def save_whole(model: Any, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Write model and tokenizer beside `output` and move them there whole, so that nothing half-written stays."""
+def save_whole(
+    model: Any, tokenizer: PreTrainedTokenizerBase, output: Path, save: Callable[[Any, Path], None] | None = None
+) -> None:
+    """Write model and tokenizer beside `output` and move them there whole, so that nothing half-written stays.
+
+    `save` writes the model; None: its own `save_pretrained`.
+    """
     output.parent.mkdir(parents=True, exist_ok=True)
     folder, aside = (Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent)) for _ in range(2))
     try:
-        model.save_pretrained(folder)
+        (save or type(model).save_pretrained)(model, folder)
         tokenizer.save_pretrained(folder)
         folder.chmod(0o755)
         earlier = output.rename(aside / output.name) if output.exists() else None

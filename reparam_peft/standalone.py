@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+from importlib import resources
 from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -11,10 +13,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
 
 from .checkpoint import CheckpointConfig, CheckpointLoader, mark
 from .layer import ReparamLayer
 from .products import FactorizedModule
+
+MODULE = "modeling_reparam"
 
 
 def standalone_model(model: nn.Module) -> PreTrainedModel:
@@ -91,3 +96,37 @@ def _sharing(tensor: Tensor) -> Tensor:
     if not isinstance(tensor, nn.Parameter):
         return tensor
     return nn.Parameter(tensor.data, requires_grad=tensor.is_floating_point())
+
+
+def save_self_contained(model: PreTrainedModel, folder: str | Path) -> None:
+    """Save a standalone model with the code that it needs, for `from_pretrained(…, trust_remote_code=True)`.
+
+    Args:
+        model: what `to_standalone()` returns.
+        folder: with `modeling_reparam.py`, a reader that imports torch and transformers only.
+
+    Raises:
+        ValueError: the model has no factorised layers.
+    """
+    described = getattr(model.config, "quantization_config", None)
+    if not isinstance(described, CheckpointConfig):
+        raise ValueError("only a standalone model can be saved with its code; call `to_standalone` first.")
+    plain = copy.copy(model)  # its own attributes only: the config is another one
+    plain.config = copy.deepcopy(model.config)
+    del plain.config.quantization_config, plain.hf_quantizer
+    plain.config.reparam_layers = described.layers
+    classes = {auto: made.__name__ for auto, made in _auto_classes(model).items()}
+    plain.config.auto_map = {auto: f"{MODULE}.Reparam{name}" for auto, name in classes.items()}
+    plain.save_pretrained(folder)
+    text = resources.files(__package__).joinpath(f"{MODULE}.py").read_text(encoding="utf-8")
+    for name in sorted(set(classes.values())):
+        text += f"\n\nclass Reparam{name}(WithFactors, transformers.{name}):\n    pass\n"
+    (Path(folder) / f"{MODULE}.py").write_text(text, encoding="utf-8")
+
+
+def _auto_classes(model: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
+    """Auto classes by name, with what they make of this architecture: the model's class, or its base."""
+    wanted = {type(model), type(getattr(model, model.base_model_prefix, model))}
+    autos = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
+    made = {name: auto._model_mapping.get(type(model.config), None) for name, auto in autos.items()}
+    return {name: one for name, one in made.items() if one in wanted}

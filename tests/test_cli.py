@@ -763,7 +763,12 @@ def test_export_replaces_standalone_checkpoints_only(run: Run, models: Path, tmp
     assert run("compress", models / "llama", tmp_path / "small", "--rank", 4, "--method", "svd", "--no-evaluate").code == 0
     assert run("export", tmp_path / "small", tmp_path / "out").code == 0
     assert_error(run("export", tmp_path / "small", tmp_path / "out"), "already exists")
+    assert run("export", tmp_path / "small", tmp_path / "out", "--self-contained", "--overwrite").code == 0
+    assert (tmp_path / "out/modeling_reparam.py").exists()
     assert run("export", tmp_path / "small", tmp_path / "out", "--overwrite").code == 0
+    assert not (tmp_path / "out/modeling_reparam.py").exists()
     assert_error(run("export", tmp_path / "small", models / "llama", "--overwrite"), "holds no compressed model")
     assert_error(run("export", models / "llama", tmp_path / "other"), "is no compressed adapter")
+    assert_error(run("export", tmp_path / "small", tmp_path / "other", "--to", "dense", "--self-contained"), "needs no code")
+    assert_error(run("compress", tmp_path / "out", tmp_path / "other"), "is compressed already")
     assert not (tmp_path / "other").exists()

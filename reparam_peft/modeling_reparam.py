@@ -1,0 +1,95 @@
+"""Factorised layers for a transformers model, in one file that needs torch and transformers only.
+
+`reparam export --self-contained` copies this file into a checkpoint, whose `auto_map` names classes at its end. It is the
+reader of docs/checkpoints.md and no more: to compress, train and check checkpoints, use reparam_peft.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers  # noqa: F401  the classes at the end of the copy
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+
+class Pivot(nn.Module):
+    """z (…, r) → y (…, out): z itself in the rows whose bit is set in `mask`, K z in the others."""
+
+    def __init__(self, K: nn.Module | None, out_features: int, dim: int) -> None:
+        super().__init__()
+        self.K, self.out_features, self.dim = K, out_features, dim
+        self.register_buffer("mask", torch.zeros((out_features + 7) // 8, dtype=torch.uint8))
+        self.order: Tensor | None = None
+
+    def forward(self, z: Tensor) -> Tensor:
+        if self.K is None:
+            return z
+        if self.order is None or self.order.device != z.device:
+            bits = self.mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=z.device)
+            chosen = (bits & 1).flatten()[: self.out_features].bool()
+            self.order = torch.where(chosen, chosen.cumsum(0), chosen.sum() + (~chosen).cumsum(0)) - 1
+        return torch.cat([z, self.K(z)], self.dim).index_select(self.dim, self.order)
+
+
+class Factorized(nn.Module):
+    """The layer of a matrix W ≈ A B: x → A (B x) + b."""
+
+    def __init__(self, layer: nn.Module, rank: int, form: str, bias: bool) -> None:
+        super().__init__()
+        convolution, dim, self.scale = isinstance(layer, nn.Conv2d), -1, 1.0
+        if convolution:
+            dim = -3
+            geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+            self.B = nn.Conv2d(layer.in_channels, rank, *geometry, bias=False, padding_mode=layer.padding_mode)
+            out_features = layer.out_channels
+        elif isinstance(layer, nn.Embedding):
+            self.B = nn.Embedding(layer.num_embeddings, rank, padding_idx=layer.padding_idx)
+            out_features = layer.embedding_dim
+            scale = getattr(layer, "embed_scale", 1.0)
+            if isinstance(scale, Tensor):  # rounded to the dtype of the table, as the layer does
+                exact = float(getattr(layer, "scalar_embed_scale", scale))
+                scale = torch.tensor(exact, dtype=layer.weight.dtype, device="cpu")
+            self.scale = float(scale)
+        else:
+            in_features, out_features = (
+                (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
+            )
+            self.B = nn.Linear(in_features, rank, bias=False)
+
+        def expand(rows: int) -> nn.Module:
+            return nn.Conv2d(rank, rows, 1, bias=False) if convolution else nn.Linear(rank, rows, bias=False)
+
+        if form == "pivot":
+            self.A = Pivot(expand(out_features - rank) if out_features > rank else None, out_features, dim)
+        else:
+            self.A = expand(out_features)
+        self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
+        self.bias_shape = (-1, 1, 1) if convolution else (-1,)
+        self.register_buffer("weight", torch.zeros(1))  # without meaning; makes other readers fail
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = self.A(self.B(x))
+        if self.bias is not None:
+            y = y + self.bias.view(self.bias_shape)
+        return y if self.scale == 1.0 else y * self.scale
+
+
+class WithFactors:
+    """Before a model's class in the order of resolution: its layers that `config.reparam_layers` names are factorised."""
+
+    def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        super().__init__(config, *args, **kwargs)
+        prefix = f"{self.base_model_prefix}."
+        for saved, how in config.reparam_layers.items():
+            for name in (saved, saved.removeprefix(prefix), prefix + saved):
+                parent, _, child = name.rpartition(".")
+                try:
+                    layer = self.get_submodule(name)
+                except AttributeError:
+                    continue
+                with torch.device(layer.weight.device):
+                    module = Factorized(layer, how["rank"], how["form"], how["bias"]).to(layer.weight.dtype)
+                setattr(self.get_submodule(parent), child, module)
+                break
