@@ -519,15 +519,17 @@ from accelerate import PartialState
 from accelerate.utils import DistributedType
 torch.set_num_threads(1)
 options = {options!r}
+last = options.pop("resume", None)
+shards = "fsdp" in options
 given = arguments(Path({folder!r}), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, **options)
 assert given.device.type == "cpu"
-if options:  # accelerate shards on accelerators only, unless it takes this for one
+if shards:  # accelerate shards on accelerators only, unless it takes this for one
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
 made = HealingTrainer(small(), given, train_dataset=ROWS, teacher=llama())
-assert made.is_fsdp_enabled == bool(options)
-made.train()
+assert made.is_fsdp_enabled == shards
+made.train(resume_from_checkpoint=last)
 kinds = {{type(parameter).__name__ for parameter in made.model_wrapped.parameters()}}
-assert ("DTensor" in kinds) == bool(options), kinds
+assert ("DTensor" in kinds) == shards, kinds
 made.save_model({folder!r} + "/saved")
 torch.distributed.barrier()
 os._exit(0)  # gloo's threads do not always end in order
@@ -561,6 +563,14 @@ def test_two_processes_train_as_one(options: dict[str, Any], tmp_path: Path) -> 
             moved = (value - start[name]).norm()
             assert moved > 0
             assert (two[name] - value).norm() < 1e-3 * moved, name
+
+
+def test_a_run_in_shards_resumes(tmp_path: Path) -> None:
+    steps = {**FSDP, "save_strategy": "steps", "save_steps": 2}
+    launched(tmp_path / "whole", steps)
+    launched(tmp_path / "resumed", {**steps, "resume": str(tmp_path / "whole" / "checkpoint-2")})
+    one, two = (tmp_path / name / "saved" / "adapter_model.safetensors" for name in ("whole", "resumed"))
+    assert one.read_bytes() == two.read_bytes()
 
 
 # What is refused
