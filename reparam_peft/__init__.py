@@ -21,6 +21,7 @@ from .model import ReparamModel  # noqa: E402
 from .planning import Plan  # noqa: E402
 from .refinement import Refinement  # noqa: E402
 from .statistics import Statistics  # noqa: E402
+from .streaming import compress_checkpoint  # noqa: E402
 from .truncation import retruncate  # noqa: E402
 
 __version__ = version("reparam_peft")
@@ -39,6 +40,7 @@ __all__ = [
     "benchmark",
     "calibrate",
     "compress",
+    "compress_checkpoint",
     "factorize",
     "perplexity",
     "plan",

@@ -89,8 +89,8 @@ def compress(
     >>> small.size_report().keep <= 0.5
     True
     """
-    anchoring = _options("sequential", sequential, Anchoring)
-    refinement = _options("refine", refine, Refinement)
+    anchoring = options_of("sequential", sequential, Anchoring)
+    refinement = options_of("refine", refine, Refinement)
     if anchoring is None and refinement is None:
         given = {"statistics": statistics, "offload_folder": offload_folder, "run_folder": run_folder, "device": device}
         for name, value in given.items():
@@ -100,6 +100,27 @@ def compress(
         plan = run.plan() if plan is None else plan
         check_targets(run.ranked(plan), run.config, model, adapter_name, loading=False)
         return _install(model, run, Result(plan, run.products(run.ranked(plan))), adapter_name)
+    ways = {"offload_folder": offload_folder, "run_folder": run_folder, "device": device}
+    known = {"statistics": statistics, "seed": seed, "progress": progress, "max_memory": max_memory}
+    return compress_blocks(model, config, batches, anchoring, refinement, plan, adapter_name, **known, **ways)
+
+
+def compress_blocks(
+    model: nn.Module,
+    config: ReparamConfig,
+    batches: Batches,
+    anchoring: Anchoring | None,
+    refinement: Refinement | None,
+    plan: Plan | None,
+    adapter_name: str,
+    *,
+    statistics: Statistics | None,
+    seed: int,
+    progress: bool,
+    max_memory: int | None,
+    **ways: Any,
+) -> PeftModel:
+    """`compress` block by block; `ways` are those of `BlockByBlock`."""
     if isinstance(batches, Statistics):
         raise ValueError(
             "`sequential` and `refine` need the data themselves; give them as `batches`, and the statistics as `statistics`."
@@ -112,11 +133,11 @@ def compress(
     run = Run(model, config, known, seed, progress, max_memory, adapter_name, plan, list(blocks), refinement is not None)
     if anchoring is not None and not run.calibrated:
         raise ValueError(f"`sequential` needs one of the methods {CALIBRATED_METHODS}, got {run.config.method!r}.")
-    by_block = BlockByBlock(run, blocks, batches, anchoring, refinement, offload_folder, run_folder, device)
+    by_block = BlockByBlock(run, blocks, batches, anchoring, refinement, **ways)
     return _install(model, run, by_block.result(plan, adapter_name), adapter_name)
 
 
-def _options(name: str, given: Any, kind: type[Any]) -> Any:
+def options_of(name: str, given: Any, kind: type[Any]) -> Any:
     """The options of a step that is asked for by True or by options; None where it is not asked for."""
     if given is None or isinstance(given, bool):
         return kind() if given else None

@@ -28,6 +28,7 @@ class RunFolder:
     Args:
         folder: made where it does not exist; None: keep nothing.
         settings: what the result depends on, for JSON.
+        mapped: whether tensors that are read stay in the files, which must then not change as long as they are used.
 
     Attributes:
         finished: the log's entries of the finished blocks, in order.
@@ -36,7 +37,8 @@ class RunFolder:
         ValueError: the folder holds a run with other settings, or other files.
     """
 
-    def __init__(self, folder: str | Path | None, settings: Mapping[str, Any]) -> None:
+    def __init__(self, folder: str | Path | None, settings: Mapping[str, Any], mapped: bool = False) -> None:
+        self.mapped = mapped
         self.folder = None if folder is None else Path(folder)
         self.finished: list[dict[str, Any]] = []
         if self.folder is None:
@@ -86,7 +88,8 @@ class RunFolder:
     def tensors(self, position: int) -> dict[str, Tensor]:
         """The tensors of a finished block."""
         with safe_open(self._path(position), framework="pt") as file:
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return found if self.mapped else {key: tensor.clone() for key, tensor in found.items()}
 
     def _entry(self, position: int) -> dict[str, Any] | None:
         """The log's line of a finished block; None where it is not finished, or its file is damaged."""

@@ -59,6 +59,7 @@ class BlockByBlock:
         anchoring: how matrices are fitted to the inputs in the compressed part; None: they are factorised one-shot.
         refinement: how blocks are trained; None: not at all.
         offload_folder, run_folder, device: as for `compress`.
+        mapped: whether the result stays in the files of the run folder.
     """
 
     def __init__(
@@ -71,6 +72,7 @@ class BlockByBlock:
         offload_folder: str | Path | None = None,
         run_folder: str | Path | None = None,
         device: str | torch.device | None = None,
+        mapped: bool = False,
     ) -> None:
         parts = list(batches)
         if refinement is not None:
@@ -93,7 +95,7 @@ class BlockByBlock:
                 "model": fingerprint_of_model(run.model),
                 "batches": fingerprint_of_batches(batches),
             }
-        self.folder = RunFolder(run_folder, settings)
+        self.folder = RunFolder(run_folder, settings, mapped)
 
     def result(self, plan: Plan | None, adapter_name: str) -> Result:
         """Compress everything but what an earlier run has finished."""
@@ -151,6 +153,9 @@ class BlockByBlock:
             errors = self._compress(position, name, original, student, targets, bar) if targets else {}
             entry = {"block": name, "position": position, **errors, "seconds": round(time.perf_counter() - start, 2)}
             self.folder.finish(entry, _state(original, student, targets))
+            if self.folder.mapped:  # the file's pages in place of memory
+                student = copy.deepcopy(original).requires_grad_(False).eval()
+                _restore(student, targets, self.folder.tensors(position))
         result.products |= {f"{name}.{relative}": product for relative, product in _products(student).items()}
         result.changed |= {f"{name}.{relative}": values for relative, values in _changed(original, student).items()}
         if self.unfinished:

@@ -142,7 +142,7 @@ def check_data_free(config: ReparamConfig) -> None:
             )
 
 
-def factorize_targets(targets: dict[str, Target], config: ReparamConfig) -> dict[str, Target]:
+def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progress: bool = True) -> dict[str, Target]:
     """The targets with their products; changes nothing in the model.
 
     Raises:
@@ -154,7 +154,8 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig) -> dict
     sources = set()
     done = dict(targets)
     todo = [(name, target) for name, target in targets.items() if target.rank is not None]
-    for name, target in tqdm(todo, desc="Factorising", unit="matrix", delay=1, disable=None if computed is None else True):
+    hidden = None if progress and computed is None else True
+    for name, target in tqdm(todo, desc="Factorising", unit="matrix", delay=1, disable=hidden):
         if computed is not None:
             done[name] = replace(target, product=computed[name])
             continue

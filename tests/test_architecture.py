@@ -25,7 +25,7 @@ LEVELS = {
     10: ["anchoring", "truncation", "sources", "options"],
     11: ["sequential", "outputs"],
     12: ["compression", "heal_command", "export_command"],
-    13: ["cli"],
+    13: ["cli", "streaming"],
     14: ["__init__"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}

@@ -1,0 +1,116 @@
+"""Peak anonymous memory and time of `compress_checkpoint`, beside the route through memory, each in a process of its own.
+
+    python tests/benchmarks/streaming.py MODEL [--keep 0.8] [--synthetic LAYERS]
+
+MODEL is a folder with safetensors, or `demo`. `--synthetic` writes a Llama-shaped bf16 checkpoint of that many layers of 100
+million parameters in place of it, and runs the streamed route only. Anonymous memory is what the system cannot drop: pages of
+mapped files, such as the weights of the source, are not part of it. Prints a Markdown table.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from pathlib import Path
+
+import torch
+from safetensors.torch import save_file
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from reparam_peft.demo import demo_folder
+
+ROUTES = {
+    "import only": "from reparam_peft import ReparamConfig, compress_checkpoint",
+    "streamed": """
+from reparam_peft import ReparamConfig, compress_checkpoint
+compress_checkpoint(source, out, ReparamConfig(target_modules="all-linear", keep=keep), progress=False)
+""",
+    "in memory": """
+from peft import get_peft_model
+from transformers import AutoModelForCausalLM
+from reparam_peft import ReparamConfig
+model = AutoModelForCausalLM.from_pretrained(source, dtype="auto")
+get_peft_model(model, ReparamConfig(target_modules="all-linear", keep=keep)).to_standalone().save_pretrained(out)
+""",
+}
+
+
+def measured(code: str, source: Path, out: Path, keep: float) -> tuple[float, float]:
+    """Peak of anonymous memory in MB, and seconds, of a piece of code in a process of its own."""
+    head = f"source, out, keep = {json.dumps(str(source))}, {json.dumps(str(out))}, {keep}\n"
+    start = time.perf_counter()
+    running = subprocess.Popen([sys.executable, "-c", head + code])
+    peak = 0.0
+
+    def watch() -> None:
+        nonlocal peak
+        status = Path(f"/proc/{running.pid}/status")
+        while running.poll() is None:
+            found = re.search(r"RssAnon:\s+(\d+)", status.read_text(encoding="utf-8"))
+            peak = max(peak, int(found[1]) / 1e3 if found else 0.0)
+            time.sleep(0.005)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    if running.wait():
+        raise SystemExit("the run failed")
+    watcher.join()
+    return peak, time.perf_counter() - start
+
+
+def synthetic(folder: Path, layers: int) -> None:
+    """A checkpoint with shards of one layer, written without holding more than that."""
+    sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8}
+    config = LlamaConfig(
+        **sizes, num_hidden_layers=layers, vocab_size=32000, dtype="bfloat16", architectures=["LlamaForCausalLM"]
+    )
+    config.save_pretrained(folder)
+    with torch.device("meta"):
+        shapes = {name: value.shape for name, value in LlamaForCausalLM(config).state_dict().items()}
+    parts: dict[str, dict[str, torch.Size]] = {}
+    for name, shape in shapes.items():
+        parts.setdefault(".".join(name.split(".")[:3]), {})[name] = shape
+    index = {}
+    for number, part in enumerate(parts.values()):
+        file = f"model-{number + 1:05}-of-{len(parts):05}.safetensors"
+        generator = torch.Generator().manual_seed(number)
+        tensors = {name: torch.randn(shape, generator=generator).mul_(0.02).bfloat16() for name, shape in part.items()}
+        save_file(tensors, folder / file, {"format": "pt"})
+        index |= dict.fromkeys(part, file)
+    listing = {"metadata": {}, "weight_map": index}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(listing), encoding="utf-8")
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("model")
+    parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--synthetic", type=int, metavar="LAYERS")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        source = demo_folder() if options.model == "demo" else Path(options.model)
+        routes = list(ROUTES)
+        if options.synthetic:
+            source, routes = work / "dense", routes[:2]
+            synthetic(source, options.synthetic)
+        size = sum(path.stat().st_size for path in Path(source).glob("*.safetensors")) / 1e6
+        print(f"dense: {size:.0f} MB, {torch.get_num_threads()} threads")
+        print("\n| route | peak anonymous MB | seconds |\n| --- | --- | --- |")
+        for route in routes:
+            peak, seconds = measured(ROUTES[route], source, work / route.replace(" ", "-"), options.keep)
+            print(f"| {route} | {peak:.0f} | {seconds:.1f} |", flush=True)
+        if "in memory" in routes:
+            files = [(work / route / "model.safetensors").read_bytes() for route in ("streamed", "in-memory")]
+            print(f"\nthe same bytes: {files[0] == files[1]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,151 @@
+"""Checkpoints compressed block by block: the same as in memory, whole or absent, and taken up where they were killed."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import assert_close, bert, byte_tokenizer, gpt2, llama
+from filelock import FileLock
+from peft import get_peft_model
+from test_standalone import logits
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+import reparam_peft.streaming
+from reparam_peft import ReparamConfig, compress, compress_checkpoint
+
+CONFIG: dict[str, Any] = {"target_modules": "all-linear", "keep": 0.6}
+BATCHES = [{"input_ids": torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(i))} for i in range(4)]
+
+
+def source(folder: Path, model: PreTrainedModel | None = None, **options: Any) -> Path:
+    (model or llama(**options)).save_pretrained(folder / "dense", max_shard_size="100KB")
+    byte_tokenizer().save_pretrained(folder / "dense")
+    return folder / "dense"
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+@pytest.mark.parametrize("make", [llama, gpt2, bert], ids=lambda make: make.__name__)
+def test_the_same_bytes_as_in_memory(make: Any, form: str, tmp_path: Path) -> None:
+    dense = source(tmp_path, make())
+    config = ReparamConfig(**CONFIG, form=form)
+    report = compress_checkpoint(dense, tmp_path / "small", config, progress=False)
+    assert report.keep <= 0.6
+    get_peft_model(make(), config).to_standalone().save_pretrained(tmp_path / "memory")
+    assert (tmp_path / "small/model.safetensors").read_bytes() == (tmp_path / "memory/model.safetensors").read_bytes()
+    auto = AutoModelForSequenceClassification if make is bert else AutoModelForCausalLM
+    assert_close(logits(auto.from_pretrained(tmp_path / "small")), logits(auto.from_pretrained(tmp_path / "memory")))
+    assert (tmp_path / "small/tokenizer.json").read_bytes() == (dense / "tokenizer.json").read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "memory", "small"]
+
+
+@pytest.mark.parametrize("options", [{}, {"refine": True}], ids=["sequential", "refined"])
+def test_calibrated(options: dict[str, Any], tmp_path: Path) -> None:
+    compress_checkpoint(source(tmp_path), tmp_path / "small", ReparamConfig(**CONFIG), BATCHES, progress=False, **options)
+    expected = compress(llama(), ReparamConfig(**CONFIG), BATCHES, sequential=True, progress=False, **options).eval()
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "small")), logits(expected))
+
+
+def test_half_precision_stays(tmp_path: Path) -> None:
+    compress_checkpoint(source(tmp_path, llama().bfloat16()), tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+def test_an_error_in_the_middle_leaves_nothing_and_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = source(tmp_path)
+    compress_checkpoint(dense, tmp_path / "whole", ReparamConfig(**CONFIG), progress=False)
+    done = []
+    original = reparam_peft.streaming.factorize_targets
+
+    def fails(targets: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(done) == 1:
+            raise OSError(28, "No space left on device")
+        done.append([*targets])
+        return original(targets, *args, **kwargs)
+
+    monkeypatch.setattr(reparam_peft.streaming, "factorize_targets", fails)
+    with pytest.raises(OSError, match="No space left"):
+        compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
+    assert not (tmp_path / "small").exists()
+    with pytest.raises(ValueError, match="another `config`"):
+        compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**{**CONFIG, "keep": 0.5}), progress=False)
+    first = done.pop()
+    monkeypatch.setattr(
+        reparam_peft.streaming, "factorize_targets", lambda t, *a, **k: done.append([*t]) or original(t, *a, **k)
+    )
+    compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
+    assert first not in done
+    assert (tmp_path / "small/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+KILLED = """
+import sys
+import torch
+torch.set_num_threads(1)
+from reparam_peft import ReparamConfig, compress_checkpoint
+print("ready", flush=True)
+compress_checkpoint(sys.argv[1], sys.argv[2], ReparamConfig(target_modules="all-linear", keep=0.6), progress=False)
+"""
+
+
+def test_killed_at_random_moments(tmp_path: Path) -> None:
+    dense = source(tmp_path, num_hidden_layers=24)
+    compress_checkpoint(dense, tmp_path / "whole", ReparamConfig(**CONFIG), progress=False)
+    command = [sys.executable, "-c", KILLED, str(dense), str(tmp_path / "small")]
+    moments = random.Random(0)
+    kills = 0
+    while kills < 4 and not (tmp_path / "small").exists():
+        running = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        running.stdout.readline()
+        time.sleep(moments.uniform(0.0, 0.6))
+        running.send_signal(signal.SIGKILL)
+        running.communicate()
+        kills += 1
+    if not (tmp_path / "small").exists():
+        compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
+    names = sorted(os.listdir(tmp_path / "whole"))
+    assert sorted(os.listdir(tmp_path / "small")) == names
+    for name in names:
+        assert (tmp_path / "small" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes(), name
+
+
+def test_killed_before_the_last_clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = source(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(reparam_peft.streaming.shutil, "rmtree", lambda *args, **kwargs: None)
+        compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
+    assert (tmp_path / ".small.run").exists()
+    before = (tmp_path / "small/model.safetensors").stat().st_mtime_ns
+    assert compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False).keep <= 0.6
+    assert not (tmp_path / ".small.run").exists()
+    assert (tmp_path / "small/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    dense = source(tmp_path)
+    before = {path.name: path.read_bytes() for path in dense.iterdir()}
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match=r"`destination` .*there exists"):
+        compress_checkpoint(dense, tmp_path / "there", ReparamConfig(**CONFIG))
+    with FileLock(tmp_path / ".small.lock"), pytest.raises(ValueError, match=r"another run into .*small is under way"):
+        compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG))
+    with pytest.raises(ValueError, match="`max_memory` has an effect with `batches` only"):
+        compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), max_memory=1)
+    with pytest.raises(ValueError, match="needs calibration data"):
+        compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG, method="whitened"))
+    with pytest.raises(ValueError, match=r"holds no \*\.safetensors"):
+        compress_checkpoint(tmp_path / "there", tmp_path / "small", ReparamConfig(**CONFIG))
+    compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
+    with pytest.raises(ValueError, match="is a checkpoint of LlamaForCausalLM, not of a plain model"):
+        compress_checkpoint(tmp_path / "small", tmp_path / "smaller", ReparamConfig(**CONFIG))
+    assert {path.name: path.read_bytes() for path in dense.iterdir()} == before
+    assert not (tmp_path / "smaller").exists()
