@@ -42,7 +42,7 @@ def heal(
     steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of --epochs.")] = None,
     batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 1,
     learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 5e-5,
-    distillation: Annotated[float, typer.Option(help="Part of the loss that is distillation; the rest is of the text.")] = 0.5,
+    distillation: Annotated[float, typer.Option(help="Part of the loss that is distillation; the rest is of the text.")] = 1.0,
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0,
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16, where the device has it.")] = False,
     run_folder: Annotated[
