@@ -128,6 +128,11 @@ def mark(module: FactorizedModule) -> FactorizedModule:
     return module
 
 
+def specification_of(module: FactorizedModule) -> dict[str, Any]:
+    """What config.json says of a factorised layer."""
+    return {"rank": module.rank, "form": module.form, "bias": module.bias is not None}
+
+
 def _module(name: str, layer: nn.Module, specification: Mapping[str, Any]) -> FactorizedModule:
     """What takes the place of a layer, without memory."""
     try:

@@ -6,7 +6,7 @@ import math
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from peft import PeftConfig
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
@@ -40,6 +40,8 @@ class ReparamConfig(PeftConfig):
     >>> ReparamConfig(target_modules=["query", "key", "value"], r=64).r
     64
     """
+
+    quant_method: ClassVar[str] = "reparam_on_load"  # by which transformers finds what compresses while loading
 
     target_modules: list[str] | str | None = field(
         default=None,

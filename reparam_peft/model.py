@@ -343,8 +343,10 @@ class ReparamModel(BaseTuner):
         return remapped
 
 
-def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str) -> dict[str, Target]:
+def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, loading: bool = False) -> dict[str, Target]:
     """The targets that `get_peft_model` would take for a config, checked; changes neither model nor config.
+
+    With `loading`, weights may be on the meta device.
 
     Raises:
         TypeError, ValueError: as for `get_peft_model`.
@@ -356,7 +358,7 @@ def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str) -
     targets = find_targets(config, model, partial(ReparamModel._check_target_module_exists, config))
     if not targets:
         raise ValueError(f"`target_modules` {config.target_modules!r} match no module of the model; check the names.")
-    check_targets(targets, config, model, adapter_name, loading=False)
+    check_targets(targets, config, model, adapter_name, loading)
     return targets
 
 

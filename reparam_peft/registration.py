@@ -34,9 +34,11 @@ def register() -> None:
     # Imported here because the config's class body needs the enum's member.
     from .checkpoint import register_checkpoints
     from .config import ReparamConfig
+    from .loading import register_loading
     from .model import ReparamModel
 
     register_checkpoints()
+    register_loading()
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.REPARAM)
     if registered is None:
         register_peft_method(name=NAME, config_cls=ReparamConfig, model_cls=ReparamModel)

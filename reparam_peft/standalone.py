@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .checkpoint import CheckpointConfig, CheckpointLoader, mark
+from .checkpoint import CheckpointConfig, CheckpointLoader, mark, specification_of
 from .layer import ReparamLayer
 from .products import FactorizedModule
 
@@ -39,14 +39,11 @@ def standalone_model(model: nn.Module) -> PreTrainedModel:
     wrappers = [(name, module) for name, module in model.named_modules() if _is_wrapper(module)]
     for name, module in reversed(wrappers):  # what is inside of others first
         plain = _factorized(name, module) if isinstance(module, ReparamLayer) else _unwrapped(name, module)
-        memo[id(module)] = plain.train(model.training) if _is_factorized(plain) else copy.deepcopy(plain, memo)
+        factorized = isinstance(plain, FactorizedModule)
+        memo[id(module)] = plain.train(model.training) if factorized else copy.deepcopy(plain, memo)
     plain = copy.deepcopy(model, memo)
     vars(plain).pop("peft_config", None)
-    layers = {
-        name: {"rank": module.rank, "form": module.form, "bias": module.bias is not None}
-        for name, module in plain.named_modules()
-        if _is_factorized(module)
-    }
+    layers = {name: specification_of(module) for name, module in plain.named_modules() if isinstance(module, FactorizedModule)}
     if not layers:
         raise ValueError("no layer has factors in the active adapter, so that the model is a dense one; use `unload`.")
     plain.config.quantization_config = CheckpointConfig(layers)
@@ -56,10 +53,6 @@ def standalone_model(model: nn.Module) -> PreTrainedModel:
 
 def _is_wrapper(module: nn.Module) -> bool:
     return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
-
-
-def _is_factorized(module: nn.Module) -> bool:
-    return isinstance(module, FactorizedModule)
 
 
 def _unwrapped(name: str, module: nn.Module) -> nn.Module:

@@ -30,7 +30,7 @@ from .refinement import Refinement
 from .run_folder import RunFolder, fingerprint_of_model
 from .sequential import json_able
 from .statistics import Statistics
-from .targets import Target, check_data_free, factorize_targets, installing
+from .targets import Target, check_data_free, check_standalone, factorize_targets, installing
 
 # What of the source is not copied: weights in any format, and what is written anew.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ckpt", "*.index.json")
@@ -83,6 +83,7 @@ def compress_checkpoint(
     run = destination.with_name(f".{destination.name}.run")
     if destination.exists() and not run.exists():  # else a run was killed when all was done but this
         raise FileExistsError(f"`destination` {destination} exists; give a new folder, or delete it.")
+    check_standalone(config)
     given = {"plan": plan, "statistics": statistics, "max_memory": max_memory, "offload_folder": offload_folder}
     if batches is None:
         for name, value in {**given, "refine": refine or None}.items():

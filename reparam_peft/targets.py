@@ -142,6 +142,16 @@ def check_data_free(config: ReparamConfig) -> None:
             )
 
 
+def check_standalone(config: ReparamConfig) -> None:
+    """Raise `ValueError` where a config asks for what a standalone model does not have: a base model beside the factors."""
+    for name in ("keep_base", "modules_to_save"):
+        if getattr(config, name):
+            raise ValueError(
+                f"`{name}={getattr(config, name)!r}` has an effect on adapters only, and this makes a standalone model; leave "
+                "it out, or use `get_peft_model`."
+            )
+
+
 def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progress: bool = True) -> dict[str, Target]:
     """The targets with their products; changes nothing in the model.
 
@@ -165,7 +175,7 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progres
         if target.storage.bias:
             bias = layer.source_bias() if isinstance(layer, ReparamLayer) else layer.bias.detach()
         with naming(name):
-            factors = _data_free_factors(source_matrix(layer), target, config)
+            factors = data_free_factors(source_matrix(layer), target, config)
         done[name] = replace(target, product=Product(factors, bias))
     if sources:
         warnings.warn(
@@ -176,7 +186,8 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progres
     return done
 
 
-def _data_free_factors(matrix: Tensor, target: Target, config: ReparamConfig) -> Factors | PivotFactors:
+def data_free_factors(matrix: Tensor, target: Target, config: ReparamConfig) -> Factors | PivotFactors:
+    """The product of a target's matrix (out, in) in the form of a config: its truncated SVD, or random."""
     compute = factorize if config.init_weights else random_factors
     if target.storage.form != "pivot":
         return compute(matrix, target.rank)
