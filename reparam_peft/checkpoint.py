@@ -6,12 +6,13 @@ The format is described in docs/checkpoints.md.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from torch import nn
+from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.core_model_loading import revert_weight_conversion
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -22,11 +23,13 @@ from .blocks import set_module
 from .config import FORMS
 from .factorized import layer_kind
 from .products import FactorizedModule
+from .quantization import SCHEMES, check_scheme, finish, prepare, state_dict
 
 METHOD = "reparam"
 FORMAT_VERSION = 1
 ALIGNMENT = 64  # bytes; of PyTorch's allocator for CPUs
 MARKER = "weight"  # of one element, where a dense layer has its matrix
+INTEGERS = {torch.uint8: "U8", torch.int8: "I8"}  # in the words of safetensors
 SPECIFICATION = {"rank": int, "form": str, "bias": bool}
 DAMAGED = "the checkpoint is damaged, or was changed by hand"
 
@@ -38,16 +41,20 @@ class CheckpointConfig(QuantizationConfigMixin):
         layers: name of a module → {"rank": r, "form": "factors" or "pivot", "bias": whether it has one}.
         format_version: of the checkpoint.
         quant_method: "reparam", by which transformers finds this class.
+        quantization: how the matrices of the factors are stored, one of `quantization.SCHEMES`; None: in the model's dtype.
 
     Raises:
         ValueError: another version, or anything that is not as described.
     """
+
+    quantization: str | None = None
 
     def __init__(
         self,
         layers: Mapping[str, Mapping[str, Any]],
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
+        quantization: str | None = None,
         **unknown: Any,
     ) -> None:
         if format_version != FORMAT_VERSION:
@@ -64,6 +71,12 @@ class CheckpointConfig(QuantizationConfigMixin):
         self.layers = {name: dict(layer) for name, layer in layers.items()}
         self.format_version = format_version
         self.quant_method = quant_method
+        if quantization is not None:  # else config.json says nothing of it
+            if quantization not in SCHEMES:
+                raise ValueError(
+                    f"`quantization` in config.json must be one of {list(SCHEMES)}, got {quantization!r}; {DAMAGED}."
+                )
+            self.quantization = quantization
 
 
 def _check_specification(name: Any, layer: Any) -> None:
@@ -79,7 +92,12 @@ def _check_specification(name: Any, layer: Any) -> None:
 class CheckpointLoader(HfQuantizer):
     """Builds the factorised layers on meta, before transformers fills in what the checkpoint holds: no dense weight exists."""
 
-    is_trainable = is_qat_trainable = is_compileable = True
+    is_trainable = is_compileable = True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the factors themselves can be trained: else a LoRA on them."""
+        return self.quantization_config.quantization is None
 
     def is_serializable(self) -> bool:
         return True
@@ -87,28 +105,41 @@ class CheckpointLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        layers = self.quantization_config.layers
+        layers, scheme = self.quantization_config.layers, self.quantization_config.quantization
+        check_scheme(scheme)
         names = {name: _name_in(model, name) for name in layers}
         here = {own: layers[name] for name, own in names.items() if own is not None}
         if not here:
             raise ValueError(f"a {type(model).__name__} has none of the factorised layers {list(layers)[:3]} …; {DAMAGED}.")
         for name, specification in here.items():
-            set_module(model, name, _module(name, model.get_submodule(name), specification))
+            module = _module(name, model.get_submodule(name), specification)
+            if scheme is not None:
+                prepare(module, scheme)
+            set_module(model, name, module)
         if checkpoint_files is not None:
             _check_files(checkpoint_files, model)
         self.quantization_config.layers = here  # under this model's names, for when it is saved
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _align(model)
-        for name, module in model.named_modules():
+        scheme = self.quantization_config.quantization
+        for name, module in list(model.named_modules()):
             if isinstance(module, FactorizedModule):
                 _check_content(name, module)
-                getattr(module, MARKER).zero_()  # `_init_weights` of some models fills it
-            if isinstance(module, PreTrainedModel):
-                vars(module.config).pop("_is_quantized", None)
-        # These tell transformers that a model cannot be trained or cast.
-        model.is_quantized = False
-        vars(model).pop("quantization_method", None)
+                marker = getattr(module, MARKER).zero_()  # `_init_weights` of some models fills it
+                if scheme is not None:
+                    finish(name, module, scheme, marker.dtype)
+        if scheme is None:
+            # What tells transformers that a model cannot be trained or cast.
+            for module in model.modules():
+                if isinstance(module, PreTrainedModel):
+                    vars(module.config).pop("_is_quantized", None)
+            model.is_quantized = False
+            vars(model).pop("quantization_method", None)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        scheme = self.quantization_config.quantization
+        return (None if scheme is None else state_dict(model, scheme)), {}
 
 
 def register_checkpoints() -> None:
@@ -165,11 +196,11 @@ def _name_in(model: PreTrainedModel, name: str) -> str | None:
 
 
 def _check_files(files: Sequence[str], model: PreTrainedModel) -> None:
-    """Raise `ValueError` where the files lack a tensor of a factorised layer, hold others, or have them in other shapes.
+    """Raise `ValueError` where the files lack a tensor of a factorised layer, hold others, or in another shape or dtype.
 
     Of the model that was saved, not another one with the same base, no other tensor may be missing either.
     """
-    found = {key: (shape, file) for file in files for key, shape in _shapes(file)}
+    found = {key: (*kind, file) for file in files for key, *kind in _headers(file)}
     where = str(Path(files[0]).parent) if len(files) > 1 else files[0]
     factorized = [f"{name}." for name, module in model.named_modules() if isinstance(module, FactorizedModule)]
     state = model.state_dict()
@@ -185,20 +216,24 @@ def _check_files(files: Sequence[str], model: PreTrainedModel) -> None:
             raise ValueError(f"{where}: tensor {key!r} is missing; {DAMAGED}.")
         if name in ours:
             known.add(key)
-            shape, file = found[key]
+            shape, dtype, file = found[key]
             if shape != list(value.shape):
                 raise ValueError(f"{file}: tensor {key!r} has shape {shape}, not {list(value.shape)}; {DAMAGED}.")
+            if dtype != INTEGERS[value.dtype] if value.dtype in INTEGERS else "F" not in dtype:
+                raise ValueError(f"{file}: tensor {key!r} has dtype {dtype}, where {value.dtype} should be; {DAMAGED}.")
     layers = tuple(key.removesuffix(MARKER) for key in known if key.endswith(f".{MARKER}"))
-    for key, (_, file) in found.items():
+    for key, (*_, file) in found.items():
         if key.startswith(layers) and key not in known:
             raise ValueError(f"{file}: tensor {key!r} does not belong to the factorised layer; {DAMAGED}.")
 
 
-def _shapes(file: str) -> Iterator[tuple[str, list[int]]]:
+def _headers(file: str) -> Iterator[tuple[str, list[int], str]]:
+    """Name, shape and dtype of each tensor."""
     try:
         with safe_open(file, framework="pt") as content:
-            names = content.keys()
-            yield from ((name, content.get_slice(name).get_shape()) for name in names)
+            for name in content.keys():  # noqa: SIM118  no dict
+                tensor = content.get_slice(name)
+                yield name, tensor.get_shape(), tensor.get_dtype()
     except (SafetensorError, OSError) as error:
         raise ValueError(f"{file} is not a whole safetensors file ({error}). Download or save it again.") from error
 
@@ -212,8 +247,8 @@ def _align(model: PreTrainedModel) -> None:
 
 def _check_content(name: str, module: FactorizedModule) -> None:
     """Raise `ValueError` where loaded factors hold NaN or inf, or the mask of the pivot form does not fit the rank."""
-    for key, parameter in module.named_parameters():
-        if not parameter.is_meta and not parameter.isfinite().all():
+    for key, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if key != MARKER and not tensor.is_meta and not tensor.isfinite().all():
             raise ValueError(f"{name}.{key}: the tensor in the checkpoint holds NaN or infinite values; {DAMAGED}.")
     try:
         module.refresh()

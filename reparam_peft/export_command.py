@@ -1,4 +1,4 @@
-"""`reparam export`: from an adapter to a checkpoint that needs no base model."""
+"""`reparam export`: from an adapter to a checkpoint that needs no base model, or to ONNX files."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ import typer
 from rich.console import Console
 
 from .model import ReparamModel
+from .onnx_export import save_onnx
 from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, OutputArgument, OverwriteOption
 from .outputs import check_output, save_whole
 from .sources import CliError, load_model
@@ -21,34 +22,58 @@ class Kind(str, Enum):
 
     standalone = "standalone"
     dense = "dense"
+    onnx = "onnx"
+
+
+class Bits(str, Enum):
+    """How factors are stored."""
+
+    int8 = "int8"
+    int4 = "int4"
 
 
 def export(
     model: ModelArgument,
     output: OutputArgument,
-    to: Annotated[Kind, typer.Option(help="With factors, to load after `import reparam_peft`, or dense, of the old size.")] = (
-        Kind.standalone
-    ),
+    to: Annotated[
+        Kind, typer.Option(help="With factors, to load after `import reparam_peft`; dense, of the old size; or ONNX files.")
+    ] = Kind.standalone,
     self_contained: Annotated[
         bool, typer.Option("--self-contained", help="With the code that it needs, for `trust_remote_code=True`.")
     ] = False,
+    quantize: Annotated[
+        Bits | None, typer.Option(help="Factors in 8 bits (needs torchao) or 4 bits (needs bitsandbytes).")
+    ] = None,
     dtype: DtypeOption = "auto",
     device: DeviceOption = None,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
-    """Write the compressed MODEL to OUT as a checkpoint that `AutoModel…` loads without the dense one."""
+    """Write the compressed MODEL to OUT as a checkpoint that `AutoModel…` loads without the dense one, or as ONNX files."""
     output = output.resolve()
     check_output(output, model, overwrite)
+    if self_contained and (to is not Kind.standalone or quantize):
+        raise CliError("--self-contained is for standalone checkpoints that are not quantised; leave one of the two out.")
+    if quantize and to is not Kind.standalone:
+        raise CliError("--quantize is for standalone checkpoints; leave it out.")
+    if to is Kind.onnx and dtype == "auto":
+        dtype = "float32"  # ONNX Runtime has no bfloat16 on a CPU
     adapter, tokenizer = load_model(model, dtype, device)
     if not isinstance(getattr(adapter, "base_model", None), ReparamModel):
         raise CliError(f"{model} is no compressed adapter; make one with `reparam compress`.")
-    if self_contained and to is Kind.dense:
-        raise CliError("a dense checkpoint needs no code; leave out --self-contained.")
-    plain = adapter.to_standalone() if to is Kind.standalone else adapter.merge_and_unload(safe_merge=True)
-    save_whole(plain, tokenizer, output, save_self_contained if self_contained else None)
-    written = sum(path.stat().st_size for path in output.glob("*.safetensors"))
+    try:
+        if to is Kind.dense:
+            plain = adapter.merge_and_unload(safe_merge=True)
+        else:
+            plain = adapter.to_standalone(quantize.value if quantize else None)
+        save = save_onnx if to is Kind.onnx else save_self_contained if self_contained else None
+        save_whole(plain, tokenizer, output, save)
+    except ImportError as error:
+        raise CliError(str(error)) from error
+    weights = (path for pattern in ("*.safetensors", "*.onnx*") for path in output.glob(pattern))
+    written = sum(path.stat().st_size for path in weights)
     if as_json:
-        print(json.dumps({"model": model, "output": str(output), "to": to.value, "bytes": written}))
+        report = {"to": to.value, "quantize": quantize.value if quantize else None, "bytes": written}
+        print(json.dumps({"model": model, "output": str(output), **report}))
     else:
         Console().print(f"{written:,} bytes of weights saved to {output}", highlight=False)

@@ -174,18 +174,23 @@ class ReparamModel(BaseTuner):
             other_bytes=sum(p.numel() * p.element_size() for p in rest),
         )
 
-    def to_standalone(self) -> PreTrainedModel:
+    def to_standalone(self, quantize: str | None = None) -> PreTrainedModel:
         """A plain transformers model of the same class with factorised layers, that computes as this one does.
 
         It has no PEFT modules and no dense weights; `save_pretrained` makes a checkpoint that `AutoModel…` loads after
         `import reparam_peft`. This model stays as it is; both share their tensors, so that no memory is needed for a second
         one and training either changes both. All parameters of the new model are trainable.
 
+        Args:
+            quantize: "int8" (torchao) or "int4" (bitsandbytes' NF4): the matrices of the factors, which then have memory of
+                their own and cannot be trained, but by a LoRA on them. None: in the model's dtype.
+
         Raises:
+            ImportError: the library of `quantize` is not installed.
             TypeError: the base model is none of transformers', or it holds modules of other PEFT methods.
             ValueError: the adapter is merged, disabled or was never loaded, or several are active.
         """
-        return standalone_model(self.model)
+        return standalone_model(self.model, quantize)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name

@@ -15,23 +15,28 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .checkpoint import CheckpointConfig, CheckpointLoader, mark, specification_of
+from .checkpoint import METHOD, CheckpointConfig, CheckpointLoader, mark, specification_of
 from .layer import ReparamLayer
 from .products import FactorizedModule
+from .quantization import check_scheme
+from .quantization import quantize as quantize_factors
 
 MODULE = "modeling_reparam"
 
 
-def standalone_model(model: nn.Module) -> PreTrainedModel:
+def standalone_model(model: nn.Module, quantize: str | None = None) -> PreTrainedModel:
     """A transformers model as it computes with its active adapter, without any of PEFT's modules.
 
     Args:
         model: with `ReparamLayer`s; stays as it is. Its tensors are shared, not copied.
+        quantize: "int8" or "int4", for the matrices of factors; None: as they are.
 
     Raises:
         TypeError: not a transformers model, or it holds modules of other PEFT methods.
         ValueError: an adapter is merged or was never loaded, several are active, or none is and W is gone.
+        ImportError: the library of `quantize` is missing.
     """
+    check_scheme(quantize)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"a standalone model is a transformers model, and a {type(model).__name__} is none; keep the adapter.")
     # A copy of everything but the tensors, with PEFT's modules replaced wherever they stand; tied parameters stay tied.
@@ -46,8 +51,11 @@ def standalone_model(model: nn.Module) -> PreTrainedModel:
     layers = {name: specification_of(module) for name, module in plain.named_modules() if isinstance(module, FactorizedModule)}
     if not layers:
         raise ValueError("no layer has factors in the active adapter, so that the model is a dense one; use `unload`.")
-    plain.config.quantization_config = CheckpointConfig(layers)
+    plain.config.quantization_config = CheckpointConfig(layers, quantization=quantize)
     plain.hf_quantizer = CheckpointLoader(plain.config.quantization_config)
+    if quantize is not None:
+        quantize_factors(plain, quantize)
+        plain.is_quantized, plain.quantization_method = True, METHOD
     return plain
 
 
@@ -99,11 +107,13 @@ def save_self_contained(model: PreTrainedModel, folder: str | Path) -> None:
         folder: with `modeling_reparam.py`, a reader that imports torch and transformers only.
 
     Raises:
-        ValueError: the model has no factorised layers.
+        ValueError: the model has no factorised layers, or quantised ones.
     """
     described = getattr(model.config, "quantization_config", None)
     if not isinstance(described, CheckpointConfig):
         raise ValueError("only a standalone model can be saved with its code; call `to_standalone` first.")
+    if described.quantization is not None:
+        raise ValueError("the code of self-contained checkpoints does not read quantised factors; leave one of the two out.")
     plain = copy.copy(model)  # its own attributes only: the config is another one
     plain.config = copy.deepcopy(model.config)
     del plain.config.quantization_config, plain.hf_quantizer
