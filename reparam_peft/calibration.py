@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 
 from .distributed import check_whole, fails_together, processes
 from .evaluation import evaluating, input_device
-from .factorized import LayerKind
+from .factorized import LayerKind, stored_weight
 from .layer import kind_and_layer
 from .metrics import device_of_sums, exact
 from .sampling import sampled_objective
@@ -284,7 +284,7 @@ def wide_rows(X: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def _zeros(module: nn.Module, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=device_of_sums(module.weight.device))
+    return torch.zeros(shape, dtype=torch.float64, device=device_of_sums(stored_weight(module).device))
 
 
 def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
@@ -398,7 +398,7 @@ def _frozen(model: nn.Module) -> Iterator[None]:
 def _reduce(statistics: Statistics, modules: Mapping[str, nn.Module], gradients: bool) -> None:
     """Add up the statistics of all processes, in each of them."""
     names = list(modules)
-    device = next(iter(modules.values())).weight.device
+    device = stored_weight(next(iter(modules.values()))).device
 
     def total(value: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
         dist.all_reduce(value, op)

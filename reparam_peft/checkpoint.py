@@ -130,12 +130,7 @@ class CheckpointLoader(HfQuantizer):
                 if scheme is not None:
                     finish(name, module, scheme, marker.dtype)
         if scheme is None:
-            # What tells transformers that a model cannot be trained or cast.
-            for module in model.modules():
-                if isinstance(module, PreTrainedModel):
-                    vars(module.config).pop("_is_quantized", None)
-            model.is_quantized = False
-            vars(model).pop("quantization_method", None)
+            mark_unquantized(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
         scheme = self.quantization_config.quantization
@@ -147,6 +142,16 @@ def register_checkpoints() -> None:
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(CheckpointConfig)
         register_quantizer(METHOD)(CheckpointLoader)
+
+
+def mark_unquantized(model: PreTrainedModel) -> None:
+    """Take away what tells transformers that a model cannot be trained or cast."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            vars(module.config).pop("_is_quantized", None)
+    for name in ("quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
+        vars(model).pop(name, None)
+    model.is_quantized = False
 
 
 def mark(module: FactorizedModule) -> FactorizedModule:

@@ -13,6 +13,7 @@ from torch import nn
 from .blocks import find_blocks
 from .calibration import gather_statistics
 from .config import CALIBRATED_METHODS, ReparamConfig
+from .factorized import is_quantized
 from .pipeline import Batches, Run
 from .planning import Plan
 from .refinement import Refinement
@@ -133,6 +134,12 @@ def compress_blocks(
     run = Run(model, config, known, seed, progress, max_memory, adapter_name, plan, list(blocks), refinement is not None)
     if anchoring is not None and not run.calibrated:
         raise ValueError(f"`sequential` needs one of the methods {CALIBRATED_METHODS}, got {run.config.method!r}.")
+    quantized = next((name for name, module in run.modules.items() if is_quantized(module)), None)
+    if quantized is not None:
+        raise ValueError(
+            f"{quantized}: `sequential` and `refine` need weights that can be changed, and these are quantised. Load the base "
+            "model in full precision, or leave both out."
+        )
     by_block = BlockByBlock(run, blocks, batches, anchoring, refinement, **ways)
     return _install(model, run, by_block.result(plan, adapter_name), adapter_name)
 

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
@@ -110,6 +111,22 @@ class LayerKind(ABC):
     def shape(self, layer: nn.Module) -> tuple[int, int]:
         """(out, in) of the matrix, also of a layer whose weight was dropped."""
 
+    def fits(self, layer: nn.Module) -> bool:
+        """Whether a layer is of this kind, or a variant that `check` may rule out."""
+        return isinstance(layer, self.layer_class)
+
+    def dtype(self, layer: nn.Module) -> torch.dtype:
+        """The dtype of a layer's numbers, and of the factors in their place."""
+        return layer.weight.dtype
+
+    def own_matrix(self, layer: nn.Module) -> Tensor:
+        """W, shape (out, in), of a layer that has it."""
+        return self.matrix(layer.weight.detach())
+
+    def shell(self, layer: nn.Module) -> nn.Module:
+        """What stays of a layer beside its factors, and gives up W once they exist: the layer itself, where that can."""
+        return layer
+
     @abstractmethod
     def matrix(self, weight: Tensor) -> Tensor:
         """W, shape (out, in): a view of a layer's weight."""
@@ -157,6 +174,46 @@ class LinearKind(LayerKind):
     def factorized(self, layer: nn.Linear, rank: int, *args: Any, **like: Like) -> FactorizedLinear:
         out_features, in_features = self.shape(layer)
         return FactorizedLinear(in_features, out_features, rank, *args, **like)
+
+
+class QuantizedLinearKind(LinearKind):
+    """A linear layer of bitsandbytes, torchao or HQQ. Its weight is dequantised whenever it is read."""
+
+    def fits(self, layer: nn.Module) -> bool:
+        weight = layer._parameters.get("weight")
+        quantized = type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")
+        return hasattr(layer, "W_q") or (quantized and isinstance(layer, nn.Linear))
+
+    def check(self, layer: nn.Module) -> None:
+        """Anything that PEFT can dequantise will do."""
+
+    def dtype(self, layer: nn.Module) -> torch.dtype:
+        if hasattr(layer, "W_q"):
+            return layer.compute_dtype
+        state = getattr(layer.weight, "quant_state", None)
+        # On a CPU bitsandbytes may have turned the scales, not the model, to bfloat16.
+        dtype = layer.weight.dtype if state is None else getattr(state, "original_dtype", state.dtype)
+        return dtype if dtype.is_floating_point else getattr(layer, "dtype_around", torch.get_default_dtype())
+
+    def own_matrix(self, layer: nn.Module) -> Tensor:
+        if hasattr(layer, "state"):  # 8 bits, which PEFT's function leaves in a state that does not compute
+            largest = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # of each row
+            return (layer.weight.detach() * (largest / 127)[:, None]).to(self.dtype(layer))
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            layer.state_dict()  # bitsandbytes brings back the order of the numbers, but not of their scales
+            if state.absmax.ndim > 1:
+                state.absmax = state.absmax.T.flatten().float()
+        return dequantize_module_weight(layer).detach().to(self.dtype(layer))
+
+    def shell(self, layer: nn.Module) -> nn.Linear:
+        """A plain layer with the bias, and with NaN in place of W, which takes no memory."""
+        out_features, in_features = self.shape(layer)
+        shell = nn.Linear(in_features, out_features, bias=False, device="meta")
+        nothing = torch.full((), torch.nan, dtype=self.dtype(layer), device=next(layer.parameters()).device)
+        shell.weight = nn.Parameter(nothing.expand(out_features, in_features), requires_grad=False)
+        shell.bias = layer.bias
+        return shell.train(layer.training)
 
 
 class Conv1DKind(LinearKind):
@@ -252,7 +309,7 @@ class EmbeddingKind(LayerKind):
         return FactorizedEmbedding(layer, rank, *args, **like)
 
 
-KINDS: tuple[LayerKind, ...] = (LinearKind(), Conv1DKind(), Conv2dKind(), EmbeddingKind())
+KINDS: tuple[LayerKind, ...] = (QuantizedLinearKind(), LinearKind(), Conv1DKind(), Conv2dKind(), EmbeddingKind())
 
 
 def layer_kind(layer: nn.Module) -> LayerKind:
@@ -266,11 +323,37 @@ def layer_kind(layer: nn.Module) -> LayerKind:
     (2, 3)
     """
     for kind in KINDS:
-        if isinstance(layer, kind.layer_class):
+        if kind.fits(layer):
             kind.check(layer)
             return kind
-    supported = ", ".join(kind.layer_class.__name__ for kind in KINDS)
+    supported = ", ".join(dict.fromkeys(kind.layer_class.__name__ for kind in KINDS))
     raise TypeError(
         f"a {type(layer).__name__} cannot be factorised, only {supported} can; choose other `target_modules`, or leave it out "
         "with `exclude_modules`."
     )
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether a layer's weight has to be dequantised to be read."""
+    return KINDS[0].fits(layer)
+
+
+def stored_weight(layer: nn.Module) -> Tensor:
+    """The numbers of a layer's weight as they are stored, quantised or not."""
+    return layer.W_q if hasattr(layer, "W_q") else layer.weight
+
+
+def note_dtype(model: nn.Module) -> None:
+    """Tell quantised layers the dtype of the model around them, which bitsandbytes' with 8 bits do not know."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    for module in model.modules():
+        if is_quantized(module):
+            module.dtype_around = dtype
+
+
+def dequantized(layer: nn.Module) -> nn.Linear:
+    """A plain layer that computes as a quantised one does."""
+    kind = layer_kind(layer)
+    plain = kind.shell(layer)
+    plain.weight = nn.Parameter(kind.own_matrix(layer))
+    return plain

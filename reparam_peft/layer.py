@@ -47,7 +47,7 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.base_layer = base_layer
+        self.base_layer = base_layer = layer_kind(base_layer).shell(base_layer)
         self.kind = layer_kind(base_layer)
         self.out_features, self.in_features = self.kind.shape(base_layer)
         self.reparam_factors = nn.ModuleDict()

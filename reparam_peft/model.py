@@ -19,6 +19,7 @@ from transformers import PreTrainedModel
 
 from .config import DATA_FREE, ReparamConfig
 from .evaluation import SizeReport
+from .factorized import stored_weight
 from .layer import DAMAGED, W_IS_GONE, ReparamLayer, reparam_layer
 from .model_card import upload_with_section
 from .standalone import standalone_model
@@ -166,7 +167,7 @@ class ReparamModel(BaseTuner):
         copies = [m.modules_to_save for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
         inside |= {id(p) for module in copies for p in module.parameters()}
         kept = {id(layer.base_layer.weight) for _, layer in reparam_layers(self.model) if layer.base_layer.weight is not None}
-        kept |= {id(module.weight) for module in dense.values()}
+        kept |= {id(stored_weight(module)) for module in dense.values()}
         rest = [p for p in self.model.parameters() if id(p) not in inside | kept]
         return SizeReport(
             matrices=sizes,

@@ -22,14 +22,14 @@ from .calibration import gather_statistics
 from .config import CALIBRATED, CALIBRATED_METHODS, ReparamConfig
 from .decompositions import Factors, check_matrix, direction_losses, factorize, random_factors
 from .distributed import check_whole, fails_together, processes
-from .factorized import layer_kind
+from .factorized import layer_kind, stored_weight
 from .layer import Product
 from .metrics import diagonal, exact, shrink
 from .model import select_targets
 from .pivoting import PivotFactors, pivot
 from .planning import Plan, allocate_ranks, check_budget, make_plan
 from .statistics import Statistics
-from .targets import Target, naming, resolve_rank, source_matrix
+from .targets import Target, base_dtype, naming, resolve_rank, source_matrix
 
 # Part of the input metric that weighs each token by the gradient there, so that the many tokens that matter are not drowned
 # out by the few of huge norm. Chosen on held-out calibration text, as shrinkage was; 0.1 to 0.4 differ by less than 1.5 %.
@@ -274,7 +274,7 @@ class Run:
             W: the matrix (out, in), in the dtype that the product is stored in or wider.
             output_mean: mean of the outputs (out,), float64, that the bias is to preserve; None where it is not moved.
         """
-        dtype = target.module.weight.dtype
+        dtype = base_dtype(target.module)
         wide = W.to(torch.promote_types(W.dtype, torch.float32))  # rounded once, at the end
         if self.config.method == "autoencoder":
             start = None if self.config.init_weights else random_factors(wide, target.rank)
@@ -301,12 +301,12 @@ class Run:
         world, own = processes()
         results = {}
         bar = tqdm(names[own::world], desc=what, unit="matrix", delay=1, disable=None if self.progress and own == 0 else True)
-        with fails_together(self.modules[names[0]].weight.device):
+        with fails_together(stored_weight(self.modules[names[0]]).device):
             for name in bar:
                 with naming(name):
                     results[name] = compute(name)
         for index, name in enumerate(names if world > 1 else ()):
-            device = self.modules[name].weight.device
+            device = stored_weight(self.modules[name]).device
             results[name] = [part.to(device) for part in results.get(name) or parts(name)]
             for tensor in results[name]:
                 dist.broadcast(tensor, index % world)
@@ -385,7 +385,7 @@ def _length(target: Target) -> Tensor:
 
 def _empty_product(target: Target) -> list[Tensor]:
     """Memory for what `_tensors` gives."""
-    storage, rank, dtype = target.storage, target.rank, target.module.weight.dtype
+    storage, rank, dtype = target.storage, target.rank, base_dtype(target.module)
     if storage.form == "pivot":
         shapes = [(rank, storage.in_features), (storage.out_features - rank, rank)]
         tensors = [*(torch.empty(shape, dtype=dtype) for shape in shapes), torch.empty(rank, dtype=torch.int64)]

@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .checkpoint import METHOD, CheckpointConfig, CheckpointLoader, mark, specification_of
+from .checkpoint import METHOD, CheckpointConfig, CheckpointLoader, mark, mark_unquantized, specification_of
+from .factorized import dequantized, is_quantized, note_dtype
 from .layer import ReparamLayer
 from .products import FactorizedModule
 from .quantization import check_scheme
@@ -41,8 +42,12 @@ def standalone_model(model: nn.Module, quantize: str | None = None) -> PreTraine
         raise TypeError(f"a standalone model is a transformers model, and a {type(model).__name__} is none; keep the adapter.")
     # A copy of everything but the tensors, with PEFT's modules replaced wherever they stand; tied parameters stay tied.
     memo: dict[int, Any] = {id(tensor): _sharing(tensor) for tensor in chain(model.parameters(), model.buffers())}
-    wrappers = [(name, module) for name, module in model.named_modules() if _is_wrapper(module)]
-    for name, module in reversed(wrappers):  # what is inside of others first
+    note_dtype(model)
+    for name, module in reversed(list(model.named_modules())):  # what is inside of others first
+        if is_quantized(module):
+            memo[id(module)] = dequantized(module)
+        if not _is_wrapper(module):
+            continue
         plain = _factorized(name, module) if isinstance(module, ReparamLayer) else _unwrapped(name, module)
         factorized = isinstance(plain, FactorizedModule)
         memo[id(module)] = plain.train(model.training) if factorized else copy.deepcopy(plain, memo)
@@ -51,6 +56,7 @@ def standalone_model(model: nn.Module, quantize: str | None = None) -> PreTraine
     layers = {name: specification_of(module) for name, module in plain.named_modules() if isinstance(module, FactorizedModule)}
     if not layers:
         raise ValueError("no layer has factors in the active adapter, so that the model is a dense one; use `unload`.")
+    mark_unquantized(plain)
     plain.config.quantization_config = CheckpointConfig(layers, quantization=quantize)
     plain.hf_quantizer = CheckpointLoader(plain.config.quantization_config)
     if quantize is not None:

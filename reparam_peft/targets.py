@@ -19,7 +19,7 @@ from .allocation import Storage, uniform_rank
 from .config import CALIBRATED_METHODS, DATA_FREE, ReparamConfig
 from .decompositions import Factors, check_rank, factorize, random_factors
 from .evaluation import MatrixSize
-from .factorized import layer_kind
+from .factorized import is_quantized, layer_kind, note_dtype
 from .layer import REMEDY, W_IS_GONE, Product, ReparamLayer
 from .pivoting import PivotFactors, pivot
 
@@ -58,6 +58,7 @@ def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str
     # Dense targets whose weight has changed are saved whole, which PEFT takes for no targets at all.
     saved_whole = {*(config.dense_modules or ())} & {*(config.modules_to_save or ())}
     targets = {}
+    note_dtype(model)
     for name, module in model.named_modules():
         if name and not name.startswith(inside) and (matches(name) or name in saved_whole):
             with naming(name):
@@ -117,7 +118,13 @@ def check_targets(
                 if module.base_weight_dropped and config.keep_base:
                     raise ValueError(f"`keep_base=True` cannot be honoured, {W_IS_GONE}. To keep it, {REMEDY}.")
             else:
-                _check_weight(module, owners[id(module.weight)], config.keep_base, loading)
+                if is_quantized(module) and config.keep_base:
+                    raise ValueError(
+                        "`keep_base=True` cannot be honoured, since the weight is quantised. Leave it out, or load the base "
+                        "model in full precision."
+                    )
+                if not is_quantized(module):
+                    _check_weight(module, owners[id(module.weight)], config.keep_base, loading)
     for name, layer in reparam_layers(model):
         if layer.base_weight_dropped and name not in factorized:
             raise ValueError(
@@ -200,12 +207,17 @@ def source_matrix(module: nn.Module) -> Tensor:
     """The matrix (out, in) that a target is factorised from, wrapped or not."""
     if isinstance(module, ReparamLayer):
         return module.source_matrix()
-    return layer_kind(module).matrix(module.weight.detach())
+    return layer_kind(module).own_matrix(module)
 
 
 def unwrapped(module: nn.Module) -> nn.Module:
     """The base model's own module, of one that adapters save whole."""
     return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def base_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a target's weight, wrapped or not, and of its factors in a checkpoint."""
+    return module.base_dtype if isinstance(module, ReparamLayer) else layer_kind(module).dtype(module)
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
@@ -230,9 +242,8 @@ def matrix_storage(module: nn.Module, config: ReparamConfig) -> Storage:
 def matrix_size(name: str, module: nn.Module, rank: int | None, config: ReparamConfig) -> MatrixSize:
     """The size of a target, wrapped or not, at a rank."""
     storage = matrix_storage(module, config)
-    dtype = module.base_dtype if isinstance(module, ReparamLayer) else module.weight.dtype
     shape = (storage.out_features, storage.in_features)
-    return MatrixSize(name, shape, rank, storage.stored(rank), dtype.itemsize, 0 if rank is None else storage.mask)
+    return MatrixSize(name, shape, rank, storage.stored(rank), base_dtype(module).itemsize, 0 if rank is None else storage.mask)
 
 
 def reparam_layers(model: nn.Module) -> Iterator[tuple[str, ReparamLayer]]:
