@@ -244,7 +244,10 @@ def _shapes(kind: str, size: int) -> list[tuple[int, ...]]:
 
 def weight_norm(module: nn.Module) -> float:
     """‖W‖_F of a layer, or of the product in its place."""
-    weight = module.computed_matrix() if isinstance(module, ReparamLayer) else layer_kind(module).own_matrix(module)
+    if isinstance(module, ReparamLayer):
+        weight = module.computed_matrix()
+    else:
+        weight = layer_kind(module).own_matrix(module) if is_quantized(module) else module.weight.detach()
     return float(torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))
 
 
