@@ -217,7 +217,9 @@ def unwrapped(module: nn.Module) -> nn.Module:
 
 def base_dtype(module: nn.Module) -> torch.dtype:
     """The dtype of a target's weight, wrapped or not, and of its factors in a checkpoint."""
-    return module.base_dtype if isinstance(module, ReparamLayer) else layer_kind(module).dtype(module)
+    if isinstance(module, ReparamLayer):
+        return module.base_dtype
+    return layer_kind(module).dtype(module) if is_quantized(module) else module.weight.dtype
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
