@@ -4,7 +4,8 @@
 
 MODEL is a folder with safetensors, or `demo`. `--synthetic` writes a Llama-shaped bf16 checkpoint of that many layers of 100
 million parameters in place of it, and runs the streamed route only. Anonymous memory is what the system cannot drop: pages of
-mapped files, such as the weights of the source, are not part of it. Prints a Markdown table.
+mapped files, such as the weights of the source, are not part of it. Prints a Markdown table, that memory over time, and what
+each block took.
 """
 
 from __future__ import annotations
@@ -29,6 +30,12 @@ ROUTES = {
     "import only": "from reparam_peft import ReparamConfig, compress_checkpoint",
     "streamed": """
 from reparam_peft import ReparamConfig, compress_checkpoint
+from reparam_peft.run_folder import RunFolder
+finish = RunFolder.finish
+def told(self, entry, tensors):
+    print(entry["seconds"])
+    finish(self, entry, tensors)
+RunFolder.finish = told
 compress_checkpoint(source, out, ReparamConfig(target_modules="all-linear", keep=keep), progress=False)
 """,
     "in memory": """
@@ -41,27 +48,32 @@ get_peft_model(model, ReparamConfig(target_modules="all-linear", keep=keep)).to_
 }
 
 
-def measured(code: str, source: Path, out: Path, keep: float) -> tuple[float, float]:
-    """Peak of anonymous memory in MB, and seconds, of a piece of code in a process of its own."""
-    head = f"source, out, keep = {json.dumps(str(source))}, {json.dumps(str(out))}, {keep}\n"
+def watched(code: str, **values: object) -> tuple[list[tuple[float, float]], float, str]:
+    """Run a piece of code in a process of its own, with these values as its variables.
+
+    Returns:
+        Its anonymous and its resident memory every 5 ms in MB, the seconds that it took, and what it printed.
+    """
+    plain = {name: str(value) if isinstance(value, Path) else value for name, value in values.items()}
+    head = "".join(f"{name} = {value!r}\n" for name, value in plain.items())
     start = time.perf_counter()
-    running = subprocess.Popen([sys.executable, "-c", head + code])
-    peak = 0.0
+    running = subprocess.Popen([sys.executable, "-c", head + code], stdout=subprocess.PIPE, text=True)
+    memory: list[tuple[float, float]] = []
 
     def watch() -> None:
-        nonlocal peak
         status = Path(f"/proc/{running.pid}/status")
         while running.poll() is None:
-            found = re.search(r"RssAnon:\s+(\d+)", status.read_text(encoding="utf-8"))
-            peak = max(peak, int(found[1]) / 1e3 if found else 0.0)
+            found = dict(re.findall(r"(VmRSS|RssAnon):\s+(\d+)", status.read_text(encoding="utf-8")))
+            memory.append((int(found.get("RssAnon", 0)) / 1e3, int(found.get("VmRSS", 0)) / 1e3))
             time.sleep(0.005)
 
     watcher = threading.Thread(target=watch)
     watcher.start()
-    if running.wait():
-        raise SystemExit("the run failed")
+    printed, _ = running.communicate()
     watcher.join()
-    return peak, time.perf_counter() - start
+    if running.returncode:
+        raise SystemExit("the run failed")
+    return memory, time.perf_counter() - start, printed
 
 
 def synthetic(folder: Path, layers: int) -> None:
@@ -105,8 +117,15 @@ def main() -> None:
         print(f"dense: {size:.0f} MB, {torch.get_num_threads()} threads")
         print("\n| route | peak anonymous MB | seconds |\n| --- | --- | --- |")
         for route in routes:
-            peak, seconds = measured(ROUTES[route], source, work / route.replace(" ", "-"), options.keep)
-            print(f"| {route} | {peak:.0f} | {seconds:.1f} |", flush=True)
+            out = work / route.replace(" ", "-")
+            both, seconds, printed = watched(ROUTES[route], source=source, out=out, keep=options.keep)
+            memory = [anonymous for anonymous, _ in both]
+            print(f"| {route} | {max(memory):.0f} | {seconds:.1f} |", flush=True)
+            if route == "streamed":
+                step = len(memory) // 20 + 1
+                curve = [round(max(memory[i : i + step])) for i in range(0, len(memory), step)]
+                blocks = printed.split()
+        print(f"\nstreamed, MB over time: {curve}\nseconds per block: {', '.join(blocks)}")
         if "in memory" in routes:
             files = [(work / route / "model.safetensors").read_bytes() for route in ("streamed", "in-memory")]
             print(f"\nthe same bytes: {files[0] == files[1]}")
