@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,12 @@ class RunFolder:
             return
         wanted = json.loads(json.dumps({"format": FORMAT, **settings}, sort_keys=True))
         path = self.folder / SETTINGS
-        if not path.exists() and self.folder.exists() and any(self.folder.iterdir()):
+        if not path.exists() and self.folder.exists() and any(file != _aside(path) for file in self.folder.iterdir()):
             raise ValueError(f"`run_folder` {self.folder} holds other files and no run; give a new folder, or an empty one.")
         together()  # nobody looks before all have looked
         if not path.exists() and self.writes:
-            self.folder.mkdir(parents=True, exist_ok=True)
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
             _write(path, json.dumps(wanted, indent=1))
         together()
         self._check_settings(json.loads(path.read_text(encoding="utf-8")), wanted)
@@ -78,10 +80,10 @@ class RunFolder:
         """Keep a finished block: its line of the log, and its tensors."""
         if self.writes:
             path = self._path(len(self.finished))
-            aside = path.with_suffix(".tmp")
             plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-            save_file(plain, aside, metadata={"format": FORMAT, "entry": json.dumps(entry)})
-            os.replace(aside, path)
+            with writing(path):
+                save_file(plain, _aside(path), metadata={"format": FORMAT, "entry": json.dumps(entry)})
+                os.replace(_aside(path), path)
         self.finished.append(entry)
         self._write_log()
 
@@ -145,8 +147,28 @@ def _brief(value: Any) -> str:
     return text if len(text) <= 100 else f"{text[:100]}…"
 
 
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Say what can be done where a disk is full or a folder cannot be written.
+
+    Raises:
+        OSError
+    """
+    try:
+        yield
+    except (SafetensorError, OSError) as error:
+        raise OSError(
+            f"{path} cannot be written ({error}). See that there is space and that the folder is yours, then call again: "
+            "finished blocks and all other files are as they were."
+        ) from error
+
+
+def _aside(path: Path) -> Path:
+    return path.with_suffix(f"{path.suffix}.tmp")
+
+
 def _write(path: Path, text: str) -> None:
     """Write aside, then rename: the file is whole or as it was."""
-    aside = path.with_suffix(f"{path.suffix}.tmp")
-    aside.write_text(text, encoding="utf-8")
-    os.replace(aside, path)
+    with writing(path):
+        _aside(path).write_text(text, encoding="utf-8")
+        os.replace(_aside(path), path)

@@ -27,7 +27,7 @@ from .model import select_targets
 from .pipeline import product_of, tensors_of
 from .planning import Plan
 from .refinement import Refinement
-from .run_folder import RunFolder, fingerprint_of_model
+from .run_folder import RunFolder, fingerprint_of_model, writing
 from .sequential import json_able
 from .statistics import Statistics
 from .targets import Target, check_data_free, check_standalone, factorize_targets, installing
@@ -91,8 +91,9 @@ def compress_checkpoint(
                 raise ValueError(f"`{name}` has an effect with `batches` only; leave it out.")
         check_data_free(config)
     folder = _local(source, revision)
-    destination.parent.mkdir(parents=True, exist_ok=True)
     lock = FileLock(run.with_suffix(".lock"))
+    with writing(destination.parent):
+        destination.parent.mkdir(parents=True, exist_ok=True)
     try:
         lock.acquire(timeout=0)
     except Timeout:
@@ -110,9 +111,10 @@ def compress_checkpoint(
         if not destination.exists():
             aside = run / "checkpoint"
             shutil.rmtree(aside, ignore_errors=True)
-            small.to_standalone().save_pretrained(aside)
-            shutil.copytree(folder, aside, ignore=shutil.ignore_patterns(*WEIGHTS, *WRITTEN), dirs_exist_ok=True)
-            aside.rename(destination)
+            with writing(destination):
+                small.to_standalone().save_pretrained(aside)
+                shutil.copytree(folder, aside, ignore=shutil.ignore_patterns(*WEIGHTS, *WRITTEN), dirs_exist_ok=True)
+                aside.rename(destination)
         shutil.rmtree(run)
     finally:
         lock.release()

@@ -57,6 +57,49 @@ def test_half_precision_stays(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
+FULL_DISK = """
+import resource, signal, sys
+from reparam_peft import ReparamConfig, compress_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+    compress_checkpoint(sys.argv[1], sys.argv[2], ReparamConfig(target_modules="all-linear", keep=0.6), progress=False)
+except OSError as error:
+    assert "cannot be written" in str(error) and "call again" in str(error), error
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 20_000, 150_000], ids=["settings", "block", "checkpoint"])
+def test_a_full_disk_loses_nothing(limit: int, tmp_path: Path) -> None:
+    dense = source(tmp_path)
+    before = {path.name: path.read_bytes() for path in dense.iterdir()}
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, dense, tmp_path / "small", str(limit)], capture_output=True, text=True
+    )
+    assert run.returncode == 3, run.stderr
+    assert not (tmp_path / "small").exists()
+    assert {path.name: path.read_bytes() for path in dense.iterdir()} == before
+    compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
+    compress_checkpoint(dense, tmp_path / "other", ReparamConfig(**CONFIG), progress=False)
+    for path in (tmp_path / "other").iterdir():
+        assert path.read_bytes() == (tmp_path / "small" / path.name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "other", "small"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(OSError, match="file cannot be written"):
+        compress_checkpoint(source(tmp_path), tmp_path / "file/small", ReparamConfig(**CONFIG), progress=False)
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "x"
+
+
+@pytest.mark.parametrize("options", [{"keep_base": True}, {"modules_to_save": ["lm_head"]}])
+def test_what_only_adapters_have_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has an effect on adapters only"):
+        compress_checkpoint(source(tmp_path), tmp_path / "small", ReparamConfig(**CONFIG, **options), progress=False)
+
+
 def test_an_error_in_the_middle_leaves_nothing_and_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = source(tmp_path)
     compress_checkpoint(dense, tmp_path / "whole", ReparamConfig(**CONFIG), progress=False)

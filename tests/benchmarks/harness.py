@@ -4,8 +4,8 @@
     python tests/benchmarks/harness.py MODEL TEST [--calibration FILE] [--keep 0.8] [--documents 40]
 
 MODEL is a folder with a dense causal language model, or `demo`; TEST a text file, of which two local tasks are made: to choose
-the second half of a paragraph among four, given the first one; and the perplexity of the paragraphs. With `--calibration`, the compression is calibrated on 48 windows of that text. Prints a Markdown
-table; the harness loads each checkpoint by itself, as `hf` models.
+the second half of a paragraph among four, given the first one; and the perplexity of the paragraphs. With `--calibration`, the
+compression is calibrated on 48 windows of that text. Prints a Markdown table; the harness loads each checkpoint by itself.
 """
 
 from __future__ import annotations
