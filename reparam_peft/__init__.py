@@ -20,6 +20,7 @@ from .healing import HealingTrainer  # noqa: E402
 from .model import ReparamModel  # noqa: E402
 from .planning import Plan  # noqa: E402
 from .refinement import Refinement  # noqa: E402
+from .searching import SearchResult, Trial, search  # noqa: E402
 from .statistics import Statistics  # noqa: E402
 from .streaming import compress_checkpoint  # noqa: E402
 from .truncation import retruncate  # noqa: E402
@@ -35,8 +36,10 @@ __all__ = [
     "Refinement",
     "ReparamConfig",
     "ReparamModel",
+    "SearchResult",
     "SizeReport",
     "Statistics",
+    "Trial",
     "benchmark",
     "calibrate",
     "compress",
@@ -45,5 +48,6 @@ __all__ = [
     "perplexity",
     "plan",
     "retruncate",
+    "search",
     "text_batches",
 ]

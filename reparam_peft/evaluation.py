@@ -71,6 +71,43 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> flo
     return math.exp(mean)
 
 
+@torch.no_grad()
+def accuracy(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
+    """The fraction of labels that a model's largest logit is at; for a decoder, of next tokens. Labels of −100 do not count.
+
+    Args:
+        model: called as `model(**batch)`, must return `.logits`, with the classes in the last dimension; run in eval mode and
+            put back as it was.
+        batches: keyword batches with `labels` of the other dimensions of the logits; a decoder predicts its own input without.
+
+    Returns:
+        A number in [0, 1].
+
+    Raises:
+        ValueError: there is no label, or a batch cannot be used.
+    """
+    shifts = predicts_next_token(model)
+    right = count = 0
+    with evaluating(model):
+        for index, batch in enumerate(batches):
+            device = input_device(model)
+            batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            labels = labels_of(batch, shifts, index)
+            logits = model(**{key: value for key, value in batch.items() if key != "labels" or not shifts}).logits
+            if shifts:
+                logits, labels = logits[:, :-1], labels[:, 1:]
+            if logits.shape[:-1] != labels.shape:
+                raise ValueError(
+                    f"batch {index} has `labels` {tuple(labels.shape)}, and logits {tuple(logits.shape)} need others."
+                )
+            counts = labels != IGNORED
+            right += int((logits.argmax(-1) == labels)[counts].sum())
+            count += int(counts.sum())
+    if count == 0:
+        raise ValueError("`batches` must hold at least one label, got none.")
+    return right / count
+
+
 def text_batches(
     tokenizer: Any, text: str, *, length: int = 512, batch_size: int = 4, limit: int | None = None
 ) -> list[dict[str, Tensor]]:

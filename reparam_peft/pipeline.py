@@ -113,17 +113,33 @@ class Run:
 
     def plan(self) -> Plan:
         """The ranks that the config and the statistics lead to."""
+        return self.plan_for(self.config.keep, self.losses())
+
+    def losses(self) -> dict[str, Tensor]:
+        """What each direction of each target is predicted to cost; empty where gradients are not asked for."""
         losses: dict[str, Tensor] = {}
         for group in self.passes if self.gradients else ():
             compute = partial(self._losses, statistics=self.statistics(group))
             found = self._shared_out(group, "Planning", compute, lambda name: [_length(self.targets[name])])
             losses.update({name: loss for name, (loss,) in found.items()})
-        if self.config.allocation == "loss":
-            ranks = allocate_ranks(self.config, self.storages, losses, self._fixed(losses))
+        return losses
+
+    def plan_for(self, keep: float, losses: Mapping[str, Tensor]) -> Plan:
+        """The ranks for a `keep` in place of the config's.
+
+        Raises:
+            ValueError: the budget cannot be met.
+        """
+        config = copy.copy(self.config)
+        config.keep = keep
+        if config.allocation == "loss":
+            ranks = allocate_ranks(config, self.storages, losses, self._fixed(config, losses))
         else:
-            ranks = self.uniform
+            ranks = {name: resolve_rank(config, name, storage) for name, storage in self.storages.items()}
+            if config.r is None:
+                check_budget(keep, ranks, self.storages)
         provenance = {"calibration_tokens": self.tokens, "gradient_tokens": self.predictions, "seed": self.seed}
-        return make_plan(self.config, self.storages, ranks, losses, **provenance)
+        return make_plan(config, self.storages, ranks, losses, **provenance)
 
     def ranked(self, plan: Plan) -> dict[str, Target]:
         """The targets with the ranks of a plan."""
@@ -212,13 +228,13 @@ class Run:
             if name in (self.config.dense_modules or ()) or self.config.module_rank(name) is not None
         }
 
-    def _fixed(self, losses: Mapping[str, Tensor]) -> dict[str, int | None]:
+    def _fixed(self, config: ReparamConfig, losses: Mapping[str, Tensor]) -> dict[str, int | None]:
         """Those, and targets that no gradient reaches, which get a uniform rank."""
         fixed = self._given()
         for name, target in self.targets.items():
             if name not in fixed and not losses[name].any():
-                warnings.warn(f"{name}: no gradient reaches its output, so that its rank is uniform.", stacklevel=4)
-                fixed[name] = uniform_rank(self.config.keep, target.storage)
+                warnings.warn(f"{name}: no gradient reaches its output, so that its rank is uniform.", stacklevel=5)
+                fixed[name] = uniform_rank(config.keep, target.storage)
         return fixed
 
     def metrics(self, name: str, statistics: Statistics, inputs: Inputs | None = None) -> Metrics:

@@ -14,7 +14,7 @@ PACKAGE = Path(reparam_peft.__file__).parent
 FILES = sorted(PACKAGE.glob("**/*.py"))
 LEVELS = {
     1: ["modeling_reparam", "metrics", "allocation", "evaluation", "target_modules", "model_card", "sampling", "distributed"],
-    2: ["decompositions", "config", "blocks", "distillation"],
+    2: ["decompositions", "config", "blocks", "distillation", "measures"],
     3: ["pivoting", "autoencoder", "planning", "refinement"],
     4: ["products", "run_folder"],
     5: ["factorized", "quantization"],
@@ -25,7 +25,7 @@ LEVELS = {
     10: ["registration", "anchoring", "truncation", "sources", "options"],
     11: ["sequential", "outputs"],
     12: ["compression", "heal_command", "export_command"],
-    13: ["cli", "streaming"],
+    13: ["cli", "streaming", "searching"],
     14: ["__init__"],
 }
 LEVEL = {name: level for level, names in LEVELS.items() for name in names}

@@ -1,0 +1,123 @@
+"""What a search measures: a name or a function, which way is up, and how much worse is still good enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .evaluation import accuracy, perplexity
+
+LOWER = ("perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")  # of the harness's metrics
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric of a model.
+
+    Attributes:
+        name: of it.
+        function: of a model.
+        higher_is_better: whether higher values are better.
+    """
+
+    name: str
+    function: Callable[[nn.Module], float]
+    higher_is_better: bool
+
+    def of(self, model: nn.Module) -> float:
+        """The metric of a model; the worst there is where the model has become so bad that it is not finite.
+
+        Raises:
+            TypeError: the function returns no number.
+        """
+        try:
+            value = self.function(model)
+        except FloatingPointError:
+            value = math.nan
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
+            raise TypeError(f"`metric` must return a number, got {value!r}.")
+        value = float(value)
+        return value if math.isfinite(value) else (-math.inf if self.higher_is_better else math.inf)
+
+    def limit(self, dense: float, tolerance: float | str) -> float:
+        """The worst value within a tolerance of the dense model's.
+
+        Raises:
+            ValueError: the tolerance is no number or percentage, or is negative; or the dense model's metric is not finite.
+        """
+        relative = isinstance(tolerance, str) and tolerance.strip().endswith("%")
+        try:
+            amount = float(tolerance.strip().removesuffix("%")) / 100 if relative else float(tolerance)
+        except (TypeError, ValueError, AttributeError):
+            amount = math.nan
+        if not 0 <= amount < math.inf:
+            raise ValueError(f'`tolerance` must be a number of at least 0, or a percentage such as "5%", got {tolerance!r}.')
+        if not math.isfinite(dense):
+            raise ValueError(f"the {self.name} of the dense model is not finite, so that nothing can be compared with it.")
+        amount *= abs(dense) if relative else 1
+        return dense - amount if self.higher_is_better else dense + amount
+
+    def within(self, value: float, limit: float) -> bool:
+        """Whether a value is as good as a limit."""
+        return value >= limit if self.higher_is_better else value <= limit
+
+    def best(self, values: Sequence[float]) -> float:
+        """The best of some values; NaN of none."""
+        return (max if self.higher_is_better else min)(values, default=math.nan)
+
+
+def measure_named(
+    metric: str | Callable[[nn.Module], float],
+    evaluation: Sequence[Mapping[str, Any]] | None,
+    tokenizer: Any,
+    higher_is_better: bool | None,
+) -> Measure:
+    """The measure that a name or a function stands for; arguments as for `search`.
+
+    Raises:
+        TypeError, ValueError: it is neither, or what it needs is missing.
+        ImportError: lm-evaluation-harness is not installed.
+    """
+    if callable(metric):
+        return Measure(getattr(metric, "__name__", type(metric).__name__), metric, bool(higher_is_better))
+    if not isinstance(metric, str):
+        raise TypeError(f"`metric` must be a name or a function of a model, got {metric!r}.")
+    if metric in ("perplexity", "accuracy"):
+        if not evaluation:
+            raise ValueError(f"`metric={metric!r}` needs batches to evaluate on; give them as `evaluation`.")
+        batches = list(evaluation)
+        function = perplexity if metric == "perplexity" else accuracy
+        higher = metric == "accuracy" if higher_is_better is None else higher_is_better
+        return Measure(metric, lambda model: function(model, batches), higher)
+    return _harness(metric, tokenizer, higher_is_better)
+
+
+def _harness(metric: str, tokenizer: Any, higher_is_better: bool | None) -> Measure:
+    task, _, wanted = metric.partition(":")
+    if tokenizer is None:
+        raise ValueError(f"`metric={metric!r}` is taken for a task of lm-evaluation-harness, which needs a `tokenizer`.")
+    try:
+        import lm_eval
+        from lm_eval.models.huggingface import HFLM
+        from lm_eval.tasks import TaskManager
+    except ImportError as error:
+        raise ImportError(f"`metric={metric!r}` needs lm-evaluation-harness: pip install lm-eval") from error
+    if task not in TaskManager().all_tasks:
+        raise ValueError(f"`metric={metric!r}` is neither 'perplexity', 'accuracy' nor a task of lm-evaluation-harness.")
+
+    def function(model: nn.Module) -> float:
+        wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
+        results = lm_eval.simple_evaluate(model=wrapped, tasks=[task], bootstrap_iters=0)["results"][task]
+        figures = {key.split(",")[0]: value for key, value in results.items() if isinstance(value, (int, float))}
+        name = wanted or next(iter(figures))
+        if name not in figures:
+            raise ValueError(f"task {task!r} has no metric {name!r}, only {list(figures)}.")
+        return figures[name]
+
+    higher = wanted not in LOWER if higher_is_better is None else higher_is_better
+    return Measure(metric, function, higher)
