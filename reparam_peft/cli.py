@@ -1,4 +1,4 @@
-"""The command line: `reparam compress`, `reparam plan`, `reparam heal`, `reparam evaluate` and `reparam export`."""
+"""The command line: `reparam compress`, `plan`, `search`, `heal`, `evaluate` and `export`."""
 
 from __future__ import annotations
 
@@ -16,13 +16,10 @@ import typer
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from safetensors import SafetensorError
-from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
-from .compression import calibrate
 from .compression import compress as compress_model
 from .compression import plan as plan_model
-from .config import ReparamConfig
 from .evaluation import SizeReport, benchmark, perplexity
 from .export_command import export
 from .heal_command import heal
@@ -51,10 +48,10 @@ from .options import (
 )
 from .outputs import check_language_model, check_output, figures_table, save_whole, size_table
 from .planning import Plan
-from .products import FactorizedModule
+from .preparation import calibrated, check_folder, config_of, is_data_free, load_dense, read_statistics
 from .refinement import Refinement
+from .search_command import search
 from .sources import CliError, load_model, read_batches
-from .statistics import Statistics
 
 app = typer.Typer(
     add_completion=True,
@@ -66,6 +63,7 @@ app = typer.Typer(
 # Tables go to stdout, what happens meanwhile to stderr, so that `--json` can be piped.
 out, err = Console(), Console(stderr=True)
 app.command(epilog="Example: `reparam heal compressed healed --calibration article.txt --steps 200`")(heal)
+app.command(epilog="Example: `reparam search demo compressed --max-increase 5%`")(search)
 app.command(epilog="Example: `reparam export compressed standalone`")(export)
 
 
@@ -113,26 +111,26 @@ def compress(
     ranks = _read_plan(plan, keep, rank, allocation)
     if ranks is not None:
         keep, method, allocation, form = ranks.keep, method or ranks.method, ranks.allocation, form or ranks.form
-    config = _config(keep, rank, target_modules, exclude_modules, method, allocation, form)
-    if ranks is not None and _is_data_free(config):
+    config = config_of(keep, rank, target_modules, exclude_modules, method, allocation, form)
+    if ranks is not None and is_data_free(config):
         raise CliError("--plan is for calibrated methods; leave out --method svd.")
     by_block = sequential or refine
-    if by_block and _is_data_free(config):
+    if by_block and is_data_free(config):
         raise CliError("--sequential and --refine need calibration; leave out --method svd.")
     if not refine and epochs is not None:
         raise CliError("--epochs are those of --refine; add it.")
     if not by_block and not (run_folder is None and offload_folder is None):
         raise CliError("--run-folder and --offload-folder are for --sequential and --refine.")
-    known = _read_statistics(config, None if by_block else calibration, statistics, seed)
-    base, tokenizer = _load_dense(model, dtype, device)
+    known = read_statistics(config, None if by_block else calibration, statistics, seed)
+    base, tokenizer = load_dense(model, dtype, device)
     if evaluate:
         check_language_model(base, model, "; add --no-evaluate")
     skip = 0
-    if text is None and calibration is None and not _is_data_free(config):  # both are of the reference text
+    if text is None and calibration is None and not is_data_free(config):  # both are of the reference text
         skip = max(0 if known is None else math.ceil(known.tokens / length), calibration_windows * (known is None or by_block))
     batches = read_batches(tokenizer, "--text", text, length, windows, skip) if evaluate else []
-    if known is None and not _is_data_free(config):
-        known = _calibrate(base, tokenizer, config, calibration, length, calibration_windows, statistics, seed)
+    if known is None and not is_data_free(config):
+        known = calibrated(base, tokenizer, config, calibration, length, calibration_windows, statistics, seed)
     figures: dict[str, float] = {}
     if evaluate:
         err.print("measuring perplexity before …")
@@ -197,14 +195,14 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Print which rank each matrix of MODEL would get, what it stores and what it is predicted to cost; change nothing."""
-    config = _config(keep, rank, target_modules, exclude_modules, method, allocation, form)
-    if _is_data_free(config):
+    config = config_of(keep, rank, target_modules, exclude_modules, method, allocation, form)
+    if is_data_free(config):
         raise CliError("a plan needs calibration; leave out --method svd or add --allocation loss.")
-    _check_folder("--output", output)
-    known = _read_statistics(config, calibration, statistics, seed)
-    base, tokenizer = _load_dense(model, dtype, device)
+    check_folder("--output", output)
+    known = read_statistics(config, calibration, statistics, seed)
+    base, tokenizer = load_dense(model, dtype, device)
     if known is None:
-        known = _calibrate(base, tokenizer, config, calibration, length, calibration_windows, statistics, seed)
+        known = calibrated(base, tokenizer, config, calibration, length, calibration_windows, statistics, seed)
     made = plan_model(base, config, known)
     if output is not None:
         made.save(output)
@@ -259,107 +257,12 @@ def main() -> None:
         sys.exit(1)
 
 
-def _config(
-    keep: float | None,
-    rank: str | None,
-    target_modules: str,
-    exclude_modules: str | None,
-    method: str | None,
-    allocation: str | None,
-    form: str | None,
-) -> ReparamConfig:
-    """The config of `compress` and `plan`, its values checked."""
-    if keep is not None and rank is not None:
-        raise CliError("--keep and --rank exclude each other; give one.")
-    options: dict[str, Any] = {"target_modules": _names(target_modules)}
-    if exclude_modules is not None:
-        options["exclude_modules"] = _names(exclude_modules)
-    if keep is not None:
-        options["keep"] = keep
-    if rank is not None:
-        if rank != "full" and not rank.isdecimal():
-            raise CliError(f"--rank must be a positive whole number or `full`, got {rank!r}.")
-        options["r"] = rank if rank == "full" else int(rank)
-    return ReparamConfig(**options, method=method, allocation=allocation, form=form)
-
-
-def _is_data_free(config: ReparamConfig) -> bool:
-    """Whether nothing of what is asked for needs calibration."""
-    return config.method == "svd" and config.allocation != "loss"
-
-
 def _read_plan(path: Path | None, keep: float | None, rank: str | None, allocation: str | None) -> Plan | None:
     if path is None:
         return None
     if not (keep is None and rank is None and allocation is None):
         raise CliError("--plan holds the ranks; leave out --keep, --rank and --allocation.")
     return Plan.load(path)
-
-
-def _read_statistics(config: ReparamConfig, text: str | None, path: Path | None, seed: int | None) -> Statistics | None:
-    """Statistics of an earlier run; None where there are none. What cannot go together is refused."""
-    if _is_data_free(config):
-        if not (text is None and path is None and seed is None):
-            raise CliError("--method svd uses no calibration; leave out --calibration, --statistics and --seed.")
-        return None
-    _check_folder("--statistics", path)
-    if path is None or not path.exists():
-        return None
-    if text is not None:
-        raise CliError(f"{path} exists and would be read in place of --calibration; give one of the two.")
-    try:
-        known = Statistics.load(path)
-    except OSError as error:
-        raise CliError(f"{path} cannot be read: {error}") from error
-    if seed not in (None, known.seed):
-        raise CliError(f"{path} exists, and was made with --seed {known.seed}; leave out --seed, or name another file.")
-    return known
-
-
-def _calibrate(
-    model: Any,
-    tokenizer: PreTrainedTokenizerBase,
-    config: ReparamConfig,
-    text: str | None,
-    length: int,
-    windows: int,
-    path: Path | None,
-    seed: int | None,
-) -> Statistics:
-    """Statistics of a text, written to a file if one is named."""
-    err.print("calibrating …")
-    batches = read_batches(tokenizer, "--calibration", text, length, windows)
-    known = calibrate(model, config, [part for batch in batches for part in _halves(batch)], seed=seed or 0)
-    if path is not None:
-        known.save(path)
-    return known
-
-
-def _check_folder(option: str, path: Path | None) -> None:
-    """Refuse, before any work, a file that could not be written after it."""
-    if path is not None and not path.parent.is_dir():
-        raise CliError(f"{option} {path}: there is no folder {path.parent}.")
-
-
-def _halves(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """A batch in two, since a backward pass needs more memory than a forward pass."""
-    parts = [{key: value[rows] for key, value in batch.items()} for rows in (slice(None, 2), slice(2, None))]
-    return [part for part in parts if len(next(iter(part.values())))]
-
-
-def _names(value: str) -> str | list[str]:
-    """Name endings where the value is a list of words, else a regular expression (or `all-linear`)."""
-    words = value.split(",")
-    plain = all(word.strip().replace("_", "").replace(".", "").isalnum() for word in words)
-    return [word.strip() for word in words] if plain and value != "all-linear" else value
-
-
-def _load_dense(model: str, dtype: str, device: str | None) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A model to compress, and its tokenizer."""
-    loaded, tokenizer = load_model(model, dtype, device)
-    if hasattr(loaded, "peft_config") or any(isinstance(module, FactorizedModule) for module in loaded.modules()):
-        raise CliError(f"{model} is compressed already; give the model that it was made from.")
-    return loaded, tokenizer
 
 
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:

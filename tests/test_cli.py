@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from reparam_peft import Plan, Statistics, cli, perplexity, sources, text_batches
+from reparam_peft import Plan, Statistics, cli, perplexity, preparation, sources, text_batches
 
 Run = Callable[..., SimpleNamespace]
 FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
@@ -487,6 +487,35 @@ def test_a_plan_carries_its_method_too(run: Run, models: Path, tmp_path: Path) -
     assert (config["method"], config["allocation"], config["rank_pattern"]) == ("svd", "loss", Plan.load(file).ranks)
 
 
+def test_search_finds_a_size_that_evaluate_confirms(run: Run, models: Path, tmp_path: Path) -> None:
+    text = ["--calibration", models / "calibration.txt", "--text", models / "calibration.txt", "--length", 64, "--windows", 2]
+    found = run(
+        "search",
+        models / "llama",
+        tmp_path / "small",
+        "--max-increase",
+        "1%",
+        *text,
+        "--json",
+        "--run-folder",
+        tmp_path / "run",
+    )
+    assert found.code == 0, found.err
+    result = json.loads(found.out)
+    assert result["chosen"]["metric"] <= result["limit"] == pytest.approx(1.01 * result["dense_metric"])
+    evaluated = run("evaluate", tmp_path / "small", *text[2:], "--json")
+    assert json.loads(evaluated.out)["perplexity"] == pytest.approx(result["chosen"]["metric"], rel=1e-3)
+    assert len((tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()) == len(result["trials"]) + 1
+    again = run("search", models / "llama", tmp_path / "small", *text, "--overwrite", "--max-trials", 2)
+    assert again.code == 0, again.err
+    assert "perplexity at most" in again.out
+    assert_error(run("search", models / "llama", tmp_path / "other", *text, "--max-increase", "much"), "`tolerance` must be")
+    assert_error(
+        run("search", models / "llama", tmp_path / "other", *text, "--methods", "autoencoder"), "cannot hold 'autoencoder'"
+    )
+    assert not (tmp_path / "other").exists()
+
+
 def test_plans_that_are_refused(run: Run, models: Path, tmp_path: Path) -> None:
     file, arguments = tmp_path / "plan.json", [models / "llama", *calibrated(models)[:-1]]
     assert_error(run("plan", *arguments[:1], "--method", "svd"), "a plan needs calibration; leave out --method svd or add")
@@ -518,7 +547,7 @@ def test_statistics_are_written_and_serve_another_keep(
     assert (statistics.tokens, statistics.gradient_tokens, statistics.seed) == (4 * 64, 4 * 64, 3)
     before = file.read_bytes()
 
-    monkeypatch.setattr(cli, "calibrate", lambda *args, **kwargs: pytest.fail("the statistics are there"))
+    monkeypatch.setattr(preparation, "calibrate", lambda *args, **kwargs: pytest.fail("the statistics are there"))
     result = run("compress", models / "llama", tmp_path / "again", *known)
     assert result.code == 0, result.err
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "again"))
@@ -569,7 +598,7 @@ def test_evaluation_takes_windows_that_calibration_did_not_see(
 
         return call
 
-    monkeypatch.setattr(cli, "calibrate", watch("calibrated", cli.calibrate))
+    monkeypatch.setattr(preparation, "calibrate", watch("calibrated", preparation.calibrate))
     monkeypatch.setattr(cli, "perplexity", watch("evaluated", cli.perplexity))
     file = tmp_path / "statistics.safetensors"
     options = ["--length", 64, "--windows", 3, "--target-modules", "q_proj", "--statistics", file]
