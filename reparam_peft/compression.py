@@ -119,9 +119,10 @@ def compress_blocks(
     seed: int,
     progress: bool,
     max_memory: int | None,
+    autocast_adapter_dtype: bool = True,
     **ways: Any,
 ) -> PeftModel:
-    """`compress` block by block; `ways` are those of `BlockByBlock`."""
+    """`compress` block by block; `autocast_adapter_dtype` is that of `get_peft_model`, `ways` are those of `BlockByBlock`."""
     if isinstance(batches, Statistics):
         raise ValueError(
             "`sequential` and `refine` need the data themselves; give them as `batches`, and the statistics as `statistics`."
@@ -141,7 +142,7 @@ def compress_blocks(
             "model in full precision, or leave both out."
         )
     by_block = BlockByBlock(run, blocks, batches, anchoring, refinement, **ways)
-    return _install(model, run, by_block.result(plan, adapter_name), adapter_name)
+    return _install(model, run, by_block.result(plan, adapter_name), adapter_name, autocast_adapter_dtype)
 
 
 def options_of(name: str, given: Any, kind: type[Any]) -> Any:
@@ -153,13 +154,14 @@ def options_of(name: str, given: Any, kind: type[Any]) -> Any:
     return given
 
 
-def _install(model: nn.Module, run: Run, result: Result, adapter_name: str) -> PeftModel:
+def _install(model: nn.Module, run: Run, result: Result, adapter_name: str, autocast_adapter_dtype: bool = True) -> PeftModel:
     """Put products in place of the targets, and what else has changed in the adapter's own copies of modules."""
     resolved = run.resolved(result.plan)
     if result.changed:
         resolved.modules_to_save = sorted({*(resolved.modules_to_save or []), *result.changed})
     with installing(result.products):
-        compressed = get_peft_model(model, resolved, adapter_name=adapter_name)
+        options = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
+        compressed = get_peft_model(model, resolved, **options)
     for name, values in result.changed.items():
         copies = compressed.base_model.model.get_submodule(name).modules_to_save[adapter_name]
         for key, value in values.items():

@@ -106,6 +106,7 @@ def compress_checkpoint(
             anchoring, refinement = options_of("sequential", sequential, Anchoring), options_of("refine", refine, Refinement)
             known = {"statistics": statistics, "seed": seed, "progress": progress, "max_memory": max_memory}
             ways = {"offload_folder": offload_folder, "run_folder": run, "mapped": True}
+            ways["autocast_adapter_dtype"] = False
             small = compress_blocks(model, config, batches, anchoring, refinement, plan, "default", **known, **ways)
         report = small.size_report()
         if not destination.exists():
@@ -167,8 +168,8 @@ def _data_free(model: PreTrainedModel, config: ReparamConfig, run: Path, progres
             if target.rank is not None:
                 count = sum(key.startswith(f"{name}/") for key in state)
                 products[name] = product_of([state[f"{name}/{i}"] for i in range(count)], target)
-    with installing(products):
-        return get_peft_model(model, config)
+    with installing(products):  # in the dtype of the files, in which they stay
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
 
 
 def _by_block(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, dict[str, Target]]:

@@ -57,6 +57,24 @@ def test_half_precision_stays(tmp_path: Path) -> None:
     assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
 
 
+@pytest.mark.parametrize("batches", [None, BATCHES], ids=["data-free", "calibrated"])
+def test_half_precision_is_never_widened(
+    batches: list[dict[str, torch.Tensor]] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Factors of a checkpoint larger than memory stay in their files: PEFT would copy them to float32, to be trained."""
+    dense = source(tmp_path, llama().bfloat16())
+    widened = []
+    made = reparam_peft.streaming.PeftModel.__init__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        widened.extend(name for name, p in self.named_parameters() if p.dtype != torch.bfloat16)
+
+    monkeypatch.setattr(reparam_peft.streaming.PeftModel, "__init__", counted)
+    compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), batches, progress=False)
+    assert not widened
+
+
 FULL_DISK = """
 import resource, signal, sys
 from reparam_peft import ReparamConfig, compress_checkpoint
