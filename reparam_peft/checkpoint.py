@@ -212,16 +212,23 @@ def _check_files(files: Sequence[str], model: PreTrainedModel) -> None:
     # Under the names that transformers gives them in files.
     ours = revert_weight_conversion(model, {key: state[key] for key in state if key.startswith(tuple(factorized))})
     same = getattr(model.config, "architectures", None) == [type(model).__name__]
-    expected = revert_weight_conversion(model, state) if same else ours
+    expected = revert_weight_conversion(model, state)
     prefix = f"{model.base_model_prefix}."
     known = set()
     for name, value in expected.items():
         key = next((key for key in (name, prefix + name, name.removeprefix(prefix)) if key in found), name)
-        if key not in found and name not in model.all_tied_weights_keys:
-            raise ValueError(f"{where}: tensor {key!r} is missing; {DAMAGED}.")
-        if name in ours:
+        if key not in found:
+            if name not in model.all_tied_weights_keys and (same or name in ours):
+                raise ValueError(f"{where}: tensor {key!r} is missing; {DAMAGED}.")
+            continue
+        shape, dtype, file = found[key]
+        if name not in ours:
+            if shape == [1] != list(value.shape):  # transformers before 5.23 would take it
+                raise ValueError(
+                    f"{file}: the layer of {key!r} is factorised, but not among `layers` of config.json; {DAMAGED}."
+                )
+        else:
             known.add(key)
-            shape, dtype, file = found[key]
             if shape != list(value.shape):
                 raise ValueError(f"{file}: tensor {key!r} has shape {shape}, not {list(value.shape)}; {DAMAGED}.")
             if dtype != INTEGERS[value.dtype] if value.dtype in INTEGERS else "F" not in dtype:

@@ -80,7 +80,7 @@ def test_truncated_files(length: int, tmp_path: Path) -> None:
         (lambda c: c["layers"][LAYER].update(form="pivot"), f"tensor '{LAYER}.A.mask' is missing"),
         (lambda c: c["layers"][LAYER].update(bias=True), f"tensor '{LAYER}.bias' is missing"),
         (lambda c: c["layers"][LAYER].pop("bias"), f"layer '{LAYER}' in config.json"),
-        (lambda c: c["layers"].pop(LAYER), "ignore_mismatched_sizes"),
+        (lambda c: c["layers"].pop(LAYER), f"the layer of '{LAYER}.weight' is factorised, but not among"),
     ],
 )
 def test_changed_config(change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path) -> None:
