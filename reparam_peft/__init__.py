@@ -12,6 +12,7 @@ from .registration import register
 register()
 
 from .anchoring import Anchoring  # noqa: E402  the enum's member must exist first
+from .angles import input_angles, principal_angles  # noqa: E402
 from .compression import calibrate, compress, plan  # noqa: E402
 from .config import ReparamConfig  # noqa: E402
 from .decompositions import Factors, factorize  # noqa: E402
@@ -19,6 +20,7 @@ from .evaluation import Benchmark, MatrixSize, SizeReport, benchmark, perplexity
 from .healing import HealingTrainer  # noqa: E402
 from .model import ReparamModel  # noqa: E402
 from .planning import Plan  # noqa: E402
+from .plotting import plot_effective_ranks  # noqa: E402
 from .refinement import Refinement  # noqa: E402
 from .searching import SearchResult, Trial, search  # noqa: E402
 from .statistics import Statistics  # noqa: E402
@@ -45,8 +47,11 @@ __all__ = [
     "compress",
     "compress_checkpoint",
     "factorize",
+    "input_angles",
     "perplexity",
     "plan",
+    "plot_effective_ranks",
+    "principal_angles",
     "retruncate",
     "search",
     "text_batches",

@@ -7,11 +7,13 @@ import math
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from torch import Tensor
 
 from .allocation import RANK_MULTIPLE, Point, Storage, allocate, points
 from .config import ReparamConfig
+from .plotting import plot_plan, table_html
 
 FORMAT = "reparam_peft plan 1"
 
@@ -41,6 +43,18 @@ class ModulePlan:
     def dense_parameters(self) -> int:
         """out · in."""
         return self.shape[0] * self.shape[1]
+
+    @property
+    def effective_rank(self) -> float:
+        """How many directions count: exp of the entropy of the spectrum (Roy & Vetterli 2007); 0 without one."""
+        total = sum(self.spectrum)
+        parts = [value / total for value in self.spectrum if value > 0] if total else []
+        return math.exp(-sum(part * math.log(part) for part in parts)) if parts else 0.0
+
+    def energy(self, rank: int) -> float:
+        """The fraction of the spectrum that the first `rank` directions hold, in [0, 1]; 1 where there is nothing to lose."""
+        total = sum(self.spectrum)
+        return sum(self.spectrum[:rank]) / total if total else 1.0
 
 
 @dataclass(frozen=True)
@@ -137,17 +151,25 @@ class Plan:
             raise ValueError("a field is missing, or a module is there twice.")
         return plan
 
+    def resistant(self, count: int = 10) -> list[ModulePlan]:
+        """The targets that resist compression most: those whose effective rank is the largest part of their full rank."""
+        return sorted(self.modules, key=lambda module: -module.effective_rank / min(module.shape))[:count]
+
+    def plot(self, axes: Any = None) -> Any:
+        """What is kept of each target, a heat map over depth; on matplotlib's axes, or new ones, which are returned."""
+        return plot_plan(self, axes)
+
+    def _repr_html_(self) -> str:
+        head = ("module", "shape", "rank", "stored", "kept", "predicted loss", "effective rank")
+        rows = [head, *((m.name, *_cells(m)) for m in self.modules)]
+        return table_html(rows, str(self).rpartition("\n")[2])
+
     def __str__(self) -> str:
         width = max([len(module.name) for module in self.modules] + [6])
         lines = [f"{'module':{width}}  {'shape':>13}  {'rank':>5}  {'stored':>12}  {'kept':>6}  {'loss':>9}"]
         for module in self.modules:
-            shape = f"{module.shape[0]} x {module.shape[1]}"
-            rank = "dense" if module.rank is None else str(module.rank)
-            loss = "" if module.predicted_loss is None else f"{module.predicted_loss:.2e}"
-            kept = module.stored_parameters / module.dense_parameters
-            lines.append(
-                f"{module.name:{width}}  {shape:>13}  {rank:>5}  {module.stored_parameters:>12,}  {kept:>6.1%}  {loss:>9}"
-            )
+            shape, rank, stored, kept, loss, _ = _cells(module)
+            lines.append(f"{module.name:{width}}  {shape:>13}  {rank:>5}  {stored:>12}  {kept:>6}  {loss:>9}")
         kept = self.stored_parameters / self.dense_parameters if self.dense_parameters else 1.0
         total = "" if self.predicted_loss is None else f", predicted loss +{self.predicted_loss:.4f} nats per token"
         lines.append(
@@ -156,6 +178,18 @@ class Plan:
             f"{total}"
         )
         return "\n".join(lines)
+
+
+def _cells(module: ModulePlan) -> tuple[str, ...]:
+    """What the tables say of a target."""
+    return (
+        f"{module.shape[0]} x {module.shape[1]}",
+        "dense" if module.rank is None else str(module.rank),
+        f"{module.stored_parameters:,}",
+        f"{module.stored_parameters / module.dense_parameters:.1%}",
+        "" if module.predicted_loss is None else f"{module.predicted_loss:.2e}",
+        f"{module.effective_rank:.0f}" if module.spectrum else "",
+    )
 
 
 def _module_plan(entry: Mapping[str, object]) -> ModulePlan:

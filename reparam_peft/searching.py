@@ -25,6 +25,7 @@ from .measures import Measure, measure_named
 from .metrics import exact
 from .pipeline import Batches, Run, mean_output
 from .planning import Plan
+from .plotting import plot_search, table_html
 from .run_folder import RunFolder, fingerprint_of_batches, fingerprint_of_model
 from .sequential import json_able
 from .statistics import Statistics
@@ -119,6 +120,13 @@ class SearchResult:
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         sign = "at least" if self.higher_is_better else "at most"
         return "\n".join([*lines, f"{self.metric} {sign} {self.limit:.5g} was asked for"])
+
+    def plot(self, axes: Any = None) -> Any:
+        """Size against metric of all trials; on matplotlib's axes, or new ones, which are returned."""
+        return plot_search(self, axes)
+
+    def _repr_html_(self) -> str:
+        return table_html(self.rows(), str(self).rpartition("\n")[2])
 
     def _goodness(self, trial: Trial) -> float:
         return trial.metric if self.higher_is_better else -trial.metric

@@ -13,13 +13,23 @@ import reparam_peft
 PACKAGE = Path(reparam_peft.__file__).parent
 FILES = sorted(PACKAGE.glob("**/*.py"))
 LEVELS = {
-    1: ["modeling_reparam", "metrics", "allocation", "evaluation", "target_modules", "model_card", "sampling", "distributed"],
+    1: [
+        "plotting",
+        "modeling_reparam",
+        "metrics",
+        "allocation",
+        "evaluation",
+        "target_modules",
+        "model_card",
+        "sampling",
+        "distributed",
+    ],
     2: ["decompositions", "config", "blocks", "distillation", "measures"],
     3: ["pivoting", "autoencoder", "planning", "refinement"],
     4: ["products", "run_folder"],
     5: ["factorized", "quantization"],
     6: ["layer", "checkpoint"],
-    7: ["targets", "statistics", "standalone", "onnx_export"],
+    7: ["targets", "statistics", "standalone", "onnx_export", "angles"],
     8: ["model", "calibration", "inner_lora"],
     9: ["pipeline", "healing", "loading", "demo"],
     10: ["registration", "anchoring", "truncation", "sources", "options"],
