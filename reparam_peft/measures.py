@@ -16,6 +16,35 @@ LOWER = ("perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")  #
 
 
 @dataclass(frozen=True)
+class Tolerance:
+    """How much worse is good enough.
+
+    Attributes:
+        amount: ≥ 0, in the metric's own unit, or a fraction of its value.
+        relative: whether it is such a fraction.
+    """
+
+    amount: float
+    relative: bool
+
+    @classmethod
+    def of(cls, given: float | str) -> Tolerance:
+        """What a number or a percentage, such as "5%", says.
+
+        Raises:
+            ValueError: it is neither, or negative.
+        """
+        relative = isinstance(given, str) and given.strip().endswith("%")
+        try:
+            amount = float(given.strip().removesuffix("%")) / 100 if relative else float(given)
+        except (TypeError, ValueError):
+            amount = math.nan
+        if not 0 <= amount < math.inf:
+            raise ValueError(f'`tolerance` must be a number of at least 0, or a percentage such as "5%", got {given!r}.')
+        return cls(amount, relative)
+
+
+@dataclass(frozen=True)
 class Measure:
     """A metric of a model.
 
@@ -44,22 +73,15 @@ class Measure:
         value = float(value)
         return value if math.isfinite(value) else (-math.inf if self.higher_is_better else math.inf)
 
-    def limit(self, dense: float, tolerance: float | str) -> float:
+    def limit(self, dense: float, tolerance: Tolerance) -> float:
         """The worst value within a tolerance of the dense model's.
 
         Raises:
-            ValueError: the tolerance is no number or percentage, or is negative; or the dense model's metric is not finite.
+            ValueError: the dense model's metric is not finite.
         """
-        relative = isinstance(tolerance, str) and tolerance.strip().endswith("%")
-        try:
-            amount = float(tolerance.strip().removesuffix("%")) / 100 if relative else float(tolerance)
-        except (TypeError, ValueError, AttributeError):
-            amount = math.nan
-        if not 0 <= amount < math.inf:
-            raise ValueError(f'`tolerance` must be a number of at least 0, or a percentage such as "5%", got {tolerance!r}.')
         if not math.isfinite(dense):
             raise ValueError(f"the {self.name} of the dense model is not finite, so that nothing can be compared with it.")
-        amount *= abs(dense) if relative else 1
+        amount = tolerance.amount * (abs(dense) if tolerance.relative else 1)
         return dense - amount if self.higher_is_better else dense + amount
 
     def within(self, value: float, limit: float) -> bool:

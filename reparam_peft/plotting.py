@@ -63,7 +63,7 @@ def plot_search(result: SearchResult, axes: Any = None) -> Any:
     if result.chosen is not None:
         axes.plot([_kept(result.chosen, result)], [result.chosen.metric], "o", ms=14, mfc="none", color="black", label="chosen")
     axes.set(xlabel="stored / dense parameters of the targets", ylabel=result.metric)
-    if not result.higher_is_better and min(trial.metric for trial in result.trials) > 0:
+    if not result.higher_is_better and min([result.dense_metric, *(trial.metric for trial in result.trials)]) > 0:
         axes.set_yscale("log")
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             formatter("{x:g}")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -21,7 +22,7 @@ from .config import CALIBRATED_METHODS, ReparamConfig
 from .decompositions import Factors, factorize
 from .evaluation import evaluating
 from .factorized import is_quantized, layer_kind
-from .measures import Measure, measure_named
+from .measures import Measure, Tolerance, measure_named
 from .metrics import exact
 from .pipeline import Batches, Run, mean_output
 from .planning import Plan
@@ -94,13 +95,11 @@ class SearchResult:
         return front
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything but plan and model, for JSON."""
+        """Everything but plan and model, for JSON: a metric that is not finite is None."""
         own = ("metric", "dense_metric", "dense_parameters", "limit", "higher_is_better")
-        return {
-            "trials": [asdict(trial) for trial in self.trials],
-            "chosen": None if self.chosen is None else asdict(self.chosen),
-            **{name: getattr(self, name) for name in own},
-        }
+        trials = [asdict(trial) | ({} if math.isfinite(trial.metric) else {"metric": None}) for trial in self.trials]
+        chosen = None if self.chosen is None else asdict(self.chosen)
+        return {"trials": trials, "chosen": chosen, **{name: getattr(self, name) for name in own}}
 
     def rows(self) -> list[tuple[str, ...]]:
         """The head of the table, and its rows: the dense model, then the trials from large to small."""
@@ -184,6 +183,7 @@ def search(
     candidates = sorted({float(keep) for keep in (keeps if keeps is not None else [i / 100 for i in range(5, 100)])})
     methods = list(methods or [config.method or CALIBRATED_METHODS[0]])
     _check(config, candidates, methods, max_trials)
+    allowed = Tolerance.of(tolerance)
     settings = {
         "config": json_able(config.to_dict()),
         "model": fingerprint_of_model(model),
@@ -194,53 +194,59 @@ def search(
     }
     folder = RunFolder(run_folder, settings)
     statistics = _statistics(model, config, batches, folder, seed, progress)
-    log = [entry for entry in folder.finished if "dense" in entry]
-    dense = log[0]["dense"] if log else measure.of(model)
-    if not log:
-        folder.finish({"dense": dense}, {})
-    limit = measure.limit(dense, tolerance)
-    known = {(entry["method"], entry["keep"]): Trial(**entry) for entry in folder.finished if "dense" not in entry}
+    if not folder.finished:
+        folder.finish({"dense": measure.of(model)}, {})
+    dense = folder.finished[0]["dense"]
+    limit = measure.limit(dense, allowed)
     trials: list[Trial] = []
-    plans: dict[tuple[str, float], Plan] = {}
+    plans: dict[Trial, Plan] = {}
+    total = 0
     with tqdm(total=max_trials * len(methods), desc="Searching", unit="trial", disable=None if progress else True) as bar:
         for method in methods:
-            own = copy.deepcopy(config)
-            own.method = method
-            family = Family(model, own, statistics, seed)
-            left, right = 0, len(candidates)  # every candidate below `left` is too small; from `right` on, they will do
-            while left < right and sum(trial.method == method for trial in trials) < max_trials:
-                middle = (left + right) // 2
-                keep = candidates[middle]
-                trial = known.get((method, keep)) or family.trial(keep, measure, limit)
-                if trial is None:  # so small a model does not exist
-                    left = middle + 1
-                    continue
-                if (method, keep) not in known:
-                    folder.finish(asdict(trial), {})
+            family = Family(model, _with(config, method=method), statistics, seed)
+            total = family.dense_parameters
+            for trial in _bisection(family, candidates, measure, limit, max_trials, folder):
                 trials.append(trial)
-                plans[method, keep] = family.plan(keep)
-                bar.set_postfix({"keep": keep, measure.name: f"{trial.metric:.4g}"})
+                plans[trial] = family.plan(trial.keep)
+                bar.set_postfix({"keep": trial.keep, measure.name: f"{trial.metric:.4g}"})
                 bar.update()
-                left, right = (left, middle) if trial.within else (middle + 1, right)
             del family
     good = [trial for trial in trials if trial.within]
-    chosen = min(good, key=lambda trial: (trial.stored_parameters, trial.seconds), default=None)
-    plan = None if chosen is None else plans[chosen.method, chosen.keep]
+    chosen = min(good, key=lambda trial: trial.stored_parameters, default=None)
+    small = None
     if chosen is None:
+        best = measure.best([trial.metric for trial in trials])
         warnings.warn(
-            f"No trial is within the tolerance: {measure.name} {limit:.5g} was asked for, and the best is "
-            f"{measure.best([trial.metric for trial in trials]):.5g}. Allow more, or larger sizes in `keeps`.",
+            f"No trial is within the tolerance: {measure.name} {limit:.5g} was asked for, and the best is {best:.5g}. Allow "
+            "more, or larger sizes in `keeps`.",
             stacklevel=2,
         )
-    small = None
-    if build and chosen is not None:
-        own = copy.deepcopy(config)
-        own.keep, own.method = chosen.keep, chosen.method
-        small = compress(model, own, statistics, plan=plan, seed=seed, progress=progress)
-    total = sum(module.dense_parameters for module in plan.modules) if plan else next(iter(plans.values())).dense_parameters
-    return SearchResult(
-        tuple(trials), chosen, measure.name, dense, total, limit, measure.higher_is_better, plan=plan, model=small
-    )
+    elif build:
+        own = _with(config, method=chosen.method, keep=chosen.keep)
+        small = compress(model, own, statistics, plan=plans[chosen], seed=seed, progress=progress)
+    found = (tuple(trials), chosen, measure.name, dense, total, limit, measure.higher_is_better)
+    return SearchResult(*found, plan=None if chosen is None else plans[chosen], model=small)
+
+
+def _bisection(
+    family: Family, keeps: Sequence[float], measure: Measure, limit: float, max_trials: int, folder: RunFolder
+) -> Iterator[Trial]:
+    """Trials that close in on the smallest size within the limit; those that a folder knows are not made again."""
+    method = family.run.config.method
+    known = {entry["keep"]: Trial(**entry) for entry in folder.finished[1:] if entry["method"] == method}
+    left, right = 0, len(keeps)  # every size below `left` is too small; from `right` on, they will do
+    made = 0
+    while left < right and made < max_trials:
+        middle = (left + right) // 2
+        trial = known.get(keeps[middle]) or family.trial(keeps[middle], measure, limit)
+        if trial is None:  # so small a model does not exist
+            left = middle + 1
+            continue
+        if trial.keep not in known:
+            folder.finish(asdict(trial), {})
+        made += 1
+        yield trial
+        left, right = (left, middle) if trial.within else (middle + 1, right)
 
 
 class Family:
@@ -255,6 +261,7 @@ class Family:
                     f"{name}: a search changes weights for each trial, and this one is quantised; load it in full."
                 )
         self.losses = self.run.losses()
+        self.dense_parameters = sum(storage.dense for storage in self.run.storages.values())
         self._factors: dict[str, tuple[Factors, Tensor | None]] = {}
 
     def plan(self, keep: float) -> Plan:
@@ -314,6 +321,14 @@ class Family:
             dtype = base_dtype(target.module)
             self._factors[name] = Factors(found.A.to(dtype), found.B.to(dtype)), metrics.mean if target.storage.bias else None
         return self._factors[name]
+
+
+def _with(config: ReparamConfig, **fields: Any) -> ReparamConfig:
+    """A copy of a config with other fields."""
+    copied = copy.deepcopy(config)
+    for name, value in fields.items():
+        setattr(copied, name, value)
+    return copied
 
 
 def _check(config: ReparamConfig, keeps: Sequence[float], methods: Sequence[str], max_trials: int) -> None:

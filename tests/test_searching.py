@@ -175,6 +175,15 @@ def test_sizes_that_cannot_be_met_are_passed_over(model: nn.Module) -> None:
     assert all(trial.keep >= 0.5 for trial in result.trials)
 
 
+def test_no_size_can_be_met(model: nn.Module) -> None:
+    dense = [name for name, module in model.named_modules() if isinstance(module, nn.Linear) and "layers.0." in name]
+    with pytest.warns(UserWarning, match="No trial is within the tolerance"):
+        result = run(model, config=config(dense_modules=dense), keeps=[0.1, 0.2])
+    assert result.trials == ()
+    assert result.dense_parameters == 86016
+    assert result.front == []
+
+
 class Killed(BaseException):
     pass
 
@@ -213,6 +222,8 @@ def test_the_front_and_the_table() -> None:
     assert [row[0] for row in result.rows()] == ["", "dense", "within", "chosen", "", ""]
     assert "loss at most 2 was asked for" in str(result)
     assert json.loads(json.dumps(result.to_dict()))["chosen"]["keep"] == 0.5
+    endless = SearchResult((trial(50, math.inf),), None, "loss", 1.0, 100, 2.0, False)
+    assert endless.to_dict()["trials"][0]["metric"] is None
 
 
 @pytest.mark.parametrize(
@@ -227,6 +238,7 @@ def test_the_front_and_the_table() -> None:
         ({"tolerance": "-5%"}, "`tolerance` must be"),
         ({"tolerance": "much"}, "`tolerance` must be"),
         ({"tolerance": None}, "`tolerance` must be"),
+        ({"tolerance": "much", "batches": []}, "`tolerance` must be"),
         ({"evaluation": None}, "needs batches to evaluate on"),
         ({"metric": "hellaswag"}, "needs a `tokenizer`"),
         ({"methods": ["nothing"]}, "`method` must be one of"),
