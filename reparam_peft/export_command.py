@@ -4,17 +4,22 @@ from __future__ import annotations
 
 import json
 from enum import Enum
+from functools import partial
+from pathlib import Path
 from typing import Annotated
 
 import typer
 from rich.console import Console
+from transformers import PreTrainedModel
 
+from .config import ReparamConfig
 from .model import ReparamModel
+from .model_card import write_standalone_card
 from .onnx_export import save_onnx
 from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, OutputArgument, OverwriteOption
 from .outputs import check_output, save_whole
 from .sources import CliError, load_model
-from .standalone import save_self_contained
+from .standalone import auto_class, save_self_contained
 
 
 class Kind(str, Enum):
@@ -66,8 +71,7 @@ def export(
             plain = adapter.merge_and_unload(safe_merge=True)
         else:
             plain = adapter.to_standalone(quantize.value if quantize else None)
-        save = save_onnx if to is Kind.onnx else save_self_contained if self_contained else None
-        save_whole(plain, tokenizer, output, save)
+        save_whole(plain, tokenizer, output, partial(_save, adapter.peft_config["default"], to, self_contained))
     except ImportError as error:
         raise CliError(str(error)) from error
     weights = (path for pattern in ("*.safetensors", "*.onnx*") for path in output.glob(pattern))
@@ -77,3 +81,15 @@ def export(
         print(json.dumps({"model": model, "output": str(output), **report}))
     else:
         Console().print(f"{written:,} bytes of weights saved to {output}", highlight=False)
+
+
+def _save(config: ReparamConfig, to: Kind, self_contained: bool, model: PreTrainedModel, folder: Path) -> None:
+    """Write a model of a kind, with a card where it is a standalone one."""
+    if to is Kind.onnx:
+        save_onnx(model, folder)
+    elif self_contained:
+        save_self_contained(model, folder)
+    else:
+        model.save_pretrained(folder)
+    if to is Kind.standalone:
+        write_standalone_card(folder, config, auto_class(model), self_contained)

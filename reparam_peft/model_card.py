@@ -21,11 +21,15 @@ AUTO_CLASSES = {
     "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
+TAGS = ["low-rank", "reparam"]
 BEGIN, END = "<!-- reparam_peft: begin -->", "<!-- reparam_peft: end -->"
 
 
-def model_card_section(config: ReparamConfig) -> str:
-    """Markdown on the base model, the method, the sizes, calibration, evaluation and how to load, from a resolved config."""
+def model_card_section(config: ReparamConfig, load: str | None = None) -> str:
+    """Markdown on the base model, the method, the sizes, calibration, evaluation and how to load, from a resolved config.
+
+    `load` is the code that loads the model; None: that of an adapter.
+    """
     rows = [
         ("base model", config.base_model_name_or_path or "not known"),
         ("method", config.method),
@@ -44,7 +48,6 @@ def model_card_section(config: ReparamConfig) -> str:
         ]
     rows += _calibration_rows(config)
     rows += [(name, f"{value:.6g}") for name, value in (config.evaluation or {}).items()]
-    auto_class = AUTO_CLASSES.get(config.task_type, "AutoPeftModel")
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""{BEGIN}
 ## Low-rank reparameterisation
@@ -58,14 +61,42 @@ Each targeted weight W (out × in) of the base model is replaced by a product A 
 ### How to load
 
 ```python
-import reparam_peft  # registers the method with PEFT; needed before loading
+{load or _loads_adapter(config)}
+```
+{END}"""
+
+
+def _loads_adapter(config: ReparamConfig) -> str:
+    auto_class = AUTO_CLASSES.get(config.task_type, "AutoPeftModel")
+    return f"""import reparam_peft  # registers the method with PEFT; needed before loading
 from peft import {auto_class}, PeftModel
 
 model = {auto_class}.from_pretrained("<this repository or folder>")
 # or, onto a base model that is at hand:
-model = PeftModel.from_pretrained(base_model, "<this repository or folder>")
-```
-{END}"""
+model = PeftModel.from_pretrained(base_model, "<this repository or folder>")"""
+
+
+def write_standalone_card(folder: str | Path, config: ReparamConfig, auto_class: str, self_contained: bool = False) -> None:
+    """Write a README.md for a standalone checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        config: of the adapter that it was made from, resolved.
+        auto_class: of transformers, that loads it.
+        self_contained: whether the code that it needs is in it.
+    """
+    line = (
+        ""
+        if self_contained
+        else "import reparam_peft  # lets transformers build the factorised layers; needed before loading\n"
+    )
+    option = ", trust_remote_code=True" if self_contained else ""
+    load = f"""{line}from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("<this repository or folder>"{option})"""
+    base = config.base_model_name_or_path
+    data = ModelCardData(library_name="transformers", base_model=None if not base or Path(base).exists() else base, tags=TAGS)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{model_card_section(config, load)}\n").save(Path(folder) / "README.md")
 
 
 def update_model_card(folder: str, config: ReparamConfig) -> None:
@@ -77,8 +108,7 @@ def update_model_card(folder: str, config: ReparamConfig) -> None:
     # A function, so that a backslash in the section is not read as a group reference.
     text, replaced = earlier.subn(lambda _: section, card.text)
     card.text = text if replaced else f"\n{section}\n\n{text.lstrip()}"
-    tags = set(card.data.tags or []) | {"reparam", "low-rank"}
-    card.data.tags = sorted(tags)
+    card.data.tags = sorted({*(card.data.tags or []), *TAGS})
     card.save(path)
 
 

@@ -133,6 +133,12 @@ def save_self_contained(model: PreTrainedModel, folder: str | Path) -> None:
     (Path(folder) / f"{MODULE}.py").write_text(text, encoding="utf-8")
 
 
+def auto_class(model: PreTrainedModel) -> str:
+    """Name of transformers' Auto class that makes models of this one's class."""
+    autos = [auto for auto, made in _auto_classes(model).items() if made is type(model)]
+    return min(autos, key=lambda auto: auto == "AutoModelForPreTraining", default=type(model).__name__)  # that only if no other
+
+
 def _auto_classes(model: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
     """Auto classes by name, with what they make of this architecture: the model's class, or its base."""
     wanted = {type(model), type(getattr(model, model.base_model_prefix, model))}

@@ -24,11 +24,13 @@ from .config import ReparamConfig
 from .evaluation import SizeReport
 from .layer import Product
 from .model import select_targets
+from .model_card import write_standalone_card
 from .pipeline import product_of, tensors_of
 from .planning import Plan
 from .refinement import Refinement
 from .run_folder import RunFolder, fingerprint_of_model, writing
 from .sequential import json_able
+from .standalone import auto_class
 from .statistics import Statistics
 from .targets import Target, check_data_free, check_standalone, factorize_targets, installing
 
@@ -113,7 +115,9 @@ def compress_checkpoint(
             aside = run / "checkpoint"
             shutil.rmtree(aside, ignore_errors=True)
             with writing(destination):
-                small.to_standalone().save_pretrained(aside)
+                plain = small.to_standalone()
+                plain.save_pretrained(aside)
+                write_standalone_card(aside, small.peft_config["default"], auto_class(plain))
                 shutil.copytree(folder, aside, ignore=shutil.ignore_patterns(*WEIGHTS, *WRITTEN), dirs_exist_ok=True)
                 aside.rename(destination)
         shutil.rmtree(run)

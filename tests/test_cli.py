@@ -786,6 +786,7 @@ def test_export(run: Run, models: Path, tmp_path: Path, kind: str) -> None:
         assert_close(one(tokens).logits, other(tokens).logits)
     evaluated = run("evaluate", tmp_path / "out", "--text", models / "calibration.txt", "--length", 64, "--json")
     assert json.loads(evaluated.out)["parameters"] == one.num_parameters()
+    assert (tmp_path / "out/README.md").exists() == (kind == "standalone")
 
 
 def test_export_quantises(run: Run, models: Path, tmp_path: Path) -> None:

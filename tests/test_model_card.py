@@ -4,16 +4,26 @@ from __future__ import annotations
 
 import ast
 import re
+from collections.abc import Callable
 from pathlib import Path
 
 import peft
 import pytest
-from conftest import llama, token_inputs
+from conftest import bert, llama, t5, token_inputs
 from huggingface_hub import ModelCard
 from peft import get_peft_model
+from transformers import PreTrainedModel
 
 from reparam_peft import ReparamConfig, compress
-from reparam_peft.model_card import AUTO_CLASSES, BEGIN, END, model_card_section, update_model_card
+from reparam_peft.model_card import (
+    AUTO_CLASSES,
+    BEGIN,
+    END,
+    model_card_section,
+    update_model_card,
+    write_standalone_card,
+)
+from reparam_peft.standalone import auto_class
 
 
 def resolved(**options: object) -> ReparamConfig:
@@ -153,3 +163,30 @@ def test_save_pretrained_of_a_calibrated_model_says_so(tmp_path: Path) -> None:
     assert (table["calibration tokens"], table["labels sampled for gradients"], table["floor"]) == ("24", "24, seed 7", "0.1")
     assert table["predicted increase of the loss"] == f"{model.peft_config['default'].predicted_loss:.3g} nats per token"
     assert int(table["matrices factorised"]) + int(table["matrices left dense"]) == 4
+
+
+@pytest.mark.parametrize("self_contained", [False, True])
+def test_the_card_of_a_standalone_checkpoint(self_contained: bool, tmp_path: Path) -> None:
+    write_standalone_card(tmp_path, resolved(), "AutoModelForCausalLM", self_contained)
+    card = ModelCard.load(tmp_path / "README.md")
+    assert card.data.library_name == "transformers"
+    assert card.data.base_model == "org/base"
+    assert card.data.tags == ["low-rank", "reparam"]
+    assert rows(card.text)["stored parameters"] == "4,500 (45.0%)"
+    (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
+    names = {alias.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import) for alias in node.names}
+    assert names == (set() if self_contained else {"reparam_peft"})
+    assert ("trust_remote_code=True" in code) == self_contained
+
+
+def test_a_path_of_this_machine_is_no_base_model_on_the_hub(tmp_path: Path) -> None:
+    write_standalone_card(tmp_path, resolved(base_model_name_or_path=str(tmp_path)), "AutoModel")
+    assert ModelCard.load(tmp_path / "README.md").data.base_model is None
+
+
+@pytest.mark.parametrize(
+    ("make", "expected"),
+    [(llama, "AutoModelForCausalLM"), (bert, "AutoModelForSequenceClassification"), (t5, "AutoModelForSeq2SeqLM")],
+)
+def test_the_class_that_loads_it(make: Callable[[], PreTrainedModel], expected: str) -> None:
+    assert auto_class(make()) == expected

@@ -41,6 +41,7 @@ def test_the_same_bytes_as_in_memory(make: Any, form: str, tmp_path: Path) -> No
     auto = AutoModelForSequenceClassification if make is bert else AutoModelForCausalLM
     assert_close(logits(auto.from_pretrained(tmp_path / "small")), logits(auto.from_pretrained(tmp_path / "memory")))
     assert (tmp_path / "small/tokenizer.json").read_bytes() == (dense / "tokenizer.json").read_bytes()
+    assert f"from transformers import {auto.__name__}" in (tmp_path / "small/README.md").read_text(encoding="utf-8")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "memory", "small"]
 
 
