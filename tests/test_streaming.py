@@ -113,6 +113,15 @@ def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
     assert (tmp_path / "file").read_text(encoding="utf-8") == "x"
 
 
+@pytest.mark.parametrize("batches", [None, BATCHES], ids=["data-free", "calibrated"])
+def test_nan_in_a_weight_is_named_and_nothing_is_written(batches: list[dict[str, torch.Tensor]] | None, tmp_path: Path) -> None:
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: .*NaN"):
+        compress_checkpoint(source(tmp_path, model), tmp_path / "small", ReparamConfig(**CONFIG), batches, progress=False)
+    assert not (tmp_path / "small").exists()
+
+
 @pytest.mark.parametrize("options", [{"keep_base": True}, {"modules_to_save": ["lm_head"]}])
 def test_what_only_adapters_have_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has an effect on adapters only"):
