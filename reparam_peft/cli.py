@@ -18,6 +18,7 @@ from rich.console import Console
 from safetensors import SafetensorError
 from transformers import PreTrainedTokenizerBase
 
+from .checkpoint import CheckpointLoader
 from .compression import compress as compress_model
 from .compression import plan as plan_model
 from .evaluation import SizeReport, benchmark, perplexity
@@ -230,7 +231,7 @@ def evaluate(
     sizes = loaded.size_report() if isinstance(getattr(loaded, "base_model", None), ReparamModel) else None
     whole = sizes.to_dict()["model"] if sizes else {}
     figures["parameters"] = whole.get("stored_parameters", sum(p.numel() for p in loaded.parameters()))
-    figures["bytes"] = whole.get("stored_bytes", sum(p.numel() * p.element_size() for p in loaded.parameters()))
+    figures["bytes"] = whole.get("stored_bytes", _bytes(loaded))
     if speed:
         timing = benchmark(loaded, prompt_length=length)
         figures |= {name.replace("_", " "): value for name, value in timing.to_dict().items() if value is not None}
@@ -263,6 +264,14 @@ def _read_plan(path: Path | None, keep: float | None, rank: str | None, allocati
     if not (keep is None and rank is None and allocation is None):
         raise CliError("--plan holds the ranks; leave out --keep, --rank and --allocation.")
     return Plan.load(path)
+
+
+def _bytes(model: Any) -> int:
+    """What a model stores; quantised factors as they are in a checkpoint. Shared tensors count once."""
+    loader = getattr(model, "hf_quantizer", None)
+    state = loader.get_state_dict_and_metadata(model)[0] if isinstance(loader, CheckpointLoader) else None
+    tensors = model.parameters() if state is None else {tensor.data_ptr(): tensor for tensor in state.values()}.values()
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def _generate(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:

@@ -801,6 +801,9 @@ def test_export_quantises(run: Run, models: Path, tmp_path: Path) -> None:
         sizes[bits] = written["bytes"]
         model = AutoModelForCausalLM.from_pretrained(tmp_path / f"out-{bits}")
         assert model(torch.arange(24).view(2, 12)).logits.isfinite().all()
+        text = ["--text", models / "calibration.txt", "--length", 64, "--windows", 1]
+        evaluated = json.loads(run("evaluate", tmp_path / f"out-{bits}", *text, "--json").out)
+        assert 0.8 * written["bytes"] < evaluated["bytes"] <= written["bytes"]  # the file has a header
     assert sizes["int4"] < sizes["int8"] < sizes[None]
     out = tmp_path / "other"
     assert_error(run("export", tmp_path / "small", out, "--quantize", "int8", "--self-contained"), "not quantised")
