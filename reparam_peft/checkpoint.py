@@ -5,6 +5,7 @@ The format is described in docs/checkpoints.md.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -142,6 +143,15 @@ def register_checkpoints() -> None:
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(CheckpointConfig)
         register_quantizer(METHOD)(CheckpointLoader)
+
+
+def with_layers_in_config(model: PreTrainedModel, described: CheckpointConfig) -> PreTrainedModel:
+    """The same model with a config of its own that names the factorised layers, but not this package's loader."""
+    plain = copy.copy(model)  # its own attributes only
+    plain.config = copy.deepcopy(model.config)
+    del plain.config.quantization_config
+    plain.config.reparam_layers = described.layers
+    return plain
 
 
 def mark_unquantized(model: PreTrainedModel) -> None:

@@ -55,9 +55,7 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> flo
         for index, batch in enumerate(batches):
             batch = _to_device(batch, model, index)
             labels = labels_of(batch, shifts, index)
-            logits = model(**{key: value for key, value in batch.items() if key != "labels" or not shifts}).logits
-            if shifts:
-                logits, labels = logits[:, :-1], labels[:, 1:]
+            logits, labels = _predictions(model, batch, labels, shifts)
             losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
             if not torch.isfinite(losses):
                 raise FloatingPointError(f"the loss of batch {index} is {losses.item()}; the model's logits are not finite.")
@@ -93,9 +91,7 @@ def accuracy(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float
             device = input_device(model)
             batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
             labels = labels_of(batch, shifts, index)
-            logits = model(**{key: value for key, value in batch.items() if key != "labels" or not shifts}).logits
-            if shifts:
-                logits, labels = logits[:, :-1], labels[:, 1:]
+            logits, labels = _predictions(model, batch, labels, shifts)
             if logits.shape[:-1] != labels.shape:
                 raise ValueError(
                     f"batch {index} has `labels` {tuple(labels.shape)}, and logits {tuple(logits.shape)} need others."
@@ -415,6 +411,12 @@ def _to_device(batch: Mapping[str, Tensor], model: nn.Module, index: int) -> dic
         raise ValueError(f"`batches` must hold dicts with `input_ids`, got {kind} as batch {index}.")
     device = input_device(model)
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+
+
+def _predictions(model: nn.Module, batch: Mapping[str, Any], labels: Tensor, shifts: bool) -> tuple[Tensor, Tensor]:
+    """Logits, and the labels that they are for."""
+    logits = model(**{key: value for key, value in batch.items() if key != "labels" or not shifts}).logits
+    return (logits[:, :-1], labels[:, 1:]) if shifts else (logits, labels)
 
 
 def labels_of(batch: Mapping[str, Tensor], shifts: bool, index: int) -> Tensor:

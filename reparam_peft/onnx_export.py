@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from .checkpoint import CheckpointConfig
+from .checkpoint import CheckpointConfig, with_layers_in_config
 
 LARGEST_DIFFERENCE = 1e-3  # of outputs, relative to the largest of them; float32 gives about 1e-6
 
@@ -47,11 +47,7 @@ def save_onnx(model: PreTrainedModel, folder: str | Path) -> None:
         raise ValueError(
             "quantised factors have no ONNX form; export them as they are, and quantise with ONNX Runtime's tools."
         )
-    plain = copy.copy(model)  # its own attributes only: the config is another one
-    plain.config = copy.deepcopy(model.config)
-    if isinstance(described, CheckpointConfig):
-        del plain.config.quantization_config
-        plain.config.reparam_layers = described.layers
+    plain = with_layers_in_config(model, described) if isinstance(described, CheckpointConfig) else model
     exporter, options = OnnxExporter(), OnnxConfig(dynamic=True)
     few, more = _inputs(plain, 2, 8), _inputs(plain, 3, 11)
     with redirect_stdout(sys.stderr):  # PyTorch prints what it does

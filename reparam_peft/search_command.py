@@ -105,8 +105,7 @@ def _print(result: SearchResult, output: Path) -> None:
     table = Table(*head)
     for row in rows:
         table.add_row(*row, style="bold" if row[0] == "chosen" else None)
-    sign = "at least" if result.higher_is_better else "at most"
-    table.caption = f"{result.metric} {sign} {result.limit:.5g} was asked for"
+    table.caption = result.request
     console = Console()
     console.print(table)
     console.print(f"saved to {output}", highlight=False)

@@ -20,7 +20,6 @@ from tqdm.auto import tqdm
 from .compression import calibrate, compress
 from .config import CALIBRATED_METHODS, ReparamConfig
 from .decompositions import Factors, factorize
-from .evaluation import evaluating
 from .factorized import is_quantized, layer_kind
 from .measures import Measure, Tolerance, measure_named
 from .metrics import exact
@@ -94,6 +93,11 @@ class SearchResult:
                 front.append(trial)
         return front
 
+    @property
+    def request(self) -> str:
+        """What was asked for, in words."""
+        return f"{self.metric} {'at least' if self.higher_is_better else 'at most'} {self.limit:.5g} was asked for"
+
     def to_dict(self) -> dict[str, Any]:
         """Everything but plan and model, for JSON: a metric that is not finite is None."""
         own = ("metric", "dense_metric", "dense_parameters", "limit", "higher_is_better")
@@ -117,15 +121,14 @@ class SearchResult:
         rows = self.rows()
         widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
         lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        sign = "at least" if self.higher_is_better else "at most"
-        return "\n".join([*lines, f"{self.metric} {sign} {self.limit:.5g} was asked for"])
+        return "\n".join([*lines, self.request])
 
     def plot(self, axes: Any = None) -> Any:
         """Size against metric of all trials; on matplotlib's axes, or new ones, which are returned."""
         return plot_search(self, axes)
 
     def _repr_html_(self) -> str:
-        return table_html(self.rows(), str(self).rpartition("\n")[2])
+        return table_html(self.rows(), self.request)
 
     def _goodness(self, trial: Trial) -> float:
         return trial.metric if self.higher_is_better else -trial.metric
@@ -207,7 +210,8 @@ def search(
             total = family.dense_parameters
             for trial in _bisection(family, candidates, measure, limit, max_trials, folder):
                 trials.append(trial)
-                plans[trial] = family.plan(trial.keep)
+                if trial.within:
+                    plans[trial] = family.plan(trial.keep)
                 bar.set_postfix({"keep": trial.keep, measure.name: f"{trial.metric:.4g}"})
                 bar.update()
             del family
@@ -353,8 +357,7 @@ def _statistics(
     path = None if folder.folder is None else folder.folder / STATISTICS
     if path is not None and path.exists():
         return Statistics.load(path)
-    with evaluating(model):
-        statistics = calibrate(model, config, batches, seed=seed, progress=progress)
+    statistics = calibrate(model, config, batches, seed=seed, progress=progress)
     if path is not None and folder.writes:
         aside = path.with_suffix(".tmp")
         statistics.save(aside)

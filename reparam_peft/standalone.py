@@ -15,7 +15,15 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
-from .checkpoint import METHOD, CheckpointConfig, CheckpointLoader, mark, mark_unquantized, specification_of
+from .checkpoint import (
+    METHOD,
+    CheckpointConfig,
+    CheckpointLoader,
+    mark,
+    mark_unquantized,
+    specification_of,
+    with_layers_in_config,
+)
 from .factorized import dequantized, is_quantized, note_dtype
 from .layer import ReparamLayer
 from .products import FactorizedModule
@@ -120,10 +128,8 @@ def save_self_contained(model: PreTrainedModel, folder: str | Path) -> None:
         raise ValueError("only a standalone model can be saved with its code; call `to_standalone` first.")
     if described.quantization is not None:
         raise ValueError("the code of self-contained checkpoints does not read quantised factors; leave one of the two out.")
-    plain = copy.copy(model)  # its own attributes only: the config is another one
-    plain.config = copy.deepcopy(model.config)
-    del plain.config.quantization_config, plain.hf_quantizer
-    plain.config.reparam_layers = described.layers
+    plain = with_layers_in_config(model, described)
+    del plain.hf_quantizer
     classes = {auto: made.__name__ for auto, made in _auto_classes(model).items()}
     plain.config.auto_map = {auto: f"{MODULE}.Reparam{name}" for auto, name in classes.items()}
     plain.save_pretrained(folder)
