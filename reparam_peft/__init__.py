@@ -20,8 +20,10 @@ from .evaluation import Benchmark, MatrixSize, SizeReport, benchmark, perplexity
 from .healing import HealingTrainer  # noqa: E402
 from .model import ReparamModel  # noqa: E402
 from .planning import Plan  # noqa: E402
-from .plotting import plot_effective_ranks  # noqa: E402
+from .plotting import plot_effective_ranks, plot_spectra  # noqa: E402
+from .records import Record  # noqa: E402
 from .refinement import Refinement  # noqa: E402
+from .report import write_report  # noqa: E402
 from .searching import SearchResult, Trial, search  # noqa: E402
 from .statistics import Statistics  # noqa: E402
 from .streaming import compress_checkpoint  # noqa: E402
@@ -35,6 +37,7 @@ __all__ = [
     "HealingTrainer",
     "MatrixSize",
     "Plan",
+    "Record",
     "Refinement",
     "ReparamConfig",
     "ReparamModel",
@@ -51,8 +54,10 @@ __all__ = [
     "perplexity",
     "plan",
     "plot_effective_ranks",
+    "plot_spectra",
     "principal_angles",
     "retruncate",
     "search",
     "text_batches",
+    "write_report",
 ]

@@ -65,6 +65,15 @@ def input_angles(model: nn.Module, adapter_name: str | None = None) -> dict[str,
     return angles
 
 
+def mean_input_angles(model: nn.Module, adapter_name: str | None = None) -> dict[str, dict[int, float]]:
+    """The mean of the angles that `input_angles` gives, in radians; empty where nothing is factorised."""
+    try:
+        found = input_angles(model, adapter_name)
+    except ValueError:
+        return {}
+    return {kind: {depth: float(angles.mean()) for depth, angles in by_depth.items()} for kind, by_depth in found.items()}
+
+
 def _basis(matrix: Tensor) -> Tensor:
     """An orthonormal basis (in, r) of the row space."""
     left, singular, _ = torch.linalg.svd(exact(matrix).mT, full_matrices=False)

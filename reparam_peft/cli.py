@@ -1,4 +1,4 @@
-"""The command line: `reparam compress`, `plan`, `search`, `heal`, `evaluate` and `export`."""
+"""The command line: `reparam compress`, `plan`, `search`, `heal`, `evaluate`, `report` and `export`."""
 
 from __future__ import annotations
 
@@ -16,7 +16,6 @@ import typer
 from peft import PeftModel, get_peft_model
 from rich.console import Console
 from safetensors import SafetensorError
-from transformers import PreTrainedTokenizerBase
 
 from .checkpoint import CheckpointLoader
 from .compression import compress as compress_model
@@ -47,10 +46,12 @@ from .options import (
     TextOption,
     WindowsOption,
 )
-from .outputs import check_language_model, check_output, figures_table, save_whole, size_table
+from .outputs import PROMPTS, check_language_model, check_output, continuation, figures_table, save_whole, size_table
 from .planning import Plan
 from .preparation import calibrated, check_folder, config_of, is_data_free, load_dense, read_statistics
+from .records import Record, saving_with
 from .refinement import Refinement
+from .report_command import report
 from .search_command import search
 from .sources import CliError, load_model, read_batches
 
@@ -66,6 +67,7 @@ out, err = Console(), Console(stderr=True)
 app.command(epilog="Example: `reparam heal compressed healed --calibration article.txt --steps 200`")(heal)
 app.command(epilog="Example: `reparam search demo compressed --max-increase 5%`")(search)
 app.command(epilog="Example: `reparam export compressed standalone`")(export)
+app.command(epilog="Example: `reparam report compressed`")(report)
 
 
 @app.command(epilog="Example: `reparam compress demo compressed --keep 0.9`")
@@ -136,9 +138,11 @@ def compress(
     if evaluate:
         err.print("measuring perplexity before …")
         figures["dense perplexity"] = perplexity(base, batches)
-        sample = _generate(base, tokenizer)
+        sample = continuation(base, tokenizer, PROMPTS[0])
     err.print("factorising …")
     start = time.perf_counter()
+    if ranks is None and known is not None and not (refine and config.method == "svd"):  # which would move no biases
+        ranks = plan_model(base, config, known)
     if known is None:
         compressed = get_peft_model(base, config)
     elif by_block:
@@ -150,7 +154,8 @@ def compress(
         compressed = compress_model(base, config, known, plan=ranks)
     seconds = time.perf_counter() - start
     sizes = compressed.size_report()
-    save_whole(compressed, tokenizer, output)
+    record = Record.of(compressed, plan=ranks, run_folder=run_folder, angles=False).with_(model=model)
+    save_whole(compressed, tokenizer, output, saving_with(record))
     del base, compressed
     err.print("loading it again …")
     source, _ = load_model(model, dtype, device)
@@ -167,8 +172,10 @@ def compress(
         err.print("measuring perplexity after …")
         figures["perplexity"] = perplexity(reloaded, batches)
         reloaded.peft_config["default"].evaluation = dict(figures)
-        save_whole(reloaded, tokenizer, output)
-        result |= {"evaluation": figures, "sample": {"dense": sample, "compressed": _generate(reloaded, tokenizer)}}
+        samples = {"dense": sample, "compressed": continuation(reloaded, tokenizer, PROMPTS[0])}
+        record = record.with_(evaluation=dict(figures), samples=[{"prompt": PROMPTS[0], **samples}])
+        save_whole(reloaded, tokenizer, output, saving_with(record))
+        result |= {"evaluation": figures, "sample": samples}
     if as_json:
         print(json.dumps(result))
     else:
@@ -272,13 +279,6 @@ def _bytes(model: Any) -> int:
     state = loader.get_state_dict_and_metadata(model)[0] if isinstance(loader, CheckpointLoader) else None
     tensors = model.parameters() if state is None else {tensor.data_ptr(): tensor for tensor in state.values()}.values()
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
-
-
-def _generate(model: Any, tokenizer: PreTrainedTokenizerBase) -> str:
-    """A short greedy continuation."""
-    prompt = tokenizer("The capital of France is", return_tensors="pt").to(model.device)
-    tokens = model.generate(**prompt, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(tokens[0], skip_special_tokens=True)
 
 
 def _print_compression(result: dict[str, Any], sizes: SizeReport) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -181,6 +182,15 @@ class ReparamConfig(PeftConfig):
     predicted_loss: float | None = field(
         default=None, metadata={"help": "Filled in: predicted increase of the loss, nats per token."}
     )
+    smaller_keeps: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Filled in: smaller sizes at which `from_pretrained(..., keep=...)` loads the adapter, from large to small."
+        },
+    )
+    smaller_ranks: dict[str, list[int]] | None = field(
+        default=None, metadata={"help": "Filled in: rank per module at each of these sizes."}
+    )
     evaluation: dict[str, float] | None = field(
         default=None,
         metadata={"help": "Figures for the model card, e.g. {'dense perplexity': 19.4, 'perplexity': 25.4}; set by you."},
@@ -192,6 +202,7 @@ class ReparamConfig(PeftConfig):
         # `from_pretrained` makes the config out of a file, where PEFT always writes inference_mode=True.
         self._made_for_inference = self.inference_mode
         self._from_file = self.stored_parameters is not None
+        self.ranks_in_file: dict[str, int] = {}  # where the file is loaded at a smaller size
         self._check_size()
         self._check_choices()
         self._check_calibration()
@@ -214,17 +225,26 @@ class ReparamConfig(PeftConfig):
         return next((rank for key, rank in self.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name)), None)
 
     @classmethod
-    def from_pretrained(cls, pretrained_model_name_or_path: str, subfolder: str | None = None, **kwargs: Any) -> ReparamConfig:
+    def from_pretrained(
+        cls, pretrained_model_name_or_path: str, subfolder: str | None = None, *, keep: float | None = None, **kwargs: Any
+    ) -> ReparamConfig:
         """PEFT's loading of `adapter_config.json`, plus a look at the weights beside it, before any model is touched.
 
+        Args:
+            pretrained_model_name_or_path, subfolder, kwargs: as for PEFT.
+            keep: load the adapter at a smaller size: of each product the first columns of A and rows of B, without data, at
+                the largest of `smaller_keeps` that is no larger. `PeftModel.from_pretrained(base, folder, keep=0.7)` does so.
+
         Raises:
-            ValueError: there is no config; a field is wrong; or the weights, in a local folder, are truncated, damaged or of
-                other ranks than the config.
+            ValueError: there is no config; a field is wrong; the weights, in a local folder, are truncated, damaged or of
+                other ranks than the config; or the adapter cannot be loaded at this size.
         """
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if isinstance(config, ReparamConfig) and weights.is_file():
             _check_weights(weights, config.rank_pattern, config.form)
+        if keep is not None:
+            config._make_smaller(keep)
         return config
 
     def to_dict(self) -> dict[str, Any]:
@@ -237,6 +257,27 @@ class ReparamConfig(PeftConfig):
         super().save_pretrained(save_directory, **kwargs)
         if saving_model:
             update_model_card(save_directory, self)
+
+    def _make_smaller(self, keep: float) -> None:
+        """The ranks of a smaller size in place of those in the file."""
+        if isinstance(keep, bool) or not isinstance(keep, (int, float)) or not 0 < keep <= self.keep:
+            raise ValueError(f"`keep` must be a number in (0, {self.keep:g}], what the adapter was made with, got {keep!r}.")
+        if keep == self.keep:
+            return
+        if not self.smaller_keeps or not self.smaller_ranks:
+            raise ValueError(
+                f"`keep={keep}`: the adapter does not know its ranks at smaller sizes. Those made by `compress` with "
+                "`form='factors'`, `allocation='loss'` and without biases of their own do; load others whole, and call "
+                "`retruncate(model, keep, batches)`."
+            )
+        index = next((i for i, size in enumerate(self.smaller_keeps) if size <= keep * (1 + 1e-12)), None)
+        if index is None:
+            raise ValueError(f"`keep` must be at least {self.smaller_keeps[-1]:g}, the adapter's smallest size, got {keep!r}.")
+        self.ranks_in_file = self.rank_pattern
+        self.rank_pattern = {name: ranks[index] for name, ranks in self.smaller_ranks.items()}
+        self.smaller_ranks = {name: ranks[index + 1 :] for name, ranks in self.smaller_ranks.items()}
+        self.keep, self.smaller_keeps = self.smaller_keeps[index], self.smaller_keeps[index + 1 :]
+        self.evaluation = self.predicted_loss = None  # of the larger size
 
     def _check_size(self) -> None:
         if not (self.r is None or self.r == "full"):
@@ -353,12 +394,30 @@ class ReparamConfig(PeftConfig):
         loss = self.predicted_loss
         if loss is not None and (isinstance(loss, bool) or not isinstance(loss, (int, float)) or not math.isfinite(loss)):
             raise TypeError(f"`predicted_loss` is filled in by `compress` and must be a finite number or None, got {loss!r}.")
+        self._check_smaller()
         figures = self.evaluation
         if figures is not None and not (
             isinstance(figures, dict)
             and all(isinstance(k, str) and isinstance(v, (int, float)) and math.isfinite(v) for k, v in figures.items())
         ):
             raise TypeError(f"`evaluation` must be a dict of names to finite numbers, got {figures!r}.")
+
+    def _check_smaller(self) -> None:
+        keeps, ranks = self.smaller_keeps, self.smaller_ranks
+        if keeps is None and ranks is None:
+            return
+        if not (isinstance(keeps, list) and all(isinstance(k, float) and 0 < k < self.keep for k in keeps)):
+            raise TypeError(f"`smaller_keeps` is filled in by `compress` and must hold fractions below `keep`, got {keeps!r}.")
+        if keeps != sorted(set(keeps), reverse=True):
+            raise ValueError(f"`smaller_keeps` must be from large to small, got {keeps!r}.")
+        if not isinstance(ranks, dict) or set(ranks) != set(self.rank_pattern):
+            raise ValueError("`smaller_ranks` must be a dict of the modules in `rank_pattern`.")
+        for name, own in ranks.items():
+            if not isinstance(own, list) or len(own) != len(keeps) or not all(type(rank) is int for rank in own):
+                raise TypeError(f"`smaller_ranks` must hold {len(keeps)} ints for {name!r}, got {own!r}.")
+            if not all(1 <= lower <= rank for rank, lower in pairwise([self.rank_pattern[name], *own])):
+                limit = self.rank_pattern[name]
+                raise ValueError(f"`smaller_ranks` must fall from at most {limit} to at least 1 for {name!r}, got {own!r}.")
 
 
 def _check_weights(path: Path, ranks: dict[str, int], form: str | None) -> None:

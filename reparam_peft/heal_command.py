@@ -29,6 +29,7 @@ from .options import (
     WindowsOption,
 )
 from .outputs import check_language_model, check_output, figures_table, save_whole
+from .records import Record, read_record, saving_with
 from .sources import CliError, load_model, read_batches
 
 
@@ -99,8 +100,9 @@ def heal(
     small.eval()
     figures["perplexity"] = perplexity(small, test)
     small.peft_config["default"].evaluation = dict(figures)
-    save_whole(small, tokenizer, output)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+    record = (read_record(model) or Record.of(small, angles=False)).with_(evaluation=figures, losses=losses, samples=[])
+    save_whole(small, tokenizer, output, saving_with(record))
     if as_json:
         print(json.dumps({"model": model, "output": str(output), "evaluation": figures, "losses": losses}))
         return

@@ -338,6 +338,9 @@ class ReparamModel(BaseTuner):
         try:
             for name, layer in reparam_layers(model):
                 for key, own in _factor_keys(name, layer, adapter_name).items():
+                    in_file = config.ranks_in_file.get(name.removeprefix("base_model.model."))
+                    if in_file is not None and key in remapped:
+                        remapped[key] = _first(remapped[key], own, in_file, layer.r[adapter_name])
                     _check_loaded_tensor(key, remapped.get(key), own, layer.r[adapter_name], layer.out_features)
                 if adapter_name in layer.merged_adapters:
                     raise ValueError(f"{name}: adapter {adapter_name!r} is merged; unmerge it before loading others into it.")
@@ -375,6 +378,16 @@ def _factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str,
     prefix = f"{name}." if name else ""
     factors = layer.reparam_factors[adapter_name]
     return {f"{prefix}reparam_factors.{adapter_name}.{key}": own for key, own in factors.state_dict(keep_vars=True).items()}
+
+
+def _first(tensor: Tensor, own: Tensor, rank_in_file: int, rank: int) -> Tensor:
+    """Of a factor in a checkpoint the first columns or rows, where its own rank is lower; anything else as it is."""
+    if tensor.ndim != own.ndim:
+        return tensor
+    for dim, (size, wanted) in enumerate(zip(tensor.shape, own.shape, strict=True)):
+        if (size, wanted) == (rank_in_file, rank):
+            tensor = tensor.narrow(dim, 0, rank)
+    return tensor.clone()
 
 
 def _check_loaded_tensor(key: str, tensor: Tensor | None, own: Tensor, rank: int, out_features: int) -> None:

@@ -18,6 +18,8 @@ from .checkpoint import METHOD
 from .evaluation import SizeReport, predicts_next_token
 from .sources import CliError
 
+PROMPTS = ("The capital of France is", "In the beginning of the twentieth century,", "def factorial(n):")
+
 
 def check_output(output: Path, model: str, overwrite: bool) -> None:
     """Refuse, before any work, an OUT whose replacement would delete something else than an earlier result."""
@@ -74,6 +76,13 @@ def check_language_model(model: Any, name: str, remedy: str) -> None:
     if not predicts_next_token(model):
         base = model.get_base_model() if isinstance(model, PeftModel) else model
         raise CliError(f"{name} is a {type(base).__name__}, and perplexity is of causal language models only{remedy}.")
+
+
+def continuation(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
+    """A short greedy continuation of a text, with the text."""
+    tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
+    generated = model.generate(**tokens, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
+    return tokenizer.decode(generated[0], skip_special_tokens=True)
 
 
 def size_table(sizes: SizeReport) -> Table:

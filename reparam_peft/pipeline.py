@@ -27,7 +27,7 @@ from .layer import Product
 from .metrics import diagonal, exact, shrink
 from .model import select_targets
 from .pivoting import PivotFactors, pivot
-from .planning import Plan, allocate_ranks, check_budget, make_plan
+from .planning import Plan, allocate_ranks, check_budget, make_plan, smaller_ranks
 from .statistics import Statistics
 from .targets import Target, base_dtype, naming, resolve_rank, source_matrix
 
@@ -218,6 +218,10 @@ class Run:
         config.rank_pattern, config.dense_modules = plan.ranks, plan.dense_modules
         config.calibration_tokens, config.gradient_tokens, config.seed = self.tokens, self.predictions, self.seed
         config.predicted_loss = plan.predicted_loss
+        smaller = smaller_ranks(self.config, self.storages, plan)
+        if smaller:
+            config.smaller_keeps = list(smaller)
+            config.smaller_ranks = {name: [ranks[name] for ranks in smaller.values()] for name in plan.ranks}
         return config
 
     def _given(self) -> dict[str, int | None]:

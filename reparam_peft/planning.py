@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import math
 from collections.abc import Iterable, Mapping
@@ -9,6 +10,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from .allocation import RANK_MULTIPLE, Point, Storage, allocate, points
@@ -16,6 +18,7 @@ from .config import ReparamConfig
 from .plotting import plot_plan, table_html
 
 FORMAT = "reparam_peft plan 1"
+NOT_DENSE = math.nextafter(1.0, 0.0)  # the `ceiling` that keeps a factorised matrix from becoming dense
 
 
 @dataclass(frozen=True)
@@ -248,6 +251,39 @@ def allocate_ranks(
     if sum(point.loss for point in uniform.values()) < lost:
         return {name: point.rank for name, point in uniform.items()}
     return ranks
+
+
+def smaller_ranks(config: ReparamConfig, storages: Mapping[str, Storage], plan: Plan) -> dict[float, dict[str, int]]:
+    """Ranks at sizes below that of a plan, in steps of 0.05 down to the least there is: size → module → rank.
+
+    What is dense stays dense, and no rank rises, so that the products are the first columns of A and rows of B of those of the
+    plan. Empty where they are not: in pivot form, of an autoencoder, with biases that depend on the rank; and without spectra.
+
+    Args:
+        config: that the plan was made with.
+        storages: what each target's product takes.
+        plan: whose directions are in the order of what they cost.
+    """
+    factorised = [module for module in plan.modules if module.rank is not None]
+    ordered = plan.form == "factors" and plan.method != "autoencoder" and plan.allocation == "loss"
+    if not ordered or not all(module.spectrum and not storages[module.name].bias for module in factorised):
+        return {}
+    config = copy.copy(config)
+    config.ceiling = min(NOT_DENSE, 1.0 if config.ceiling is None else config.ceiling)
+    fixed = {module.name: module.rank for module in plan.modules if module.rank is None or not any(module.spectrum)}
+    losses = {module.name: torch.tensor(module.spectrum, dtype=torch.float64) for module in plan.modules}
+    present = plan.ranks
+    found: dict[float, dict[str, int]] = {}
+    for step in range(math.ceil(plan.keep * 20 - 1e-9) - 1, 0, -1):
+        config.keep = step / 20
+        for name, rank in present.items():
+            losses[name][rank:] = 0  # beyond there is nothing to keep
+        try:
+            ranks = allocate_ranks(config, storages, losses, fixed)
+        except ValueError:  # smaller than dense matrices and the lowest ranks allow
+            break
+        found[config.keep] = present = {name: min(ranks[name], rank) for name, rank in present.items()}
+    return found
 
 
 def check_budget(keep: float, ranks: Mapping[str, int | None], storages: Mapping[str, Storage]) -> None:

@@ -1,10 +1,10 @@
-"""Pictures of plans and searches, by matplotlib, which is imported only when one is drawn."""
+"""Pictures of plans, searches and runs, by matplotlib, which is imported only when one is drawn."""
 
 from __future__ import annotations
 
 import html
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -40,8 +40,7 @@ def plot_effective_ranks(plan: Plan, axes: Any = None) -> Any:
 
     Args, Returns, Raises: as for `plot_plan`; and `ValueError` where the plan was made without statistics.
     """
-    if not all(module.spectrum for module in plan.modules):
-        raise ValueError("the plan has no spectra, since it was made without statistics; use `allocation='loss'`.")
+    _check_spectra(plan)
     axes = _heat_map(plan, lambda module: module.effective_rank / min(module.shape), "effective rank / full rank", None, axes)
     axes.set_title("directions that count")
     return axes
@@ -52,7 +51,7 @@ def plot_search(result: SearchResult, axes: Any = None) -> Any:
 
     Args, Returns, Raises: as for `plot_plan`.
     """
-    axes = _axes() if axes is None else axes
+    axes = new_axes() if axes is None else axes
     for method in dict.fromkeys(trial.method for trial in result.trials):
         own = [trial for trial in result.trials if trial.method == method and math.isfinite(trial.metric)]
         axes.plot([_kept(trial, result) for trial in own], [trial.metric for trial in own], "o", label=method)
@@ -68,6 +67,126 @@ def plot_search(result: SearchResult, axes: Any = None) -> Any:
         for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
             formatter("{x:g}")
     axes.legend()
+    return axes
+
+
+def plot_spectra(plan: Plan, figure: Any = None) -> Any:
+    """What each direction of each target is predicted to cost: for each module kind, a heat map of directions over depth.
+
+    Directions are in the order in which they are kept. A line shows the rank that was chosen. Of more than 16 kinds the first
+    16 are shown.
+
+    Args:
+        plan: to show.
+        figure: matplotlib's, to draw on; None: a new one.
+
+    Returns:
+        The figure.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the plan was made without statistics.
+    """
+    _check_spectra(plan)
+    kinds, depths = _grid(plan.modules)
+    shown = kinds[:16]
+    columns = min(4, len(shown))
+    rows = math.ceil(len(shown) / columns)
+    if figure is None:
+        figure = new_axes(3 * columns, 1 + 2.2 * rows).figure
+        figure.clear()
+    grid = figure.subplots(rows, columns, squeeze=False)
+    costs = [math.log10(value) for module in plan.modules for value in module.spectrum if value > 0]
+    most = max(costs, default=0.0)
+    least = max(min(costs, default=-1.0), most - 8)  # what is smaller is rounding
+    for index, axes in enumerate(grid.flat):
+        if index >= len(shown):
+            axes.set_axis_off()
+            continue
+        own = [module for module in plan.modules if place_of(module.name)[0] == shown[index]]
+        width = max(len(module.spectrum) for module in own)
+        cells = [[math.nan] * width for _ in depths]
+        for module in own:
+            row = depths.index(place_of(module.name)[1])
+            cells[row][: len(module.spectrum)] = [math.log10(value) if value > 0 else least for value in module.spectrum]
+        image = axes.imshow(cells, aspect="auto", vmin=least, vmax=most, interpolation="nearest")
+        ranks = [len(module.spectrum) if module.rank is None else module.rank for module in own]
+        places = [depths.index(place_of(module.name)[1]) for module in own]
+        axes.plot([rank - 0.5 for rank in ranks], places, color="red", linewidth=1, marker=".", markersize=3)
+        axes.set_xlim(-0.5, width - 0.5)
+        axes.set_title(shown[index], fontsize="small")
+        step = math.ceil(len(depths) / 6)
+        axes.set_yticks(range(0, len(depths), step), depths[::step])
+    figure.colorbar(image, ax=grid.ravel().tolist(), label="log10 of nats per token")
+    figure.supxlabel("direction; red: the rank that was chosen")
+    figure.supylabel("depth")
+    return figure
+
+
+def plot_predictions(points: Sequence[tuple[str, float, float]], axes: Any = None) -> Any:
+    """Predicted against measured increase of the loss, with the line on which the two are equal.
+
+    Args:
+        points: (label, predicted, measured), nats per token.
+        axes: as for `plot_plan`.
+    """
+    axes = new_axes(5, 4) if axes is None else axes
+    for label in dict.fromkeys(label for label, _, _ in points):
+        own = [(predicted, measured) for name, predicted, measured in points if name == label]
+        axes.plot([x for x, _ in own], [y for _, y in own], "o", label=label)
+    ends = [value for _, *pair in points for value in pair]
+    low, high = min([0.0, *ends]), max(ends)
+    axes.plot([low, high], [low, high], ":", color="gray", label="equal")
+    axes.set(xlabel="predicted, nats per token", ylabel="measured, nats per token", title="increase of the loss")
+    axes.legend()
+    return axes
+
+
+def plot_blocks(entries: Sequence[Mapping[str, Any]], axes: Any = None) -> Any:
+    """Relative errors of the blocks over depth: what earlier blocks left, with the block factorised, and refined.
+
+    Args:
+        entries: lines of a run's log, as `compress` keeps them in `run_folder`.
+        axes: as for `plot_plan`.
+    """
+    axes = new_axes(8, 4) if axes is None else axes
+    labels = {"original": "original block on the compressed stream", "before": "factorised", "after": "refined"}
+    for key, label in labels.items():
+        known = [(i, entry[key]) for i, entry in enumerate(entries) if entry.get(key) is not None]
+        if known:
+            axes.plot([i for i, _ in known], [value for _, value in known], ".-", label=label)
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="block", ylabel="relative error of its output", title="errors of the blocks")
+    axes.set_ylim(bottom=0)
+    axes.legend()
+    return axes
+
+
+def plot_angles(angles: Mapping[str, Mapping[int, float]], axes: Any = None) -> Any:
+    """Mean principal angle between what neighbouring layers keep of their inputs, over depth, one line for each kind.
+
+    Args:
+        angles: module kind → depth → angle, in radians.
+        axes: as for `plot_plan`.
+    """
+    axes = new_axes(8, 4) if axes is None else axes
+    for kind, by_depth in angles.items():
+        if by_depth:
+            axes.plot(list(by_depth), list(by_depth.values()), ".-", label=kind)
+    axes.axhline(math.pi / 2, color="gray", linestyle=":", label="nothing shared")
+    axes.set(
+        xlabel="depth", ylabel="mean angle to the next layer, radians", title="kept input directions of neighbouring layers"
+    )
+    axes.legend(fontsize="small", bbox_to_anchor=(1.01, 1), loc="upper left")
+    return axes
+
+
+def plot_losses(losses: Sequence[float], axes: Any = None) -> Any:
+    """The training loss of tenths of a run."""
+    axes = new_axes(8, 3) if axes is None else axes
+    axes.plot(range(1, len(losses) + 1), losses, ".-")
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set(xlabel="tenth of the training", ylabel="loss", title="training")
     return axes
 
 
@@ -90,6 +209,11 @@ def place_of(name: str) -> tuple[str, int]:
     return (name, 0) if number is None else (".".join(parts[number + 1 :]) or name, int(parts[number]))
 
 
+def _check_spectra(plan: Plan) -> None:
+    if not all(module.spectrum for module in plan.modules):
+        raise ValueError("the plan has no spectra, since it was made without statistics; use `allocation='loss'`.")
+
+
 def _kept(trial: Any, result: SearchResult) -> float:
     return trial.stored_parameters / result.dense_parameters
 
@@ -105,7 +229,7 @@ def _heat_map(plan: Plan, value: Callable[[ModulePlan], float], label: str, most
     for module in plan.modules:
         kind, depth = place_of(module.name)
         cells[kinds.index(kind)][depths.index(depth)] = value(module)
-    axes = _axes(2 + 0.3 * len(depths), 1.5 + 0.35 * len(kinds)) if axes is None else axes
+    axes = new_axes(2 + 0.3 * len(depths), 1.5 + 0.35 * len(kinds)) if axes is None else axes
     image = axes.imshow(cells, aspect="auto", vmin=0.0, vmax=most)
     axes.set(xlabel="depth", yticks=range(len(kinds)), yticklabels=kinds)
     step = math.ceil(len(depths) / 16)
@@ -114,7 +238,12 @@ def _heat_map(plan: Plan, value: Callable[[ModulePlan], float], label: str, most
     return axes
 
 
-def _axes(width: float = 6.4, height: float = 4.8) -> Any:
+def new_axes(width: float = 6.4, height: float = 4.8) -> Any:
+    """Axes on a new figure of pyplot's, in inches.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
     try:
         from matplotlib import pyplot
     except ImportError as error:

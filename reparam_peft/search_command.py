@@ -31,6 +31,7 @@ from .options import (
 )
 from .outputs import check_language_model, check_output, save_whole
 from .preparation import calibrated, config_of, load_dense, read_statistics
+from .records import Record, saving_with
 from .searching import SearchResult
 from .searching import search as search_model
 from .sources import CliError, read_batches
@@ -93,7 +94,8 @@ def search(
         f"dense {result.metric}": result.dense_metric,
         result.metric: result.chosen.metric,
     }
-    save_whole(result.model, tokenizer, output)
+    record = Record.of(result.model, plan=result.plan, search=result, angles=False).with_(model=model)
+    save_whole(result.model, tokenizer, output, saving_with(record))
     if as_json:
         print(json.dumps({"model": model, "output": str(output), **result.to_dict()}))
     else:

@@ -105,6 +105,25 @@ class SearchResult:
         chosen = None if self.chosen is None else asdict(self.chosen)
         return {"trials": trials, "chosen": chosen, **{name: getattr(self, name) for name in own}}
 
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, Any]) -> SearchResult:
+        """The result that `to_dict` gave, without plan and model.
+
+        Raises:
+            ValueError: a field is missing, unknown or wrong.
+        """
+        worst = -math.inf if fields.get("higher_is_better") else math.inf
+
+        def trial(entry: Mapping[str, Any]) -> Trial:
+            return Trial(**{**entry, "metric": worst if entry["metric"] is None else entry["metric"]})
+
+        try:
+            chosen = fields["chosen"] and trial(fields["chosen"])
+            result = cls(**{**fields, "trials": tuple(map(trial, fields["trials"])), "chosen": chosen})
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"a field of the search is missing, unknown or wrong: {error}") from error
+        return result
+
     def rows(self) -> list[tuple[str, ...]]:
         """The head of the table, and its rows: the dense model, then the trials from large to small."""
         head = ("", "method", "keep", "stored", "kept", self.metric, "predicted loss", "seconds")

@@ -18,12 +18,11 @@ from .layer import Product, ReparamLayer
 from .metrics import exact
 from .model import ReparamModel
 from .pipeline import Batches, Run, mean_output, tensors_of
-from .planning import Plan, allocate_ranks, check_budget, parameter_budget
+from .planning import NOT_DENSE, Plan, allocate_ranks, check_budget, parameter_budget
 from .products import FactorizedModule
 from .statistics import Statistics
 from .targets import Target, matrix_storage, naming, reparam_layers, unwrapped
 
-NOT_DENSE = math.nextafter(1.0, 0.0)  # the `ceiling` that keeps a matrix from becoming dense again
 # What a config holds with data only.
 CALIBRATED_FIELDS = (
     *("input_metric", "output_metric", "shrinkage", "output_shrinkage", "rank_multiple", "floor", "ceiling"),
@@ -101,7 +100,8 @@ def retruncate(
     for name, module in modules.items():
         layers[name].reparam_factors[adapter_name] = module
         layers[name].r[adapter_name] = ranks[name]
-    for field, value in {"keep": keep, "r": None, "evaluation": None, **how}.items():
+    emptied = dict.fromkeys(("r", "evaluation", "smaller_keeps", "smaller_ranks"))
+    for field, value in {"keep": keep, **emptied, **how}.items():
         setattr(model.peft_config[adapter_name], field, value)
     model.base_model._fill_in(adapter_name, {name: replace(target, rank=ranks[name]) for name, target in targets.items()})
     return model

@@ -22,10 +22,12 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from reparam_peft import Plan, Statistics, cli, perplexity, preparation, sources, text_batches
+from reparam_peft import Plan, Record, Statistics, cli, perplexity, preparation, sources, text_batches
+from reparam_peft.outputs import PROMPTS
 
 Run = Callable[..., SimpleNamespace]
-FILES = {"README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json", "tokenizer_config.json"}
+ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "reparam_run.json"}
+FILES = {*ADAPTER, "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.fixture(scope="module")
@@ -514,6 +516,51 @@ def test_search_finds_a_size_that_evaluate_confirms(run: Run, models: Path, tmp_
         run("search", models / "llama", tmp_path / "other", *text, "--methods", "autoencoder"), "cannot hold 'autoencoder'"
     )
     assert not (tmp_path / "other").exists()
+
+
+def test_report_shows_what_compress_and_search_did(run: Run, models: Path, tmp_path: Path) -> None:
+    text = ["--calibration", models / "calibration.txt", "--text", models / "text.txt", "--length", "32"]
+    searched = ["search", models / "llama", tmp_path / "found", *text, "--max-increase", "20%", "--max-trials", "3"]
+    assert run(*searched).code == 0
+    result = run("report", tmp_path / "found", "--length", "32", "--json")
+    assert result.code == 0, result.err
+    printed = json.loads(result.out)
+    page = Path(printed["report"]).read_text(encoding="utf-8")
+    assert Path(printed["report"]) == tmp_path / "found" / "report" / "index.html"
+    assert printed["speed"]["baseline"]["prefill_ms"] > 0
+    record = Record.load(tmp_path / "found" / "report" / "record.json")
+    assert record.model == str(models / "llama")
+    assert len(record.search.trials) == 3
+    assert {sample["prompt"] for sample in record.samples} == set(PROMPTS)
+    assert all(sample["compressed"].startswith(sample["prompt"]) for sample in record.samples)
+    assert "self_attn.q_proj" in record.angles
+    assert f"{record.evaluation['perplexity']:.5g}" in page
+    names = {path.stem for path in (tmp_path / "found" / "report").glob("*.png")}
+    assert names == {"ranks", "spectra", "effective_ranks", "predictions", "search", "angles"}
+    again = run("report", tmp_path / "found", "--no-measure", "--output", tmp_path / "elsewhere")
+    assert again.code == 0, again.err
+    assert "report written to" in again.out
+    assert not (tmp_path / "elsewhere" / "angles.png").exists()
+
+
+def test_report_of_blocks_and_of_what_has_no_record(run: Run, models: Path, tmp_path: Path) -> None:
+    text = ["--calibration", models / "calibration.txt", "--length", "32", "--no-evaluate"]
+    folder = ["--sequential", "--run-folder", tmp_path / "run"]
+    assert run("compress", models / "llama", tmp_path / "small", *text, *folder).code == 0
+    for source in ("run", "small"):
+        assert run("report", tmp_path / source, "--no-measure", "--output", tmp_path / f"{source}-report").code == 0
+        assert (tmp_path / f"{source}-report" / "blocks.png").exists()
+    assert [entry["block"] for entry in Record.load(tmp_path / "small" / "reparam_run.json").blocks] == [
+        "model.layers.0",
+        "model.layers.1",
+    ]
+    (tmp_path / "small" / "reparam_run.json").unlink()
+    assert_error(run("report", tmp_path / "small", "--no-measure"), "leave out --no-measure")
+    assert run("report", tmp_path / "small", "--length", "32", "--text", models / "text.txt").code == 0
+    assert "perplexity" in Record.load(tmp_path / "small" / "report" / "record.json").evaluation
+    assert_error(run("report", models), "neither an adapter")
+    assert_error(run("report", tmp_path / "missing"), "neither an adapter")
+    assert_error(run("report", tmp_path / "run", "--no-measure", "--output", models), "no report")
 
 
 def test_plans_that_are_refused(run: Run, models: Path, tmp_path: Path) -> None:

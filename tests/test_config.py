@@ -64,6 +64,11 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("moved_bias", None, TypeError, "`moved_bias` must be True or False, got None"),
     ("moved_bias", 1, TypeError, "`moved_bias` must be True or False, got 1"),
     *(
+        ("smaller_keeps", value, TypeError, "`smaller_keeps` is filled in by `compress` and must hold fractions below `keep`")
+        for value in ("0.5", [0.9], [1], 0.5, {0.5})
+    ),
+    ("smaller_ranks", {}, TypeError, "`smaller_keeps` is filled in by `compress`"),
+    *(
         ("predicted_loss", value, TypeError, "`predicted_loss` is filled in by `compress` and must be a finite number or None")
         for value in ("0.1", True, NAN, INFINITY, [0.1])
     ),

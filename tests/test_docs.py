@@ -8,6 +8,9 @@ import inspect
 import os
 import pkgutil
 import re
+import shutil
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -134,6 +137,32 @@ def test_relative_links_resolve(page: Path) -> None:
         path = page.parent / target if target else page
         assert path.exists(), link
         assert not anchor or anchor in anchors(path), link
+
+
+def build_site(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
+    """mkdocs in strict mode, in a process of its own: earlier tests may have turned off logging, by which it counts warnings."""
+    pytest.importorskip("mkdocs")
+    pytest.importorskip("material")
+    command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", config, "--site-dir", site]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env={**os.environ, "NO_COLOR": "1"})
+
+
+def test_site_builds(tmp_path: Path) -> None:
+    result = build_site(ROOT / "mkdocs.yml", tmp_path / "site")
+    assert result.returncode == 0, result.stderr
+    pages = [page.stem for page in PAGES if page.parent.name == "docs" and page.stem != "index"]
+    assert [page for page in pages if not (tmp_path / "site" / page / "index.html").is_file()] == []
+
+
+@pytest.mark.parametrize("link", ["missing.md", "quickstart.md#missing"])
+def test_site_with_a_broken_link_does_not_build(link: str, tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    with open(tmp_path / "docs" / "index.md", "a", encoding="utf-8") as page:
+        page.write(f"\n[A page]({link})\n")
+    result = build_site(tmp_path / "mkdocs.yml", tmp_path / "site")
+    assert result.returncode != 0
+    assert link.rpartition("#")[2] in result.stderr
 
 
 def public_objects() -> Iterator[tuple[str, Any, type | None]]:

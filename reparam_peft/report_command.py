@@ -1,0 +1,97 @@
+"""`reparam report`: what was done, what came of it, and pictures, as one HTML file."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from peft import PeftConfig
+from rich.console import Console
+
+from .angles import mean_input_angles
+from .evaluation import benchmark, perplexity, predicts_next_token
+from .model import ReparamModel
+from .options import DeviceOption, DtypeOption, JsonOption, LengthOption, TextOption, WindowsOption
+from .outputs import PROMPTS, continuation
+from .records import Record, read_record
+from .report import write_report
+from .sources import CliError, load_model, read_batches
+
+
+def report(
+    run: Annotated[
+        Path, typer.Argument(metavar="RUN", help="Folder that a command wrote an adapter to, or the run folder of `compress`.")
+    ],
+    output: Annotated[Path | None, typer.Option(help="Folder to write the report to. Default: RUN/report.")] = None,
+    measure: Annotated[
+        bool, typer.Option(help="Load both models: for speed, samples, angles between layers, and perplexity if not known.")
+    ] = True,
+    dense: Annotated[str | None, typer.Option(help="The dense model. Default: the one that RUN was made from.")] = None,
+    text: TextOption = None,
+    length: LengthOption = 512,
+    windows: WindowsOption = 8,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+    as_json: JsonOption = False,
+) -> None:
+    """Write a report on RUN: one HTML file that needs no network, its pictures as PNG, and its data as JSON."""
+    adapter = (run / "adapter_config.json").exists()
+    record = read_record(run) if run.is_dir() else None
+    if record is None and not adapter:
+        raise CliError(f"{run} is neither an adapter of reparam_peft nor the folder of a run.")
+    if measure and adapter:
+        record = _measured(record, run, dense, text, length, windows, dtype, device)
+    elif record is None:
+        raise CliError(f"{run} holds no record of its run; leave out --no-measure, so that its model is looked at.")
+    output = run / "report" if output is None else output
+    page = write_report(record, output)
+    record.save(output / "record.json")
+    if as_json:
+        print(json.dumps({"run": str(run), "report": str(page), "evaluation": record.evaluation, "speed": record.speed}))
+    else:
+        Console().print(f"report written to {page}", highlight=False)
+
+
+def _measured(
+    record: Record | None,
+    run: Path,
+    dense_model: str | None,
+    text: str | None,
+    length: int,
+    windows: int,
+    dtype: str,
+    device: str | None,
+) -> Record:
+    """A record with what can be measured of both models."""
+    console = Console(stderr=True)
+    small, tokenizer = load_model(str(run), dtype, device)
+    if not isinstance(getattr(small, "base_model", None), ReparamModel):
+        raise CliError(f"{run} is no compressed adapter; make one with `reparam compress`.")
+    base, _ = load_model(dense_model or PeftConfig.from_pretrained(run).base_model_name_or_path, dtype, device)
+    if record is None:
+        record = Record.of(small, angles=False)
+    console.print("comparing what layers look at …")
+    parts: dict[str, Any] = {"angles": mean_input_angles(small)}
+    if predicts_next_token(small):
+        if text is not None or not {"perplexity", "dense perplexity"} <= set(record.evaluation):
+            console.print("measuring perplexity …")
+            skip = math.ceil(record.plan.calibration_tokens / length) if text is None else 0  # may be of the reference text
+            batches = read_batches(tokenizer, "--text", text, length, windows, skip)
+            figures = {"dense perplexity": perplexity(base, batches), "perplexity": perplexity(small, batches)}
+            parts["evaluation"] = {**record.evaluation, **figures}
+        console.print("continuing texts …")
+        parts["samples"] = [
+            {
+                "prompt": prompt,
+                "dense": continuation(base, tokenizer, prompt),
+                "compressed": continuation(small, tokenizer, prompt),
+            }
+            for prompt in PROMPTS
+        ]
+    if not small.config.is_encoder_decoder:
+        console.print("measuring speed …")
+        parts["speed"] = benchmark(small, base, prompt_length=length, repeats=3).to_dict()
+    return record.with_(**parts)
