@@ -9,6 +9,8 @@ import os
 import sys
 import time
 import warnings
+from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -53,7 +55,8 @@ from .records import Record, saving_with
 from .refinement import Refinement
 from .report_command import report
 from .search_command import search
-from .sources import CliError, load_model, read_batches
+from .settings_file import Command
+from .sources import CliError, calibrated_windows, load_model, read_batches
 
 app = typer.Typer(
     add_completion=True,
@@ -64,13 +67,31 @@ app = typer.Typer(
 )
 # Tables go to stdout, what happens meanwhile to stderr, so that `--json` can be piped.
 out, err = Console(), Console(stderr=True)
-app.command(epilog="Example: `reparam heal compressed healed --calibration article.txt --steps 200`")(heal)
-app.command(epilog="Example: `reparam search demo compressed --max-increase 5%`")(search)
-app.command(epilog="Example: `reparam export compressed standalone`")(export)
-app.command(epilog="Example: `reparam report compressed`")(report)
 
 
-@app.command(epilog="Example: `reparam compress demo compressed --keep 0.9`")
+def _command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What makes a function a command: with `--config`, and examples in its help."""
+    return app.command(cls=Command, epilog="Examples:\n\n" + "\n\n".join(f"- `reparam {example}`" for example in examples))
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(version("reparam_peft"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")] = False,
+) -> None:
+    """Options of `reparam` itself."""
+
+
+@_command(
+    "compress demo compressed --keep 0.9",
+    "compress MODEL OUT --calibration train.txt --text test.txt --sequential --refine --run-folder blocks",
+    "compress --config settings.yaml --seed 1",
+)
 def compress(
     model: ModelArgument,
     output: OutputArgument,
@@ -137,7 +158,7 @@ def compress(
     figures: dict[str, float] = {}
     if evaluate:
         err.print("measuring perplexity before …")
-        figures["dense perplexity"] = perplexity(base, batches)
+        figures["dense perplexity"] = perplexity(base, batches, progress=True)
         sample = continuation(base, tokenizer, PROMPTS[0])
     err.print("factorising …")
     start = time.perf_counter()
@@ -148,7 +169,7 @@ def compress(
     elif by_block:
         blocks = read_batches(tokenizer, "--calibration", calibration, length, calibration_windows)
         how = {"sequential": sequential, "run_folder": run_folder, "offload_folder": offload_folder, "statistics": known}
-        how["refine"] = Refinement(**({} if epochs is None else {"epochs": epochs})) if refine else False
+        how["refine"] = Refinement(seed=known.seed, **({} if epochs is None else {"epochs": epochs})) if refine else False
         compressed = compress_model(base, config, blocks, plan=ranks, **how)
     else:
         compressed = compress_model(base, config, known, plan=ranks)
@@ -170,7 +191,7 @@ def compress(
     }
     if evaluate:
         err.print("measuring perplexity after …")
-        figures["perplexity"] = perplexity(reloaded, batches)
+        figures["perplexity"] = perplexity(reloaded, batches, progress=True)
         reloaded.peft_config["default"].evaluation = dict(figures)
         samples = {"dense": sample, "compressed": continuation(reloaded, tokenizer, PROMPTS[0])}
         record = record.with_(evaluation=dict(figures), samples=[{"prompt": PROMPTS[0], **samples}])
@@ -182,7 +203,10 @@ def compress(
         _print_compression(result, sizes)
 
 
-@app.command(epilog="Example: `reparam plan demo --keep 0.8 --statistics demo.safetensors --output plan.json`")
+@_command(
+    "plan demo --keep 0.8 --statistics demo.safetensors --output plan.json",
+    "plan MODEL --config settings.yaml --json",
+)
 def plan(
     model: ModelArgument,
     keep: KeepOption = None,
@@ -220,7 +244,7 @@ def plan(
         print(made)
 
 
-@app.command(epilog="Example: `reparam evaluate compressed --text article.txt --json`")
+@_command("evaluate compressed --text article.txt --json", "evaluate compressed --speed --config settings.yaml")
 def evaluate(
     model: ModelArgument,
     text: TextOption = None,
@@ -234,7 +258,10 @@ def evaluate(
     """Perplexity of MODEL on a text, its size, and on request its speed."""
     loaded, tokenizer = load_model(model, dtype, device)
     check_language_model(loaded, model, "")
-    figures: dict[str, Any] = {"perplexity": perplexity(loaded, read_batches(tokenizer, "--text", text, length, windows))}
+    batches = read_batches(
+        tokenizer, "--text", text, length, windows, calibrated_windows(loaded, length) if text is None else 0
+    )
+    figures: dict[str, Any] = {"perplexity": perplexity(loaded, batches, progress=True)}
     sizes = loaded.size_report() if isinstance(getattr(loaded, "base_model", None), ReparamModel) else None
     whole = sizes.to_dict()["model"] if sizes else {}
     figures["parameters"] = whole.get("stored_parameters", sum(p.numel() for p in loaded.parameters()))
@@ -248,6 +275,19 @@ def evaluate(
     out.print(figures_table(figures))
     if sizes:
         out.print(size_table(sizes))
+
+
+_command("search demo compressed --max-increase 5%", "search --config settings.yaml --run-folder trials")(search)
+_command(
+    "heal compressed healed --calibration article.txt --steps 200",
+    "heal --config settings.yaml --run-folder steps",
+)(heal)
+_command("report compressed", "report compressed --no-measure --output page", "report --config settings.yaml")(report)
+_command(
+    "export compressed standalone",
+    "export compressed small --quantize int8",
+    "export --config settings.yaml --overwrite",
+)(export)
 
 
 def main() -> None:

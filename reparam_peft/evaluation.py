@@ -16,6 +16,7 @@ import psutil
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from tqdm.auto import tqdm
 
 IGNORED = -100  # transformers' label of positions that do not count
 
@@ -30,7 +31,7 @@ def predicts_next_token(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float:
+def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, progress: bool = False) -> float:
     """exp of the mean negative log-likelihood per predicted token, computed in float32 and summed in float64.
 
     Positions with label −100 and padding (attention mask 0) do not count. Decoders predict the next token, so labels are
@@ -41,6 +42,7 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> flo
             back as it was.
         batches: keyword batches with `input_ids`, optionally `attention_mask` and `labels`; without labels the input is
             predicted. Tensors are moved to the model's device.
+        progress: whether to show a progress bar.
 
     Returns:
         The perplexity, ≥ 1.
@@ -51,8 +53,9 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> flo
     """
     shifts = predicts_next_token(model)
     total, count = 0.0, 0
-    with evaluating(model):
-        for index, batch in enumerate(batches):
+    bar = tqdm(batches, desc="Evaluating", unit="batch", delay=1, disable=None if progress else True)
+    with evaluating(model), bar:
+        for index, batch in enumerate(bar):
             batch = _to_device(batch, model, index)
             labels = labels_of(batch, shifts, index)
             logits, labels = _predictions(model, batch, labels, shifts)

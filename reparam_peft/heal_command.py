@@ -70,7 +70,10 @@ def heal(
     test = read_batches(tokenizer, "--text", text, length, windows, skip)
     batches = read_batches(tokenizer, "--calibration", calibration, length, train_windows)
     rows = [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))]
-    figures = {"dense perplexity": perplexity(dense, test), "perplexity before": perplexity(small, test)}
+    figures = {
+        "dense perplexity": perplexity(dense, test, progress=True),
+        "perplexity before": perplexity(small, test, progress=True),
+    }
     console = Console(stderr=True)
     console.print(f"training on {len(rows)} windows …")
     with tempfile.TemporaryDirectory() as temporary:
@@ -98,7 +101,7 @@ def heal(
         last = get_last_checkpoint(str(run_folder)) if run_folder is not None and run_folder.is_dir() else None
         trainer.train(resume_from_checkpoint=last)
     small.eval()
-    figures["perplexity"] = perplexity(small, test)
+    figures["perplexity"] = perplexity(small, test, progress=True)
     small.peft_config["default"].evaluation = dict(figures)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
     record = (read_record(model) or Record.of(small, angles=False)).with_(evaluation=figures, losses=losses, samples=[])

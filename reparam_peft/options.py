@@ -35,7 +35,9 @@ CalibrationWindowsOption = Annotated[int, typer.Option(min=1, help="The most win
 StatisticsOption = Annotated[
     Path | None, typer.Option(help="File of calibration statistics: read if it exists, else written; serves any --keep.")
 ]
-SeedOption = Annotated[int | None, typer.Option(min=0, help="Seed of the labels sampled for gradients. Default: 0.")]
+SeedOption = Annotated[
+    int | None, typer.Option(min=0, help="Seed of the labels sampled for gradients, and of the order in --refine. Default: 0.")
+]
 LengthOption = Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")]
 WindowsOption = Annotated[int, typer.Option(min=1, help="The most windows of text to evaluate.")]
 DtypeOption = Annotated[str, typer.Option(help="Dtype to load the model in: auto, float32, bfloat16 or float16.")]

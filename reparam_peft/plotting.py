@@ -96,9 +96,9 @@ def plot_spectra(plan: Plan, figure: Any = None) -> Any:
         figure = new_axes(3 * columns, 1 + 2.2 * rows).figure
         figure.clear()
     grid = figure.subplots(rows, columns, squeeze=False)
-    costs = [math.log10(value) for module in plan.modules for value in module.spectrum if value > 0]
-    most = max(costs, default=0.0)
-    least = max(min(costs, default=-1.0), most - 8)  # what is smaller is rounding
+    costs = sorted(math.log10(value) for module in plan.modules for value in module.spectrum if value > 0) or [0.0]
+    # Without the few that would take up most of the colours: some hundred times larger ones, and rounding.
+    least, most = costs[len(costs) // 50], costs[-1 - len(costs) // 1000]
     for index, axes in enumerate(grid.flat):
         if index >= len(shown):
             axes.set_axis_off()

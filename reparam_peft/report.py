@@ -103,7 +103,10 @@ def _pictures(record: Record) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     if record.losses:
         yield "training", "The loss while the model was healed.", lambda: plot_losses(record.losses)
     if any(record.angles.values()):
-        caption = "How far neighbouring layers look at the same directions of their inputs: 0 where they share all."
+        caption = (
+            "How far neighbouring layers look at the same directions of their inputs: 0 where they share all, as layers "
+            "that keep nearly every direction must."
+        )
         yield "angles", caption, lambda: plot_angles(record.angles)
 
 
@@ -190,12 +193,16 @@ def _figures(record: Record) -> Iterator[tuple[str, ...]]:
     speed = record.speed
     if speed:
         dense = speed.get("baseline") or {}
-        rows = (("prefill_ms", "ms for a prompt"), ("decode_ms", "ms per generated token"), ("peak_bytes", "peak bytes above"))
-        for key, label in rows:
+        labels = (
+            ("prefill_ms", "ms for a prompt"),
+            ("decode_ms", "ms per generated token"),
+            ("peak_bytes", "peak bytes beside the weights"),
+        )
+        for key, label in labels:
             own, other = speed.get(key), dense.get(key)
             if own is not None:
-                ratio = f"{own / other:.2f}" if other else ""
-                yield label, "" if other is None else f"{other:,.5g}", f"{own:,.5g}", ratio
+                cells = ("" if x is None else f"{x:,}" if isinstance(x, int) else f"{x:,.5g}" for x in (other, own))
+                yield label, *cells, f"{own / other:.2f}" if other else ""
 
 
 def _kept(module: Any) -> tuple[str, str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +17,7 @@ from .options import DeviceOption, DtypeOption, JsonOption, LengthOption, TextOp
 from .outputs import PROMPTS, continuation
 from .records import Record, read_record
 from .report import write_report
-from .sources import CliError, load_model, read_batches
+from .sources import CliError, calibrated_windows, load_model, read_batches
 
 
 def report(
@@ -78,9 +77,12 @@ def _measured(
     if predicts_next_token(small):
         if text is not None or not {"perplexity", "dense perplexity"} <= set(record.evaluation):
             console.print("measuring perplexity …")
-            skip = math.ceil(record.plan.calibration_tokens / length) if text is None else 0  # may be of the reference text
+            skip = calibrated_windows(small, length) if text is None else 0
             batches = read_batches(tokenizer, "--text", text, length, windows, skip)
-            figures = {"dense perplexity": perplexity(base, batches), "perplexity": perplexity(small, batches)}
+            figures = {
+                "dense perplexity": perplexity(base, batches, progress=True),
+                "perplexity": perplexity(small, batches, progress=True),
+            }
             parts["evaluation"] = {**record.evaluation, **figures}
         console.print("continuing texts …")
         parts["samples"] = [

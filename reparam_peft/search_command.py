@@ -87,6 +87,7 @@ def search(
         methods=[method.strip() for method in methods.split(",")],
         max_trials=max_trials,
         run_folder=run_folder,
+        seed=known.seed,
     )
     if result.model is None or result.chosen is None:
         raise CliError(f"no size is within {max_increase}; allow more with --max-increase.\n{result}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, 
 from .demo import demo_folder, reference_text
 from .evaluation import text_batches
 from .model_card import AUTO_CLASSES
+
+CALIBRATION_TOKENS = 48 * 512  # 48 windows of 512 tokens
 
 
 class CliError(Exception):
@@ -54,6 +57,13 @@ def load_model(model: str, dtype: str, device: str | None, trainable: bool = Fal
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CliError(f"{model} cannot be loaded: {error}") from error
     return loaded.to(target).eval(), tokenizer
+
+
+def calibrated_windows(model: Any, length: int) -> int:
+    """How many windows of the reference text `reparam compress` calibrates on by itself, or has for this model."""
+    config = next(iter(getattr(model, "peft_config", {}).values()), None)
+    tokens = max(CALIBRATION_TOKENS, getattr(config, "calibration_tokens", None) or 0)
+    return math.ceil(tokens / length)
 
 
 def read_batches(

@@ -33,7 +33,7 @@ LEVELS = {
     8: ["model", "calibration", "inner_lora"],
     9: ["pipeline", "healing", "loading", "demo"],
     10: ["registration", "anchoring", "truncation", "sources", "options"],
-    11: ["sequential", "outputs"],
+    11: ["sequential", "outputs", "settings_file"],
     12: ["compression", "export_command"],
     13: ["preparation", "streaming", "searching"],
     14: ["records"],

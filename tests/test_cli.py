@@ -22,7 +22,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from reparam_peft import Plan, Record, Statistics, cli, perplexity, preparation, sources, text_batches
+from reparam_peft import Plan, Record, Statistics, cli, perplexity, preparation, search_command, sources, text_batches
 from reparam_peft.outputs import PROMPTS
 
 Run = Callable[..., SimpleNamespace]
@@ -701,11 +701,20 @@ def test_evaluate_with_speed(run: Run, models: Path) -> None:
     assert run("evaluate", models / "llama", *quick(models), "--length", 16, "--speed").code == 0
 
 
-def test_evaluate_by_default_on_the_reference_text(run: Run, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sources, "reference_text", lambda: (models / "text.txt").read_text())
+def test_evaluate_by_default_on_what_of_the_reference_text_was_not_calibrated_on(
+    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    words = (models / "text.txt").read_text() + (models / "calibration.txt").read_text()
+    monkeypatch.setattr(sources, "reference_text", lambda: words)
+    monkeypatch.setattr(sources, "CALIBRATION_TOKENS", 128)  # two windows of 64
+    windows = text_batches(byte_tokenizer(), words, length=64, limit=20, batch_size=20)[0]["input_ids"]
     options = ["--length", 64, "--windows", 4, "--json"]
-    given_, default = run("evaluate", models / "llama", *quick(models), "--json"), run("evaluate", models / "llama", *options)
-    assert json.loads(default.out) == json.loads(given_.out)
+    dense = AutoModelForCausalLM.from_pretrained(models / "llama").eval()
+    printed = json.loads(run("evaluate", models / "llama", *options).out)
+    assert printed["perplexity"] == pytest.approx(perplexity(dense, [{"input_ids": windows[2:6]}]))
+    made = run("compress", models / "llama", tmp_path / "small", *options, "--calibration-windows", 5)
+    again = run("evaluate", tmp_path / "small", *options)
+    assert json.loads(again.out)["perplexity"] == pytest.approx(json.loads(made.out)["evaluation"]["perplexity"], rel=1e-5)
 
 
 def test_the_demo_model_is_a_folder_too(run: Run, models: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -765,6 +774,23 @@ def test_compress_refuses_options_without_effect(
 ) -> None:
     assert_error(run("compress", models / "llama", tmp_path / "out", "--no-evaluate", *options), message)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_seed_reaches_what_is_random(run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: dict[str, object] = {}
+
+    def stop(*_: object, **options: object) -> None:
+        given.update(options)
+        raise sources.CliError("enough")
+
+    monkeypatch.setattr(cli, "compress_model", stop)
+    monkeypatch.setattr(search_command, "search_model", stop)
+    texts = calibrated(models)[:-1]
+    refined = [*calibrated(models), "--refine", "--epochs", 2, "--seed", 5]
+    assert_error(run("compress", models / "llama", tmp_path / "out", *refined), "enough")
+    assert (given["refine"].seed, given["refine"].epochs, given["statistics"].seed) == (5, 2, 5)
+    assert_error(run("search", models / "llama", tmp_path / "out", *texts, *quick(models), "--seed", 6), "enough")
+    assert given["seed"] == 6
 
 
 @pytest.fixture

@@ -140,7 +140,7 @@ def test_relative_links_resolve(page: Path) -> None:
 
 
 def build_site(config: Path, site: Path) -> subprocess.CompletedProcess[str]:
-    """mkdocs in strict mode, in a process of its own: earlier tests may have turned off logging, by which it counts warnings."""
+    """mkdocs in strict mode, in a process of its own: it counts warnings by logging, which other tests may have turned off."""
     pytest.importorskip("mkdocs")
     pytest.importorskip("material")
     command = [sys.executable, "-m", "mkdocs", "build", "--strict", "--config-file", config, "--site-dir", site]

@@ -79,6 +79,20 @@ def test_is_the_exponential_of_transformers_own_loss(build: object) -> None:
     assert perplexity(model, [{"input_ids": ids, "labels": ids}]) == pytest.approx(math.exp(loss), rel=1e-5)
 
 
+def test_perplexity_shows_a_bar_when_asked_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    bars = []
+
+    def bar(batches: list, **options: object) -> evaluation.tqdm:
+        bars.append((options["desc"], options["disable"]))
+        return tqdm(batches, **{**options, "disable": True})
+
+    tqdm = evaluation.tqdm
+    monkeypatch.setattr(evaluation, "tqdm", bar)
+    batches = [{"input_ids": tokens()}]
+    assert perplexity(llama(), batches) == perplexity(llama(), batches, progress=True)
+    assert bars == [("Evaluating", True), ("Evaluating", None)]  # None: where stderr is a terminal
+
+
 def test_a_peft_model_of_full_rank_has_the_perplexity_of_its_base() -> None:
     batches = [{"input_ids": tokens()}]
     expected = perplexity(llama(), batches)

@@ -11,6 +11,7 @@ import matplotlib
 import pytest
 import torch
 from conftest import llama
+from matplotlib.figure import Figure
 from peft import get_peft_model
 
 from reparam_peft import (
@@ -21,9 +22,10 @@ from reparam_peft import (
     input_angles,
     plan,
     plot_effective_ranks,
+    plot_spectra,
     principal_angles,
 )
-from reparam_peft.plotting import place_of, table_html
+from reparam_peft.plotting import place_of, plot_angles, plot_blocks, plot_losses, plot_predictions, table_html
 
 matplotlib.use("Agg")
 BATCHES = [{"input_ids": torch.arange(3, 51).reshape(2, 24)}]
@@ -63,10 +65,43 @@ def test_effective_ranks_are_drawn(made: Plan) -> None:
     assert {round(float(cell), 9) for cell in cells.flatten()} == {round(value, 9) for value in values}
 
 
+def test_spectra_are_drawn_with_the_ranks(made: Plan, tmp_path: Path) -> None:
+    figure = plot_spectra(made)
+    panels = {axes.get_title(): axes for axes in figure.axes if axes.get_title()}
+    assert set(panels) == {place_of(module.name)[0] for module in made.modules}
+    for module in made.modules:
+        kind, depth = place_of(module.name)
+        row = panels[kind].images[0].get_array()[depth]
+        assert float(row[0]) == pytest.approx(math.log10(module.spectrum[0]))
+        (line,) = panels[kind].lines
+        rank = len(module.spectrum) if module.rank is None else module.rank
+        assert (line.get_xdata()[depth], line.get_ydata()[depth]) == (rank - 0.5, depth)
+    figure.savefig(tmp_path / "spectra.png")
+    assert plot_spectra(made, figure=Figure()) is not figure
+
+
+def test_many_kinds_and_one_kind_fit(made: Plan) -> None:
+    one = replace(made, modules=made.modules[:1])
+    assert len([axes for axes in plot_spectra(one).axes if axes.get_title()]) == 1
+    many = tuple(replace(made.modules[0], name=f"layers.0.expert{i}") for i in range(20))
+    assert len([axes for axes in plot_spectra(replace(made, modules=many)).axes if axes.get_title()]) == 16
+
+
+def test_predictions_blocks_angles_and_losses_are_drawn() -> None:
+    axes = plot_predictions([("a", 0.1, 0.2), ("b", 0.3, 0.1)])
+    assert [tuple(line.get_xydata()[0]) for line in axes.lines[:2]] == [(0.1, 0.2), (0.3, 0.1)]
+    entries = [{"block": "0", "original": 0.0, "before": 0.2, "after": None}, {"block": "1", "original": 0.1, "before": 0.3}]
+    assert [list(line.get_ydata()) for line in plot_blocks(entries).lines] == [[0.0, 0.1], [0.2, 0.3]]
+    assert list(plot_angles({"q": {0: 0.5, 2: 0.7}, "k": {}}).lines[0].get_xdata()) == [0, 2]
+    assert list(plot_losses([2.0, 1.0]).lines[0].get_ydata()) == [2.0, 1.0]
+
+
 def test_a_plan_without_spectra_says_so(made: Plan) -> None:
     bare = replace(made, modules=tuple(replace(module, spectrum=()) for module in made.modules))
     with pytest.raises(ValueError, match="no spectra"):
         plot_effective_ranks(bare)
+    with pytest.raises(ValueError, match="no spectra"):
+        plot_spectra(bare)
 
 
 def test_effective_rank_and_energy(made: Plan) -> None:
