@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import re
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -188,8 +187,8 @@ class ReparamConfig(PeftConfig):
             "help": "Filled in: smaller sizes at which `from_pretrained(..., keep=...)` loads the adapter, from large to small."
         },
     )
-    smaller_ranks: dict[str, list[int]] | None = field(
-        default=None, metadata={"help": "Filled in: rank per module at each of these sizes."}
+    smaller_ranks: dict[str, list[int | None]] | None = field(
+        default=None, metadata={"help": "Filled in: rank per module at each of these sizes; None: dense."}
     )
     evaluation: dict[str, float] | None = field(
         default=None,
@@ -232,8 +231,9 @@ class ReparamConfig(PeftConfig):
 
         Args:
             pretrained_model_name_or_path, subfolder, kwargs: as for PEFT.
-            keep: load the adapter at a smaller size: of each product the first columns of A and rows of B, without data, at
-                the largest of `smaller_keeps` that is no larger. `PeftModel.from_pretrained(base, folder, keep=0.7)` does so.
+            keep: load the adapter at the largest of `smaller_keeps` that is no larger, without data: of each product the first
+                columns of A and rows of B, or the base model's matrix. `PeftModel.from_pretrained(base, folder, keep=0.7)`
+                does so.
 
         Raises:
             ValueError: there is no config; a field is wrong; the weights, in a local folder, are truncated, damaged or of
@@ -264,19 +264,21 @@ class ReparamConfig(PeftConfig):
             raise ValueError(f"`keep` must be a number in (0, {self.keep:g}], what the adapter was made with, got {keep!r}.")
         if keep == self.keep:
             return
-        if not self.smaller_keeps or not self.smaller_ranks:
+        if self.smaller_keeps is None or self.smaller_ranks is None:
             raise ValueError(
                 f"`keep={keep}`: the adapter does not know its ranks at smaller sizes. Those made by `compress` with "
-                "`form='factors'`, `allocation='loss'` and without biases of their own do; load others whole, and call "
+                "`form='factors'`, a `ceiling` below 1 and without biases of their own do; load others whole, and call "
                 "`retruncate(model, keep, batches)`."
             )
         index = next((i for i, size in enumerate(self.smaller_keeps) if size <= keep * (1 + 1e-12)), None)
         if index is None:
-            raise ValueError(f"`keep` must be at least {self.smaller_keeps[-1]:g}, the adapter's smallest size, got {keep!r}.")
+            least = [self.keep, *self.smaller_keeps][-1]
+            raise ValueError(f"`keep` must be at least {least:g}, the adapter's smallest size, got {keep!r}.")
         self.ranks_in_file = self.rank_pattern
-        self.rank_pattern = {name: ranks[index] for name, ranks in self.smaller_ranks.items()}
-        self.smaller_ranks = {name: ranks[index + 1 :] for name, ranks in self.smaller_ranks.items()}
-        self.keep, self.smaller_keeps = self.smaller_keeps[index], self.smaller_keeps[index + 1 :]
+        ranks = {name: own[index] for name, own in self.smaller_ranks.items()}
+        self.rank_pattern = {name: rank for name, rank in ranks.items() if rank is not None}
+        self.dense_modules = sorted({*(self.dense_modules or []), *(ranks.keys() - self.rank_pattern.keys())})
+        self.keep, self.smaller_keeps, self.smaller_ranks = self.smaller_keeps[index], None, None
         self.evaluation = self.predicted_loss = None  # of the larger size
 
     def _check_size(self) -> None:
@@ -413,11 +415,10 @@ class ReparamConfig(PeftConfig):
         if not isinstance(ranks, dict) or set(ranks) != set(self.rank_pattern):
             raise ValueError("`smaller_ranks` must be a dict of the modules in `rank_pattern`.")
         for name, own in ranks.items():
-            if not isinstance(own, list) or len(own) != len(keeps) or not all(type(rank) is int for rank in own):
-                raise TypeError(f"`smaller_ranks` must hold {len(keeps)} ints for {name!r}, got {own!r}.")
-            if not all(1 <= lower <= rank for rank, lower in pairwise([self.rank_pattern[name], *own])):
-                limit = self.rank_pattern[name]
-                raise ValueError(f"`smaller_ranks` must fall from at most {limit} to at least 1 for {name!r}, got {own!r}.")
+            if not isinstance(own, list) or len(own) != len(keeps) or not all(type(rank) in (int, type(None)) for rank in own):
+                raise TypeError(f"`smaller_ranks` must hold {len(keeps)} ints or None for {name!r}, got {own!r}.")
+            if not all(rank is None or 1 <= rank <= self.rank_pattern[name] for rank in own):
+                raise ValueError(f"`smaller_ranks` must be in [1, {self.rank_pattern[name]}] for {name!r}, got {own!r}.")
 
 
 def _check_weights(path: Path, ranks: dict[str, int], form: str | None) -> None:

@@ -349,7 +349,8 @@ class ReparamModel(BaseTuner):
             raise
         for _, layer in reparam_layers(model):
             layer.release(adapter_name)
-        return remapped
+        dense = tuple(f".{name}.reparam_factors." for name in config.ranks_in_file.keys() - config.rank_pattern.keys())
+        return {key: tensor for key, tensor in remapped.items() if not any(part in f".{key}" for part in dense)}
 
 
 def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, loading: bool = False) -> dict[str, Target]:

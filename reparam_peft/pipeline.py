@@ -219,7 +219,7 @@ class Run:
         config.calibration_tokens, config.gradient_tokens, config.seed = self.tokens, self.predictions, self.seed
         config.predicted_loss = plan.predicted_loss
         smaller = smaller_ranks(self.config, self.storages, plan)
-        if smaller:
+        if smaller is not None:
             config.smaller_keeps = list(smaller)
             config.smaller_ranks = {name: [ranks[name] for ranks in smaller.values()] for name in plan.ranks}
         return config

@@ -18,7 +18,6 @@ from .config import ReparamConfig
 from .plotting import plot_plan, table_html
 
 FORMAT = "reparam_peft plan 1"
-NOT_DENSE = math.nextafter(1.0, 0.0)  # the `ceiling` that keeps a factorised matrix from becoming dense
 
 
 @dataclass(frozen=True)
@@ -253,36 +252,37 @@ def allocate_ranks(
     return ranks
 
 
-def smaller_ranks(config: ReparamConfig, storages: Mapping[str, Storage], plan: Plan) -> dict[float, dict[str, int]]:
-    """Ranks at sizes below that of a plan, in steps of 0.05 down to the least there is: size → module → rank.
+def smaller_ranks(
+    config: ReparamConfig, storages: Mapping[str, Storage], plan: Plan
+) -> dict[float, dict[str, int | None]] | None:
+    """Ranks at sizes below that of a plan, in steps of 0.05 down to the least there is: size → module → rank; None: dense.
 
-    What is dense stays dense, and no rank rises, so that the products are the first columns of A and rows of B of those of the
-    plan. Empty where they are not: in pivot form, of an autoencoder, with biases that depend on the rank; and without spectra.
+    No rank rises, so that the products are the first columns of A and rows of B of those of the plan. A matrix may be dense
+    where the budget allows it, since a base model has it. None unless the config has a `ceiling` below 1, which says that
+    nothing is dense by itself; and where products of different ranks have no columns in common: in pivot form, of an
+    autoencoder, with biases that depend on the rank.
 
     Args:
         config: that the plan was made with.
         storages: what each target's product takes.
         plan: whose directions are in the order of what they cost.
     """
-    factorised = [module for module in plan.modules if module.rank is not None]
-    ordered = plan.form == "factors" and plan.method != "autoencoder" and plan.allocation == "loss"
-    if not ordered or not all(module.spectrum and not storages[module.name].bias for module in factorised):
-        return {}
+    factorised = {module.name: module for module in plan.modules if module.rank is not None}
+    ordered = plan.form == "factors" and plan.method != "autoencoder" and config.ceiling is not None and config.ceiling < 1
+    if not ordered or any(storages[name].bias for name in factorised):
+        return None
     config = copy.copy(config)
-    config.ceiling = min(NOT_DENSE, 1.0 if config.ceiling is None else config.ceiling)
+    config.ceiling = None
     fixed = {module.name: module.rank for module in plan.modules if module.rank is None or not any(module.spectrum)}
     losses = {module.name: torch.tensor(module.spectrum, dtype=torch.float64) for module in plan.modules}
-    present = plan.ranks
-    found: dict[float, dict[str, int]] = {}
+    found: dict[float, dict[str, int | None]] = {}
     for step in range(math.ceil(plan.keep * 20 - 1e-9) - 1, 0, -1):
         config.keep = step / 20
-        for name, rank in present.items():
-            losses[name][rank:] = 0  # beyond there is nothing to keep
         try:
             ranks = allocate_ranks(config, storages, losses, fixed)
-        except ValueError:  # smaller than dense matrices and the lowest ranks allow
+        except ValueError:  # smaller than the lowest ranks and what is always dense
             break
-        found[config.keep] = present = {name: min(ranks[name], rank) for name, rank in present.items()}
+        found[config.keep] = {name: ranks[name] and min(ranks[name], module.rank) for name, module in factorised.items()}
     return found
 
 

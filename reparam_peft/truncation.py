@@ -18,11 +18,12 @@ from .layer import Product, ReparamLayer
 from .metrics import exact
 from .model import ReparamModel
 from .pipeline import Batches, Run, mean_output, tensors_of
-from .planning import NOT_DENSE, Plan, allocate_ranks, check_budget, parameter_budget
+from .planning import Plan, allocate_ranks, check_budget, parameter_budget
 from .products import FactorizedModule
 from .statistics import Statistics
 from .targets import Target, matrix_storage, naming, reparam_layers, unwrapped
 
+NOT_DENSE = math.nextafter(1.0, 0.0)  # the `ceiling` that keeps a matrix from becoming dense again
 # What a config holds with data only.
 CALIBRATED_FIELDS = (
     *("input_metric", "output_metric", "shrinkage", "output_shrinkage", "rank_multiple", "floor", "ceiling"),

@@ -1,7 +1,7 @@
-"""One adapter loaded at smaller sizes, beside compressions to those sizes: what the shared order of directions costs.
+"""One adapter for many sizes, loaded at some of them, beside compressions to those sizes.
 
-    python tests/benchmarks/sizes.py MODEL CALIBRATION TEST [--keep 0.9]
-        [--sizes 0.8 0.7 0.6] [--windows 24] [--ceiling 1] [--statistics FILE]
+    python tests/benchmarks/sizes.py MODEL CALIBRATION TEST [--sizes 0.9 0.8 0.6] [--windows 24]
+        [--statistics FILE]
 
 MODEL is a folder that `from_pretrained` opens; CALIBRATION and TEST are text files, of which the first windows of 512 tokens
 are taken. FILE is read if it exists, else written. Prints a Markdown table of the perplexity on the first 8 windows of TEST.
@@ -27,10 +27,8 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("calibration", type=Path)
     parser.add_argument("test", type=Path)
-    parser.add_argument("--keep", type=float, default=0.9)
-    parser.add_argument("--sizes", type=float, nargs="+", default=[0.8, 0.7, 0.6])
+    parser.add_argument("--sizes", type=float, nargs="+", default=[0.9, 0.8, 0.6])
     parser.add_argument("--windows", type=int, default=24)
-    parser.add_argument("--ceiling", type=float)
     parser.add_argument("--statistics", type=Path)
     options = parser.parse_args()
     tokenizer = AutoTokenizer.from_pretrained(options.model)
@@ -41,22 +39,21 @@ def main() -> None:
     def base() -> Any:
         return AutoModelForCausalLM.from_pretrained(options.model, dtype=torch.float32).eval()
 
-    def config(keep: float, form: str) -> ReparamConfig:
-        given = {"keep": keep, "form": form, "allocation": "loss", "ceiling": options.ceiling}
-        return ReparamConfig(target_modules="all-linear", **given)
+    def config(keep: float, form: str, ceiling: float | None = None) -> ReparamConfig:
+        return ReparamConfig(target_modules="all-linear", keep=keep, form=form, ceiling=ceiling)
 
     if options.statistics is not None and options.statistics.exists():
         known = Statistics.load(options.statistics)
     else:
-        known = calibrate(base(), config(options.keep, "factors"), calibration)
+        known = calibrate(base(), config(1.0, "factors"), calibration)
         if options.statistics is not None:
             known.save(options.statistics)
     print(f"dense {perplexity(base(), test):.2f}\n", flush=True)
     print("| keep | loaded smaller | compressed to it | in pivot form |\n" + "| --- " * 4 + "|", flush=True)
-    large = compress(base(), config(options.keep, "factors"), known)
+    large = compress(base(), config(1.0, "factors", 0.999), known)
     with tempfile.TemporaryDirectory() as folder:
         large.save_pretrained(folder)
-        print(f"| {options.keep} (as made) | {perplexity(large, test):.2f} | | |", flush=True)
+        print(f"| 1.0 (as made) | {perplexity(large, test):.2f} | | |", flush=True)
         del large
         for keep in options.sizes:
             smaller = PeftModel.from_pretrained(base(), folder, keep=keep)
