@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from .layer import ReparamLayer
 from .metrics import exact
-from .plotting import place_of
+from .plotting import places_of
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
@@ -49,12 +49,12 @@ def input_angles(model: nn.Module, adapter_name: str | None = None) -> dict[str,
         ValueError: the model has no such layers.
     """
     found: dict[str, dict[int, Tensor]] = {}
-    for name, module in model.named_modules():
-        if isinstance(module, ReparamLayer):
-            kind, depth = place_of(name)
-            active = adapter_name or next(iter(module.active_adapters))
-            if active in module.reparam_factors:
-                found.setdefault(kind, {})[depth] = module.reparam_factors[active].factors.B.detach()
+    layers = {name: module for name, module in model.named_modules() if isinstance(module, ReparamLayer)}
+    for name, (kind, depth) in places_of(list(layers)).items():
+        module = layers[name]
+        active = adapter_name or next(iter(module.active_adapters))
+        if active in module.reparam_factors:
+            found.setdefault(kind, {})[depth] = module.reparam_factors[active].factors.B.detach()
     if not found:
         raise ValueError("the model has no factorised layers; compress it first.")
     angles: dict[str, dict[int, Tensor]] = {}

@@ -54,6 +54,7 @@ from .preparation import calibrated, check_folder, config_of, is_data_free, load
 from .records import Record, saving_with
 from .refinement import Refinement
 from .report_command import report
+from .run_folder import PLAN
 from .search_command import search
 from .settings_file import Command
 from .sources import CliError, calibrated_windows, load_model, read_batches
@@ -162,7 +163,8 @@ def compress(
         sample = continuation(base, tokenizer, PROMPTS[0])
     err.print("factorising …")
     start = time.perf_counter()
-    if ranks is None and known is not None and not (refine and config.method == "svd"):  # which would move no biases
+    plans_itself = run_folder is not None or (refine and config.method == "svd")  # which moves biases for `refine` only
+    if ranks is None and known is not None and not plans_itself:
         ranks = plan_model(base, config, known)
     if known is None:
         compressed = get_peft_model(base, config)
@@ -175,6 +177,8 @@ def compress(
         compressed = compress_model(base, config, known, plan=ranks)
     seconds = time.perf_counter() - start
     sizes = compressed.size_report()
+    if run_folder is not None:
+        ranks = Plan.load(run_folder / PLAN)  # a run that goes on keeps the plan that it began with
     record = Record.of(compressed, plan=ranks, run_folder=run_folder, angles=False).with_(model=model)
     save_whole(compressed, tokenizer, output, saving_with(record))
     del base, compressed
@@ -258,9 +262,7 @@ def evaluate(
     """Perplexity of MODEL on a text, its size, and on request its speed."""
     loaded, tokenizer = load_model(model, dtype, device)
     check_language_model(loaded, model, "")
-    batches = read_batches(
-        tokenizer, "--text", text, length, windows, calibrated_windows(loaded, length) if text is None else 0
-    )
+    batches = read_batches(tokenizer, "--text", text, length, windows, calibrated_windows(length) if text is None else 0)
     figures: dict[str, Any] = {"perplexity": perplexity(loaded, batches, progress=True)}
     sizes = loaded.size_report() if isinstance(getattr(loaded, "base_model", None), ReparamModel) else None
     whole = sizes.to_dict()["model"] if sizes else {}

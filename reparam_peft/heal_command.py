@@ -29,7 +29,7 @@ from .options import (
     WindowsOption,
 )
 from .outputs import check_language_model, check_output, figures_table, save_whole
-from .records import Record, read_record, saving_with
+from .records import record_of_adapter, saving_with
 from .sources import CliError, load_model, read_batches
 
 
@@ -65,6 +65,7 @@ def heal(
     if not isinstance(getattr(small, "base_model", None), ReparamModel):
         raise CliError(f"{model} is no compressed adapter; make one with `reparam compress`.")
     check_language_model(small, model, "")
+    record = record_of_adapter(model, small)
     dense, _ = load_model(teacher or PeftConfig.from_pretrained(model).base_model_name_or_path, dtype, device)
     skip = train_windows if text is None and calibration is None else 0  # both are of the reference text
     test = read_batches(tokenizer, "--text", text, length, windows, skip)
@@ -104,7 +105,7 @@ def heal(
     figures["perplexity"] = perplexity(small, test, progress=True)
     small.peft_config["default"].evaluation = dict(figures)
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
-    record = (read_record(model) or Record.of(small, angles=False)).with_(evaluation=figures, losses=losses, samples=[])
+    record = record.with_(evaluation=figures, losses=losses, samples=[], speed=None, angles={})
     save_whole(small, tokenizer, output, saving_with(record))
     if as_json:
         print(json.dumps({"model": model, "output": str(output), "evaluation": figures, "losses": losses}))

@@ -349,8 +349,9 @@ class ReparamModel(BaseTuner):
             raise
         for _, layer in reparam_layers(model):
             layer.release(adapter_name)
-        dense = tuple(f".{name}.reparam_factors." for name in config.ranks_in_file.keys() - config.rank_pattern.keys())
-        return {key: tensor for key, tensor in remapped.items() if not any(part in f".{key}" for part in dense)}
+        dense = config.ranks_in_file.keys() - config.rank_pattern.keys()
+        owners = {key: key.removeprefix("base_model.model.").partition(".reparam_factors.")[0] for key in remapped}
+        return {key: tensor for key, tensor in remapped.items() if owners[key] not in dense}
 
 
 def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, loading: bool = False) -> dict[str, Target]:
@@ -383,12 +384,12 @@ def _factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str,
 
 def _first(tensor: Tensor, own: Tensor, rank_in_file: int, rank: int) -> Tensor:
     """Of a factor in a checkpoint the first columns or rows, where its own rank is lower; anything else as it is."""
-    if tensor.ndim != own.ndim:
+    if tensor.ndim != own.ndim or tensor.shape == own.shape:
         return tensor
     for dim, (size, wanted) in enumerate(zip(tensor.shape, own.shape, strict=True)):
         if (size, wanted) == (rank_in_file, rank):
             tensor = tensor.narrow(dim, 0, rank)
-    return tensor.clone()
+    return tensor.clone()  # without the memory of what is left out
 
 
 def _check_loaded_tensor(key: str, tensor: Tensor | None, own: Tensor, rank: int, out_features: int) -> None:

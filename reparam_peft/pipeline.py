@@ -218,7 +218,8 @@ class Run:
         config.rank_pattern, config.dense_modules = plan.ranks, plan.dense_modules
         config.calibration_tokens, config.gradient_tokens, config.seed = self.tokens, self.predictions, self.seed
         config.predicted_loss = plan.predicted_loss
-        smaller = smaller_ranks(self.config, self.storages, plan)
+        smaller = smaller_ranks(self.config, self.storages, plan, self._given())
+        config.smaller_keeps = config.smaller_ranks = None
         if smaller is not None:
             config.smaller_keeps = list(smaller)
             config.smaller_ranks = {name: [ranks[name] for ranks in smaller.values()] for name in plan.ranks}

@@ -6,7 +6,7 @@ import copy
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -39,7 +39,7 @@ class ModulePlan:
     rank: int | None
     stored_parameters: int
     predicted_loss: float | None = None
-    spectrum: tuple[float, ...] = ()
+    spectrum: tuple[float, ...] = field(default=(), repr=False)
 
     @property
     def dense_parameters(self) -> int:
@@ -253,7 +253,7 @@ def allocate_ranks(
 
 
 def smaller_ranks(
-    config: ReparamConfig, storages: Mapping[str, Storage], plan: Plan
+    config: ReparamConfig, storages: Mapping[str, Storage], plan: Plan, given: Mapping[str, int | None]
 ) -> dict[float, dict[str, int | None]] | None:
     """Ranks at sizes below that of a plan, in steps of 0.05 down to the least there is: size → module → rank; None: dense.
 
@@ -266,6 +266,7 @@ def smaller_ranks(
         config: that the plan was made with.
         storages: what each target's product takes.
         plan: whose directions are in the order of what they cost.
+        given: ranks that the config fixes, which stay.
     """
     factorised = {module.name: module for module in plan.modules if module.rank is not None}
     ordered = plan.form == "factors" and plan.method != "autoencoder" and config.ceiling is not None and config.ceiling < 1
@@ -273,7 +274,7 @@ def smaller_ranks(
         return None
     config = copy.copy(config)
     config.ceiling = None
-    fixed = {module.name: module.rank for module in plan.modules if module.rank is None or not any(module.spectrum)}
+    fixed = {module.name: module.rank for module in plan.modules if module.rank is None or not any(module.spectrum)} | {**given}
     losses = {module.name: torch.tensor(module.spectrum, dtype=torch.float64) for module in plan.modules}
     found: dict[float, dict[str, int | None]] = {}
     for step in range(math.ceil(plan.keep * 20 - 1e-9) - 1, 0, -1):

@@ -26,10 +26,10 @@ def plot_plan(plan: Plan, axes: Any = None) -> Any:
         ImportError: matplotlib is not installed.
     """
     axes = _heat_map(plan, lambda module: module.stored_parameters / module.dense_parameters, "stored / dense", 1.0, axes)
-    kinds, depths = _grid(plan.modules)
+    places, kinds, depths = _grid(plan.modules)
     for module in plan.modules:
         if module.rank is None:
-            kind, depth = place_of(module.name)
+            kind, depth = places[module.name]
             axes.text(depths.index(depth), kinds.index(kind), "×", ha="center", va="center", color="black")
     axes.set_title(f"keep = {plan.keep:g}; × stays dense")
     return axes
@@ -88,7 +88,7 @@ def plot_spectra(plan: Plan, figure: Any = None) -> Any:
         ValueError: the plan was made without statistics.
     """
     _check_spectra(plan)
-    kinds, depths = _grid(plan.modules)
+    place, kinds, depths = _grid(plan.modules)
     shown = kinds[:16]
     columns = min(4, len(shown))
     rows = math.ceil(len(shown) / columns)
@@ -103,15 +103,15 @@ def plot_spectra(plan: Plan, figure: Any = None) -> Any:
         if index >= len(shown):
             axes.set_axis_off()
             continue
-        own = [module for module in plan.modules if place_of(module.name)[0] == shown[index]]
+        own = [module for module in plan.modules if place[module.name][0] == shown[index]]
         width = max(len(module.spectrum) for module in own)
         cells = [[math.nan] * width for _ in depths]
         for module in own:
-            row = depths.index(place_of(module.name)[1])
+            row = depths.index(place[module.name][1])
             cells[row][: len(module.spectrum)] = [math.log10(value) if value > 0 else least for value in module.spectrum]
         image = axes.imshow(cells, aspect="auto", vmin=least, vmax=most, interpolation="nearest")
         ranks = [len(module.spectrum) if module.rank is None else module.rank for module in own]
-        places = [depths.index(place_of(module.name)[1]) for module in own]
+        places = [depths.index(place[module.name][1]) for module in own]
         axes.plot([rank - 0.5 for rank in ranks], places, color="red", linewidth=1, marker=".", markersize=3)
         axes.set_xlim(-0.5, width - 0.5)
         axes.set_title(shown[index], fontsize="small")
@@ -173,6 +173,7 @@ def plot_angles(angles: Mapping[str, Mapping[int, float]], axes: Any = None) -> 
     for kind, by_depth in angles.items():
         if by_depth:
             axes.plot(list(by_depth), list(by_depth.values()), ".-", label=kind)
+    axes.xaxis.get_major_locator().set_params(integer=True)
     axes.axhline(math.pi / 2, color="gray", linestyle=":", label="nothing shared")
     axes.set(
         xlabel="depth", ylabel="mean angle to the next layer, radians", title="kept input directions of neighbouring layers"
@@ -214,20 +215,35 @@ def _check_spectra(plan: Plan) -> None:
         raise ValueError("the plan has no spectra, since it was made without statistics; use `allocation='loss'`.")
 
 
+def places_of(names: Sequence[str]) -> dict[str, tuple[str, int]]:
+    """Kind and depth of each module, as `place_of` gives them; kinds with what is before the number, where two would be one.
+
+    >>> places_of(["encoder.0.q", "decoder.0.q"])
+    {'encoder.0.q': ('encoder.q', 0), 'decoder.0.q': ('decoder.q', 0)}
+    """
+    places = {name: place_of(name) for name in names}
+    if len(set(places.values())) < len(places):
+        for name, (kind, depth) in places.items():
+            before = name.removesuffix(kind).rstrip(".").removesuffix(str(depth)).rstrip(".")
+            places[name] = (f"{before}.{kind}".lstrip("."), depth)
+    return places
+
+
 def _kept(trial: Any, result: SearchResult) -> float:
     return trial.stored_parameters / result.dense_parameters
 
 
-def _grid(modules: Sequence[ModulePlan]) -> tuple[list[str], list[int]]:
-    places = [place_of(module.name) for module in modules]
-    return list(dict.fromkeys(kind for kind, _ in places)), sorted({depth for _, depth in places})
+def _grid(modules: Sequence[ModulePlan]) -> tuple[dict[str, tuple[str, int]], list[str], list[int]]:
+    """The place of each module, all kinds, and all depths."""
+    places = places_of([module.name for module in modules])
+    return places, list(dict.fromkeys(kind for kind, _ in places.values())), sorted({depth for _, depth in places.values()})
 
 
 def _heat_map(plan: Plan, value: Callable[[ModulePlan], float], label: str, most: float | None, axes: Any) -> Any:
-    kinds, depths = _grid(plan.modules)
+    places, kinds, depths = _grid(plan.modules)
     cells = [[math.nan] * len(depths) for _ in kinds]
     for module in plan.modules:
-        kind, depth = place_of(module.name)
+        kind, depth = places[module.name]
         cells[kinds.index(kind)][depths.index(depth)] = value(module)
     axes = new_axes(2 + 0.3 * len(depths), 1.5 + 0.35 * len(kinds)) if axes is None else axes
     image = axes.imshow(cells, aspect="auto", vmin=0.0, vmax=most)

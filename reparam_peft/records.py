@@ -15,12 +15,17 @@ from .angles import mean_input_angles
 from .config import ReparamConfig
 from .model import ReparamModel
 from .planning import ModulePlan, Plan
-from .run_folder import LOG, PLAN, SETTINGS
+from .run_folder import LOG, PLAN, SETTINGS, write_whole
 from .searching import SearchResult
 
 FORMAT = "reparam_peft record 1"
 RECORD = "reparam_run.json"
 SAMPLE_KEYS = {"prompt", "dense", "compressed"}
+NONE = type(None)
+KINDS = {
+    **{"plan": dict, "model": str, "settings": dict, "sizes": (dict, NONE), "evaluation": dict, "search": (dict, NONE)},
+    **{"blocks": list, "losses": list, "samples": list, "speed": (dict, NONE), "angles": dict},
+}
 
 
 @dataclass(frozen=True)
@@ -119,7 +124,8 @@ class Record:
                 if trial.predicted_loss is not None and math.isfinite(trial.metric):
                     label = f"trials, {trial.method}"
                     found.append((label, trial.predicted_loss, math.log(trial.metric / self.search.dense_metric)))
-        if self.plan.predicted_loss is not None and self.excess_loss is not None:
+        trained = bool(self.losses) or any(block.get("after") is not None for block in self.blocks)  # which nothing predicts
+        if self.plan.predicted_loss is not None and self.excess_loss is not None and not trained:
             found.append(("this model", self.plan.predicted_loss, self.excess_loss))
         return found
 
@@ -128,15 +134,14 @@ class Record:
         return replace(self, **parts)
 
     def save(self, path: str | Path) -> None:
-        """Write it as JSON; costs of directions with four digits."""
+        """Write it as JSON: costs of directions with four digits, numbers that are not finite as null."""
         kept = {f.name: getattr(self, f.name) for f in fields(self)}
         kept["search"] = None if self.search is None else self.search.to_dict()
         plan = self.plan.to_dict()
         for module in plan["modules"]:
             module["spectrum"] = [float(f"{value:.4g}") for value in module["spectrum"]]
         kept["plan"] = plan
-        kept["evaluation"] = {k: v if math.isfinite(v) else None for k, v in self.evaluation.items()}
-        Path(path).write_text(json.dumps({"format": FORMAT, **kept}), encoding="utf-8")
+        write_whole(Path(path), json.dumps(_finite({"format": FORMAT, **kept}), allow_nan=False))
 
     @classmethod
     def load(cls, path: str | Path) -> Record:
@@ -154,15 +159,35 @@ class Record:
     def _from_dict(cls, found: dict[str, Any]) -> Record:
         if found.pop("format", None) != FORMAT:
             raise ValueError(f"`format` must be {FORMAT!r}.")
-        if any(set(sample) != SAMPLE_KEYS for sample in found["samples"]):
-            raise ValueError(f"samples must have the keys {sorted(SAMPLE_KEYS)}.")
+        for key, kind in KINDS.items():
+            if not isinstance(found[key], kind):
+                raise ValueError(f"`{key}` has the wrong type, {type(found[key]).__name__}.")
+        for sample in found["samples"]:
+            if set(sample) != SAMPLE_KEYS or not all(isinstance(words, str) for words in sample.values()):
+                raise ValueError(f"samples must have texts as {sorted(SAMPLE_KEYS)}.")
+        if found["sizes"] is not None and not all(isinstance(sizes["stored_bytes"], int) for sizes in found["sizes"].values()):
+            raise ValueError("`sizes` must hold numbers.")
+        if not all(isinstance(block, dict) for block in found["blocks"]):
+            raise ValueError("`blocks` must hold lines of a log.")
+        found["losses"] = [math.nan if loss is None else float(loss) for loss in found["losses"]]
         found["plan"] = Plan.from_dict(found["plan"])
         found["search"] = found["search"] and SearchResult.from_dict(found["search"])
         found["evaluation"] = {k: math.nan if v is None else float(v) for k, v in found["evaluation"].items()}
         found["angles"] = {
-            kind: {int(depth): float(angle) for depth, angle in by_depth.items()} for kind, by_depth in found["angles"].items()
+            kind: {int(depth): math.nan if angle is None else float(angle) for depth, angle in by_depth.items()}
+            for kind, by_depth in found["angles"].items()
         }
         return cls(**found)
+
+
+def record_of_adapter(folder: str | Path, model: PeftModel) -> Record:
+    """The record in the folder that an adapter was loaded from, or a new one where there is none of an adapter with its ranks.
+
+    Raises:
+        ValueError: there is one, and it is damaged.
+    """
+    found, own = read_record(folder), Record.of(model, angles=False)
+    return found if found is not None and found.plan.ranks == own.plan.ranks else own
 
 
 def read_record(folder: str | Path) -> Record | None:
@@ -175,8 +200,11 @@ def read_record(folder: str | Path) -> Record | None:
     if (folder / RECORD).exists():
         return Record.load(folder / RECORD)
     if (folder / SETTINGS).exists() and (folder / PLAN).exists():
-        settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-        config = ReparamConfig(**{key: value for key, value in settings["config"].items() if key in _own_fields()})
+        try:
+            settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
+            config = ReparamConfig(**{key: value for key, value in settings["config"].items() if key in _own_fields()})
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{folder / SETTINGS} does not hold the settings of a run: {error}") from error
         return Record(Plan.load(folder / PLAN), settings=_settings(config), blocks=_blocks(folder))
     return None
 
@@ -189,6 +217,15 @@ def saving_with(record: Record) -> Callable[[Any, Path], None]:
         record.save(folder / RECORD)
 
     return save
+
+
+def _finite(value: Any) -> Any:
+    """A value for JSON, which has no NaN and no infinity."""
+    if isinstance(value, Mapping):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def _own_fields() -> set[str]:

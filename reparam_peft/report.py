@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import base64
 import html
+import importlib.util
 import io
 import math
-import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -24,9 +24,10 @@ from .plotting import (
     table_html,
 )
 from .records import Record
-from .run_folder import writing
+from .run_folder import write_whole, writing
 
 INDEX = "index.html"
+GENERATOR = '<meta name="generator" content="reparam_peft">'  # by which a report is known
 STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
 h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
@@ -56,8 +57,7 @@ def write_report(record: Record, folder: str | Path) -> Path:
         OSError: it cannot be written.
     """
     folder = Path(folder)
-    if folder.exists() and (folder.is_file() or (any(folder.iterdir()) and not (folder / INDEX).exists())):
-        raise FileExistsError(f"{folder} holds other files and no report; give a new folder, or an empty one.")
+    check_report_folder(folder)
     pictures = {name: _png(draw) for name, _, draw in _pictures(record)}
     captions = {name: caption for name, caption, _ in _pictures(record)}
     page = _page(record, pictures, captions)
@@ -67,9 +67,19 @@ def write_report(record: Record, folder: str | Path) -> Path:
             if name.stem not in pictures and name.stem in _NAMES:
                 name.unlink()
         for name, data in pictures.items():
-            _put(folder / f"{name}.png", data)
-        _put(folder / INDEX, page.encode())
+            write_whole(folder / f"{name}.png", data)
+        write_whole(folder / INDEX, page)
     return folder / INDEX
+
+
+def check_report_folder(folder: Path) -> None:
+    """Raise, before any work, what `write_report` would raise of a folder or of a library that is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("reports need matplotlib: pip install 'reparam_peft[plot]'")
+    index = folder / INDEX
+    ours = index.is_file() and GENERATOR in index.read_text(encoding="utf-8", errors="replace")
+    if folder.exists() and (folder.is_file() or (any(folder.iterdir()) and not ours)):
+        raise FileExistsError(f"{folder} holds other files and no report; give a new folder, or an empty one.")
 
 
 _NAMES = {"ranks", "spectra", "effective_ranks", "predictions", "blocks", "training", "search", "angles"}
@@ -149,7 +159,8 @@ def _page(record: Record, pictures: dict[str, bytes], captions: dict[str, str]) 
     body = "\n".join(parts)
     title = _text(f"{record.model or 'model'}, compressed")
     return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
+        f'<meta name="viewport" content="width=device-width">'
         f"<title>{title}</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
     )
 
@@ -236,10 +247,3 @@ def _figure(name: str, data: bytes, caption: str) -> str:
 
 def _text(words: str) -> str:
     return html.escape(str(words))
-
-
-def _put(path: Path, data: bytes) -> None:
-    """Write aside, then rename: the file is whole or as it was."""
-    aside = path.with_suffix(f"{path.suffix}.tmp")
-    aside.write_bytes(data)
-    os.replace(aside, path)

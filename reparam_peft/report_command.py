@@ -15,8 +15,8 @@ from .evaluation import benchmark, perplexity, predicts_next_token
 from .model import ReparamModel
 from .options import DeviceOption, DtypeOption, JsonOption, LengthOption, TextOption, WindowsOption
 from .outputs import PROMPTS, continuation
-from .records import Record, read_record
-from .report import write_report
+from .records import Record, read_record, record_of_adapter
+from .report import check_report_folder, write_report
 from .sources import CliError, calibrated_windows, load_model, read_batches
 
 
@@ -38,14 +38,17 @@ def report(
 ) -> None:
     """Write a report on RUN: one HTML file that needs no network, its pictures as PNG, and its data as JSON."""
     adapter = (run / "adapter_config.json").exists()
+    output = run / "report" if output is None else output
+    if not (measure and adapter) and not (dense is None and text is None and device is None):
+        raise CliError("--dense, --text and --device are for measuring the models of an adapter; leave them out.")
+    check_report_folder(output)
     record = read_record(run) if run.is_dir() else None
     if record is None and not adapter:
         raise CliError(f"{run} is neither an adapter of reparam_peft nor the folder of a run.")
     if measure and adapter:
-        record = _measured(record, run, dense, text, length, windows, dtype, device)
+        record = _measured(run, dense, text, length, windows, dtype, device)
     elif record is None:
         raise CliError(f"{run} holds no record of its run; leave out --no-measure, so that its model is looked at.")
-    output = run / "report" if output is None else output
     page = write_report(record, output)
     record.save(output / "record.json")
     if as_json:
@@ -55,7 +58,6 @@ def report(
 
 
 def _measured(
-    record: Record | None,
     run: Path,
     dense_model: str | None,
     text: str | None,
@@ -64,20 +66,19 @@ def _measured(
     dtype: str,
     device: str | None,
 ) -> Record:
-    """A record with what can be measured of both models."""
+    """The record of an adapter, with what can be measured of both models."""
     console = Console(stderr=True)
     small, tokenizer = load_model(str(run), dtype, device)
     if not isinstance(getattr(small, "base_model", None), ReparamModel):
         raise CliError(f"{run} is no compressed adapter; make one with `reparam compress`.")
+    record = record_of_adapter(run, small)
     base, _ = load_model(dense_model or PeftConfig.from_pretrained(run).base_model_name_or_path, dtype, device)
-    if record is None:
-        record = Record.of(small, angles=False)
     console.print("comparing what layers look at …")
     parts: dict[str, Any] = {"angles": mean_input_angles(small)}
     if predicts_next_token(small):
         if text is not None or not {"perplexity", "dense perplexity"} <= set(record.evaluation):
             console.print("measuring perplexity …")
-            skip = calibrated_windows(small, length) if text is None else 0
+            skip = calibrated_windows(length) if text is None else 0
             batches = read_batches(tokenizer, "--text", text, length, windows, skip)
             figures = {
                 "dense perplexity": perplexity(base, batches, progress=True),

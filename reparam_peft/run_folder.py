@@ -52,7 +52,7 @@ class RunFolder:
         if not path.exists() and self.writes:
             with writing(self.folder):
                 self.folder.mkdir(parents=True, exist_ok=True)
-            _write(path, json.dumps(wanted, indent=1))
+            write_whole(path, json.dumps(wanted, indent=1))
         together()
         self._check_settings(json.loads(path.read_text(encoding="utf-8")), wanted)
         while (entry := self._entry(len(self.finished))) is not None:
@@ -74,7 +74,7 @@ class RunFolder:
     def begin(self, plan: Plan) -> None:
         """Keep the plan."""
         if self.writes:
-            _write(self.folder / PLAN, json.dumps(plan.to_dict()))
+            write_whole(self.folder / PLAN, json.dumps(plan.to_dict()))
 
     def finish(self, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Keep a finished block: its line of the log, and its tensors."""
@@ -109,7 +109,7 @@ class RunFolder:
 
     def _write_log(self) -> None:
         if self.writes:
-            _write(self.folder / LOG, "".join(json.dumps(entry) + "\n" for entry in self.finished))
+            write_whole(self.folder / LOG, "".join(json.dumps(entry) + "\n" for entry in self.finished))
 
     def _check_settings(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         for key in sorted({*found, *wanted}):
@@ -167,8 +167,12 @@ def _aside(path: Path) -> Path:
     return path.with_suffix(f"{path.suffix}.tmp")
 
 
-def _write(path: Path, text: str) -> None:
-    """Write aside, then rename: the file is whole or as it was."""
+def write_whole(path: Path, content: str | bytes) -> None:
+    """Write aside, then rename: the file is whole or as it was.
+
+    Raises:
+        OSError
+    """
     with writing(path):
-        _aside(path).write_text(text, encoding="utf-8")
+        _aside(path).write_bytes(content.encode() if isinstance(content, str) else content)
         os.replace(_aside(path), path)

@@ -53,9 +53,20 @@ def _key(parameter: Any) -> str:
     return (long[0][2:] if long else parameter.name).replace("-", "_")
 
 
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which would let the last of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"`{twice}` is there twice.")
+        return super().construct_mapping(node, deep)
+
+
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
         raise CliError(f"--config {path} cannot be read: {error}") from error
     if settings is None:

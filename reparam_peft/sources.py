@@ -59,11 +59,9 @@ def load_model(model: str, dtype: str, device: str | None, trainable: bool = Fal
     return loaded.to(target).eval(), tokenizer
 
 
-def calibrated_windows(model: Any, length: int) -> int:
-    """How many windows of the reference text `reparam compress` calibrates on by itself, or has for this model."""
-    config = next(iter(getattr(model, "peft_config", {}).values()), None)
-    tokens = max(CALIBRATION_TOKENS, getattr(config, "calibration_tokens", None) or 0)
-    return math.ceil(tokens / length)
+def calibrated_windows(length: int) -> int:
+    """How many windows of the reference text `reparam compress` calibrates on by itself."""
+    return math.ceil(CALIBRATION_TOKENS / length)
 
 
 def read_batches(

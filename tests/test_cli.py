@@ -554,12 +554,18 @@ def test_report_of_blocks_and_of_what_has_no_record(run: Run, models: Path, tmp_
         "model.layers.0",
         "model.layers.1",
     ]
+    again = run("compress", models / "llama", tmp_path / "again", *text, *folder)
+    assert again.code == 0, again.err
+    assert (
+        Record.load(tmp_path / "again" / "reparam_run.json").plan == Record.load(tmp_path / "small" / "reparam_run.json").plan
+    )
     (tmp_path / "small" / "reparam_run.json").unlink()
     assert_error(run("report", tmp_path / "small", "--no-measure"), "leave out --no-measure")
     assert run("report", tmp_path / "small", "--length", "32", "--text", models / "text.txt").code == 0
     assert "perplexity" in Record.load(tmp_path / "small" / "report" / "record.json").evaluation
     assert_error(run("report", models), "neither an adapter")
     assert_error(run("report", tmp_path / "missing"), "neither an adapter")
+    assert_error(run("report", tmp_path / "run", "--dense", "demo"), "leave them out")
     assert_error(run("report", tmp_path / "run", "--no-measure", "--output", models), "no report")
 
 
@@ -712,7 +718,7 @@ def test_evaluate_by_default_on_what_of_the_reference_text_was_not_calibrated_on
     dense = AutoModelForCausalLM.from_pretrained(models / "llama").eval()
     printed = json.loads(run("evaluate", models / "llama", *options).out)
     assert printed["perplexity"] == pytest.approx(perplexity(dense, [{"input_ids": windows[2:6]}]))
-    made = run("compress", models / "llama", tmp_path / "small", *options, "--calibration-windows", 5)
+    made = run("compress", models / "llama", tmp_path / "small", *options, "--calibration-windows", 2)
     again = run("evaluate", tmp_path / "small", *options)
     assert json.loads(again.out)["perplexity"] == pytest.approx(json.loads(made.out)["evaluation"]["perplexity"], rel=1e-5)
 

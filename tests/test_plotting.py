@@ -87,6 +87,14 @@ def test_many_kinds_and_one_kind_fit(made: Plan) -> None:
     assert len([axes for axes in plot_spectra(replace(made, modules=many)).axes if axes.get_title()]) == 16
 
 
+def test_encoder_and_decoder_are_kinds_of_their_own(made: Plan) -> None:
+    names = ("encoder.block.0.q", "encoder.block.1.q", "decoder.block.0.q", "decoder.block.1.q")
+    both = replace(made, modules=tuple(replace(made.modules[0], name=name) for name in names))
+    kinds = [label.get_text() for label in both.plot().get_yticklabels()]
+    assert kinds == ["encoder.block.q", "decoder.block.q"]
+    assert [len(axes.lines[0].get_xdata()) for axes in plot_spectra(both).axes if axes.get_title()] == [2, 2]
+
+
 def test_predictions_blocks_angles_and_losses_are_drawn() -> None:
     axes = plot_predictions([("a", 0.1, 0.2), ("b", 0.3, 0.1)])
     assert [tuple(line.get_xydata()[0]) for line in axes.lines[:2]] == [(0.1, 0.2), (0.3, 0.1)]

@@ -12,8 +12,8 @@ import torch
 from conftest import llama
 from peft import LoraConfig, PeftModel, get_peft_model
 
-from reparam_peft import Plan, Record, ReparamConfig, compress, plan, search
-from reparam_peft.records import RECORD, read_record, saving_with
+from reparam_peft import Plan, Record, ReparamConfig, compress, plan, retruncate, search
+from reparam_peft.records import RECORD, read_record, record_of_adapter, saving_with
 
 BATCHES = [{"input_ids": torch.arange(3, 51).reshape(2, 24)}, {"input_ids": torch.arange(51, 99).reshape(2, 24)}]
 SAMPLE = {"prompt": "a", "dense": "a <b>", "compressed": "a c"}
@@ -48,7 +48,9 @@ def test_a_record_holds_the_run(small: PeftModel, made: Plan) -> None:
 def test_it_comes_back_from_its_file(small: PeftModel, made: Plan, tmp_path: Path) -> None:
     result = search(llama(), config(keep=0.8), BATCHES, evaluation=BATCHES[:1], tolerance="50%", max_trials=2, progress=False)
     record = Record.of(result.model, plan=result.plan, search=result, evaluation={"perplexity": math.nan}, samples=[SAMPLE])
-    record = record.with_(losses=[2.0, 1.0], blocks=[{"block": "b", "original": 0.0, "before": 0.1, "after": None}])
+    record = record.with_(
+        losses=[2.0, 1.0], angles={"q": {0: math.inf}}, blocks=[{"block": "b", "original": 0.0, "before": 0.1, "after": None}]
+    )
     record.save(tmp_path / "record.json")
     json.loads((tmp_path / "record.json").read_text(), parse_constant=pytest.fail)  # no NaN, which is no JSON
     again = Record.load(tmp_path / "record.json")
@@ -56,7 +58,8 @@ def test_it_comes_back_from_its_file(small: PeftModel, made: Plan, tmp_path: Pat
     assert again.excess_loss is None
     for first, second in zip(again.plan.modules, record.plan.modules, strict=True):
         assert first.spectrum == pytest.approx(second.spectrum, rel=1e-3)
-    assert replace(again, plan=record.plan, evaluation={}) == replace(record, evaluation={})
+    assert math.isnan(again.angles["q"][0])
+    assert replace(again, plan=record.plan, evaluation={}, angles={}) == replace(record, evaluation={}, angles={})
     again.save(tmp_path / "again.json")
     assert (tmp_path / "again.json").read_bytes() == (tmp_path / "record.json").read_bytes()
 
@@ -101,6 +104,15 @@ def test_what_does_not_belong_together_is_refused(small: PeftModel, made: Plan, 
         lambda kept: kept.update(search={"trials": [{}]}),
         lambda kept: kept.update(angles=[1]),
         lambda kept: kept.update(evaluation={"perplexity": "<script>"}),
+        lambda kept: kept.update(losses="abc"),
+        lambda kept: kept.update(losses=["a"]),
+        lambda kept: kept.update(sizes=5),
+        lambda kept: kept.update(sizes={"targets": {}}),
+        lambda kept: kept.update(settings=[]),
+        lambda kept: kept.update(blocks=["x"]),
+        lambda kept: kept.update(speed=[1]),
+        lambda kept: kept.update(model=5),
+        lambda kept: kept.update(samples=[{"prompt": 1, "dense": "", "compressed": ""}]),
     ],
 )
 def test_damaged_files_are_refused(made: Plan, tmp_path: Path, change: object) -> None:
@@ -117,6 +129,29 @@ def test_a_truncated_file_is_refused(made: Plan, tmp_path: Path) -> None:
     (tmp_path / RECORD).write_bytes((tmp_path / RECORD).read_bytes()[:100])
     with pytest.raises(ValueError, match="does not hold the record of a run"):
         read_record(tmp_path)
+
+
+def test_a_damaged_run_folder_is_refused(made: Plan, tmp_path: Path) -> None:
+    made.save(tmp_path / "plan.json")
+    (tmp_path / "run.json").write_text("{}")
+    with pytest.raises(ValueError, match="does not hold the settings of a run"):
+        read_record(tmp_path)
+
+
+def test_a_record_of_other_ranks_is_not_believed(small: PeftModel, made: Plan, tmp_path: Path) -> None:
+    assert record_of_adapter(tmp_path, small).plan.predicted_loss is None
+    Record.of(small, plan=made, evaluation={"perplexity": 2.0}).save(tmp_path / RECORD)
+    assert record_of_adapter(tmp_path, small).evaluation == {"perplexity": 2.0}
+    smaller = retruncate(compress(llama(), config(), BATCHES, plan=made, progress=False), 0.4, progress=False)
+    assert record_of_adapter(tmp_path, smaller).evaluation == {}
+    assert record_of_adapter(tmp_path, smaller).plan.ranks == smaller.peft_config["default"].rank_pattern
+
+
+def test_nothing_predicts_what_training_changed(small: PeftModel, made: Plan) -> None:
+    record = Record.of(small, plan=made, evaluation={"dense perplexity": 10.0, "perplexity": 20.0}, angles=False)
+    assert record.predictions
+    assert record.with_(losses=[1.0]).predictions == []
+    assert record.with_(blocks=[{"block": "0", "after": 0.1}]).predictions == []
 
 
 def test_a_record_is_saved_with_its_model_and_read_from_folders(small: PeftModel, made: Plan, tmp_path: Path) -> None:

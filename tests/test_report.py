@@ -100,6 +100,12 @@ def test_a_report_replaces_an_earlier_one_and_nothing_else(record: Record, made:
     write_report(Record(made), tmp_path / "report")
     names = {file.name for file in (tmp_path / "report").glob("*.png")}
     assert names == {"ranks.png", "spectra.png", "effective_ranks.png", "own.png"}
+    (tmp_path / "site").mkdir()
+    (tmp_path / "site" / "index.html").write_text("my site")
+    (tmp_path / "site" / "search.png").write_bytes(b"mine")
+    with pytest.raises(FileExistsError, match="other files and no report"):
+        write_report(record, tmp_path / "site")
+    assert (tmp_path / "site" / "search.png").read_bytes() == b"mine"
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "thesis.txt").write_text("years of work")
     with pytest.raises(FileExistsError, match="other files and no report"):

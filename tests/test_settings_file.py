@@ -238,3 +238,8 @@ def test_completion(words: str, expected: str) -> None:
     asked = {"_REPARAM_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
     result = CliRunner().invoke(cli.app, prog_name="reparam", env=asked)
     assert (result.exit_code, result.output.split()) == (0, [expected])
+
+
+def test_a_key_that_is_there_twice_is_refused(call: Call, file: Callable[[str], Path]) -> None:
+    with pytest.raises(CliError, match="`keep` is there twice"):
+        call("compress", "a", "b", "--config", file("keep: 0.8\nkeep: 0.5"))

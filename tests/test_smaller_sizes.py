@@ -47,6 +47,33 @@ def test_an_adapter_loads_at_smaller_sizes(tmp_path: Path, options: dict[str, ob
         assert torch.equal(small.get_base_model().get_submodule(name).weight, llama().get_submodule(name).weight)
 
 
+def test_a_module_whose_name_ends_as_that_of_a_dense_one_keeps_its_factors(tmp_path: Path) -> None:
+    def net() -> nn.Module:
+        torch.manual_seed(0)
+        inner = nn.Sequential(nn.Linear(64, 64, bias=False), nn.ReLU(), nn.Linear(64, 64, bias=False))
+        return nn.Sequential(nn.Linear(64, 64, bias=False), inner)
+
+    batches = [{"input": torch.randn(64, 64, generator=torch.Generator().manual_seed(0))}]
+    given = {"keep": 1.0, "form": "factors", "allocation": "loss", "ceiling": 0.999, "rank_multiple": 4}
+    compress(net(), ReparamConfig(target_modules=["0", "1.2"], **given), batches, progress=False).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_config.json"
+    fields = json.loads(path.read_text())
+    ranks = {name: [None] if name == "0" else [20] for name in fields["rank_pattern"]}
+    path.write_text(json.dumps({**fields, "smaller_keeps": [0.85], "smaller_ranks": ranks}))
+    small = PeftModel.from_pretrained(net(), tmp_path, keep=0.85)
+    assert set(small.peft_config["default"].rank_pattern) == {"1.0", "1.2"}
+    for name in ("1.0", "1.2"):
+        factors = small.get_base_model().get_submodule(name).reparam_factors["default"].factors
+        assert factors.A.isfinite().all()
+        assert factors.A.shape == (64, 20)
+
+
+def test_ranks_that_are_given_stay(tmp_path: Path) -> None:
+    model = nested(rank_pattern={"layers.0.mlp.up_proj": 36})
+    ranks = model.peft_config["default"].smaller_ranks["model.layers.0.mlp.up_proj"]
+    assert ranks == [36] * len(ranks)
+
+
 @pytest.mark.parametrize("keep", [0.9, 0.6, 0.3])
 def test_it_is_what_compress_makes_at_that_size(tmp_path: Path, keep: float) -> None:
     nested().save_pretrained(tmp_path)
