@@ -17,7 +17,6 @@ from .evaluation import perplexity
 from .healing import HealingTrainer
 from .model import ReparamModel
 from .options import (
-    CalibrationOption,
     DeviceOption,
     DtypeOption,
     JsonOption,
@@ -37,7 +36,9 @@ def heal(
     model: ModelArgument,
     output: OutputArgument,
     teacher: Annotated[str | None, typer.Option(help="The dense model. Default: the one that MODEL was made from.")] = None,
-    calibration: CalibrationOption = None,
+    calibration: Annotated[
+        str | None, typer.Option(help="Text to train on: as for --text. Default: Python's language reference.")
+    ] = None,
     train_windows: Annotated[int, typer.Option(min=1, help="The most windows of text to train on.")] = 512,
     epochs: Annotated[float, typer.Option(min=0, help="Passes over them.")] = 1.0,
     steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of --epochs.")] = None,
