@@ -329,5 +329,5 @@ def _print_compression(result: dict[str, Any], sizes: SizeReport) -> None:
         out.print(figures_table(result["evaluation"]))
         for name, words in result["sample"].items():
             out.print(f"[bold]{name}:[/] ", end="")
-            out.print(words, markup=False, highlight=False)
-    out.print(f"factorised in {result['seconds']:.1f} s, saved to {result['output']}", highlight=False)
+            out.print(words, markup=False, highlight=False, soft_wrap=True)
+    out.print(f"factorised in {result['seconds']:.1f} s, saved to {result['output']}", highlight=False, soft_wrap=True)

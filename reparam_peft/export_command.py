@@ -80,7 +80,7 @@ def export(
         report = {"to": to.value, "quantize": quantize.value if quantize else None, "bytes": written}
         print(json.dumps({"model": model, "output": str(output), **report}))
     else:
-        Console().print(f"{written:,} bytes of weights saved to {output}", highlight=False)
+        Console().print(f"{written:,} bytes of weights saved to {output}", highlight=False, soft_wrap=True)
 
 
 def _save(config: ReparamConfig, to: Kind, self_contained: bool, model: PreTrainedModel, folder: Path) -> None:

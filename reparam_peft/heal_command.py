@@ -113,4 +113,4 @@ def heal(
         return
     out = Console()
     out.print(figures_table(figures))
-    out.print(f"loss {' → '.join(f'{loss:.3f}' for loss in losses)}, saved to {output}", highlight=False)
+    out.print(f"loss {' → '.join(f'{loss:.3f}' for loss in losses)}, saved to {output}", highlight=False, soft_wrap=True)

@@ -54,7 +54,7 @@ def report(
     if as_json:
         print(json.dumps({"run": str(run), "report": str(page), "evaluation": record.evaluation, "speed": record.speed}))
     else:
-        Console().print(f"report written to {page}", highlight=False)
+        Console().print(f"report written to {page}", highlight=False, soft_wrap=True)
 
 
 def _measured(

@@ -111,4 +111,4 @@ def _print(result: SearchResult, output: Path) -> None:
     table.caption = result.request
     console = Console()
     console.print(table)
-    console.print(f"saved to {output}", highlight=False)
+    console.print(f"saved to {output}", highlight=False, soft_wrap=True)

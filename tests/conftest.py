@@ -31,6 +31,14 @@ import reparam_peft  # noqa: F401  registers the method
 
 torch.set_num_threads(1)  # tests run in as many processes as CPUs, and threads of several would spin on each other
 
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Forget what imports of other libraries print, which pytest-xdist would show after the closing line."""
+    capture = config.pluginmanager.get_plugin("capturemanager")
+    if capture is not None and capture.is_globally_capturing():
+        capture.read_global_capture()
+
+
 # Largest relative deviation, ‖got − expected‖ / ‖expected‖, that rounding in this dtype may cause in a few operations.
 TOLERANCE = {torch.float64: 1e-10, torch.float32: 1e-5, torch.float16: 1e-2, torch.bfloat16: 5e-2}
 
