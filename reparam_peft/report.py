@@ -58,9 +58,9 @@ def write_report(record: Record, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     check_report_folder(folder)
-    pictures = {name: _png(draw) for name, _, draw in _pictures(record)}
-    captions = {name: caption for name, caption, _ in _pictures(record)}
-    page = _page(record, pictures, captions)
+    drawn = [(name, caption, _png(draw)) for name, caption, draw in _pictures(record)]
+    pictures = {name: data for name, _, data in drawn}
+    page = _page(record, {name: _figure(name, data, caption) for name, caption, data in drawn})
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         for name in folder.glob("*.png"):
@@ -120,9 +120,9 @@ def _pictures(record: Record) -> Iterator[tuple[str, str, Callable[[], Any]]]:
         yield "angles", caption, lambda: plot_angles(record.angles)
 
 
-def _page(record: Record, pictures: dict[str, bytes], captions: dict[str, str]) -> str:
+def _page(record: Record, figures: dict[str, str]) -> str:
     def picture(*names: str) -> str:
-        return "".join(_figure(name, pictures[name], captions[name]) for name in names if name in pictures)
+        return "".join(figures.get(name, "") for name in names)
 
     plan = record.plan
     parts = [
@@ -135,9 +135,9 @@ def _page(record: Record, pictures: dict[str, bytes], captions: dict[str, str]) 
     ]
     if record.search is not None:
         parts += ["<h2>Search</h2>", picture("search"), table_html(record.search.rows(), record.search.request)]
-    if "ranks" in pictures:
+    if "ranks" in figures:
         parts += ["<h2>Ranks</h2>", picture("ranks")]
-    if "predictions" in pictures:
+    if "predictions" in figures:
         parts += ["<h2>Predicted and measured loss</h2>", picture("predictions")]
     if record.blocks:
         parts += ["<h2>Block by block</h2>", picture("blocks")]
