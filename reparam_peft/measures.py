@@ -5,14 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from .evaluation import accuracy, perplexity
-
-LOWER = ("perplexity", "bits_per_byte", "byte_perplexity", "word_perplexity")  # of the harness's metrics
 
 
 @dataclass(frozen=True)
@@ -94,7 +93,7 @@ class Measure:
 
 
 def measure_named(
-    metric: str | Callable[[nn.Module], float],
+    metric: str | Callable[[nn.Module], float] | Measure,
     evaluation: Sequence[Mapping[str, Any]] | None,
     tokenizer: Any,
     higher_is_better: bool | None,
@@ -105,6 +104,8 @@ def measure_named(
         TypeError, ValueError: it is neither, or what it needs is missing.
         ImportError: lm-evaluation-harness is not installed.
     """
+    if isinstance(metric, Measure):
+        return metric
     if callable(metric):
         return Measure(getattr(metric, "__name__", type(metric).__name__), metric, bool(higher_is_better))
     if not isinstance(metric, str):
@@ -120,7 +121,7 @@ def measure_named(
 
 
 def _harness(metric: str, tokenizer: Any, higher_is_better: bool | None) -> Measure:
-    task, _, wanted = metric.partition(":")
+    """A task of lm-evaluation-harness: by its name, or by the YAML file that describes it; `:` and one of its metrics after it."""
     if tokenizer is None:
         raise ValueError(f"`metric={metric!r}` is taken for a task of lm-evaluation-harness, which needs a `tokenizer`.")
     try:
@@ -128,18 +129,31 @@ def _harness(metric: str, tokenizer: Any, higher_is_better: bool | None) -> Meas
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
     except ImportError as error:
-        raise ImportError(f"`metric={metric!r}` needs lm-evaluation-harness: pip install lm-eval") from error
-    if task not in TaskManager().all_tasks:
-        raise ValueError(f"`metric={metric!r}` is neither 'perplexity', 'accuracy' nor a task of lm-evaluation-harness.")
+        raise ImportError(f"`metric={metric!r}` needs lm-evaluation-harness: pip install 'reparam_peft[harness]'") from error
+    task, _, wanted = (metric, "", "") if Path(metric).is_file() else metric.partition(":")
+    in_file = Path(task).is_file()
+    manager = TaskManager(include_defaults=not in_file)  # to know the thousands of them takes seconds
+    if task not in manager.all_tasks and not in_file:
+        raise ValueError(
+            f"`metric={metric!r}` is neither 'perplexity', 'accuracy', a task of lm-evaluation-harness, nor a file with one."
+        )
+    loaded = manager.load([task])  # with its data, so that what is missing is missed before any work
+    name = next(iter([*loaded["groups"], *loaded["tasks"]]))
+    if len(loaded["tasks"]) > 1 and not loaded["groups"]:
+        raise ValueError(f"`metric={metric!r}` stands for {len(loaded['tasks'])} tasks; name one: {', '.join(loaded['tasks'])}.")
+    directions = {own: up for part in loaded["tasks"].values() for own, up in part.higher_is_better().items()}
+    wanted = wanted or next(iter(directions))
+    if wanted not in directions:
+        raise ValueError(f"task {task!r} has no metric {wanted!r}, only {', '.join(directions)}.")
 
     def function(model: nn.Module) -> float:
         wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
-        results = lm_eval.simple_evaluate(model=wrapped, tasks=[task], bootstrap_iters=0)["results"][task]
-        figures = {key.split(",")[0]: value for key, value in results.items() if isinstance(value, (int, float))}
-        name = wanted or next(iter(figures))
-        if name not in figures:
-            raise ValueError(f"task {task!r} has no metric {name!r}, only {list(figures)}.")
-        return figures[name]
+        run = lm_eval.simple_evaluate(wrapped, tasks=[task], task_manager=manager, bootstrap_iters=0, log_samples=False)
+        figures = run["results"][name]
+        # Keys are a metric and the filter of answers that it is taken after; the first filter is the task's main one.
+        key = next((key for key in figures if key.partition(",")[0] == wanted), None)
+        if key is None:
+            raise ValueError(f"{task!r} gives no {wanted} of all its tasks, only {', '.join(figures)}; name one of the tasks.")
+        return figures[key]
 
-    higher = wanted not in LOWER if higher_is_better is None else higher_is_better
-    return Measure(metric, function, higher)
+    return Measure(f"{name}:{wanted}", function, directions[wanted] if higher_is_better is None else higher_is_better)

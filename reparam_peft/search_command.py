@@ -29,6 +29,7 @@ from .options import (
     TextOption,
     WindowsOption,
 )
+from .measures import measure_named
 from .outputs import check_language_model, check_output, save_whole
 from .preparation import calibrated, config_of, load_dense, read_statistics
 from .records import Record, saving_with
@@ -44,7 +45,7 @@ def search(
         str, typer.Option(help="How much worse the metric may get: a percentage, or a number in its own unit.")
     ] = "5%",
     metric: Annotated[
-        str, typer.Option(help="perplexity or accuracy of next tokens on --text, or a task of lm-evaluation-harness.")
+        str, typer.Option(help="perplexity or accuracy of next tokens on --text, a task of lm-evaluation-harness, or a file with one.")
     ] = "perplexity",
     methods: Annotated[str, typer.Option(help="Methods to try, separated by commas.")] = "whitened",
     max_trials: Annotated[int, typer.Option(min=1, help="The most trials of each method.")] = 10,
@@ -74,16 +75,16 @@ def search(
     check_language_model(base, model, "")
     skip = calibration_windows if text is None and calibration is None else 0  # both are of the reference text
     batches = read_batches(tokenizer, "--text", text, length, windows, skip)
+    measure = measure_named(metric, batches, tokenizer, None)
     if known is None:
         known = calibrated(base, tokenizer, config, calibration, length, calibration_windows, statistics, seed)
     result = search_model(
         base,
         config,
         known,
-        metric=metric,
+        metric=measure,
         tolerance=max_increase,
         evaluation=batches,
-        tokenizer=tokenizer,
         methods=[method.strip() for method in methods.split(",")],
         max_trials=max_trials,
         run_folder=run_folder,

@@ -180,8 +180,8 @@ def search(
         model: as for `compress`; it is changed only at the end, and only with `build`.
         config: as for `compress`; `keep` and `r` are what is searched for, and must be left out.
         batches: for calibration, or the `Statistics` of an earlier run.
-        metric: "perplexity" or "accuracy" on `evaluation`; a task of lm-evaluation-harness, as "hellaswag" or
-            "hellaswag:acc_norm"; or any function of a model.
+        metric: "perplexity" or "accuracy" on `evaluation`; a task of lm-evaluation-harness, as "hellaswag", or
+            the YAML file of one, whose first metric counts, or another with "hellaswag:acc_norm"; or any function of a model.
         tolerance: how much worse the metric may get: "5%" of the dense model's, or a number in the metric's own unit.
         evaluation: batches for "perplexity" and "accuracy", which calibration should not have seen.
         tokenizer: for a task of lm-evaluation-harness.

@@ -27,6 +27,23 @@ from reparam_peft.outputs import PROMPTS
 
 Run = Callable[..., SimpleNamespace]
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "reparam_run.json"}
+def test_search_by_a_task_in_a_file(run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "Pack my box with five dozen"}\n')
+    fields = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "task": "box"}
+    fields |= {"test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
+    (tmp_path / "box.yaml").write_text(json.dumps({**fields, "metric_list": [{"metric": "bits_per_byte"}]}))
+    command = ["search", models / "llama", tmp_path / "small", *calibrated(models)[:-1], "--max-increase", "5%", "--max-trials", 3]
+    found = run(*command, "--metric", tmp_path / "box.yaml", "--json")
+    assert found.code == 0, found.err
+    result = json.loads(found.out)
+    assert result["metric"] == "box:bits_per_byte"
+    assert result["chosen"]["metric"] <= result["limit"] == pytest.approx(1.05 * result["dense_metric"])
+    wrong = run(*command, "--overwrite", "--metric", f"{tmp_path / 'box.yaml'}:acc")
+    assert_error(wrong, "has no metric 'acc', only bits_per_byte")
+    assert "calibrating" not in wrong.err
+
+
 FILES = {*ADAPTER, "tokenizer.json", "tokenizer_config.json"}
 
 

@@ -9,9 +9,10 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import gpt2, llama, relative_error
-from peft import PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel
 from safetensors.torch import load_file
 from torch import nn
+from transformers import AutoModelForCausalLM
 
 from reparam_peft import ReparamConfig, compress, retruncate
 from reparam_peft.layer import ReparamLayer
@@ -100,6 +101,23 @@ def test_a_smaller_one_is_saved_trained_and_made_standalone(tmp_path: Path) -> N
     )
     with pytest.raises(ValueError, match="does not know its ranks at smaller sizes"):
         PeftModel.from_pretrained(llama(), tmp_path / "small", keep=0.5)
+
+
+def test_other_ways_of_peft_take_the_config_of_a_smaller_size(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "dense")
+    base = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+    nested(lambda: base, task_type="CAUSAL_LM").save_pretrained(tmp_path / "large")
+    expected = PeftModel.from_pretrained(llama(), tmp_path / "large", keep=0.6)
+    by_auto = AutoPeftModelForCausalLM.from_pretrained(
+        tmp_path / "large", config=ReparamConfig.from_pretrained(tmp_path / "large", keep=0.6)
+    )
+    beside = PeftModel.from_pretrained(llama(), tmp_path / "large", keep=0.9)
+    beside.add_adapter("small", ReparamConfig.from_pretrained(tmp_path / "large", keep=0.6))
+    beside.load_adapter(tmp_path / "large", "small")
+    beside.set_adapter("small")
+    with torch.no_grad():
+        for model in (by_auto, beside):
+            assert torch.equal(model(**LESS[0]).logits, expected(**LESS[0]).logits)
 
 
 def test_retruncate_forgets_the_smaller_sizes() -> None:
