@@ -30,6 +30,7 @@ from .options import (
     AllocationOption,
     CalibrationOption,
     CalibrationWindowsOption,
+    CeilingOption,
     DeviceOption,
     DtypeOption,
     ExcludeOption,
@@ -43,6 +44,7 @@ from .options import (
     OverwriteOption,
     RankOption,
     SeedOption,
+    SmallerOption,
     StatisticsOption,
     TargetOption,
     TextOption,
@@ -103,6 +105,7 @@ def compress(
     method: MethodOption = None,
     allocation: AllocationOption = None,
     form: FormOption = None,
+    ceiling: CeilingOption = None,
     calibration: CalibrationOption = None,
     calibration_windows: CalibrationWindowsOption = 48,
     statistics: StatisticsOption = None,
@@ -136,7 +139,7 @@ def compress(
     ranks = _read_plan(plan, keep, rank, allocation)
     if ranks is not None:
         keep, method, allocation, form = ranks.keep, method or ranks.method, ranks.allocation, form or ranks.form
-    config = config_of(keep, rank, target_modules, exclude_modules, method, allocation, form)
+    config = config_of(keep, rank, target_modules, exclude_modules, method, allocation, form, ceiling)
     if ranks is not None and is_data_free(config):
         raise CliError("--plan is for calibrated methods; leave out --method svd.")
     by_block = sequential or refine
@@ -220,6 +223,7 @@ def plan(
     method: MethodOption = None,
     allocation: AllocationOption = None,
     form: FormOption = None,
+    ceiling: CeilingOption = None,
     calibration: CalibrationOption = None,
     calibration_windows: CalibrationWindowsOption = 48,
     statistics: StatisticsOption = None,
@@ -231,7 +235,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Print which rank each matrix of MODEL would get, what it stores and what it is predicted to cost; change nothing."""
-    config = config_of(keep, rank, target_modules, exclude_modules, method, allocation, form)
+    config = config_of(keep, rank, target_modules, exclude_modules, method, allocation, form, ceiling)
     if is_data_free(config):
         raise CliError("a plan needs calibration; leave out --method svd or add --allocation loss.")
     check_folder("--output", output)
@@ -251,6 +255,7 @@ def plan(
 @_command("evaluate compressed --text article.txt --json", "evaluate compressed --speed --config settings.yaml")
 def evaluate(
     model: ModelArgument,
+    keep: SmallerOption = None,
     text: TextOption = None,
     length: LengthOption = 512,
     windows: WindowsOption = 8,
@@ -260,7 +265,7 @@ def evaluate(
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of MODEL on a text, its size, and on request its speed."""
-    loaded, tokenizer = load_model(model, dtype, device)
+    loaded, tokenizer = load_model(model, dtype, device, keep=keep)
     check_language_model(loaded, model, "")
     batches = read_batches(tokenizer, "--text", text, length, windows, calibrated_windows(length) if text is None else 0)
     figures: dict[str, Any] = {"perplexity": perplexity(loaded, batches, progress=True)}

@@ -16,7 +16,7 @@ from .config import ReparamConfig
 from .model import ReparamModel
 from .model_card import write_standalone_card
 from .onnx_export import save_onnx
-from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, OutputArgument, OverwriteOption
+from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, OutputArgument, OverwriteOption, SmallerOption
 from .outputs import check_output, save_whole
 from .sources import CliError, load_model
 from .standalone import auto_class, save_self_contained
@@ -40,6 +40,7 @@ class Bits(str, Enum):
 def export(
     model: ModelArgument,
     output: OutputArgument,
+    keep: SmallerOption = None,
     to: Annotated[
         Kind, typer.Option(help="With factors, to load after `import reparam_peft`; dense, of the old size; or ONNX files.")
     ] = Kind.standalone,
@@ -63,7 +64,7 @@ def export(
         raise CliError("--quantize is for standalone checkpoints; leave it out.")
     if to is Kind.onnx and dtype == "auto":
         dtype = "float32"  # ONNX Runtime has no bfloat16 on a CPU
-    adapter, tokenizer = load_model(model, dtype, device)
+    adapter, tokenizer = load_model(model, dtype, device, keep=keep)
     if not isinstance(getattr(adapter, "base_model", None), ReparamModel):
         raise CliError(f"{model} is no compressed adapter; make one with `reparam compress`.")
     try:

@@ -24,6 +24,7 @@ from .options import (
     ModelArgument,
     OutputArgument,
     OverwriteOption,
+    SmallerOption,
     TextOption,
     WindowsOption,
 )
@@ -35,6 +36,7 @@ from .sources import CliError, load_model, read_batches
 def heal(
     model: ModelArgument,
     output: OutputArgument,
+    keep: SmallerOption = None,
     teacher: Annotated[str | None, typer.Option(help="The dense model. Default: the one that MODEL was made from.")] = None,
     calibration: Annotated[
         str | None, typer.Option(help="Text to train on: as for --text. Default: Python's language reference.")
@@ -62,7 +64,7 @@ def heal(
     """Train the compressed MODEL to predict what the dense one predicts, and save it to OUT."""
     output = output.resolve()
     check_output(output, model, overwrite)
-    small, tokenizer = load_model(model, dtype, device, trainable=True)
+    small, tokenizer = load_model(model, dtype, device, trainable=True, keep=keep)
     if not isinstance(getattr(small, "base_model", None), ReparamModel):
         raise CliError(f"{model} is no compressed adapter; make one with `reparam compress`.")
     check_language_model(small, model, "")

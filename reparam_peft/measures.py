@@ -121,7 +121,7 @@ def measure_named(
 
 
 def _harness(metric: str, tokenizer: Any, higher_is_better: bool | None) -> Measure:
-    """A task of lm-evaluation-harness: by its name, or by the YAML file that describes it; `:` and one of its metrics after it."""
+    """A task of lm-evaluation-harness: by its name or the YAML file of it, and `:` and one of its metrics after it."""
     if tokenizer is None:
         raise ValueError(f"`metric={metric!r}` is taken for a task of lm-evaluation-harness, which needs a `tokenizer`.")
     try:
@@ -140,7 +140,7 @@ def _harness(metric: str, tokenizer: Any, higher_is_better: bool | None) -> Meas
     loaded = manager.load([task])  # with its data, so that what is missing is missed before any work
     name = next(iter([*loaded["groups"], *loaded["tasks"]]))
     if len(loaded["tasks"]) > 1 and not loaded["groups"]:
-        raise ValueError(f"`metric={metric!r}` stands for {len(loaded['tasks'])} tasks; name one: {', '.join(loaded['tasks'])}.")
+        raise ValueError(f"`metric={metric!r}` stands for several tasks; name one: {', '.join(loaded['tasks'])}.")
     directions = {own: up for part in loaded["tasks"].values() for own, up in part.higher_is_better().items()}
     wanted = wanted or next(iter(directions))
     if wanted not in directions:

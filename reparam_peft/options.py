@@ -24,6 +24,17 @@ ExcludeOption = Annotated[str | None, typer.Option(help="Likewise, to leave out.
 MethodOption = Annotated[str | None, typer.Option(help="svd, whitened or autoencoder. Default: whitened.")]
 AllocationOption = Annotated[str | None, typer.Option(help="uniform or loss. Default: loss; uniform with --rank or svd.")]
 FormOption = Annotated[str | None, typer.Option(help="factors or pivot. Default: pivot; factors without calibration.")]
+CeilingOption = Annotated[
+    float | None,
+    typer.Option(
+        help="The most to store of a matrix, as a fraction. Below 1, with --form factors, the adapter also loads at smaller "
+        "sizes. Default: 1."
+    ),
+]
+SmallerOption = Annotated[
+    float | None,
+    typer.Option("--keep", help="Load an adapter at this smaller size, where its file serves several. Default: whole."),
+]
 CalibrationOption = Annotated[
     str | None,
     typer.Option(

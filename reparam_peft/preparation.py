@@ -24,8 +24,9 @@ def config_of(
     method: str | None,
     allocation: str | None,
     form: str | None,
+    ceiling: float | None,
 ) -> ReparamConfig:
-    """The config of `compress` and `plan`, its values checked."""
+    """The config of `compress`, `plan` and `search`, its values checked."""
     if keep is not None and rank is not None:
         raise CliError("--keep and --rank exclude each other; give one.")
     options: dict[str, Any] = {"target_modules": _names(target_modules)}
@@ -37,7 +38,7 @@ def config_of(
         if rank != "full" and not rank.isdecimal():
             raise CliError(f"--rank must be a positive whole number or `full`, got {rank!r}.")
         options["r"] = rank if rank == "full" else int(rank)
-    return ReparamConfig(**options, method=method, allocation=allocation, form=form)
+    return ReparamConfig(**options, method=method, allocation=allocation, form=form, ceiling=ceiling)
 
 
 def is_data_free(config: ReparamConfig) -> bool:

@@ -10,10 +10,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from .measures import measure_named
 from .options import (
     AllocationOption,
     CalibrationOption,
     CalibrationWindowsOption,
+    CeilingOption,
     DeviceOption,
     DtypeOption,
     ExcludeOption,
@@ -29,7 +31,6 @@ from .options import (
     TextOption,
     WindowsOption,
 )
-from .measures import measure_named
 from .outputs import check_language_model, check_output, save_whole
 from .preparation import calibrated, config_of, load_dense, read_statistics
 from .records import Record, saving_with
@@ -45,7 +46,10 @@ def search(
         str, typer.Option(help="How much worse the metric may get: a percentage, or a number in its own unit.")
     ] = "5%",
     metric: Annotated[
-        str, typer.Option(help="perplexity or accuracy of next tokens on --text, a task of lm-evaluation-harness, or a file with one.")
+        str,
+        typer.Option(
+            help="perplexity or accuracy of next tokens on --text, a task of lm-evaluation-harness, or a file of one."
+        ),
     ] = "perplexity",
     methods: Annotated[str, typer.Option(help="Methods to try, separated by commas.")] = "whitened",
     max_trials: Annotated[int, typer.Option(min=1, help="The most trials of each method.")] = 10,
@@ -53,6 +57,7 @@ def search(
     exclude_modules: ExcludeOption = None,
     allocation: AllocationOption = None,
     form: FormOption = None,
+    ceiling: CeilingOption = None,
     calibration: CalibrationOption = None,
     calibration_windows: CalibrationWindowsOption = 48,
     statistics: StatisticsOption = None,
@@ -69,7 +74,7 @@ def search(
     """Find the smallest compressed MODEL whose metric gets no worse than allowed, and save it to OUT."""
     output = output.resolve()
     check_output(output, model, overwrite)
-    config = config_of(None, None, target_modules, exclude_modules, None, allocation, form)
+    config = config_of(None, None, target_modules, exclude_modules, None, allocation, form, ceiling)
     known = read_statistics(config, calibration, statistics, seed)
     base, tokenizer = load_dense(model, dtype, device)
     check_language_model(base, model, "")

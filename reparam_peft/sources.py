@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from .config import ReparamConfig
 from .demo import demo_folder, reference_text
 from .evaluation import text_batches
 from .model_card import AUTO_CLASSES
@@ -28,8 +29,10 @@ class CliError(Exception):
     """A mistake of the user or the environment, to be told in one line."""
 
 
-def load_model(model: str, dtype: str, device: str | None, trainable: bool = False) -> tuple[Any, PreTrainedTokenizerBase]:
-    """A dense model or a compressed one, to be trained or not, on its device, and its tokenizer."""
+def load_model(
+    model: str, dtype: str, device: str | None, trainable: bool = False, keep: float | None = None
+) -> tuple[Any, PreTrainedTokenizerBase]:
+    """A dense model or a compressed one, to be trained or not, whole or at a smaller size, on its device, and its tokenizer."""
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if dtype not in ("auto", "float32", "bfloat16", "float16"):
@@ -45,13 +48,17 @@ def load_model(model: str, dtype: str, device: str | None, trainable: bool = Fal
     options: dict[str, Any] = {}
     try:
         if os.path.exists(os.path.join(source, "adapter_config.json")):
-            task_type = PeftConfig.from_pretrained(source).task_type
-            loader = getattr(peft, AUTO_CLASSES.get(task_type, "AutoPeftModel"))
+            config = PeftConfig.from_pretrained(source)
+            loader = getattr(peft, AUTO_CLASSES.get(config.task_type, "AutoPeftModel"))
             options = {"is_trainable": trainable}
+            if keep is not None and isinstance(config, ReparamConfig):
+                options["config"], keep = ReparamConfig.from_pretrained(source, keep=keep), None
         else:
             architectures = AutoConfig.from_pretrained(source).architectures or [""]
             named = getattr(transformers, architectures[0], None)
             loader = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else AutoModel
+        if keep is not None:
+            raise CliError(f"--keep is for adapters that `reparam compress` made; {model} is none. Leave it out.")
         loaded = loader.from_pretrained(source, dtype=dtype if dtype == "auto" else getattr(torch, dtype), **options)
         tokenizer = AutoTokenizer.from_pretrained(source)
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -27,23 +27,6 @@ from reparam_peft.outputs import PROMPTS
 
 Run = Callable[..., SimpleNamespace]
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "reparam_run.json"}
-def test_search_by_a_task_in_a_file(run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    (tmp_path / "rows.jsonl").write_text('{"text": "Pack my box with five dozen"}\n')
-    fields = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "task": "box"}
-    fields |= {"test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
-    (tmp_path / "box.yaml").write_text(json.dumps({**fields, "metric_list": [{"metric": "bits_per_byte"}]}))
-    command = ["search", models / "llama", tmp_path / "small", *calibrated(models)[:-1], "--max-increase", "5%", "--max-trials", 3]
-    found = run(*command, "--metric", tmp_path / "box.yaml", "--json")
-    assert found.code == 0, found.err
-    result = json.loads(found.out)
-    assert result["metric"] == "box:bits_per_byte"
-    assert result["chosen"]["metric"] <= result["limit"] == pytest.approx(1.05 * result["dense_metric"])
-    wrong = run(*command, "--overwrite", "--metric", f"{tmp_path / 'box.yaml'}:acc")
-    assert_error(wrong, "has no metric 'acc', only bits_per_byte")
-    assert "calibrating" not in wrong.err
-
-
 FILES = {*ADAPTER, "tokenizer.json", "tokenizer_config.json"}
 
 
@@ -506,6 +489,33 @@ def test_a_plan_carries_its_method_too(run: Run, models: Path, tmp_path: Path) -
     assert (config["method"], config["allocation"], config["rank_pattern"]) == ("svd", "loss", Plan.load(file).ranks)
 
 
+def test_one_adapter_for_many_sizes(run: Run, models: Path, tmp_path: Path) -> None:
+    output, text = tmp_path / "large", quick(models)
+    sizes = ["--keep", 1, "--form", "factors", "--ceiling", 0.999]
+    result = run("compress", models / "llama", output, *calibrated(models), *sizes)
+    assert result.code == 0, result.err
+    whole, small = (json.loads(run("evaluate", output, *text, "--json", *keep).out) for keep in ([], ["--keep", 0.6]))
+    assert small["size"]["targets"]["stored_parameters"] <= 0.6 * small["size"]["targets"]["dense_parameters"]
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models / "llama"), output, keep=0.6)
+    batches = text_batches(byte_tokenizer(), (models / "text.txt").read_text(), length=64, limit=4)
+    assert small["perplexity"] == pytest.approx(perplexity(loaded, batches), rel=1e-5)
+    assert whole["parameters"] > small["parameters"]
+    for command in ("export", "heal"):
+        more = [*text, "--steps", 2, "--train-windows", 2] if command == "heal" else []
+        made = run(command, output, tmp_path / command, "--keep", 0.6, *more)
+        assert made.code == 0, made.err
+        evaluated = json.loads(run("evaluate", tmp_path / command, *text, "--json").out)
+        assert evaluated["parameters"] == small["parameters"]
+        if command == "export":
+            assert evaluated["perplexity"] == pytest.approx(small["perplexity"], rel=1e-5)
+    assert Record.load(tmp_path / "heal" / "reparam_run.json").plan.keep <= 0.6
+    assert_error(run("evaluate", output, *text, "--keep", 1.5), "`keep` must be a number in")
+    assert_error(run("evaluate", models / "llama", *text, "--keep", 0.5), "--keep is for adapters that")
+    fixed = run("compress", models / "llama", tmp_path / "no", *calibrated(models), "--form", "factors", "--ceiling", 2)
+    assert_error(fixed, "`ceiling` must be")
+    assert_error(run("compress", models / "llama", tmp_path / "no", *DATA_FREE, "--ceiling", 0.9), "ceiling")
+
+
 def test_search_finds_a_size_that_evaluate_confirms(run: Run, models: Path, tmp_path: Path) -> None:
     text = ["--calibration", models / "calibration.txt", "--text", models / "calibration.txt", "--length", 64, "--windows", 2]
     found = run(
@@ -533,6 +543,24 @@ def test_search_finds_a_size_that_evaluate_confirms(run: Run, models: Path, tmp_
         run("search", models / "llama", tmp_path / "other", *text, "--methods", "autoencoder"), "cannot hold 'autoencoder'"
     )
     assert not (tmp_path / "other").exists()
+
+
+def test_search_by_a_task_in_a_file(run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
+    (tmp_path / "rows.jsonl").write_text('{"text": "Pack my box with five dozen"}\n')
+    fields = {"dataset_path": "json", "dataset_kwargs": {"data_files": {"test": str(tmp_path / "rows.jsonl")}}, "task": "box"}
+    fields |= {"test_split": "test", "output_type": "loglikelihood_rolling", "doc_to_text": "", "doc_to_target": "{{text}}"}
+    (tmp_path / "box.yaml").write_text(json.dumps({**fields, "metric_list": [{"metric": "bits_per_byte"}]}))
+    options = ["--max-increase", "5%", "--max-trials", 3]
+    command = ["search", models / "llama", tmp_path / "small", *calibrated(models)[:-1], *options]
+    found = run(*command, "--metric", tmp_path / "box.yaml", "--json")
+    assert found.code == 0, found.err
+    result = json.loads(found.out)
+    assert result["metric"] == "box:bits_per_byte"
+    assert result["chosen"]["metric"] <= result["limit"] == pytest.approx(1.05 * result["dense_metric"])
+    wrong = run(*command, "--overwrite", "--metric", f"{tmp_path / 'box.yaml'}:acc")
+    assert_error(wrong, "has no metric 'acc', only bits_per_byte")
+    assert "calibrating" not in wrong.err
 
 
 def test_report_shows_what_compress_and_search_did(run: Run, models: Path, tmp_path: Path) -> None:

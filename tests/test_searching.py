@@ -277,6 +277,7 @@ def test_the_harness_is_asked_for_where_it_is_missing(monkeypatch: pytest.Monkey
 
 CHOICE = """
 task: {name}
+tag: pair
 dataset_path: json
 dataset_kwargs: {{data_files: {{test: {file}}}}}
 test_split: test
@@ -349,7 +350,11 @@ def test_a_search_by_a_task_of_the_harness(tasks: Path) -> None:
 
 
 def test_what_is_no_task_or_no_metric_of_it_is_refused(tasks: Path) -> None:
-    for metric, message in {"no_such_task": "nor a file with one", "choice:f1": "no metric 'f1', only acc_norm, acc"}.items():
+    for metric, message in {
+        "no_such_task": "nor a file with one",
+        "choice:f1": "no metric 'f1', only acc_norm, acc",
+        "pair": "several tasks; name one: choice, other",
+    }.items():
         with pytest.raises(ValueError, match=message):
             measure_named(metric, None, byte_tokenizer(), None)
     with pytest.raises(ValueError, match="needs a `tokenizer`"):
