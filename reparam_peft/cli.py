@@ -136,9 +136,10 @@ def compress(
     """Compress MODEL, save it to OUT, load it again, and say how large and how good it is."""
     output = output.resolve()
     check_output(output, model, overwrite)
-    ranks = _read_plan(plan, keep, rank, allocation)
+    ranks = _read_plan(plan, keep, rank, allocation, ceiling)
     if ranks is not None:
         keep, method, allocation, form = ranks.keep, method or ranks.method, ranks.allocation, form or ranks.form
+        ceiling = ranks.ceiling
     config = config_of(keep, rank, target_modules, exclude_modules, method, allocation, form, ceiling)
     if ranks is not None and is_data_free(config):
         raise CliError("--plan is for calibrated methods; leave out --method svd.")
@@ -312,11 +313,13 @@ def main() -> None:
         sys.exit(1)
 
 
-def _read_plan(path: Path | None, keep: float | None, rank: str | None, allocation: str | None) -> Plan | None:
+def _read_plan(
+    path: Path | None, keep: float | None, rank: str | None, allocation: str | None, ceiling: float | None
+) -> Plan | None:
     if path is None:
         return None
-    if not (keep is None and rank is None and allocation is None):
-        raise CliError("--plan holds the ranks; leave out --keep, --rank and --allocation.")
+    if not (keep is None and rank is None and allocation is None and ceiling is None):
+        raise CliError("--plan holds the ranks; leave out --keep, --rank, --allocation and --ceiling.")
     return Plan.load(path)
 
 

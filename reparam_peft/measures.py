@@ -5,13 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
 from .evaluation import accuracy, perplexity
+from .harness import HarnessTask
 
 
 @dataclass(frozen=True)
@@ -51,11 +51,13 @@ class Measure:
         name: of it.
         function: of a model.
         higher_is_better: whether higher values are better.
+        details: what else it depends on, so that a search goes on with the same metric only.
     """
 
     name: str
     function: Callable[[nn.Module], float]
     higher_is_better: bool
+    details: str = ""
 
     def of(self, model: nn.Module) -> float:
         """The metric of a model; the worst there is where the model has become so bad that it is not finite.
@@ -65,7 +67,7 @@ class Measure:
         """
         try:
             value = self.function(model)
-        except FloatingPointError:
+        except (FloatingPointError, OverflowError):
             value = math.nan
         if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
             raise TypeError(f"`metric` must return a number, got {value!r}.")
@@ -93,10 +95,11 @@ class Measure:
 
 
 def measure_named(
-    metric: str | Callable[[nn.Module], float] | Measure,
+    metric: str | Callable[[nn.Module], float],
     evaluation: Sequence[Mapping[str, Any]] | None,
     tokenizer: Any,
     higher_is_better: bool | None,
+    documents: int | None = None,
 ) -> Measure:
     """The measure that a name or a function stands for; arguments as for `search`.
 
@@ -104,56 +107,27 @@ def measure_named(
         TypeError, ValueError: it is neither, or what it needs is missing.
         ImportError: lm-evaluation-harness is not installed.
     """
-    if isinstance(metric, Measure):
-        return metric
+    task = isinstance(metric, str) and metric not in ("perplexity", "accuracy")
+    if documents is not None and not task:
+        raise ValueError(f"`documents={documents!r}` is for a task of lm-evaluation-harness, and `metric` is none.")
+    if documents is not None and (isinstance(documents, bool) or not isinstance(documents, int) or documents < 1):
+        raise ValueError(f"`documents` must be a whole number of at least 1, got {documents!r}.")
     if callable(metric):
         return Measure(getattr(metric, "__name__", type(metric).__name__), metric, bool(higher_is_better))
     if not isinstance(metric, str):
         raise TypeError(f"`metric` must be a name or a function of a model, got {metric!r}.")
-    if metric in ("perplexity", "accuracy"):
-        if not evaluation:
-            raise ValueError(f"`metric={metric!r}` needs batches to evaluate on; give them as `evaluation`.")
-        batches = list(evaluation)
-        function = perplexity if metric == "perplexity" else accuracy
-        higher = metric == "accuracy" if higher_is_better is None else higher_is_better
-        return Measure(metric, lambda model: function(model, batches), higher)
-    return _harness(metric, tokenizer, higher_is_better)
-
-
-def _harness(metric: str, tokenizer: Any, higher_is_better: bool | None) -> Measure:
-    """A task of lm-evaluation-harness: by its name or the YAML file of it, and `:` and one of its metrics after it."""
-    if tokenizer is None:
-        raise ValueError(f"`metric={metric!r}` is taken for a task of lm-evaluation-harness, which needs a `tokenizer`.")
-    try:
-        import lm_eval
-        from lm_eval.models.huggingface import HFLM
-        from lm_eval.tasks import TaskManager
-    except ImportError as error:
-        raise ImportError(f"`metric={metric!r}` needs lm-evaluation-harness: pip install 'reparam_peft[harness]'") from error
-    task, _, wanted = (metric, "", "") if Path(metric).is_file() else metric.partition(":")
-    in_file = Path(task).is_file()
-    manager = TaskManager(include_defaults=not in_file)  # to know the thousands of them takes seconds
-    if task not in manager.all_tasks and not in_file:
-        raise ValueError(
-            f"`metric={metric!r}` is neither 'perplexity', 'accuracy', a task of lm-evaluation-harness, nor a file with one."
-        )
-    loaded = manager.load([task])  # with its data, so that what is missing is missed before any work
-    name = next(iter([*loaded["groups"], *loaded["tasks"]]))
-    if len(loaded["tasks"]) > 1 and not loaded["groups"]:
-        raise ValueError(f"`metric={metric!r}` stands for several tasks; name one: {', '.join(loaded['tasks'])}.")
-    directions = {own: up for part in loaded["tasks"].values() for own, up in part.higher_is_better().items()}
-    wanted = wanted or next(iter(directions))
-    if wanted not in directions:
-        raise ValueError(f"task {task!r} has no metric {wanted!r}, only {', '.join(directions)}.")
-
-    def function(model: nn.Module) -> float:
-        wrapped = HFLM(pretrained=model, tokenizer=tokenizer)
-        run = lm_eval.simple_evaluate(wrapped, tasks=[task], task_manager=manager, bootstrap_iters=0, log_samples=False)
-        figures = run["results"][name]
-        # Keys are a metric and the filter of answers that it is taken after; the first filter is the task's main one.
-        key = next((key for key in figures if key.partition(",")[0] == wanted), None)
-        if key is None:
-            raise ValueError(f"{task!r} gives no {wanted} of all its tasks, only {', '.join(figures)}; name one of the tasks.")
-        return figures[key]
-
-    return Measure(f"{name}:{wanted}", function, directions[wanted] if higher_is_better is None else higher_is_better)
+    if task:
+        found = HarnessTask.named(metric, tokenizer, documents)
+        higher = found.higher_is_better if higher_is_better is None else higher_is_better
+        if higher is None:
+            raise ValueError(
+                f"{found.name}: the task does not say whether higher is better. Add `higher_is_better` to its `metric_list`, "
+                "or to the arguments."
+            )
+        return Measure(found.name, found.of, higher, found.details)
+    if not evaluation:
+        raise ValueError(f"`metric={metric!r}` needs batches to evaluate on; give them as `evaluation`.")
+    batches = list(evaluation)
+    function = perplexity if metric == "perplexity" else accuracy
+    higher = metric == "accuracy" if higher_is_better is None else higher_is_better
+    return Measure(metric, lambda model: function(model, batches), higher)

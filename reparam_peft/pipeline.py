@@ -193,7 +193,7 @@ class Run:
         for name, shape in shapes.items():
             if given[name] != shape:
                 raise ValueError(f"{name}: the plan is for a shape of {given[name]}, and the weight is {shape}.")
-        for name in ("form", "allocation", "keep"):
+        for name in ("form", "allocation", "keep", "ceiling"):
             if getattr(plan, name) != getattr(self.config, name):
                 raise ValueError(
                     f"`plan` is for `{name}={getattr(plan, name)!r}`, and the config says {getattr(self.config, name)!r}; "

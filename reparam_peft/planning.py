@@ -73,6 +73,7 @@ class Plan:
         calibration_tokens: input rows that the statistics were taken of.
         gradient_tokens: labels sampled for the gradients.
         seed: of the labels.
+        ceiling: the most that was to be stored of a matrix, as a fraction; None: 1.
     """
 
     modules: tuple[ModulePlan, ...]
@@ -84,6 +85,7 @@ class Plan:
     calibration_tokens: int = 0
     gradient_tokens: int = 0
     seed: int = 0
+    ceiling: float | None = None
 
     @property
     def dense_parameters(self) -> int:
@@ -146,7 +148,7 @@ class Plan:
             plan = cls(tuple(map(_module_plan, fields.pop("modules"))), **fields)
             choices = {"keep": plan.keep, "method": plan.method, "allocation": plan.allocation, "form": plan.form}
             counts = {name: getattr(plan, name) for name in ("moved_bias", "calibration_tokens", "gradient_tokens", "seed")}
-            ReparamConfig(**choices, **counts)  # checks these
+            ReparamConfig(**choices, **counts, ceiling=plan.ceiling)  # checks these
         except (TypeError, KeyError) as error:
             raise ValueError(f"a field is missing, unknown or wrong: {error}") from error
         if None in (*choices.values(), *counts.values()) or len({module.name for module in plan.modules}) < len(plan.modules):
@@ -331,4 +333,5 @@ def make_plan(
             shape, values = (storage.out_features, storage.in_features), () if spectrum is None else tuple(spectrum.tolist())
             yield ModulePlan(name, shape, rank, storage.stored(rank), lost, values)
 
-    return Plan(tuple(modules()), config.keep, config.method, config.allocation, config.form, config.moved_bias, **provenance)
+    chosen = (config.keep, config.method, config.allocation, config.form, config.moved_bias)
+    return Plan(tuple(modules()), *chosen, **provenance, ceiling=config.ceiling)

@@ -78,11 +78,17 @@ def calibrated(
 ) -> Statistics:
     """Statistics of a text, written to a file if one is named."""
     Console(stderr=True).print("calibrating …")
-    batches = read_batches(tokenizer, "--calibration", text, length, windows)
-    known = calibrate(model, config, [part for batch in batches for part in _halves(batch)], seed=seed or 0)
+    known = calibrate(model, config, calibration_batches(tokenizer, text, length, windows), seed=seed or 0)
     if path is not None:
         known.save(path)
     return known
+
+
+def calibration_batches(
+    tokenizer: PreTrainedTokenizerBase, text: str | None, length: int, windows: int
+) -> list[dict[str, Tensor]]:
+    """Windows of a text, in batches of two, since a backward pass needs more memory than a forward pass."""
+    return [part for batch in read_batches(tokenizer, "--calibration", text, length, windows) for part in _halves(batch)]
 
 
 def check_folder(option: str, path: Path | None) -> None:
@@ -92,7 +98,7 @@ def check_folder(option: str, path: Path | None) -> None:
 
 
 def _halves(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """A batch in two, since a backward pass needs more memory than a forward pass."""
+    """A batch in two."""
     parts = [{key: value[rows] for key, value in batch.items()} for rows in (slice(None, 2), slice(2, None))]
     return [part for part in parts if len(next(iter(part.values())))]
 

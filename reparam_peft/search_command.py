@@ -10,7 +10,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from .measures import measure_named
 from .options import (
     AllocationOption,
     CalibrationOption,
@@ -32,9 +31,9 @@ from .options import (
     WindowsOption,
 )
 from .outputs import check_language_model, check_output, save_whole
-from .preparation import calibrated, config_of, load_dense, read_statistics
+from .preparation import calibrated, calibration_batches, config_of, load_dense, read_statistics
 from .records import Record, saving_with
-from .searching import SearchResult
+from .searching import SearchResult, check_search
 from .searching import search as search_model
 from .sources import CliError, read_batches
 
@@ -51,6 +50,7 @@ def search(
             help="perplexity or accuracy of next tokens on --text, a task of lm-evaluation-harness, or a file of one."
         ),
     ] = "perplexity",
+    documents: Annotated[int | None, typer.Option(min=1, help="The most documents of a task. Default: all.")] = None,
     methods: Annotated[str, typer.Option(help="Methods to try, separated by commas.")] = "whitened",
     max_trials: Annotated[int, typer.Option(min=1, help="The most trials of each method.")] = 10,
     target_modules: TargetOption = "all-linear",
@@ -80,21 +80,16 @@ def search(
     check_language_model(base, model, "")
     skip = calibration_windows if text is None and calibration is None else 0  # both are of the reference text
     batches = read_batches(tokenizer, "--text", text, length, windows, skip)
-    measure = measure_named(metric, batches, tokenizer, None)
-    if known is None:
+    asked = {"metric": metric, "tolerance": max_increase, "evaluation": batches, "tokenizer": tokenizer, "documents": documents}
+    asked |= {"methods": [method.strip() for method in methods.split(",")], "max_trials": max_trials}
+    if known is None and statistics is not None:
+        check_search(config, **asked)  # before minutes of calibration
         known = calibrated(base, tokenizer, config, calibration, length, calibration_windows, statistics, seed)
-    result = search_model(
-        base,
-        config,
-        known,
-        metric=measure,
-        tolerance=max_increase,
-        evaluation=batches,
-        methods=[method.strip() for method in methods.split(",")],
-        max_trials=max_trials,
-        run_folder=run_folder,
-        seed=known.seed,
-    )
+    if known is None:  # the search keeps what it gathers in its run folder
+        data, seed = calibration_batches(tokenizer, calibration, length, calibration_windows), seed or 0
+    else:
+        data, seed = known, known.seed
+    result = search_model(base, config, data, **asked, run_folder=run_folder, seed=seed)
     if result.model is None or result.chosen is None:
         raise CliError(f"no size is within {max_increase}; allow more with --max-increase.\n{result}")
     result.model.peft_config["default"].evaluation = {

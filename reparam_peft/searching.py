@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from .compression import calibrate, compress
-from .config import CALIBRATED_METHODS, ReparamConfig
+from .config import CALIBRATED_METHODS, METHODS, ReparamConfig
 from .decompositions import Factors, factorize
 from .factorized import is_quantized, layer_kind
 from .measures import Measure, Tolerance, measure_named
@@ -162,6 +162,7 @@ def search(
     tolerance: float | str = "5%",
     evaluation: Sequence[Mapping[str, Any]] | None = None,
     tokenizer: Any = None,
+    documents: int | None = None,
     higher_is_better: bool | None = None,
     keeps: Sequence[float] | None = None,
     methods: Sequence[str] | None = None,
@@ -185,6 +186,7 @@ def search(
         tolerance: how much worse the metric may get: "5%" of the dense model's, or a number in the metric's own unit.
         evaluation: batches for "perplexity" and "accuracy", which calibration should not have seen.
         tokenizer: for a task of lm-evaluation-harness.
+        documents: the most documents of such a task, or of each task of a group; None: all.
         higher_is_better: of the metric; None: as the name has it, False for a function.
         keeps: the sizes to choose from; None: 0.05 to 0.99 in steps of 0.01.
         methods: of factorisation, each of which is tried; None: the config's. Not "autoencoder", whose ranks are not nested.
@@ -201,15 +203,13 @@ def search(
         TypeError, ValueError: an argument is wrong, or as for `compress`.
         ImportError: lm-evaluation-harness is not installed.
     """
-    measure = measure_named(metric, evaluation, tokenizer, higher_is_better)
-    candidates = sorted({float(keep) for keep in (keeps if keeps is not None else [i / 100 for i in range(5, 100)])})
-    methods = list(methods or [config.method or CALIBRATED_METHODS[0]])
-    _check(config, candidates, methods, max_trials)
-    allowed = Tolerance.of(tolerance)
+    asked = {"metric": metric, "tolerance": tolerance, "evaluation": evaluation, "tokenizer": tokenizer, "documents": documents}
+    asked |= {"higher_is_better": higher_is_better, "keeps": keeps, "methods": methods, "max_trials": max_trials}
+    measure, allowed, candidates, methods = check_search(config, **asked)
     settings = {
         "config": json_able(config.to_dict()),
         "model": fingerprint_of_model(model),
-        "metric": [measure.name, measure.higher_is_better, str(tolerance)],
+        "metric": [measure.name, measure.higher_is_better, str(tolerance), measure.details],
         "evaluation": fingerprint_of_batches(evaluation or []),
         "candidates": [candidates, methods, max_trials],
         "seed": seed,
@@ -354,17 +354,41 @@ def _with(config: ReparamConfig, **fields: Any) -> ReparamConfig:
     return copied
 
 
-def _check(config: ReparamConfig, keeps: Sequence[float], methods: Sequence[str], max_trials: int) -> None:
+def check_search(
+    config: ReparamConfig,
+    *,
+    metric: Metric,
+    tolerance: float | str,
+    evaluation: Sequence[Mapping[str, Any]] | None,
+    tokenizer: Any,
+    documents: int | None,
+    methods: Sequence[str] | None,
+    max_trials: int,
+    higher_is_better: bool | None = None,
+    keeps: Sequence[float] | None = None,
+) -> tuple[Measure, Tolerance, list[float], list[str]]:
+    """What is measured, how much worse it may get, sizes and methods, for arguments of `search`, which are checked.
+
+    Raises:
+        TypeError, ValueError, ImportError: as `search`.
+    """
+    keeps = sorted({float(keep) for keep in (keeps if keeps is not None else [i / 100 for i in range(5, 100)])})
+    methods = list(methods or [config.method or CALIBRATED_METHODS[0]])
     if config.r is not None:
         raise ValueError(f"`r={config.r!r}` fixes the size, which is what a search finds; leave it out of the config.")
     if not config.init_weights:
         raise ValueError("`init_weights=False` gives random factors, of which there is no best size; leave it out.")
     if not keeps or not 0 < keeps[0] <= keeps[-1] <= 1:
-        raise ValueError(f"`keeps` must be fractions in (0, 1], got {list(keeps)}.")
+        raise ValueError(f"`keeps` must be fractions in (0, 1], got {keeps}.")
+    for method in methods:
+        if method not in METHODS:
+            raise ValueError(f"`methods` must hold some of {', '.join(map(repr, METHODS))}, got {method!r}.")
     if "autoencoder" in methods:
         raise ValueError("`methods` cannot hold 'autoencoder': its factors of one rank are no part of those of another.")
     if isinstance(max_trials, bool) or not isinstance(max_trials, int) or max_trials < 1:
         raise ValueError(f"`max_trials` must be a whole number of at least 1, got {max_trials!r}.")
+    allowed = Tolerance.of(tolerance)
+    return measure_named(metric, evaluation, tokenizer, higher_is_better, documents), allowed, keeps, methods
 
 
 def _statistics(

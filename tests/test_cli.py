@@ -22,7 +22,18 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from reparam_peft import Plan, Record, Statistics, cli, perplexity, preparation, search_command, sources, text_batches
+from reparam_peft import (
+    Plan,
+    Record,
+    ReparamConfig,
+    Statistics,
+    cli,
+    perplexity,
+    preparation,
+    search_command,
+    sources,
+    text_batches,
+)
 from reparam_peft.outputs import PROMPTS
 
 Run = Callable[..., SimpleNamespace]
@@ -260,7 +271,10 @@ BAD_ARGUMENTS = {
     "svd with statistics": (["--method", "svd", "--statistics", "s"], "--method svd uses no calibration; leave out"),
     "svd with a seed": (["--method", "svd", "--seed", "1"], "--method svd uses no calibration; leave out"),
     "no such plan": (["--plan", "missing.json"], "missing.json"),
-    "plan and keep": (["--plan", "p.json", "--keep", "0.5"], "--plan holds the ranks; leave out --keep, --rank and --alloc"),
+    "plan and keep": (
+        ["--plan", "p.json", "--keep", "0.5"],
+        "--plan holds the ranks; leave out --keep, --rank, --allocation and",
+    ),
     "plan and rank": (["--plan", "p.json", "--rank", "4"], "--plan holds the ranks; leave out"),
     "plan and allocation": (["--plan", "p.json", "--allocation", "loss"], "--plan holds the ranks; leave out"),
     "no folder for statistics": (["--statistics", "gone/s.safetensors"], "--statistics gone/s.safetensors: there is no folder"),
@@ -511,6 +525,15 @@ def test_one_adapter_for_many_sizes(run: Run, models: Path, tmp_path: Path) -> N
     assert Record.load(tmp_path / "heal" / "reparam_run.json").plan.keep <= 0.6
     assert_error(run("evaluate", output, *text, "--keep", 1.5), "`keep` must be a number in")
     assert_error(run("evaluate", models / "llama", *text, "--keep", 0.5), "--keep is for adapters that")
+    ranks = tmp_path / "plan.json"
+    assert run("plan", models / "llama", *calibrated(models)[:-1], *sizes[2:], "--keep", 0.9, "--output", ranks).code == 0
+    assert run("compress", models / "llama", tmp_path / "planned", *calibrated(models), "--plan", ranks).code == 0
+    assert run("evaluate", tmp_path / "planned", *text, "--keep", 0.5).code == 0
+    wrong = run("compress", models / "llama", tmp_path / "no", *calibrated(models), "--plan", ranks, "--ceiling", 0.5)
+    assert_error(wrong, "leave out --keep, --rank, --allocation and --ceiling")
+    searched = ["search", models / "llama", tmp_path / "found", *calibrated(models)[:-1], *text[:2], *sizes[2:]]
+    assert run(*searched, "--max-increase", "50%", "--max-trials", 2).code == 0
+    assert ReparamConfig.from_pretrained(tmp_path / "found").smaller_keeps
     fixed = run("compress", models / "llama", tmp_path / "no", *calibrated(models), "--form", "factors", "--ceiling", 2)
     assert_error(fixed, "`ceiling` must be")
     assert_error(run("compress", models / "llama", tmp_path / "no", *DATA_FREE, "--ceiling", 0.9), "ceiling")
@@ -560,6 +583,9 @@ def test_search_by_a_task_in_a_file(run: Run, models: Path, tmp_path: Path, monk
     assert result["chosen"]["metric"] <= result["limit"] == pytest.approx(1.05 * result["dense_metric"])
     wrong = run(*command, "--overwrite", "--metric", f"{tmp_path / 'box.yaml'}:acc")
     assert_error(wrong, "has no metric 'acc', only bits_per_byte")
+    assert "calibrating" not in wrong.err
+    wrong = run(*command, "--overwrite", "--statistics", tmp_path / "new.safetensors", "--max-increase", "much")
+    assert_error(wrong, "`tolerance` must be")
     assert "calibrating" not in wrong.err
 
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import math
 import sys
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +22,6 @@ from reparam_peft.searching import Family, SearchResult, Trial
 
 BATCHES = [{"input_ids": torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(i))} for i in range(3)]
 UNSEEN = [{"input_ids": torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(9))}]
-WORDS = ["compress", "weights", "matrix", "product", "rank", "kept"]
 KEEPS = [0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9]
 
 
@@ -243,7 +241,7 @@ def test_the_front_and_the_table() -> None:
         ({"tolerance": "much", "batches": []}, "`tolerance` must be"),
         ({"evaluation": None}, "needs batches to evaluate on"),
         ({"metric": "hellaswag"}, "needs a `tokenizer`"),
-        ({"methods": ["nothing"]}, "`method` must be one of"),
+        ({"methods": ["whitened", "nothing"]}, "`methods` must hold some of 'svd', 'whitened'"),
     ],
 )
 def test_wrong_arguments(model: nn.Module, options: dict[str, Any], message: str) -> None:
@@ -266,99 +264,14 @@ def test_a_metric_that_is_not_finite_is_the_worst() -> None:
         raise FloatingPointError
 
     assert Measure("loss", broken, False).of(nn.Linear(1, 1)) == math.inf
+    assert Measure("perplexity", lambda model: math.exp(1000), False).of(nn.Linear(1, 1)) == math.inf
     assert Measure("score", lambda model: math.nan, True).of(nn.Linear(1, 1)) == -math.inf
 
 
 def test_the_harness_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval", None)
+    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ImportError, match="reparam_peft\\[harness\\]"):
         measure_named("hellaswag", None, byte_tokenizer(), None)
-
-
-CHOICE = """
-task: {name}
-tag: pair
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: multiple_choice
-doc_to_text: "{{{{first}}}}"
-doc_to_choice: "{{{{choices}}}}"
-doc_to_target: "{{{{right}}}}"
-metric_list: [{{metric: acc_norm}}, {{metric: acc}}]
-"""
-ROLLING = """
-task: whole
-dataset_path: json
-dataset_kwargs: {{data_files: {{test: {file}}}}}
-test_split: test
-output_type: loglikelihood_rolling
-doc_to_text: ""
-doc_to_target: "{{{{first}}}}"
-metric_list: [{{metric: bits_per_byte}}, {{metric: byte_perplexity}}]
-"""
-
-
-@pytest.fixture
-def tasks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with tasks of lm-evaluation-harness and their data, in place of those that it brings along."""
-    import lm_eval.tasks
-
-    monkeypatch.setenv("HF_DATASETS_CACHE", str(tmp_path / "cache"))
-    known = partial(lm_eval.tasks.TaskManager, include_path=tmp_path)
-    monkeypatch.setattr(lm_eval.tasks, "TaskManager", lambda include_defaults: known(include_defaults=False))
-    rows = [{"first": word, "choices": [word[::-1], word, "xyz"], "right": i % 3} for i, word in enumerate(WORDS)]
-    data = tmp_path / "rows.jsonl"
-    data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    for name, text in {"choice": CHOICE, "other": CHOICE, "whole": ROLLING}.items():
-        (tmp_path / f"{name}.yaml").write_text(text.format(name=name, file=json.dumps(str(data))))
-    group = {"group": "both", "task": ["choice", "other"], "aggregate_metric_list": [{"metric": "acc"}]}
-    (tmp_path / "both.yaml").write_text(json.dumps(group))
-    return tmp_path
-
-
-def byte_model() -> nn.Module:
-    return llama(vocab_size=259).eval()
-
-
-def test_a_task_of_the_harness_is_a_metric(tasks: Path) -> None:
-    model, tokenizer = byte_model(), byte_tokenizer()
-    names = {"choice": "acc_norm", "choice:acc": "acc", "whole": "bits_per_byte", "whole:byte_perplexity": "byte_perplexity"}
-    measures = {metric: measure_named(name, None, tokenizer, None) for name, metric in names.items()}
-    assert [measure.higher_is_better for measure in measures.values()] == [True, True, False, False]
-    values = {name: measure.of(model) for name, measure in measures.items()}
-    right = [values[name] * len(WORDS) for name in ("acc", "acc_norm")]
-    assert right == [pytest.approx(round(number)) for number in right]
-    assert values["byte_perplexity"] == pytest.approx(2 ** values["bits_per_byte"])
-    assert measure_named(str(tasks / "choice.yaml") + ":acc", None, tokenizer, None).of(model) == values["acc"]
-    whole = measure_named(str(tasks / "choice.yaml"), None, tokenizer, None)
-    assert (whole.name, whole.of(model)) == ("choice:acc_norm", values["acc_norm"])
-    both = measure_named("both:acc", None, tokenizer, None)
-    assert (both.name, both.of(model)) == ("both:acc", values["acc"])
-    with pytest.raises(ValueError, match="gives no acc_norm of all its tasks"):
-        measure_named("both", None, tokenizer, None).of(model)
-    assert measure_named("whole", None, tokenizer, True).higher_is_better  # by the caller's word
-
-
-def test_a_search_by_a_task_of_the_harness(tasks: Path) -> None:
-    options = {"metric": "whole:byte_perplexity", "tokenizer": byte_tokenizer(), "evaluation": None}
-    result = run(byte_model(), tolerance="5%", **options)
-    assert result.metric == options["metric"]
-    assert result.chosen.metric <= result.limit
-    again = measure_named(result.metric, None, options["tokenizer"], None).of(result.model.base_model.model)
-    assert again == pytest.approx(result.chosen.metric, rel=1e-4)
-
-
-def test_what_is_no_task_or_no_metric_of_it_is_refused(tasks: Path) -> None:
-    for metric, message in {
-        "no_such_task": "nor a file with one",
-        "choice:f1": "no metric 'f1', only acc_norm, acc",
-        "pair": "several tasks; name one: choice, other",
-    }.items():
-        with pytest.raises(ValueError, match=message):
-            measure_named(metric, None, byte_tokenizer(), None)
-    with pytest.raises(ValueError, match="needs a `tokenizer`"):
-        measure_named("choice", None, None, None)
 
 
 def test_statistics_serve_a_search(model: nn.Module) -> None:
