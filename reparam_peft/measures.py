@@ -86,8 +86,9 @@ class Measure:
         return dense - amount if self.higher_is_better else dense + amount
 
     def within(self, value: float, limit: float) -> bool:
-        """Whether a value is as good as a limit."""
-        return value >= limit if self.higher_is_better else value <= limit
+        """Whether a value is as good as a limit, but for rounding: 0.45 is within 0.1 of 0.55."""
+        better = value > limit if self.higher_is_better else value < limit
+        return better or math.isclose(value, limit, rel_tol=1e-9, abs_tol=1e-12)
 
     def best(self, values: Sequence[float]) -> float:
         """The best of some values; NaN of none."""

@@ -105,7 +105,7 @@ def search(
 
 
 def _print(result: SearchResult, output: Path) -> None:
-    head, *rows = result.rows()
+    head, *rows = (row[:-1] for row in result.rows())  # without the seconds, which 80 columns have no room for
     table = Table(*head)
     for row in rows:
         table.add_row(*row, style="bold" if row[0] == "chosen" else None)

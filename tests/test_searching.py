@@ -17,7 +17,7 @@ from torch import nn
 import reparam_peft.searching
 from reparam_peft import ReparamConfig, Statistics, calibrate, compress, perplexity, search
 from reparam_peft.evaluation import accuracy
-from reparam_peft.measures import Measure, measure_named
+from reparam_peft.measures import Measure, Tolerance, measure_named
 from reparam_peft.searching import Family, SearchResult, Trial
 
 BATCHES = [{"input_ids": torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(i))} for i in range(3)]
@@ -257,6 +257,15 @@ def test_a_metric_must_be_a_name_or_a_function(model: nn.Module) -> None:
         run(model, metric=3)
     with pytest.raises(TypeError, match="must return a number"):
         run(model, metric=lambda model: "good")
+
+
+def test_rounding_decides_nothing() -> None:
+    score = Measure("accuracy", lambda model: 0.0, True)
+    limit = score.limit(0.55, Tolerance.of(0.1))
+    assert limit > 0.45
+    assert score.within(0.45, limit)
+    assert not score.within(0.449, limit)
+    assert not Measure("loss", lambda model: 0.0, False).within(math.inf, 1.0)
 
 
 def test_a_metric_that_is_not_finite_is_the_worst() -> None:
