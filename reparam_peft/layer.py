@@ -26,10 +26,12 @@ class Product(NamedTuple):
     Attributes:
         factors: of a matrix W' ≈ W, in either form.
         bias: shape (out,), where the layer's own is replaced; else None.
+        feature_mean: E[B x], shape (r,), where the product serves lower ranks too and the bias depends on the rank; else None.
     """
 
     factors: Factors | PivotFactors
     bias: Tensor | None = None
+    feature_mean: Tensor | None = None
 
 
 class ReparamLayer(nn.Module, BaseTunerLayer):
@@ -121,6 +123,7 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
         inference_mode: bool = False,
         form: str = "factors",
         bias: bool = False,
+        nested: bool = False,
     ) -> None:
         """Add an adapter.
 
@@ -131,6 +134,7 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
             inference_mode: whether the factors are frozen.
             form: "factors" or "pivot".
             bias: whether it has a bias in place of the base layer's.
+            nested: whether it has the mean of its features, too.
         """
         # On meta a module takes no memory until it is given its factors, which are not copied.
         device = self.placeholder.device if product is None else torch.device("meta")
@@ -140,11 +144,15 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
             with torch.no_grad():
                 for parameter in module.parameters():
                     parameter.fill_(torch.nan)
+                if nested:
+                    module.feature_mean = torch.full((rank,), torch.nan, device=device, dtype=self.base_dtype)
             self.awaited.add(adapter_name)
         else:
             module.set_factors(product.factors)
             if bias:
                 module.set_bias(product.bias)
+            if nested:
+                module.feature_mean = product.feature_mean.to(module.dtype)
         self.r[adapter_name] = rank
         self.reparam_factors[adapter_name] = module.train(self.training)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)

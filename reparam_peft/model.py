@@ -113,7 +113,8 @@ class ReparamModel(BaseTuner):
         layer = target if isinstance(target, ReparamLayer) else reparam_layer(target)
         self._targets[current_key] = replace(planned, product=None)  # the layer is its only owner now
         storage = planned.storage
-        layer.update_layer(adapter_name, planned.rank, planned.product, peft_config.inference_mode, storage.form, storage.bias)
+        kind = {"form": storage.form, "bias": storage.bias, "nested": storage.bias and peft_config.smaller_keeps is not None}
+        layer.update_layer(adapter_name, planned.rank, planned.product, peft_config.inference_mode, **kind)
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -337,10 +338,10 @@ class ReparamModel(BaseTuner):
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         try:
             for name, layer in reparam_layers(model):
+                in_file = config.ranks_in_file.get(name.removeprefix("base_model.model."))
+                if in_file is not None and adapter_name in layer.r:
+                    _cut(name, layer, adapter_name, in_file, remapped)
                 for key, own in _factor_keys(name, layer, adapter_name).items():
-                    in_file = config.ranks_in_file.get(name.removeprefix("base_model.model."))
-                    if in_file is not None and key in remapped:
-                        remapped[key] = _first(remapped[key], own, in_file, layer.r[adapter_name])
                     _check_loaded_tensor(key, remapped.get(key), own, layer.r[adapter_name], layer.out_features)
                 if adapter_name in layer.merged_adapters:
                     raise ValueError(f"{name}: adapter {adapter_name!r} is merged; unmerge it before loading others into it.")
@@ -380,6 +381,27 @@ def _factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str,
     prefix = f"{name}." if name else ""
     factors = layer.reparam_factors[adapter_name]
     return {f"{prefix}reparam_factors.{adapter_name}.{key}": own for key, own in factors.state_dict(keep_vars=True).items()}
+
+
+def _cut(name: str, layer: ReparamLayer, adapter_name: str, rank_in_file: int, loaded: dict[str, Tensor]) -> None:
+    """Of the factors of a layer in a checkpoint the first columns and rows, and the bias that goes with them.
+
+    A bias holds the mean of the outputs: b + (W − A B) E[x]. Without columns of A it grows by what these gave in the mean.
+
+    Raises:
+        ValueError: the checkpoint has a bias, and no mean of the features B x that fits.
+    """
+    rank, own = layer.r[adapter_name], _factor_keys(name, layer, adapter_name)
+    for key in [key for key in own if key.endswith(".bias") and key in loaded]:
+        # The model has no such tensor at this size, so that PEFT has left the key as it is in the file.
+        key_of_mean = ReparamModel._remove_adapter_name_from_key(key, adapter_name).removesuffix("bias") + "feature_mean"
+        A, mean = loaded.get(key.removesuffix("bias") + "A.weight"), loaded.pop(key_of_mean, None)
+        if A is None or mean is None or mean.shape != (rank_in_file,) or A.shape[:2] != (len(loaded[key]), rank_in_file):
+            raise ValueError(f"{key_of_mean}: the checkpoint has no such tensor that fits; {DAMAGED}.")
+        lost = A.flatten(1)[:, rank:].float() @ mean[rank:].float()
+        loaded[key] = (loaded[key].float() + lost).to(loaded[key].dtype)
+    for key in own.keys() & loaded.keys():
+        loaded[key] = _first(loaded[key], own[key], rank_in_file, rank)
 
 
 def _first(tensor: Tensor, own: Tensor, rank_in_file: int, rank: int) -> Tensor:

@@ -27,7 +27,7 @@ from .layer import Product
 from .metrics import diagonal, exact, shrink
 from .model import select_targets
 from .pivoting import PivotFactors, pivot
-from .planning import Plan, allocate_ranks, check_budget, make_plan, smaller_ranks
+from .planning import Plan, allocate_ranks, check_budget, is_nested, make_plan, smaller_ranks
 from .statistics import Statistics
 from .targets import Target, base_dtype, naming, resolve_rank, source_matrix
 
@@ -148,12 +148,13 @@ class Run:
     def products(self, targets: Mapping[str, Target]) -> dict[str, Product]:
         """The products of those targets that do not stay dense, factorised one-shot."""
         products: dict[str, Product] = {}
+        nested = is_nested(self.config)
         for group in self.passes:
             todo = {name: targets[name] for name in group if name in targets and targets[name].rank is not None}
             if not todo:
                 continue
             compute = partial(self._product, targets=todo, statistics=self.statistics(group))
-            found = self._shared_out(todo, "Factorising", compute, lambda name: _empty_product(todo[name]))  # noqa: B023
+            found = self._shared_out(todo, "Factorising", compute, lambda name: _empty_product(todo[name], nested))  # noqa: B023
             products.update({name: product_of(tensors, todo[name]) for name, tensors in found.items()})
         return products
 
@@ -308,11 +309,13 @@ class Run:
             factors = pivot(factors, metrics.input, dtype)
         else:
             factors = Factors(*(factor.to(dtype) for factor in factors))
-        bias = None
+        bias = feature_mean = None
         if output_mean is not None:
             A, B = map(exact, factors.factors() if isinstance(factors, PivotFactors) else factors)
-            bias = (output_mean - A @ (B @ metrics.mean.to(B.device))).to(W.device, dtype)
-        return Product(factors, bias)
+            features = B @ metrics.mean.to(B.device)
+            bias = (output_mean - A @ features).to(W.device, dtype)
+            feature_mean = features.to(W.device, dtype) if is_nested(self.config) else None
+        return Product(factors, bias, feature_mean)
 
     def _shared_out(
         self, names: Iterable[str], what: str, compute: Callable[[str], list[Tensor]], parts: Callable[[str], list[Tensor]]
@@ -404,8 +407,8 @@ def _length(target: Target) -> Tensor:
     return torch.empty(min(target.storage.out_features, target.storage.in_features), dtype=torch.float64)
 
 
-def _empty_product(target: Target) -> list[Tensor]:
-    """Memory for what `_tensors` gives."""
+def _empty_product(target: Target, nested: bool) -> list[Tensor]:
+    """Memory for what `tensors_of` gives."""
     storage, rank, dtype = target.storage, target.rank, base_dtype(target.module)
     if storage.form == "pivot":
         shapes = [(rank, storage.in_features), (storage.out_features - rank, rank)]
@@ -413,16 +416,17 @@ def _empty_product(target: Target) -> list[Tensor]:
     else:
         shapes = [(storage.out_features, rank), (rank, storage.in_features)]
         tensors = [torch.empty(shape, dtype=dtype) for shape in shapes]
-    return [*tensors, *([torch.empty(storage.out_features, dtype=dtype)] if storage.bias else [])]
+    sizes = [storage.out_features, *([rank] if nested else [])] if storage.bias else []
+    return [*tensors, *(torch.empty(size, dtype=dtype) for size in sizes)]
 
 
 def tensors_of(product: Product) -> list[Tensor]:
     """The tensors of a product, in order."""
-    return [*product.factors, *([] if product.bias is None else [product.bias])]
+    return [tensor for tensor in (*product.factors, product.bias, product.feature_mean) if tensor is not None]
 
 
 def product_of(tensors: list[Tensor], target: Target) -> Product:
     """The product of a target that has these tensors: the inverse of `tensors_of`."""
     form = PivotFactors if target.storage.form == "pivot" else Factors
     count = len(form._fields)
-    return Product(form(*tensors[:count]), tensors[count] if target.storage.bias else None)
+    return Product(form(*tensors[:count]), *tensors[count:])

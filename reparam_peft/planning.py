@@ -254,15 +254,21 @@ def allocate_ranks(
     return ranks
 
 
+def is_nested(config: ReparamConfig) -> bool:
+    """Whether products of a rank are the first columns of A and rows of B of those of any higher rank, and an adapter says so.
+
+    They are, but for the pivot form and an autoencoder. It says so where a `ceiling` below 1 leaves nothing dense by itself.
+    """
+    return config.form == "factors" and config.method != "autoencoder" and config.ceiling is not None and config.ceiling < 1
+
+
 def smaller_ranks(
     config: ReparamConfig, storages: Mapping[str, Storage], plan: Plan, given: Mapping[str, int | None]
 ) -> dict[float, dict[str, int | None]] | None:
     """Ranks at sizes below that of a plan, in steps of 0.05 down to the least there is: size → module → rank; None: dense.
 
     No rank rises, so that the products are the first columns of A and rows of B of those of the plan. A matrix may be dense
-    where the budget allows it, since a base model has it. None unless the config has a `ceiling` below 1, which says that
-    nothing is dense by itself; and where products of different ranks have no columns in common: in pivot form, of an
-    autoencoder, with biases that depend on the rank.
+    where the budget allows it, since a base model has it. None unless the products are nested.
 
     Args:
         config: that the plan was made with.
@@ -271,8 +277,7 @@ def smaller_ranks(
         given: ranks that the config fixes, which stay.
     """
     factorised = {module.name: module for module in plan.modules if module.rank is not None}
-    ordered = plan.form == "factors" and plan.method != "autoencoder" and config.ceiling is not None and config.ceiling < 1
-    if not ordered or any(storages[name].bias for name in factorised):
+    if not is_nested(config):
         return None
     config = copy.copy(config)
     config.ceiling = None

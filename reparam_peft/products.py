@@ -100,6 +100,7 @@ class FactorizedModule(nn.Module):
         rank: r.
         A: maps r features to the output: of the class that `expand` makes, or a `PivotExpansion` of it.
         bias: shape (out,), or None.
+        feature_mean: mean of B x, shape (r,), by which the bias is moved where the product is cut to a lower rank; or None.
     """
 
     def __init__(
@@ -121,6 +122,7 @@ class FactorizedModule(nn.Module):
         else:
             self.A = expand(out_features)
         self.bias = nn.Parameter(torch.zeros(out_features, **like)) if bias else None
+        self.register_buffer("feature_mean", None)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """A (B x) + b, where b, of shape (out,), is the module's own bias if it has one, else `bias`."""

@@ -293,7 +293,8 @@ def _layer(target: Target, product: Product, module: nn.Module) -> ReparamLayer:
     """The layer of a product in place of a module, which gives its bias and its geometry."""
     layer = reparam_layer(copy.copy(module))  # whose weight is dropped, while the module keeps its own
     layer.base_layer._parameters = dict(module._parameters)
-    layer.update_layer(ADAPTER, target.rank, product, form=target.storage.form, bias=target.storage.bias)
+    kind = {"form": target.storage.form, "bias": target.storage.bias, "nested": product.feature_mean is not None}
+    layer.update_layer(ADAPTER, target.rank, product, **kind)
     layer.drop_base_weight()
     return layer.requires_grad_(False).train(False)
 
@@ -315,6 +316,7 @@ def _products(student: nn.Module) -> dict[str, Product]:
         name: Product(
             type(module.stored)(*(factor.detach() for factor in module.stored)),
             None if module.bias is None else module.bias.detach(),
+            module.feature_mean,
         )
         for name, module in modules.items()
     }

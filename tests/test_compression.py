@@ -734,6 +734,7 @@ SHARED: dict[str, tuple[Callable[[], nn.Module], list[Batch], dict[str, Any]]] =
     "uniform": (gpt2, TEXT, {"target_modules": ["c_attn", "c_fc"], "allocation": "uniform", "output_metric": "none"}),
     "autoencoder": (net, ROWS, {"target_modules": ["first", "second"], "method": "autoencoder"}),
     "embedding": (llama, TEXT, {"target_modules": ["embed_tokens"]}),
+    "many sizes": (gpt2, TEXT, {"target_modules": ["c_attn", "c_fc"], "form": "factors", "ceiling": 0.99, "keep": 0.9}),
     "fewer batches": (llama, TEXT[:1], ALL),
 }
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import gpt2, llama, relative_error
+from conftest import bert, gpt2, llama, relative_error
 from peft import AutoPeftModelForCausalLM, PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from reparam_peft import ReparamConfig, compress, retruncate
 from reparam_peft.layer import ReparamLayer
@@ -20,9 +20,10 @@ from reparam_peft.layer import ReparamLayer
 LESS = [{"input_ids": torch.randint(3, 100, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(3)]
 
 
-def nested(make: Callable[[], nn.Module] = llama, **options: object) -> PeftModel:
+def nested(make: Callable[[], nn.Module] = llama, batches: object = LESS, **options: object) -> PeftModel:
+    ways = {way: options.pop(way) for way in ("sequential", "run_folder") if way in options}
     given = {"target_modules": "all-linear", "keep": 1.0, "form": "factors", "rank_multiple": 4, "ceiling": 0.999, **options}
-    return compress(make(), ReparamConfig(**given), LESS, progress=False)
+    return compress(make(), ReparamConfig(**given), batches, progress=False, **ways)
 
 
 @pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}, {"is_trainable": True}, {"adapter_name": "other"}])
@@ -85,6 +86,101 @@ def test_it_is_what_compress_makes_at_that_size(tmp_path: Path, keep: float) -> 
         assert relative_error(small(**LESS[0]).logits, made(**LESS[0]).logits) < 1e-4
 
 
+def qwen2() -> nn.Module:
+    """Queries, keys and values with bias, all else without."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 100}
+    model = Qwen2ForCausalLM(Qwen2Config(**sizes, num_attention_heads=4, num_key_value_heads=2)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("bias"):
+            nn.init.normal_(parameter)
+    return model
+
+
+class Convolutions(nn.Sequential):
+    """Whose inputs have a mean, so that a bias has something to preserve."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        super().__init__(nn.Conv2d(16, 48, 3), nn.ReLU(), nn.Conv2d(48, 32, 3), nn.ReLU(), nn.Conv2d(32, 8, 3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return super().forward(x + 1)
+
+
+IMAGES = [{"x": torch.randn(8, 16, 9, 9, generator=torch.Generator().manual_seed(i))} for i in range(3)]
+
+
+@pytest.mark.parametrize("keep", [0.7, 0.4])
+@pytest.mark.parametrize(
+    ("make", "targets", "batches"),
+    [(gpt2, "all-linear", LESS), (qwen2, "all-linear", LESS), (bert, "all-linear", LESS), (Convolutions, ["0", "2"], IMAGES)],
+)
+def test_biases_go_with_the_rank(
+    tmp_path: Path, make: Callable[[], nn.Module], targets: object, batches: list[dict[str, torch.Tensor]], keep: float
+) -> None:
+    large = nested(make, batches, target_modules=targets)
+    large.save_pretrained(tmp_path)
+    small = PeftModel.from_pretrained(make(), tmp_path, keep=keep)
+    made = nested(make, batches, target_modules=targets, keep=keep, ceiling=None)
+    assert small.peft_config["default"].moved_bias
+    assert small.peft_config["default"].rank_pattern == made.peft_config["default"].rank_pattern
+    biases = {name: module.bias for name, module in made.named_modules() if getattr(module, "feature_mean", 0) is None}
+    assert any(bias is not None for bias in biases.values())
+    for name, bias in biases.items():
+        own = small.get_submodule(name)
+        assert own.feature_mean is None
+        if bias is not None:
+            torch.testing.assert_close(own.bias, bias, rtol=1e-4, atol=1e-5)
+    with torch.no_grad():
+        outputs = [model(**batches[0]) for model in (small, made)]
+    assert relative_error(*(getattr(output, "logits", output) for output in outputs)) < 1e-4
+
+
+def test_the_means_stay_with_the_large_one_only(tmp_path: Path) -> None:
+    large = nested(gpt2)
+    large.save_pretrained(tmp_path / "large")
+    again = PeftModel.from_pretrained(gpt2(), tmp_path / "large")
+    again.save_pretrained(tmp_path / "again")
+    one, other = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("large", "again"))
+    assert one.keys() == other.keys()
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    assert sum(key.endswith("feature_mean") for key in one) == 8
+    small = PeftModel.from_pretrained(gpt2(), tmp_path / "again", keep=0.5)
+    small.save_pretrained(tmp_path / "small")
+    assert not any(key.endswith("feature_mean") for key in load_file(tmp_path / "small" / "adapter_model.safetensors"))
+    standalone = large.to_standalone()
+    assert not any(key.endswith("feature_mean") for key in standalone.state_dict())
+    with torch.no_grad():
+        assert torch.equal(standalone(**LESS[0]).logits, large(**LESS[0]).logits)
+    retruncate(large, 0.5, LESS, progress=False)
+    large.save_pretrained(tmp_path / "cut")
+    assert not any(key.endswith("feature_mean") for key in load_file(tmp_path / "cut" / "adapter_model.safetensors"))
+
+
+@pytest.mark.parametrize("keep", [None, 0.5])
+def test_a_checkpoint_without_the_means_is_refused(tmp_path: Path, keep: float | None) -> None:
+    nested(gpt2).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    save_file({key: tensor for key, tensor in load_file(path).items() if not key.endswith("feature_mean")}, path)
+    with pytest.raises(ValueError, match="feature_mean"):
+        PeftModel.from_pretrained(gpt2(), tmp_path, keep=keep)
+
+
+def test_block_by_block_with_biases(tmp_path: Path) -> None:
+    options = {"sequential": True, "run_folder": tmp_path / "run"}
+    large = nested(gpt2, **options)
+    (tmp_path / "run" / "block-0001.safetensors").unlink()  # as if it was killed before
+    again = nested(gpt2, **options)
+    for name, buffer in large.named_buffers():
+        if name.endswith("feature_mean"):
+            assert torch.equal(buffer, again.get_buffer(name))
+    large.save_pretrained(tmp_path / "large")
+    small = PeftModel.from_pretrained(gpt2(), tmp_path / "large", keep=0.6)
+    with torch.no_grad():
+        assert small(**LESS[0]).logits.isfinite().all()
+
+
 def test_a_smaller_one_is_saved_trained_and_made_standalone(tmp_path: Path) -> None:
     nested().save_pretrained(tmp_path / "large")
     small = PeftModel.from_pretrained(llama(), tmp_path / "large", keep=0.6, is_trainable=True)
@@ -137,7 +233,12 @@ def test_sizes_that_cannot_be_loaded(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("make", "options"),
-    [(llama, {"form": "pivot"}), (llama, {"method": "autoencoder"}), (gpt2, {}), (llama, {"ceiling": None, "keep": 0.8})],
+    [
+        (llama, {"form": "pivot"}),
+        (gpt2, {"form": "pivot"}),
+        (llama, {"method": "autoencoder"}),
+        (llama, {"ceiling": None, "keep": 0.8}),
+    ],
 )
 def test_products_without_an_order_say_so(tmp_path: Path, make: Callable[[], nn.Module], options: dict[str, object]) -> None:
     model = nested(make, **options)
