@@ -68,15 +68,15 @@ class HarnessTask:
         except (ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
             rule = " A file must describe one task, and no group." if in_file else ""
             raise ValueError(f"{name} cannot be loaded as a task of lm-evaluation-harness: {error}.{rule}") from error
-        tasks, groups = list(loaded["tasks"].values()), list(loaded["groups"].values())
-        if len(tasks) > 1 and not groups:
+        tasks, grouped = list(loaded["tasks"].values()), list(loaded["groups"].values())
+        if len(tasks) > 1 and not grouped:
             raise ValueError(f"`metric={given!r}` stands for several tasks; name one: {', '.join(loaded['tasks'])}.")
         for task in tasks:
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                 raise ValueError(f"{task.task_name} runs generated code, or needs more than text; measure it by a function.")
         directions = {own: up for task in tasks for own, up in task.higher_is_better().items()}
-        if groups:
-            directions = {own.metric: directions.get(own.metric) for own in groups[0].aggregate_metric_list or ()}
+        if grouped:
+            directions = {own.metric: directions.get(own.metric) for own in grouped[0].aggregate_metric_list or ()}
         if not directions:
             raise ValueError(f"{name} has no metrics of its own; name one of its tasks: {', '.join(loaded['tasks'])}.")
         metric = metric or next(iter(directions))
@@ -84,7 +84,7 @@ class HarnessTask:
             raise ValueError(f"{name} has no metric {metric!r}, only {', '.join(directions)}.")
         described = json.dumps([[task.dump_config(), len(task.eval_docs)] for task in tasks], sort_keys=True, default=str)
         details = hashlib.sha256(f"{re.sub(' at 0x[0-9a-f]+', '', described)} {documents}".encode()).hexdigest()
-        return cls((groups or tasks)[0], metric, directions[metric], details, tokenizer, documents)
+        return cls((grouped or tasks)[0], metric, directions[metric], details, tokenizer, documents)
 
     def of(self, model: nn.Module) -> float:
         """The metric of a model. Of several filters of the answers, the first that the harness reports counts."""
