@@ -3,18 +3,19 @@
     python tests/benchmarks/embeddings.py MODEL CALIBRATION TEST [--keep 0.6] [--sentences 200]
 
 MODEL is the folder of a BERT-like encoder whose embeddings are the mean of its last hidden states; calibration takes sentences
-of one text, the test the first sentences of the other.
+of one text, the test the first sentences of the other. The last row is one adapter for many sizes, loaded at this one.
 """
 
 from __future__ import annotations
 
 import argparse
 import re
+import tempfile
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -24,7 +25,9 @@ ROWS = {
     "plain SVD, uniform, factors": {"method": "svd", "allocation": "uniform", "form": "factors"},
     "whitened, uniform, factors": {"output_metric": "none", "allocation": "uniform", "form": "factors"},
     "`compress`": {},
+    "`compress`, factors": {"form": "factors"},
 }
+MANY_SIZES = {"keep": 1.0, "form": "factors", "ceiling": 0.999}
 
 
 def sentences(path: Path, count: int) -> list[str]:
@@ -61,7 +64,11 @@ def main() -> None:
         texts = sentences(path, count)
         return [dict(tokenizer(texts[i : i + 20], padding=True, return_tensors="pt")) for i in range(0, len(texts), 20)]
 
-    test, expected = batches(options.test, options.sentences), None
+    def show(name: str, small: PeftModel) -> None:
+        similarity = F.cosine_similarity(embed(small.eval(), test), expected).mean()
+        print(f"{name}: cosine {similarity:.4f}, {small.size_report().keep:.4f} of the targeted parameters stored")
+
+    test = batches(options.test, options.sentences)
     expected = embed(base(), test)
     known = calibrate(base(), ReparamConfig(target_modules="all-linear"), batches(options.calibration, 1000), progress=False)
     print(f"calibrated on {known.tokens} tokens; {len(expected)} sentences, keep {options.keep}")
@@ -69,8 +76,11 @@ def main() -> None:
         config = ReparamConfig(target_modules="all-linear", keep=options.keep, **fields)
         data_free = fields.get("method") == "svd"
         small = get_peft_model(base(), config) if data_free else compress(base(), config, known, progress=False)
-        similarity = F.cosine_similarity(embed(small.eval(), test), expected).mean()
-        print(f"{name}: cosine {similarity:.4f}, {small.size_report().keep:.4f} of the targeted parameters stored")
+        show(name, small)
+    large = compress(base(), ReparamConfig(target_modules="all-linear", **MANY_SIZES), known, progress=False)
+    with tempfile.TemporaryDirectory() as folder:
+        large.save_pretrained(folder)
+        show("many sizes, loaded at this one", PeftModel.from_pretrained(base(), folder, keep=options.keep))
 
 
 if __name__ == "__main__":
