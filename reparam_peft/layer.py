@@ -209,6 +209,8 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
         module.set_factors(factorize(self._base_matrix(), self.r[adapter_name]))
         if module.bias is not None:
             module.set_bias(self._base_bias())
+        if module.feature_mean is not None:
+            module.feature_mean = torch.zeros_like(module.feature_mean)  # the bias is that of W at every rank
         self.receive(adapter_name)
 
     def train(self, mode: bool = True) -> ReparamLayer:

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import bert, gpt2, llama, relative_error
-from peft import AutoPeftModelForCausalLM, PeftModel
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
@@ -156,6 +156,41 @@ def test_the_means_stay_with_the_large_one_only(tmp_path: Path) -> None:
     retruncate(large, 0.5, LESS, progress=False)
     large.save_pretrained(tmp_path / "cut")
     assert not any(key.endswith("feature_mean") for key in load_file(tmp_path / "cut" / "adapter_model.safetensors"))
+
+
+def test_a_config_without_its_weights_serves_many_sizes_too(tmp_path: Path) -> None:
+    nested(gpt2).save_pretrained(tmp_path / "large")
+    fresh = get_peft_model(gpt2(), ReparamConfig.from_pretrained(tmp_path / "large")).eval()
+    with torch.no_grad():
+        fresh(**LESS[0])  # which factorises the weights, since no factors have arrived
+    fresh.save_pretrained(tmp_path / "fresh")
+    small = PeftModel.from_pretrained(gpt2(), tmp_path / "fresh", keep=0.5)
+    for name, layer in small.get_base_model().named_modules():
+        if isinstance(layer, ReparamLayer):
+            assert torch.equal(layer.reparam_factors["default"].bias, gpt2().get_submodule(name).bias)
+
+
+@pytest.mark.parametrize("route", ["transformers", "second", "merged"])
+def test_the_means_survive_other_routes(tmp_path: Path, route: str) -> None:
+    gpt2().save_pretrained(tmp_path / "dense")
+    nested(lambda: AutoModelForCausalLM.from_pretrained(tmp_path / "dense")).save_pretrained(tmp_path / "large")
+    folder = tmp_path / "again"
+    if route == "transformers":
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        model.load_adapter(str(tmp_path / "large"))
+        model.save_pretrained(folder)
+    else:
+        model = PeftModel.from_pretrained(gpt2(), tmp_path / "large")
+        if route == "merged":
+            model.merge_adapter()
+            model.unmerge_adapter()
+        else:
+            model.load_adapter(tmp_path / "large", "second")
+            folder /= "second"
+        model.save_pretrained(tmp_path / "again")
+    one, other = (PeftModel.from_pretrained(gpt2(), path, keep=0.5) for path in (tmp_path / "large", folder))
+    with torch.no_grad():
+        assert torch.equal(one(**LESS[0]).logits, other(**LESS[0]).logits)
 
 
 @pytest.mark.parametrize("keep", [None, 0.5])
