@@ -29,7 +29,8 @@ def cut(name: str, layer: ReparamLayer, adapter_name: str, rank_in_file: int, lo
     for key in [key for key in own if key.endswith(".bias") and key in loaded]:
         # The model has no such tensor at this size, so that PEFT has left the key as it is in the file.
         key_of_mean = key.removesuffix(f"{adapter_name}.bias") + "feature_mean"
-        A, mean = loaded.get(key.removesuffix("bias") + "A.weight"), loaded.pop(key_of_mean, None)
+        found = [loaded.pop(f"{prefix}{key_of_mean}", None) for prefix in ("", "base_model.model.")]
+        A, mean = loaded.get(key.removesuffix("bias") + "A.weight"), next((t for t in found if t is not None), None)
         if A is None or mean is None or mean.shape != (rank_in_file,) or A.shape[:2] != (len(loaded[key]), rank_in_file):
             raise ValueError(f"{key_of_mean}: the checkpoint has no such tensor that fits; {DAMAGED}.")
         lost = A.flatten(1)[:, rank:].float() @ mean[rank:].float()

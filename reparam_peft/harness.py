@@ -14,6 +14,7 @@ import torch
 import yaml
 from torch import nn
 
+from .distributed import processes
 from .evaluation import evaluating
 
 
@@ -25,7 +26,7 @@ class HarnessTask:
         task: the harness's object.
         metric: its name.
         higher_is_better: as the task has it; None: it does not say.
-        details: fingerprint of what the task's description holds, and the number of documents.
+        details: fingerprint of what the task's description holds, and of the documents.
         tokenizer: of the models to evaluate.
         documents: the most of each task; None: all.
     """
@@ -52,6 +53,8 @@ class HarnessTask:
         """
         if tokenizer is None:
             raise ValueError(f"`metric={given!r}` is taken for a task of lm-evaluation-harness, which needs a `tokenizer`.")
+        if processes()[0] > 1:
+            raise ValueError(f"`metric={given!r}`: the harness gives its figures to one process only; search in a single one.")
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
@@ -82,12 +85,16 @@ class HarnessTask:
         metric = metric or next(iter(directions))
         if metric not in directions:
             raise ValueError(f"{name} has no metric {metric!r}, only {', '.join(directions)}.")
-        described = json.dumps([[task.dump_config(), len(task.eval_docs)] for task in tasks], sort_keys=True, default=str)
+        described = json.dumps([[task.dump_config(), list(task.eval_docs)] for task in tasks], sort_keys=True, default=str)
         details = hashlib.sha256(f"{re.sub(' at 0x[0-9a-f]+', '', described)} {documents}".encode()).hexdigest()
         return cls((grouped or tasks)[0], metric, directions[metric], details, tokenizer, documents)
 
     def of(self, model: nn.Module) -> float:
-        """The metric of a model. Of several filters of the answers, the first that the harness reports counts."""
+        """The metric of a model. Of several filters of the answers, the first that the harness reports counts.
+
+        Raises:
+            ValueError: the task reports other metrics than it names.
+        """
         import lm_eval
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
@@ -95,7 +102,7 @@ class HarnessTask:
         devices = [model.device] if model.device.type == "cuda" else []
         with evaluating(model), torch.random.fork_rng(devices):  # which both of these set
             wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(self.tokenizer))  # it adds a token for padding
-            found = lm_eval.simple_evaluate(
+            results = lm_eval.simple_evaluate(
                 wrapped,
                 tasks=[self.task],
                 task_manager=TaskManager(include_defaults=False),
@@ -105,8 +112,12 @@ class HarnessTask:
                 random_seed=None,
                 numpy_random_seed=None,
             )
-        figures = found["results"][_name(self.task)]
-        return next(value for key, value in figures.items() if key.partition(",")[0] == self.metric)
+        figures = results["results"][_name(self.task)]
+        found = [value for key, value in figures.items() if key.partition(",")[0] == self.metric]
+        if not found:
+            reported = ", ".join(key for key in figures if "," in key)
+            raise ValueError(f"{self.name}: the task names this metric, and reports only {reported}; measure it by a function.")
+        return found[0]
 
 
 def _name(task: Any) -> str:

@@ -176,8 +176,10 @@ class ReparamLayer(nn.Module, BaseTunerLayer):
         Raises:
             ValueError: they hold NaN or inf, or a mask of the pivot form does not fit the rank.
         """
-        self.reparam_factors[adapter_name].refresh()
-        if not all(parameter.isfinite().all() for parameter in self.reparam_factors[adapter_name].parameters()):
+        module = self.reparam_factors[adapter_name]
+        module.refresh()
+        means = [] if module.feature_mean is None else [module.feature_mean]
+        if not all(tensor.isfinite().all() for tensor in [*module.parameters(), *means]):
             raise ValueError(f"the loaded factors of adapter {adapter_name!r} contain NaN or infinite values; {DAMAGED}.")
         self.release(adapter_name)
 

@@ -373,6 +373,8 @@ def _with_defaults(config: ReparamConfig, plan: Plan | None, moves_bias: bool) -
         choices = {"method": plan.method, "allocation": plan.allocation, "form": plan.form}
         if config.keep == ReparamConfig.keep:
             config.keep = plan.keep
+        if config.ceiling is None:
+            config.ceiling = plan.ceiling
     for field, value in choices.items():
         setattr(config, field, getattr(config, field) or value)
     config.__post_init__()

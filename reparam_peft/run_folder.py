@@ -134,6 +134,11 @@ def fingerprint_of_batches(batches: Sequence[Mapping[str, Any]]) -> str:
     return _sha256((name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor))
 
 
+def fingerprint_of_tensors(tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of tensors and their names."""
+    return _sha256(sorted(tensors.items()))
+
+
 def _sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
     total = hashlib.sha256()
     for name, tensor in tensors:

@@ -20,13 +20,14 @@ from tqdm.auto import tqdm
 from .compression import calibrate, compress
 from .config import CALIBRATED_METHODS, METHODS, ReparamConfig
 from .decompositions import Factors, factorize
+from .distributed import check_whole
 from .factorized import is_quantized, layer_kind
 from .measures import Measure, Tolerance, measure_named
 from .metrics import exact
 from .pipeline import Batches, Run, mean_output
 from .planning import Plan
 from .plotting import plot_search, table_html
-from .run_folder import RunFolder, fingerprint_of_batches, fingerprint_of_model
+from .run_folder import RunFolder, fingerprint_of_batches, fingerprint_of_model, fingerprint_of_tensors
 from .sequential import json_able
 from .statistics import Statistics
 from .targets import base_dtype, naming, source_matrix
@@ -206,11 +207,15 @@ def search(
     asked = {"metric": metric, "tolerance": tolerance, "evaluation": evaluation, "tokenizer": tokenizer, "documents": documents}
     asked |= {"higher_is_better": higher_is_better, "keeps": keeps, "methods": methods, "max_trials": max_trials}
     measure, allowed, candidates, methods = check_search(config, **asked)
+    if run_folder is not None and not isinstance(batches, Statistics):
+        check_whole(batches)
+        batches = list(batches)
     settings = {
         "config": json_able(config.to_dict()),
         "model": fingerprint_of_model(model),
         "metric": [measure.name, measure.higher_is_better, str(tolerance), measure.details],
         "evaluation": fingerprint_of_batches(evaluation or []),
+        "calibration": None if run_folder is None else _fingerprint(batches),
         "candidates": [candidates, methods, max_trials],
         "seed": seed,
     }
@@ -389,6 +394,14 @@ def check_search(
         raise ValueError(f"`max_trials` must be a whole number of at least 1, got {max_trials!r}.")
     allowed = Tolerance.of(tolerance)
     return measure_named(metric, evaluation, tokenizer, higher_is_better, documents), allowed, keeps, methods
+
+
+def _fingerprint(batches: Batches) -> str:
+    """Of what a search is calibrated on."""
+    if not isinstance(batches, Statistics):
+        return fingerprint_of_batches(batches)
+    sums = {f"energies of {name}": value for name, value in batches.energies.items()}
+    return fingerprint_of_tensors({**sums, **batches.sums})
 
 
 def _statistics(

@@ -7,6 +7,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -359,5 +360,5 @@ def _restore(student: nn.Module, targets: Mapping[str, Target], state: Mapping[s
 def _share(block: nn.Module) -> None:
     """Give every process of a distributed run the block of the first."""
     if processes()[0] > 1:
-        for parameter in block.parameters():
-            dist.broadcast(parameter.data, 0)
+        for tensor in chain(block.parameters(), block.buffers()):
+            dist.broadcast(tensor.data, 0)

@@ -101,6 +101,8 @@ def retruncate(
     for name, module in modules.items():
         layers[name].reparam_factors[adapter_name] = module
         layers[name].r[adapter_name] = ranks[name]
+    for layer in layers.values():
+        layer.reparam_factors[adapter_name].feature_mean = None  # the sizes that it is for are forgotten
     emptied = dict.fromkeys(("r", "evaluation", "smaller_keeps", "smaller_ranks"))
     for field, value in {"keep": keep, **emptied, **how}.items():
         setattr(model.peft_config[adapter_name], field, value)

@@ -13,6 +13,7 @@ import yaml
 from conftest import byte_tokenizer, llama
 from torch import nn
 
+import reparam_peft.harness
 from reparam_peft import ReparamConfig, search
 from reparam_peft.measures import measure_named
 
@@ -139,9 +140,33 @@ def test_a_search(model: nn.Module, tasks: Path) -> None:
     assert result.chosen.metric <= result.limit
     again = value(result.model.base_model.model, result.metric)
     assert again == pytest.approx(result.chosen.metric, rel=1e-4)
-    describe(tasks, "whole", ROLLING, doc_to_target="{{first}} {{first}}")
-    with pytest.raises(ValueError, match="metric"):  # of another run
+
+    def go_on() -> None:
         search(llama(vocab_size=259), config, BATCHES, tolerance="2%", max_trials=3, run_folder=folder, **options)
+
+    go_on()
+    (tasks / "rows.jsonl").write_text((tasks / "rows.jsonl").read_text().replace("weights", "weighty"))
+    with pytest.raises(ValueError, match="another `metric`"):
+        go_on()
+    (tasks / "rows.jsonl").write_text((tasks / "rows.jsonl").read_text().replace("weighty", "weights"))
+    describe(tasks, "whole", ROLLING, doc_to_target="{{first}} {{first}}")
+    with pytest.raises(ValueError, match="another `metric`"):
+        go_on()
+
+
+def test_a_task_that_reports_other_metrics_than_it_names(model: nn.Module, tasks: Path) -> None:
+    named = {"metric_list": [{"metric": "mine", "aggregation": "mean", "higher_is_better": True}]}
+    (tasks / "own.py").write_text("def results(doc, answers):\n    return {}\n")
+    path = Path(describe(tasks, "odd", ROLLING, **named))
+    path.write_text(path.read_text() + "process_results: !function own.results\n")
+    with pytest.raises(ValueError, match="odd:mine: the task names this metric, and reports only"):
+        value(model, str(path))
+
+
+def test_one_process_only(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(reparam_peft.harness, "processes", lambda: (2, 0))
+    with pytest.raises(ValueError, match="search in a single one"):
+        measure_named("whole", None, byte_tokenizer(), None)
 
 
 @pytest.mark.parametrize(

@@ -200,7 +200,7 @@ def test_a_search_that_was_killed_goes_on(model: nn.Module, tmp_path: Path) -> N
     with pytest.raises(Killed):
         run(model, metric=loss, tolerance="30%", run_folder=tmp_path / "run", build=False)
     assert len(count) == 3
-    again = run(model, metric=loss, tolerance="30%", run_folder=tmp_path / "run", build=False, batches=[])
+    again = run(model, metric=loss, tolerance="30%", run_folder=tmp_path / "run", build=False)
     whole = run(model, metric=loss, tolerance="30%", build=False)
     assert [t.keep for t in again.trials] == [t.keep for t in whole.trials]
     assert [t.metric for t in again.trials] == [t.metric for t in whole.trials]
@@ -210,6 +210,9 @@ def test_a_search_that_was_killed_goes_on(model: nn.Module, tmp_path: Path) -> N
     assert [entry["keep"] for entry in log[1:]] == [t.keep for t in whole.trials]
     with pytest.raises(ValueError, match="another `metric`"):
         run(model, metric=loss, tolerance="20%", run_folder=tmp_path / "run", build=False)
+    for other in (BATCHES[:2], calibrate(model, config(), BATCHES[:2], progress=False)):
+        with pytest.raises(ValueError, match="another `calibration`"):
+            run(model, metric=loss, tolerance="30%", run_folder=tmp_path / "run", build=False, batches=other)
 
 
 def test_the_front_and_the_table() -> None:

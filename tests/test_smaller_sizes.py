@@ -9,12 +9,13 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import bert, gpt2, llama, relative_error
-from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
+from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
+from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
-from reparam_peft import ReparamConfig, compress, retruncate
+from reparam_peft import ReparamConfig, compress, plan, retruncate
 from reparam_peft.layer import ReparamLayer
 
 LESS = [{"input_ids": torch.randint(3, 100, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(3)]
@@ -153,7 +154,9 @@ def test_the_means_stay_with_the_large_one_only(tmp_path: Path) -> None:
     assert not any(key.endswith("feature_mean") for key in standalone.state_dict())
     with torch.no_grad():
         assert torch.equal(standalone(**LESS[0]).logits, large(**LESS[0]).logits)
-    retruncate(large, 0.5, LESS, progress=False)
+    before = large.peft_config["default"].rank_pattern.copy()
+    retruncate(large, 0.8, LESS, progress=False)
+    assert any(rank == before[name] for name, rank in large.peft_config["default"].rank_pattern.items())
     large.save_pretrained(tmp_path / "cut")
     assert not any(key.endswith("feature_mean") for key in load_file(tmp_path / "cut" / "adapter_model.safetensors"))
 
@@ -168,6 +171,16 @@ def test_a_config_without_its_weights_serves_many_sizes_too(tmp_path: Path) -> N
     for name, layer in small.get_base_model().named_modules():
         if isinstance(layer, ReparamLayer):
             assert torch.equal(layer.reparam_factors["default"].bias, gpt2().get_submodule(name).bias)
+
+
+def test_a_bare_model_takes_a_smaller_size(tmp_path: Path) -> None:
+    nested(gpt2).save_pretrained(tmp_path)
+    config = ReparamConfig.from_pretrained(tmp_path, keep=0.5)
+    bare = inject_adapter_in_model(config, gpt2())
+    set_peft_model_state_dict(bare, load_peft_weights(tmp_path))
+    with torch.no_grad():
+        expected = PeftModel.from_pretrained(gpt2(), tmp_path, keep=0.5)(**LESS[0]).logits
+        assert torch.equal(bare.eval()(**LESS[0]).logits, expected)
 
 
 @pytest.mark.parametrize("route", ["transformers", "second", "merged"])
@@ -200,6 +213,11 @@ def test_a_checkpoint_without_the_means_is_refused(tmp_path: Path, keep: float |
     save_file({key: tensor for key, tensor in load_file(path).items() if not key.endswith("feature_mean")}, path)
     with pytest.raises(ValueError, match="feature_mean"):
         PeftModel.from_pretrained(gpt2(), tmp_path, keep=keep)
+    if keep is None:
+        gpt2().save_pretrained(tmp_path / "dense")
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "dense")
+        with pytest.raises(ValueError, match="damaged"):
+            model.load_adapter(str(tmp_path))
 
 
 def test_block_by_block_with_biases(tmp_path: Path) -> None:
@@ -212,8 +230,12 @@ def test_block_by_block_with_biases(tmp_path: Path) -> None:
             assert torch.equal(buffer, again.get_buffer(name))
     large.save_pretrained(tmp_path / "large")
     small = PeftModel.from_pretrained(gpt2(), tmp_path / "large", keep=0.6)
-    with torch.no_grad():
-        assert small(**LESS[0]).logits.isfinite().all()
+    for name, layer in small.get_base_model().named_modules():
+        if isinstance(layer, ReparamLayer):
+            whole = large.get_base_model().get_submodule(name).reparam_factors["default"]
+            A, rank = whole.factors.A, layer.r["default"]
+            expected = whole.bias + A[:, rank:] @ whole.feature_mean[rank:]
+            torch.testing.assert_close(layer.reparam_factors["default"].bias, expected, rtol=1e-5, atol=1e-6)
 
 
 def test_a_smaller_one_is_saved_trained_and_made_standalone(tmp_path: Path) -> None:
@@ -249,6 +271,17 @@ def test_other_ways_of_peft_take_the_config_of_a_smaller_size(tmp_path: Path) ->
     with torch.no_grad():
         for model in (by_auto, beside):
             assert torch.equal(model(**LESS[0]).logits, expected(**LESS[0]).logits)
+
+
+def test_a_plan_brings_its_ceiling() -> None:
+    made = plan(
+        llama(), ReparamConfig(target_modules="all-linear", keep=0.9, form="factors", ceiling=0.95), LESS, progress=False
+    )
+    small = compress(llama(), ReparamConfig(target_modules="all-linear"), LESS, plan=made, progress=False)
+    assert small.peft_config["default"].ceiling == 0.95
+    assert small.peft_config["default"].smaller_keeps
+    with pytest.raises(ValueError, match=r"`plan` is for `ceiling=0\.95`, and the config says 0\.5"):
+        compress(llama(), ReparamConfig(target_modules="all-linear", ceiling=0.5), LESS, plan=made, progress=False)
 
 
 def test_retruncate_forgets_the_smaller_sizes() -> None:
