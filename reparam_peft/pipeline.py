@@ -88,7 +88,7 @@ class Run:
         if not isinstance(plan, Plan | None):
             raise TypeError(f"`plan` must be a Plan, got a {type(plan).__name__}; read one with `Plan.load`.")
         self.model, self.seed, self.progress = model, seed, progress
-        self.config = _with_defaults(config, plan, moves_bias)
+        self.config = with_defaults(config, plan, moves_bias)
         self.targets = select_targets(model, self.config, adapter_name)
         self.modules = {name: target.module for name, target in self.targets.items()}
         for name, module in self.modules.items():
@@ -363,7 +363,7 @@ def output_shrinkage(rows: int, size: int) -> float:
     return min(0.5, max(0.1, 0.5 * size / max(rows, 1)))
 
 
-def _with_defaults(config: ReparamConfig, plan: Plan | None, moves_bias: bool) -> ReparamConfig:
+def with_defaults(config: ReparamConfig, plan: Plan | None, moves_bias: bool) -> ReparamConfig:
     """A copy with the choices of a plan, or of `compress`, where the config makes none; checked as one."""
     config = copy.deepcopy(config)
     if config.stored_parameters is not None:
@@ -373,7 +373,7 @@ def _with_defaults(config: ReparamConfig, plan: Plan | None, moves_bias: bool) -
         choices = {"method": plan.method, "allocation": plan.allocation, "form": plan.form}
         if config.keep == ReparamConfig.keep:
             config.keep = plan.keep
-        if config.ceiling is None:
+        if config.ceiling is None and config.r is None and config.allocation in (None, plan.allocation):
             config.ceiling = plan.ceiling
     for field, value in choices.items():
         setattr(config, field, getattr(config, field) or value)

@@ -24,7 +24,7 @@ from .distributed import check_whole
 from .factorized import is_quantized, layer_kind
 from .measures import Measure, Tolerance, measure_named
 from .metrics import exact
-from .pipeline import Batches, Run, mean_output
+from .pipeline import Batches, Run, mean_output, with_defaults
 from .planning import Plan
 from .plotting import plot_search, table_html
 from .run_folder import RunFolder, fingerprint_of_batches, fingerprint_of_model, fingerprint_of_tensors
@@ -390,6 +390,8 @@ def check_search(
             raise ValueError(f"`methods` must hold some of {', '.join(map(repr, METHODS))}, got {method!r}.")
     if "autoencoder" in methods:
         raise ValueError("`methods` cannot hold 'autoencoder': its factors of one rank are no part of those of another.")
+    for method in methods:
+        with_defaults(_with(config, method=method), None, False)  # raises where a field has no effect with it
     if isinstance(max_trials, bool) or not isinstance(max_trials, int) or max_trials < 1:
         raise ValueError(f"`max_trials` must be a whole number of at least 1, got {max_trials!r}.")
     allowed = Tolerance.of(tolerance)

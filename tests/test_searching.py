@@ -234,6 +234,7 @@ def test_the_front_and_the_table() -> None:
     [
         ({"config": ReparamConfig(target_modules="all-linear", r=4)}, "fixes the size"),
         ({"config": ReparamConfig(target_modules="all-linear", init_weights=False)}, "random factors"),
+        ({"config": config(shrinkage=0.05), "methods": ["whitened", "svd"], "batches": []}, "`shrinkage` has an effect"),
         ({"methods": ["autoencoder"]}, "cannot hold 'autoencoder'"),
         ({"keeps": []}, "`keeps` must be fractions"),
         ({"keeps": [0.0, 0.5]}, "`keeps` must be fractions"),

@@ -282,6 +282,8 @@ def test_a_plan_brings_its_ceiling() -> None:
     assert small.peft_config["default"].smaller_keeps
     with pytest.raises(ValueError, match=r"`plan` is for `ceiling=0\.95`, and the config says 0\.5"):
         compress(llama(), ReparamConfig(target_modules="all-linear", ceiling=0.5), LESS, plan=made, progress=False)
+    with pytest.raises(ValueError, match="`plan` is for `allocation='loss'`, and the config says 'uniform'"):
+        compress(llama(), ReparamConfig(target_modules="all-linear", allocation="uniform"), LESS, plan=made, progress=False)
 
 
 def test_retruncate_forgets_the_smaller_sizes() -> None:
