@@ -207,18 +207,20 @@ def search(
     asked = {"metric": metric, "tolerance": tolerance, "evaluation": evaluation, "tokenizer": tokenizer, "documents": documents}
     asked |= {"higher_is_better": higher_is_better, "keeps": keeps, "methods": methods, "max_trials": max_trials}
     measure, allowed, candidates, methods = check_search(config, **asked)
-    if run_folder is not None and not isinstance(batches, Statistics):
-        check_whole(batches)
-        batches = list(batches)
-    settings = {
-        "config": json_able(config.to_dict()),
-        "model": fingerprint_of_model(model),
-        "metric": [measure.name, measure.higher_is_better, str(tolerance), measure.details],
-        "evaluation": fingerprint_of_batches(evaluation or []),
-        "calibration": None if run_folder is None else _fingerprint(batches),
-        "candidates": [candidates, methods, max_trials],
-        "seed": seed,
-    }
+    settings: dict[str, Any] = {}
+    if run_folder is not None:
+        if not isinstance(batches, Statistics):
+            check_whole(batches)
+            batches = list(batches)
+        settings = {
+            "config": json_able(config.to_dict()),
+            "model": fingerprint_of_model(model),
+            "metric": [measure.name, measure.higher_is_better, str(tolerance), measure.details],
+            "evaluation": fingerprint_of_batches(evaluation or []),
+            "calibration": _fingerprint(batches),
+            "candidates": [candidates, methods, max_trials],
+            "seed": seed,
+        }
     folder = RunFolder(run_folder, settings)
     statistics = _statistics(model, config, batches, folder, seed, progress)
     if not folder.finished:
