@@ -9,6 +9,7 @@ from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
+from .blocks import split_rows
 from .compression import calibrate
 from .config import ReparamConfig
 from .products import FactorizedModule
@@ -88,19 +89,13 @@ def calibration_batches(
     tokenizer: PreTrainedTokenizerBase, text: str | None, length: int, windows: int
 ) -> list[dict[str, Tensor]]:
     """Windows of a text, in batches of two, since a backward pass needs more memory than a forward pass."""
-    return [part for batch in read_batches(tokenizer, "--calibration", text, length, windows) for part in _halves(batch)]
+    return [part for batch in read_batches(tokenizer, "--calibration", text, length, windows) for part in split_rows(batch, 2)]
 
 
 def check_folder(option: str, path: Path | None) -> None:
     """Refuse, before any work, a file that could not be written after it."""
     if path is not None and not path.parent.is_dir():
         raise CliError(f"{option} {path}: there is no folder {path.parent}.")
-
-
-def _halves(batch: dict[str, Tensor]) -> list[dict[str, Tensor]]:
-    """A batch in two."""
-    parts = [{key: value[rows] for key, value in batch.items()} for rows in (slice(None, 2), slice(2, None))]
-    return [part for part in parts if len(next(iter(part.values())))]
 
 
 def _names(value: str) -> str | list[str]:
