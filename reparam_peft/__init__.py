@@ -11,23 +11,28 @@ from .registration import register
 
 register()
 
-from .anchoring import Anchoring  # noqa: E402  the enum's member must exist first
-from .angles import input_angles, principal_angles  # noqa: E402
-from .compression import calibrate, compress, plan  # noqa: E402
-from .config import ReparamConfig  # noqa: E402
-from .decompositions import Factors, factorize  # noqa: E402
-from .evaluation import Benchmark, MatrixSize, SizeReport, benchmark, perplexity, text_batches  # noqa: E402
-from .healing import HealingTrainer  # noqa: E402
-from .model import ReparamModel  # noqa: E402
-from .planning import Plan  # noqa: E402
-from .plotting import plot_effective_ranks, plot_spectra  # noqa: E402
-from .records import Record  # noqa: E402
-from .refinement import Refinement  # noqa: E402
-from .report import write_report  # noqa: E402
-from .searching import SearchResult, Trial, search  # noqa: E402
-from .statistics import Statistics  # noqa: E402
-from .streaming import compress_checkpoint  # noqa: E402
-from .truncation import retruncate  # noqa: E402
+from .blockwise.anchoring import Anchoring  # noqa: E402  the enum's member must exist first
+from .blockwise.refinement import Refinement  # noqa: E402
+from .calibration.statistics import Statistics  # noqa: E402
+from .compression.compress import calibrate, compress, plan  # noqa: E402
+from .compression.streaming import compress_checkpoint  # noqa: E402
+from .compression.truncation import retruncate  # noqa: E402
+from .config.reparam_config import ReparamConfig  # noqa: E402
+from .evaluation.perplexity import perplexity  # noqa: E402
+from .evaluation.speed import Benchmark, benchmark  # noqa: E402
+from .evaluation.text import text_batches  # noqa: E402
+from .healing.trainer import HealingTrainer  # noqa: E402
+from .numerics.angles import principal_angles  # noqa: E402
+from .numerics.decompositions import Factors, factorize  # noqa: E402
+from .planning.plan import Plan  # noqa: E402
+from .report.angles import input_angles  # noqa: E402
+from .report.page import write_report  # noqa: E402
+from .report.plots import plot_effective_ranks, plot_spectra  # noqa: E402
+from .report.record import Record  # noqa: E402
+from .searching.result import SearchResult, Trial  # noqa: E402
+from .searching.search import search  # noqa: E402
+from .tuner.model import ReparamModel  # noqa: E402
+from .tuner.sizes import MatrixSize, SizeReport  # noqa: E402
 
 __version__ = version("reparam_peft")
 __all__ = [

@@ -32,10 +32,10 @@ def register() -> None:
     """Register method REPARAM with PEFT. Idempotent; yields, with a warning, where PEFT has a method of this name itself."""
     extend_peft_types(NAME.upper())
     # Imported here because the config's class body needs the enum's member.
-    from .checkpoint import register_checkpoints
-    from .config import ReparamConfig
-    from .loading import register_loading
-    from .model import ReparamModel
+    from .compression.loading import register_loading
+    from .config.reparam_config import ReparamConfig
+    from .standalone.checkpoint import register_checkpoints
+    from .tuner.model import ReparamModel
 
     register_checkpoints()
     register_loading()

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from reparam_peft import ReparamConfig
-from reparam_peft.config import ALLOCATIONS, FORMS, INPUT_METRICS, METHODS, OUTPUT_METRICS
+from reparam_peft.config.fields import ALLOCATIONS, INPUT_METRICS, METHODS, OUTPUT_METRICS
+from reparam_peft.numerics.storage import FORMS
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)

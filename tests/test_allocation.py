@@ -13,8 +13,8 @@ from hypothesis import strategies as st
 from strategies import PROPERTY, keeps, spectrum
 from torch import Tensor
 
-from reparam_peft.allocation import RANK_MULTIPLE, Point, Storage, allocate, points, uniform_rank
-from reparam_peft.config import FORMS
+from reparam_peft.numerics.storage import FORMS, Storage, uniform_rank
+from reparam_peft.planning.allocation import RANK_MULTIPLE, Point, allocate, points
 
 sizes = st.integers(1, 20_000)
 

@@ -11,8 +11,8 @@ from test_calibration import text
 from torch import Tensor, nn
 
 from reparam_peft import Anchoring
-from reparam_peft.anchoring import Observed, anchored, input_groups, observe, residual_sources
-from reparam_peft.blocks import Replay, find_blocks
+from reparam_peft.blockwise.anchoring import Observed, anchored, input_groups, observe, residual_sources
+from reparam_peft.blockwise.blocks import Replay, find_blocks
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -1,125 +1,118 @@
-"""Imports point to lower levels of DESIGN.md's table, local imports too; and what no file of the package may hold."""
+"""The packages stand on eight levels, and a file imports lower levels or its own package; and what no file may hold."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from support.structure import Imported, circle, floors, import_graph, modules_of, other_imports, own_imports
 
 import reparam_peft
 
 PACKAGE = Path(reparam_peft.__file__).parent
-FILES = sorted(PACKAGE.glob("**/*.py"))
-LEVELS = {
-    1: [
-        "plotting",
-        "modeling_reparam",
-        "metrics",
-        "allocation",
-        "evaluation",
-        "target_modules",
-        "model_card",
-        "sampling",
-        "distributed",
-    ],
-    2: ["decompositions", "config", "blocks", "distillation", "harness"],
-    3: ["pivoting", "autoencoder", "planning", "refinement", "measures"],
-    4: ["products", "run_folder"],
-    5: ["factorized", "quantization"],
-    6: ["layer", "checkpoint"],
-    7: ["targets", "adapter_state", "statistics", "standalone", "onnx_export", "angles"],
-    8: ["model", "calibration", "inner_lora"],
-    9: ["pipeline", "healing", "loading", "demo"],
-    10: ["registration", "anchoring", "truncation", "sources", "options"],
-    11: ["sequential", "outputs", "settings_file"],
-    12: ["compression", "export_command"],
-    13: ["preparation", "streaming", "searching"],
-    14: ["records"],
-    15: ["report", "search_command", "heal_command"],
-    16: ["report_command"],
-    17: ["cli", "__init__"],
-}
-LEVEL = {name: level for level, names in LEVELS.items() for name in names}
-TORCH_ONLY = {"metrics", "decompositions", "allocation", "pivoting", "autoencoder"}
+MODULES = modules_of(PACKAGE)
+GRAPH = import_graph(PACKAGE)
+LEVELS = [
+    {"numerics", "runtime", "display", "arguments"},
+    {"config", "layers", "evaluation"},
+    {"calibration", "planning", "standalone"},
+    {"tuner", "blockwise"},
+    {"compression", "healing"},
+    {"searching", "registration"},
+    {"report"},
+    {"cli", "__init__"},
+]
+LEVEL = {name: level for level, names in enumerate(LEVELS, start=1) for name in names}
 MOST_LINES = 450
 
-
-def parse(path: Path) -> ast.Module:
-    return ast.parse(path.read_text(encoding="utf-8"))
+modules = pytest.mark.parametrize("module", MODULES)
 
 
-def walk(node: ast.AST) -> Iterator[ast.AST]:
-    """All nodes outside `if TYPE_CHECKING:`."""
-    for child in ast.iter_child_nodes(node):
-        if isinstance(child, ast.If) and isinstance(child.test, ast.Name) and child.test.id == "TYPE_CHECKING":
-            for other in child.orelse:
-                yield other
-                yield from walk(other)
-        else:
-            yield child
-            yield from walk(child)
+def parse(module: str) -> ast.Module:
+    return ast.parse(MODULES[module].read_text(encoding="utf-8"))
 
 
-def imports(tree: ast.AST) -> tuple[set[str], set[str]]:
-    """The package's own modules that are imported, and the top-level names of others."""
-    own, others = set(), set()
-    for node in walk(tree):
-        if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
-        elif isinstance(node, ast.ImportFrom) and node.level:
-            own.update([node.module.split(".")[0]] if node.module else [alias.name for alias in node.names])
-            continue
-        elif isinstance(node, ast.ImportFrom):
-            from_package = node.module == "reparam_peft"
-            names = [f"{node.module}.{alias.name}" for alias in node.names] if from_package else [node.module]
-        else:
-            continue
-        for name in names:
-            top, *rest = name.split(".")
-            if top == "reparam_peft":
-                own.add(rest[0] if rest and rest[0] in LEVEL else "__init__")
-            else:
-                others.add(top)
-    return own, others
+def room(module: str) -> str:
+    """The package of a module."""
+    return module.split(".")[0]
 
 
-def test_the_table_lists_the_files_of_the_package() -> None:
-    assert {path.stem for path in FILES} == set(LEVEL)
+def test_the_table_lists_the_packages() -> None:
+    assert {room(module) for module in MODULES} == set(LEVEL)
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_imports_point_to_lower_levels(path: Path) -> None:
-    own, _ = imports(parse(path))
-    wrong = {name for name in own if LEVEL[name] >= LEVEL[path.stem]}
-    assert not wrong, f"{path.stem} (level {LEVEL[path.stem]}) imports {wrong}"
-    if path.stem == "__init__":
-        assert "cli" not in own, "the command line's dependencies are not needed to use the package"
+@modules
+def test_imports_point_to_lower_levels_or_stay_in_the_package(module: str) -> None:
+    wrong = {other for other in GRAPH[module] if room(other) != room(module) and LEVEL[room(other)] >= LEVEL[room(module)]}
+    assert not wrong, f"{module} (level {LEVEL[room(module)]}) imports {wrong}"
 
 
-@pytest.mark.parametrize("name", sorted(TORCH_ONLY))
-def test_pure_mathematics_needs_torch_only(name: str) -> None:
-    _, others = imports(parse(PACKAGE / f"{name}.py"))
-    assert others <= {"__future__", "collections", "dataclasses", "functools", "heapq", "math", "typing", "torch"}
+def test_there_is_no_circle() -> None:
+    assert circle(GRAPH) == []
 
 
-def test_only_one_file_knows_layer_kinds() -> None:
+def test_the_package_is_used_without_the_command_line() -> None:
+    assert "cli" not in {room(module) for module in GRAPH["__init__"]}
+
+
+@modules
+def test_a_package_holds_its_docstring_only(module: str) -> None:
+    if MODULES[module].name == "__init__.py" and module != "__init__":
+        tree = parse(module)
+        assert len(tree.body) == 1
+        assert ast.get_docstring(tree)
+
+
+@modules
+def test_no_private_name_crosses_files(module: str) -> None:
+    private = [item for item in own_imports(parse(module), module, MODULES) if (item.name or "").startswith("_")]
+    assert [item for item in private if not item.name.startswith("__")] == []
+
+
+@modules
+def test_no_private_attribute_of_another_file_is_used(module: str) -> None:
+    """A name with a leading underscore is used where it is defined, on `self`, or on objects of other libraries."""
+    tree = parse(module)
+    imported = {item.name or item.module.split(".")[-1] for item in own_imports(tree, module, MODULES)}
+    used = [
+        f"{node.value.id}.{node.attr}"
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id in imported
+        if node.attr.startswith("_") and not node.attr.startswith("__")
+    ]
+    assert used == []
+
+
+@pytest.mark.parametrize("module", [module for module in MODULES if room(module) == "numerics"])
+def test_pure_mathematics_needs_torch_only(module: str) -> None:
+    others = other_imports(parse(module))
+    assert others <= {"__future__", "collections", "contextlib", "dataclasses", "functools", "heapq", "math", "typing", "torch"}
+
+
+@modules
+def test_only_one_file_knows_layer_kinds(module: str) -> None:
     """Layer classes are named where their kinds are defined, and in the reader that leaves the package with a checkpoint."""
     kinds = {"Conv1D", "NonDynamicallyQuantizableLinear", "padding_idx", "embed_scale", "groups"}
-    for path in FILES:
-        named = {node.id for node in walk(parse(path)) if isinstance(node, ast.Name)}
-        named |= {node.attr for node in walk(parse(path)) if isinstance(node, ast.Attribute)}
-        assert path.stem in ("factorized", "modeling_reparam") or not named & kinds, path.stem
+    named = {node.id for node in ast.walk(parse(module)) if isinstance(node, ast.Name)}
+    named |= {node.attr for node in ast.walk(parse(module)) if isinstance(node, ast.Attribute)}
+    assert module in ("layers.kinds", "standalone.modeling_reparam") or not named & kinds
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_a_file_is_read_at_one_sitting(path: Path) -> None:
-    assert len(path.read_text(encoding="utf-8").splitlines()) <= MOST_LINES
+@modules
+def test_a_file_is_read_at_one_sitting(module: str) -> None:
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) <= MOST_LINES
 
 
 def test_there_is_no_drawer_for_everything() -> None:
-    assert not {path.stem.strip("_") for path in FILES} & {"utils", "util", "helpers", "helper", "common", "misc"}
+    assert not {part.strip("_") for module in MODULES for part in module.split(".")} & {
+        *("utils", "util", "helpers", "helper", "common", "misc")
+    }
+
+
+def test_no_package_bears_a_public_name() -> None:
+    """`from .x import search` would put the function in the place of a package of this name."""
+    assert not {room(module) for module in MODULES} & set(reparam_peft.__all__)
 
 
 def called(tree: ast.AST) -> set[str]:
@@ -127,33 +120,49 @@ def called(tree: ast.AST) -> set[str]:
     return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
 
 
-@pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
-def test_what_no_file_holds(path: Path) -> None:
-    tree = parse(path)
-    if path.stem != "cli" and not path.stem.endswith("_command"):
+@modules
+def test_what_no_file_holds(module: str) -> None:
+    tree = parse(module)
+    if room(module) != "cli":
         assert "print" not in called(tree)
     for node in ast.walk(tree):
         if isinstance(node, ast.ExceptHandler):
             caught = ast.unparse(node.type) if node.type else "everything"
             assert not {"Exception", "BaseException", "everything"} & set(caught.strip("()").split(", ")), f"line {node.lineno}"
-    _, others = imports(tree)
-    assert not others & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
+    assert not other_imports(tree) & {"pickle", "cloudpickle", "dill", "joblib", "shelve", "marshal"}
     assert not called(tree) & {"torch.load", "torch.save", "eval", "exec", "os.system"}
     assert "trust_remote_code" not in {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
     assert ast.get_docstring(tree), "says what it is for"
 
 
+KNOWN = {"__init__", "config", "config.fields", "tuner", "tuner.layer", "cli", "cli.app"}
+
+
 @pytest.mark.parametrize(
     ("source", "own", "others"),
     [
-        ("import torch\nfrom .config import X", {"config"}, {"torch"}),
-        ("def f():\n    from .model import X", {"model"}, set()),
-        ("from . import layer", {"layer"}, set()),
-        ("from reparam_peft.cli import app\nimport reparam_peft.model", {"cli", "model"}, set()),
-        ("from reparam_peft import ReparamConfig", {"__init__"}, set()),
-        ("if TYPE_CHECKING:\n    from .model import X\nelse:\n    from .layer import Y", {"layer"}, set()),
-        ("try:\n    import os.path\nexcept ImportError:\n    from .demo import X", {"demo"}, {"os"}),
+        ("import torch\nfrom .fields import X", [("config.fields", "X")], {"torch"}),
+        ("def f():\n    from ..tuner.layer import X", [("tuner.layer", "X")], set()),
+        ("from . import fields", [("config.fields", None)], set()),
+        ("from ..tuner import layer as x", [("tuner.layer", None)], set()),
+        ("from .. import VERSION", [("__init__", "VERSION")], set()),
+        (
+            "from reparam_peft.cli import app\nimport reparam_peft.tuner.layer",
+            [("tuner.layer", None), ("cli.app", None)],
+            set(),
+        ),
+        ("from reparam_peft import ReparamConfig", [("__init__", "ReparamConfig")], set()),
+        ("if TYPE_CHECKING:\n    from .fields import X", [("config.fields", "X")], set()),
+        ("try:\n    import os.path\nexcept ImportError:\n    from .fields import _x", [("config.fields", "_x")], {"os"}),
     ],
 )
-def test_the_check_itself_sees_every_form_of_import(source: str, own: set[str], others: set[str]) -> None:
-    assert imports(ast.parse(source)) == (own, others)
+def test_the_check_itself_sees_every_form_of_import(source: str, own: list[tuple[str, str]], others: set[str]) -> None:
+    tree = ast.parse(source)
+    assert sorted(own_imports(tree, "config.checks", KNOWN), key=str) == sorted((Imported(*item) for item in own), key=str)
+    assert other_imports(tree) == others
+
+
+def test_the_check_itself_sees_circles_and_floors() -> None:
+    assert circle({"a": {"b"}, "b": {"c"}, "c": set()}) == []
+    assert floors({"a": {"b"}, "b": {"c"}, "c": set()}) == [["c"], ["b"], ["a"]]
+    assert set(circle({"a": {"b"}, "b": {"a"}})) == {"a", "b"}

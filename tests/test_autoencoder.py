@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 from strategies import PROPERTY, activation_gram, matrices_and_ranks, matrix_with, metrics, spectrum
 from torch import Tensor
 
-from reparam_peft.autoencoder import STEPS, train_autoencoder
-from reparam_peft.decompositions import Factors, factorize, random_factors
-from reparam_peft.metrics import shrink
+from reparam_peft.numerics.autoencoder import STEPS, train_autoencoder
+from reparam_peft.numerics.decompositions import Factors, factorize, random_factors
+from reparam_peft.numerics.metrics import shrink
 
 FEW = settings(PROPERTY, max_examples=25)
 

@@ -13,7 +13,10 @@ from test_calibration import images, pairs, text
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from reparam_peft.blocks import Activations, Replay, find_blocks, hollowed, replaced, split_rows, stream
+from reparam_peft.blockwise.activations import Activations
+from reparam_peft.blockwise.blocks import Replay, find_blocks, hollowed, stream
+from reparam_peft.runtime.batches import split_rows
+from reparam_peft.runtime.modules import replaced
 
 TEXT = [text([12, 9, 12, 5], 12), text([10, 10, 3], 10, seed=1)]
 PAIRS = [pairs([8, 3], [6, 2], (8, 6)), pairs([5, 5], [4, 1], (5, 4))]

@@ -17,8 +17,10 @@ from torch import Tensor, nn
 from transformers import BertModel, PreTrainedModel
 from transformers.pytorch_utils import Conv1D
 
-from reparam_peft import Statistics, calibration, distributed
-from reparam_peft.calibration import gather_statistics
+from reparam_peft import Statistics
+from reparam_peft.calibration import gather as calibration
+from reparam_peft.calibration.gather import gather_statistics
+from reparam_peft.runtime import processes as distributed
 
 Batch = dict[str, Tensor]
 ROWS_64 = [{"input": torch.randn(200, 64, generator=torch.Generator().manual_seed(0))}]

@@ -14,7 +14,7 @@ from test_standalone import saved, small
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
-from reparam_peft.checkpoint import CheckpointConfig
+from reparam_peft.standalone.checkpoint import CheckpointConfig
 
 LAYER = "model.layers.1.mlp.up_proj"
 GOOD = {"rank": 4, "form": "factors", "bias": False}

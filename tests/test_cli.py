@@ -22,20 +22,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
-from reparam_peft import (
-    Plan,
-    Record,
-    ReparamConfig,
-    Statistics,
-    cli,
-    perplexity,
-    preparation,
-    search_command,
-    searching,
-    sources,
-    text_batches,
-)
-from reparam_peft.outputs import PROMPTS
+from reparam_peft import Plan, Record, ReparamConfig, Statistics, perplexity, text_batches
+from reparam_peft.cli import app as cli
+from reparam_peft.cli import compress as compress_command
+from reparam_peft.cli import inputs as preparation
+from reparam_peft.cli import inputs as sources
+from reparam_peft.cli import search as search_command
+from reparam_peft.cli.outputs import PROMPTS
+from reparam_peft.searching import search as searching
 
 Run = Callable[..., SimpleNamespace]
 ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "reparam_run.json"}
@@ -724,7 +718,7 @@ def test_evaluation_takes_windows_that_calibration_did_not_see(
         return call
 
     monkeypatch.setattr(preparation, "calibrate", watch("calibrated", preparation.calibrate))
-    monkeypatch.setattr(cli, "perplexity", watch("evaluated", cli.perplexity))
+    monkeypatch.setattr(compress_command, "perplexity", watch("evaluated", compress_command.perplexity))
     file = tmp_path / "statistics.safetensors"
     options = ["--length", 64, "--windows", 3, "--target-modules", "q_proj", "--statistics", file]
     assert run("compress", models / "llama", tmp_path / "first", *options, "--calibration-windows", 5).code == 0
@@ -861,7 +855,7 @@ def test_the_seed_reaches_what_is_random(run: Run, models: Path, tmp_path: Path,
         given.update(options)
         raise sources.CliError("enough")
 
-    monkeypatch.setattr(cli, "compress_model", stop)
+    monkeypatch.setattr(compress_command, "compress_model", stop)
     monkeypatch.setattr(search_command, "search_model", stop)
     texts = calibrated(models)[:-1]
     refined = [*calibrated(models), "--refine", "--epochs", 2, "--seed", 5]

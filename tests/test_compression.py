@@ -32,10 +32,10 @@ from torch import Tensor, multiprocessing, nn
 from transformers import BertModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
 
 from reparam_peft import Plan, ReparamConfig, Statistics, calibrate, compress, plan
-from reparam_peft.allocation import uniform_rank
-from reparam_peft.factorized import layer_kind
-from reparam_peft.layer import ReparamLayer
-from reparam_peft.targets import matrix_storage
+from reparam_peft.layers.kinds import layer_kind
+from reparam_peft.numerics.storage import uniform_rank
+from reparam_peft.tuner.layer import ReparamLayer
+from reparam_peft.tuner.matrices import matrix_storage
 
 TEXT = [text([12, 9, 12, 5], 12), text([10, 10, 3, 7], 10, seed=1)]
 IMAGES = [images(3, (3, 10, 9), "x"), images(2, (3, 10, 9), "x", seed=1)]
@@ -687,7 +687,7 @@ def test_wrapped_models_are_refused(wrap: Any, inner: bool) -> None:
 
 
 def test_an_error_while_factorising_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    import reparam_peft.pipeline as module
+    import reparam_peft.compression.run as module
 
     real, count = module.factorize, iter(range(100))
 

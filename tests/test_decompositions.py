@@ -11,7 +11,7 @@ from strategies import DTYPES, METRICS, PROPERTY, activation_gram, matrices, mat
 from torch import Tensor, nn
 
 from reparam_peft import Factors, factorize
-from reparam_peft.decompositions import _leading_left_singular_vectors, direction_losses, random_factors
+from reparam_peft.numerics.decompositions import _leading_left_singular_vectors, direction_losses, random_factors
 
 SHAPES = [(200, 320), (320, 200), (256, 256)]
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from reparam_peft import demo
-from reparam_peft.demo import GGUF, WHEEL, _find_gguf, demo_folder, reference_text
+from reparam_peft.cli import demo as demo
+from reparam_peft.cli.demo import GGUF, WHEEL, _find_gguf, demo_folder, reference_text
 
 CONTENT = b"not really a model"
 

@@ -13,7 +13,7 @@ from test_calibration import text
 from test_healing import BERT, ROWS, classifier, losses, masked_lm, padded, small, stacked, trainer
 from torch import nn
 
-from reparam_peft.distillation import Sparse, divergence
+from reparam_peft.healing.losses import Sparse, divergence
 
 # The divergence
 
@@ -21,7 +21,7 @@ from reparam_peft.distillation import Sparse, divergence
 @pytest.mark.parametrize("temperature", [1.0, 3.0])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_divergence_is_torchs(dtype: torch.dtype, temperature: float, monkeypatch: Any) -> None:
-    monkeypatch.setattr("reparam_peft.distillation.CHUNK", {"cpu": 50})
+    monkeypatch.setattr("reparam_peft.healing.losses.CHUNK", {"cpu": 50})
     torch.manual_seed(0)
     student, teacher = (torch.randn(3, 7, 20, dtype=torch.float64).to(dtype) for _ in range(2))
     student.requires_grad_()

@@ -18,8 +18,10 @@ from strategies import PROPERTY
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5ForConditionalGeneration
 
-from reparam_peft import Benchmark, MatrixSize, ReparamConfig, SizeReport, benchmark, evaluation, perplexity, text_batches
-from reparam_peft.evaluation import predicts_next_token
+from reparam_peft import Benchmark, MatrixSize, ReparamConfig, SizeReport, benchmark, perplexity, text_batches
+from reparam_peft.evaluation import perplexity as evaluation
+from reparam_peft.evaluation import speed
+from reparam_peft.runtime.modules import predicts_next_token
 
 IGNORED = -100
 
@@ -389,7 +391,7 @@ def test_benchmark_times_each_model_repeatedly_and_in_turn(monkeypatch: pytest.M
         time = float(next(milliseconds))
         return time, 10 * time, int(time)
 
-    monkeypatch.setattr(evaluation, "_time_once", once)
+    monkeypatch.setattr(speed, "_time_once", once)
     model, baseline = nn.Linear(1, 1), nn.Linear(1, 1)
     model.config = baseline.config = SimpleNamespace(is_encoder_decoder=False)
     result = benchmark(model, baseline, prompt_length=7, new_tokens=3, batch_size=2, repeats=3)
@@ -418,13 +420,13 @@ def test_benchmark_refuses_sizes_below_one(name: str) -> None:
 
 def test_caches_are_flushed_before_each_timed_call(monkeypatch: pytest.MonkeyPatch) -> None:
     model, events = llama(), []
-    flush = evaluation.flush_caches
+    flush = speed.flush_caches
 
     def recorded(device: torch.device) -> None:
         events.append("flush")
         flush(device)
 
-    monkeypatch.setattr(evaluation, "flush_caches", recorded)
+    monkeypatch.setattr(speed, "flush_caches", recorded)
     model.register_forward_pre_hook(lambda *_: events.append("call"))
     benchmark(model, **{**SMALL, "new_tokens": 3})
     calls = [index for index, event in enumerate(events) if event == "call"]

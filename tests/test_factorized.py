@@ -18,9 +18,9 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
-from reparam_peft.allocation import Storage
-from reparam_peft.decompositions import Factors, factorize, random_factors
-from reparam_peft.factorized import KINDS, FactorizedLinear, FactorizedModule, layer_kind
+from reparam_peft.layers.kinds import KINDS, FactorizedLinear, FactorizedModule, layer_kind
+from reparam_peft.numerics.decompositions import Factors, factorize, random_factors
+from reparam_peft.numerics.storage import Storage
 
 sizes = st.integers(1, 12)
 batches = st.lists(st.integers(1, 3), max_size=3).map(tuple)

@@ -13,9 +13,9 @@ import yaml
 from conftest import byte_tokenizer, llama
 from torch import nn
 
-import reparam_peft.harness
+import reparam_peft.evaluation.harness
 from reparam_peft import ReparamConfig, search
-from reparam_peft.measures import measure_named
+from reparam_peft.evaluation.measures import measure_named
 
 WORDS = ["compress", "weights", "matrix", "product", "rank", "kept"]
 BATCHES = [{"input_ids": torch.randint(3, 250, (2, 24), generator=torch.Generator().manual_seed(i))} for i in range(3)]
@@ -164,7 +164,7 @@ def test_a_task_that_reports_other_metrics_than_it_names(model: nn.Module, tasks
 
 
 def test_one_process_only(tasks: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(reparam_peft.harness, "processes", lambda: (2, 0))
+    monkeypatch.setattr(reparam_peft.evaluation.harness, "processes", lambda: (2, 0))
     with pytest.raises(ValueError, match="search in a single one"):
         measure_named("whole", None, byte_tokenizer(), None)
 

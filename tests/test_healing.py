@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
 
 from reparam_peft import HealingTrainer, ReparamConfig, compress, perplexity
-from reparam_peft.healing import set_trained
+from reparam_peft.healing.trained import set_trained
 
 LENGTH = 16
 BERT = {"target_modules": ["query", "key", "value"]}

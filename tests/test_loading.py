@@ -15,9 +15,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from reparam_peft import ReparamConfig
-from reparam_peft.checkpoint import CheckpointConfig
-from reparam_peft.loading import CompressingLoader
-from reparam_peft.products import FactorizedModule
+from reparam_peft.compression.loading import CompressingLoader
+from reparam_peft.layers.factorized import FactorizedModule
+from reparam_peft.standalone.checkpoint import CheckpointConfig
 
 
 def config(**options: object) -> ReparamConfig:

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from strategies import METRICS, PROPERTY, gram_with, metrics
 from torch import Tensor
 
-from reparam_peft.metrics import Metric, check_metric, shrink
+from reparam_peft.numerics.metrics import Metric, check_metric, shrink
 
 EXACT = TOLERANCE[torch.float64]
 DEFINITE = ("full", "diagonal", "ill-conditioned")

@@ -20,9 +20,9 @@ from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-import reparam_peft.targets
+import reparam_peft.tuner.targets
 from reparam_peft import ReparamConfig, SizeReport, factorize
-from reparam_peft.layer import ReparamLayer
+from reparam_peft.tuner.layer import ReparamLayer
 
 
 def compress(model: nn.Module, **options: Any) -> PeftModel:
@@ -228,7 +228,7 @@ def test_failure_midway_leaves_the_model_as_it_was(error: type[BaseException], m
             raise error("did not converge")
         return factorize(weight, rank)
 
-    monkeypatch.setattr(reparam_peft.targets, "factorize", fails)
+    monkeypatch.setattr(reparam_peft.tuner.data_free, "factorize", fails)
     model = llama()
     with pytest.raises(error):
         compress(model, target_modules="all-linear")
@@ -242,7 +242,7 @@ def test_failure_while_adding_an_adapter_leaves_the_others(monkeypatch: pytest.M
     def fails(weight: torch.Tensor, rank: int) -> Any:
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr(reparam_peft.targets, "factorize", fails)
+    monkeypatch.setattr(reparam_peft.tuner.data_free, "factorize", fails)
     with pytest.raises(torch.linalg.LinAlgError, match=r"q_proj: did not converge"):
         small.add_adapter("other", ReparamConfig(target_modules="all-linear", keep=0.2, keep_base=True))
     assert list(small.peft_config) == ["default"]

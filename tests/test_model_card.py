@@ -15,7 +15,7 @@ from peft import get_peft_model
 from transformers import PreTrainedModel
 
 from reparam_peft import ReparamConfig, compress
-from reparam_peft.model_card import (
+from reparam_peft.config.model_card import (
     AUTO_CLASSES,
     BEGIN,
     END,
@@ -23,7 +23,7 @@ from reparam_peft.model_card import (
     update_model_card,
     write_standalone_card,
 )
-from reparam_peft.standalone import auto_class
+from reparam_peft.standalone.self_contained import auto_class
 
 
 def resolved(**options: object) -> ReparamConfig:

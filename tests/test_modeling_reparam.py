@@ -15,7 +15,7 @@ from test_standalone import IDS, STOCK, small
 from torch import nn
 from transformers import PreTrainedModel
 
-from reparam_peft.standalone import save_self_contained
+from reparam_peft.standalone.self_contained import save_self_contained
 
 READER = """
 import sys
@@ -92,7 +92,7 @@ def test_dense_models_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_reader_needs_torch_and_transformers_only() -> None:
-    from reparam_peft import modeling_reparam
+    from reparam_peft.standalone import modeling_reparam
 
     assert isinstance(modeling_reparam.Factorized(nn.Linear(4, 3), 2, "factors", False), nn.Module)
     lines = Path(modeling_reparam.__file__).read_text(encoding="utf-8").splitlines()

@@ -15,8 +15,9 @@ from conftest import bert, gpt2, llama, t5, vit
 from peft import get_peft_model
 from transformers import PreTrainedModel
 
-from reparam_peft import ReparamConfig, onnx_export
-from reparam_peft.onnx_export import save_onnx
+from reparam_peft import ReparamConfig
+from reparam_peft.standalone import onnx_export as onnx_export
+from reparam_peft.standalone.onnx_export import save_onnx
 
 pytest.importorskip("transformers.exporters.runners", reason="ONNX files need transformers 5.23")
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}

@@ -22,8 +22,10 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
-from reparam_peft import ReparamConfig, Statistics, calibrate, compress, decompositions, layer, targets
-from reparam_peft.layer import ReparamLayer
+from reparam_peft import ReparamConfig, Statistics, calibrate, compress
+from reparam_peft.numerics import decompositions as decompositions
+from reparam_peft.tuner import data_free, layer
+from reparam_peft.tuner.layer import ReparamLayer
 
 ROUTES = {
     "default": {},
@@ -100,7 +102,7 @@ def decompositions_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]
         shapes.append(tuple(weight.shape))
         return decompositions.factorize(weight, *args)
 
-    for module in (layer, targets):
+    for module in (layer, data_free):
         monkeypatch.setattr(module, "factorize", counted)
     for name in ("svd", "eigh", "eigvalsh", "qr", "svdvals", "cholesky_ex", "lu_factor"):
         original = getattr(torch.linalg, name)

@@ -11,9 +11,9 @@ from strategies import PROPERTY, activation_gram, matrices_and_ranks, matrix_wit
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from reparam_peft.allocation import Storage
-from reparam_peft.decompositions import Factors, factorize, random_factors
-from reparam_peft.pivoting import LARGEST_COEFFICIENT, PivotFactors, other_rows, pivot
+from reparam_peft.numerics.decompositions import Factors, factorize, random_factors
+from reparam_peft.numerics.pivoting import LARGEST_COEFFICIENT, PivotFactors, other_rows, pivot
+from reparam_peft.numerics.storage import Storage
 
 WIDE = (torch.float64, torch.float32)
 

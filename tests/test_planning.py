@@ -17,9 +17,10 @@ from strategies import PROPERTY, SPECTRA, names, spectrum
 from torch import Tensor
 
 from reparam_peft import ReparamConfig
-from reparam_peft.allocation import Storage, uniform_rank
-from reparam_peft.config import ALLOCATIONS, FORMS, METHODS
-from reparam_peft.planning import FORMAT, ModulePlan, Plan, allocate_ranks, check_budget, make_plan
+from reparam_peft.config.fields import ALLOCATIONS, METHODS
+from reparam_peft.numerics.storage import FORMS, Storage, uniform_rank
+from reparam_peft.planning.plan import FORMAT, ModulePlan, Plan, make_plan
+from reparam_peft.planning.ranks import allocate_ranks, check_budget
 
 Ranks = dict[str, int | None]
 Targets = tuple[dict[str, Storage], dict[str, Tensor]]

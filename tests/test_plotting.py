@@ -25,7 +25,9 @@ from reparam_peft import (
     plot_spectra,
     principal_angles,
 )
-from reparam_peft.plotting import place_of, plot_angles, plot_blocks, plot_losses, plot_predictions, table_html
+from reparam_peft.display.axes import place_of
+from reparam_peft.display.tables import table_html
+from reparam_peft.report.plots import plot_angles, plot_blocks, plot_losses, plot_predictions
 
 matplotlib.use("Agg")
 BATCHES = [{"input_ids": torch.arange(3, 51).reshape(2, 24)}]

@@ -12,10 +12,10 @@ from hypothesis import strategies as st
 from strategies import PROPERTY
 from torch import Tensor, nn
 
-import reparam_peft.products as products_module
-from reparam_peft.decompositions import Factors, random_factors
-from reparam_peft.pivoting import PivotFactors, other_rows, pivot
-from reparam_peft.products import FactorizedModule, FactorLinear, PivotExpansion, mask_size
+import reparam_peft.layers.factorized as products_module
+from reparam_peft.layers.factorized import FactorizedModule, FactorLinear, PivotExpansion, mask_size
+from reparam_peft.numerics.decompositions import Factors, random_factors
+from reparam_peft.numerics.pivoting import PivotFactors, other_rows, pivot
 
 
 @st.composite

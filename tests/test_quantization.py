@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from reparam_peft import ReparamConfig
-from reparam_peft.quantization import LEAST_INPUTS, SCHEMES
+from reparam_peft.standalone.quantization import LEAST_INPUTS, SCHEMES
 
 LAYER = "model.layers.0.self_attn.q_proj"
 LARGEST_ERROR = {"int8": 0.05, "int4": 0.6}  # of logits, relative; weights are random, so that errors do not average out

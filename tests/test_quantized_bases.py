@@ -13,7 +13,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from reparam_peft import ReparamConfig, compress
-from reparam_peft.factorized import dequantized, is_quantized
+from reparam_peft.layers.kinds import dequantized, is_quantized
 
 IDS = torch.arange(3, 67).reshape(2, 32)
 

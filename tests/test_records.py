@@ -13,7 +13,7 @@ from conftest import llama
 from peft import LoraConfig, PeftModel, get_peft_model
 
 from reparam_peft import Plan, Record, ReparamConfig, compress, plan, retruncate, search
-from reparam_peft.records import RECORD, read_record, record_of_adapter, saving_with
+from reparam_peft.report.record import RECORD, read_record, record_of_adapter, saving_with
 
 BATCHES = [{"input_ids": torch.arange(3, 51).reshape(2, 24)}, {"input_ids": torch.arange(51, 99).reshape(2, 24)}]
 SAMPLE = {"prompt": "a", "dense": "a <b>", "compressed": "a c"}

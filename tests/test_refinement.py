@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from reparam_peft import Refinement
-from reparam_peft.refinement import Task, refine_block
+from reparam_peft.blockwise.refinement import Task, refine_block
 
 OPTIONS = Refinement(epochs=6, learning_rate=6e-2, autocast=None)
 

@@ -12,7 +12,8 @@ import pytest
 import torch
 from conftest import llama
 
-from reparam_peft import Plan, Record, ReparamConfig, SearchResult, Trial, plan, report, write_report
+from reparam_peft import Plan, Record, ReparamConfig, SearchResult, Trial, plan, write_report
+from reparam_peft.report import page as report
 
 BATCHES = [{"input_ids": torch.arange(3, 51).reshape(2, 24)}]
 TRIALS = tuple(

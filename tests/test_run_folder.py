@@ -12,7 +12,8 @@ from conftest import llama
 from test_sequential import REFINE, TEXT, WAYS, assert_same_model, by_block
 from torch import nn
 
-from reparam_peft.run_folder import RunFolder, fingerprint_of_batches, fingerprint_of_model
+from reparam_peft.runtime.fingerprints import fingerprint_of_batches, fingerprint_of_model
+from reparam_peft.runtime.run_folder import RunFolder
 
 
 def test_what_is_finished_is_read_again(tmp_path: Path) -> None:

@@ -16,8 +16,8 @@ from strategies import PROPERTY
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutput, QuestionAnsweringModelOutput
 
-from reparam_peft import sampling
-from reparam_peft.sampling import sampled_objective
+from reparam_peft.calibration import sampling as sampling
+from reparam_peft.calibration.sampling import sampled_objective
 
 FEW = settings(PROPERTY, max_examples=30)
 DRAWS = 20_000

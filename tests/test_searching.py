@@ -14,11 +14,12 @@ from conftest import bert, byte_tokenizer, gpt2, llama
 from peft import PeftModel
 from torch import nn
 
-import reparam_peft.searching
+import reparam_peft.searching.search
 from reparam_peft import ReparamConfig, Statistics, calibrate, compress, perplexity, search
-from reparam_peft.evaluation import accuracy
-from reparam_peft.measures import Measure, Tolerance, measure_named
-from reparam_peft.searching import Family, SearchResult, Trial
+from reparam_peft.evaluation.measures import Measure, Tolerance, measure_named
+from reparam_peft.evaluation.perplexity import accuracy
+from reparam_peft.searching.family import Family
+from reparam_peft.searching.result import SearchResult, Trial
 
 BATCHES = [{"input_ids": torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(i))} for i in range(3)]
 UNSEEN = [{"input_ids": torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(9))}]
@@ -109,8 +110,8 @@ def test_an_error_in_a_trial_leaves_the_model_as_it_was(model: nn.Module) -> Non
 
 def test_each_matrix_is_decomposed_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     decompositions = []
-    compute = reparam_peft.searching.factorize
-    monkeypatch.setattr(reparam_peft.searching, "factorize", lambda *args: decompositions.append(1) or compute(*args))
+    compute = reparam_peft.searching.family.factorize
+    monkeypatch.setattr(reparam_peft.searching.family, "factorize", lambda *args: decompositions.append(1) or compute(*args))
     result = run(model, tolerance=0.0, build=False)
     assert len(result.trials) >= 3
     assert 0 < len(decompositions) <= 14

@@ -22,7 +22,7 @@ from test_compression import assert_same_model, config_of, layers, qwen_moe
 from torch import Tensor, multiprocessing, nn
 
 from reparam_peft import Anchoring, Refinement, calibrate, compress, plan, retruncate
-from reparam_peft.run_folder import RunFolder
+from reparam_peft.runtime.run_folder import RunFolder
 
 TEXT = [text([20, 9, 20, 5, 20, 20], 20, seed=seed) for seed in range(6)]
 PAIRS = [pairs([20, 13, 20, 20], [16, 12, 16, 16], (20, 16), seed=seed) for seed in range(8)]
@@ -305,7 +305,7 @@ def test_statistics_alone_are_refused() -> None:
 
 @pytest.mark.parametrize("way", ["sequential", "both"])
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import reparam_peft.pipeline as module
+    import reparam_peft.compression.run as module
 
     real, count = module.factorize, iter(range(100))
 

@@ -10,9 +10,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from reparam_peft import __version__, cli, settings_file
-from reparam_peft.export_command import Kind
-from reparam_peft.sources import CliError
+from reparam_peft import __version__
+from reparam_peft.cli import app as cli
+from reparam_peft.cli import settings_file as settings_file
+from reparam_peft.cli.errors import CliError
+from reparam_peft.cli.export import Kind
 
 Call = Callable[..., dict[str, Any]]
 COMMANDS = typer.main.get_command(cli.app).commands

@@ -16,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from reparam_peft import ReparamConfig, compress, plan, retruncate
-from reparam_peft.layer import ReparamLayer
+from reparam_peft.tuner.layer import ReparamLayer
 
 LESS = [{"input_ids": torch.randint(3, 100, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(3)]
 

@@ -15,8 +15,10 @@ from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel, LlamaForCausalLM
 
-from reparam_peft import ReparamConfig, sources, text_batches
-from reparam_peft.sources import CliError, load_model, read_batches
+from reparam_peft import ReparamConfig, text_batches
+from reparam_peft.cli import inputs as sources
+from reparam_peft.cli.errors import CliError
+from reparam_peft.cli.inputs import load_model, read_batches
 
 WORDS = "The quick brown fox jumps over the lazy dog. " * 20
 

@@ -26,8 +26,8 @@ from transformers import (
 )
 
 from reparam_peft import ReparamConfig, compress
-from reparam_peft.checkpoint import CheckpointLoader
-from reparam_peft.products import FactorizedModule
+from reparam_peft.layers.factorized import FactorizedModule
+from reparam_peft.standalone.checkpoint import CheckpointLoader
 
 IDS = torch.arange(3, 19).reshape(2, 8)
 STOCK = """

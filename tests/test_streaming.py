@@ -16,7 +16,7 @@ from peft import get_peft_model
 from test_standalone import logits
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-import reparam_peft.streaming
+import reparam_peft.compression.streaming
 from reparam_peft import ReparamConfig, compress, compress_checkpoint
 
 CONFIG: dict[str, Any] = {"target_modules": "all-linear", "keep": 0.6}
@@ -65,13 +65,13 @@ def test_half_precision_is_never_widened(
     """Factors of a checkpoint larger than memory stay in their files: PEFT would copy them to float32, to be trained."""
     dense = source(tmp_path, llama().bfloat16())
     widened = []
-    made = reparam_peft.streaming.PeftModel.__init__
+    made = reparam_peft.compression.streaming.PeftModel.__init__
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
         widened.extend(name for name, p in self.named_parameters() if p.dtype != torch.bfloat16)
 
-    monkeypatch.setattr(reparam_peft.streaming.PeftModel, "__init__", counted)
+    monkeypatch.setattr(reparam_peft.compression.streaming.PeftModel, "__init__", counted)
     compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), batches, progress=False)
     assert not widened
 
@@ -132,7 +132,7 @@ def test_an_error_in_the_middle_leaves_nothing_and_is_taken_up(tmp_path: Path, m
     dense = source(tmp_path)
     compress_checkpoint(dense, tmp_path / "whole", ReparamConfig(**CONFIG), progress=False)
     done = []
-    original = reparam_peft.streaming.factorize_targets
+    original = reparam_peft.compression.streaming.factorize_targets
 
     def fails(targets: Any, *args: Any, **kwargs: Any) -> Any:
         if len(done) == 1:
@@ -140,7 +140,7 @@ def test_an_error_in_the_middle_leaves_nothing_and_is_taken_up(tmp_path: Path, m
         done.append([*targets])
         return original(targets, *args, **kwargs)
 
-    monkeypatch.setattr(reparam_peft.streaming, "factorize_targets", fails)
+    monkeypatch.setattr(reparam_peft.compression.streaming, "factorize_targets", fails)
     with pytest.raises(OSError, match="No space left"):
         compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
     assert not (tmp_path / "small").exists()
@@ -148,7 +148,7 @@ def test_an_error_in_the_middle_leaves_nothing_and_is_taken_up(tmp_path: Path, m
         compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**{**CONFIG, "keep": 0.5}), progress=False)
     first = done.pop()
     monkeypatch.setattr(
-        reparam_peft.streaming, "factorize_targets", lambda t, *a, **k: done.append([*t]) or original(t, *a, **k)
+        reparam_peft.compression.streaming, "factorize_targets", lambda t, *a, **k: done.append([*t]) or original(t, *a, **k)
     )
     compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
     assert first not in done
@@ -202,7 +202,7 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
 def test_killed_before_the_last_clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = source(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(reparam_peft.streaming.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(reparam_peft.compression.streaming.shutil, "rmtree", lambda *args, **kwargs: None)
         compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
     assert (tmp_path / ".small.run").exists()
     before = (tmp_path / "small/model.safetensors").stat().st_mtime_ns

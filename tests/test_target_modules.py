@@ -22,8 +22,8 @@ from transformers import (
 from transformers.pytorch_utils import Conv1D
 
 from reparam_peft import ReparamConfig
-from reparam_peft.factorized import layer_kind
-from reparam_peft.target_modules import TARGET_MODULES
+from reparam_peft.layers.kinds import layer_kind
+from reparam_peft.tuner.target_modules import TARGET_MODULES
 
 # Names that exist only in some variants of the architecture; each variant has one of these sets in full.
 VARIANTS: dict[str, list[set[str]]] = {

@@ -19,11 +19,12 @@ from strategies import PROPERTY, matrices
 from test_compression import TEXT, batches_of, layers
 from torch import Tensor, nn
 
-from reparam_peft import ReparamConfig, Statistics, compress, truncation
-from reparam_peft.calibration import gather_statistics
-from reparam_peft.decompositions import Factors
-from reparam_peft.statistics import weight_norm
-from reparam_peft.truncation import retruncate, truncate
+from reparam_peft import ReparamConfig, Statistics, compress
+from reparam_peft.calibration.gather import gather_statistics
+from reparam_peft.calibration.statistics import weight_norm
+from reparam_peft.compression import truncation as truncation
+from reparam_peft.compression.truncation import retruncate
+from reparam_peft.numerics.decompositions import Factors, truncate
 
 
 def trained(model: PeftModel, amount: float = 0.1) -> PeftModel:

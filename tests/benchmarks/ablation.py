@@ -22,7 +22,7 @@ from safetensors.torch import save
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reparam_peft import ReparamConfig, Statistics, calibrate, compress, perplexity, text_batches
-from reparam_peft.demo import demo_folder
+from reparam_peft.cli.demo import demo_folder
 
 FACTORS = {"form": "factors", "allocation": "uniform"}
 ROWS: dict[str, tuple[dict[str, Any], bool]] = {  # name → fields of the config, whether they use sampled labels

@@ -26,9 +26,9 @@ from compress_model import memory
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from reparam_peft import ReparamConfig, compress, text_batches
-from reparam_peft.calibration import gather_statistics
-from reparam_peft.demo import demo_folder
-from reparam_peft.model import select_targets
+from reparam_peft.calibration.gather import gather_statistics
+from reparam_peft.cli.demo import demo_folder
+from reparam_peft.tuner.model import select_targets
 
 
 def main() -> None:

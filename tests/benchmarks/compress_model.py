@@ -19,10 +19,10 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-import reparam_peft.layer
-import reparam_peft.targets
+import reparam_peft.tuner.layer
+import reparam_peft.tuner.targets
 from reparam_peft import ReparamConfig, factorize
-from reparam_peft.demo import demo_folder
+from reparam_peft.cli.demo import demo_folder
 
 
 def memory(key: str) -> int:
@@ -93,8 +93,8 @@ def main() -> None:
         for name, load in routes.items():
             counter = mock.Mock(side_effect=factorize)
             with (
-                mock.patch.object(reparam_peft.targets, "factorize", counter),
-                mock.patch.object(reparam_peft.layer, "factorize", counter),
+                mock.patch.object(reparam_peft.tuner.data_free, "factorize", counter),
+                mock.patch.object(reparam_peft.tuner.layer, "factorize", counter),
             ):
                 loaded = load()
                 difference = "–"

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from reparam_peft import factorize
-from reparam_peft.allocation import Storage, uniform_rank
+from reparam_peft.numerics.storage import Storage, uniform_rank
 
 
 def seconds(call: Callable[[], object]) -> float:

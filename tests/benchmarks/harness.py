@@ -22,7 +22,7 @@ from peft import get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reparam_peft import ReparamConfig, compress, text_batches
-from reparam_peft.demo import demo_folder
+from reparam_peft.cli.demo import demo_folder
 
 CHOICE = """
 task: halves

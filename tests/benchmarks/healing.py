@@ -36,7 +36,7 @@ from reparam_peft import (
     plan,
     text_batches,
 )
-from reparam_peft.demo import demo_folder, reference_text
+from reparam_peft.cli.demo import demo_folder, reference_text
 
 STATISTICS_WINDOWS, HELD_OUT = 48, 200
 ROWS = ("one-shot", "sequential", "refined", "healed")

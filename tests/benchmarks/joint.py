@@ -16,11 +16,12 @@ import torch
 from transformers import AutoModelForCausalLM
 
 from reparam_peft import Statistics
-from reparam_peft.allocation import Point, Storage, points
-from reparam_peft.decompositions import direction_losses
-from reparam_peft.demo import demo_folder
-from reparam_peft.metrics import shrink
-from reparam_peft.pipeline import input_shrinkage, output_shrinkage
+from reparam_peft.cli.demo import demo_folder
+from reparam_peft.compression.weighing import input_shrinkage, output_shrinkage
+from reparam_peft.numerics.decompositions import direction_losses
+from reparam_peft.numerics.metrics import shrink
+from reparam_peft.numerics.storage import Storage
+from reparam_peft.planning.allocation import Point, points
 
 
 def main() -> None:

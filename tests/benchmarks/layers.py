@@ -15,8 +15,8 @@ import time
 import torch
 from torch import nn
 
-from reparam_peft.allocation import Storage, uniform_rank
-from reparam_peft.factorized import FactorizedLinear
+from reparam_peft.layers.kinds import FactorizedLinear
+from reparam_peft.numerics.storage import Storage, uniform_rank
 
 KEEPS = (0.5, 0.8)
 SHAPES = ((576, 576), (1536, 576), (2048, 2048), (4096, 4096))

@@ -23,7 +23,7 @@ from streaming import watched
 from transformers import AutoModelForCausalLM
 
 from reparam_peft import ReparamConfig
-from reparam_peft.demo import demo_folder
+from reparam_peft.cli.demo import demo_folder
 
 START = r"""
 import json, time, re

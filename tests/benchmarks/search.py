@@ -21,7 +21,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reparam_peft import ReparamConfig, calibrate, compress, perplexity, search, text_batches
-from reparam_peft.demo import demo_folder
+from reparam_peft.cli.demo import demo_folder
 
 
 def main() -> None:

@@ -24,13 +24,13 @@ import torch
 from safetensors.torch import save_file
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from reparam_peft.demo import demo_folder
+from reparam_peft.cli.demo import demo_folder
 
 ROUTES = {
     "import only": "from reparam_peft import ReparamConfig, compress_checkpoint",
     "streamed": """
 from reparam_peft import ReparamConfig, compress_checkpoint
-from reparam_peft.run_folder import RunFolder
+from reparam_peft.runtime.run_folder import RunFolder
 finish = RunFolder.finish
 def told(self, entry, tensors):
     print(entry["seconds"])

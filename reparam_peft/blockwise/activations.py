@@ -1,0 +1,57 @@
+"""Outputs of blocks, in memory or on disk."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from safetensors.torch import load_file, save_file
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
+
+
+class Activations:
+    """Outputs of blocks by key, in memory or as files of a temporary folder within `folder`."""
+
+    def __init__(self, folder: str | Path | None = None) -> None:
+        if folder is not None:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+        self.folder = None if folder is None else TemporaryDirectory(prefix="activations-", dir=folder)
+        self.kept: dict[tuple[Any, ...], Any] = {}
+        self.files: dict[tuple[Any, ...], Path] = {}
+
+    def __enter__(self) -> Activations:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.kept.clear()
+        if self.folder is not None:
+            self.folder.cleanup()
+
+    def put(self, key: tuple[Any, ...], tree: Any) -> None:
+        """Keep a tree of tensors and others; tensors must not be changed by the caller afterwards."""
+        self.drop(key)
+        if self.folder is None:
+            self.kept[key] = tree
+            return
+        leaves, structure = tree_flatten(tree)
+        path = Path(self.folder.name) / ("-".join(map(str, key)) + ".safetensors")
+        tensors = {str(i): leaf.contiguous() for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        save_file(tensors, path)
+        self.files[key] = path
+        self.kept[key] = ([None if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+
+    def get(self, key: tuple[Any, ...]) -> Any:
+        """What was kept, in tensors that may be changed."""
+        if key not in self.files:
+            return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.kept[key])
+        leaves, structure = self.kept[key]
+        tensors = load_file(self.files[key])
+        return tree_unflatten([tensors.get(str(i), leaf) for i, leaf in enumerate(leaves)], structure)
+
+    def drop(self, key: tuple[Any, ...]) -> None:
+        """Forget what is kept under a key, if anything is."""
+        self.kept.pop(key, None)
+        if key in self.files:
+            self.files.pop(key).unlink(missing_ok=True)

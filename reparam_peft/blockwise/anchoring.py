@@ -1,0 +1,290 @@
+"""What a module of a block sees in the original and in the compressed part, and the matrix that makes up for the difference."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import ExitStack, suppress
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils._pytree import tree_flatten
+
+from ..calibration.statistics import Inputs
+from ..layers.kinds import layer_kind
+from ..numerics.grams import add_gram, cross_product, mirror, wide_rows
+from ..numerics.metrics import exact
+from .blocks import Call, stream
+
+
+@dataclass(frozen=True)
+class Anchoring:
+    """How far matrices are fitted to outputs of the original that the compressed part before them changes.
+
+    A matrix W sees x̂ in place of x. It is replaced by the W' that minimises E‖y − W' x̂‖², with the target
+    y = W (β x + (1 − β) x̂) + γ (h − ĥ), where h is the residual stream that the output is added to, if it is to one.
+
+    Attributes:
+        original: β, in [0, 1]: 0 fits what W makes of x̂, 1 what the original computes.
+        residual: γ, in [0, 1]: how much of the deviation of the residual stream is made up for.
+
+    Source: AA-SVD, arXiv:2604.02119.
+    """
+
+    original: float = 0.5
+    residual: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name in ("original", "residual"):
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"`{name}` must be in [0, 1], got {getattr(self, name)!r}.")
+
+
+@dataclass
+class Observed:
+    """Sums over the rows of a module's inputs: x̂ in the compressed part, x in the original.
+
+    Attributes:
+        rows: their number.
+        gram: Σ x̂ x̂ᵀ, shape (in, in), float64.
+        sums: Σ x̂, shape (in,), float64.
+        drift: Σ (x − x̂) x̂ᵀ, shape (in, in), float64; zero where rows cannot be paired, as those of routed experts.
+        drift_sums: Σ (x − x̂).
+        residuals: module → Σ (h − ĥ) x̂ᵀ, shape (out, in), float64.
+        residual_sums: module → Σ (h − ĥ).
+    """
+
+    rows: int = 0
+    gram: Tensor | None = None
+    sums: Tensor | None = None
+    drift: Tensor | None = None
+    drift_sums: Tensor | None = None
+    residuals: dict[str, Tensor] = field(default_factory=dict)
+    residual_sums: dict[str, Tensor] = field(default_factory=dict)
+
+    def inputs(self, centred: bool) -> Inputs:
+        """Moments of the inputs in the compressed part."""
+        mean = self.sums / self.rows
+        gram = self.gram / self.rows
+        if centred:
+            gram = gram - torch.outer(mean, mean)
+            # Of constant channels only rounding is left, which may be negative.
+            gram.diagonal().clamp_(min=1e-14 * (self.gram.diagonal() / self.rows))
+        return Inputs(gram, mean, self.rows)
+
+
+def input_groups(block: nn.Module, call: Call, names: Sequence[str]) -> list[list[str]]:
+    """Modules of a block that read the same tensor, in the order in which they run; those that do not run come last, alone.
+
+    Args:
+        block: in eval mode.
+        call: what it is called with.
+        names: of modules in the block.
+    """
+    leaders: dict[tuple[int, int], list[str]] = {}
+    held: list[Tensor] = []  # so that no identity is used twice
+
+    def hook(name: str, x: Tensor) -> None:
+        held.append(x)
+        leaders.setdefault((id(x), x._version), []).append(name)
+
+    _run(block, call, dict.fromkeys(names, hook))
+    ordered = [list(dict.fromkeys(group)) for group in leaders.values()]
+    seen: set[str] = set()
+    for group in ordered:  # a module that runs twice belongs where it ran first
+        group[:] = [name for name in group if name not in seen]
+        seen.update(group)
+    return [group for group in ordered if group] + [[name] for name in names if name not in seen]
+
+
+def residual_sources(block: nn.Module, call: Call, names: Sequence[str]) -> dict[str, str]:
+    """Modules whose output is added to a stream → the module whose input that stream is ("" for the block itself).
+
+    They are told by their numbers: an output y and two tensors s and h of the block with s = h + y.
+    """
+    inputs: list[tuple[str, Tensor]] = []
+    outputs: dict[str, tuple[int, Tensor]] = {}
+
+    def hook(name: str, x: Tensor) -> None:
+        inputs.append((name, x.detach().clone()))
+
+    def after(name: str) -> Callable[..., None]:
+        def keep(module: nn.Module, args: Any, output: Any) -> None:
+            outputs[name] = (len(inputs), output.detach().clone())
+
+        return keep
+
+    with ExitStack() as stack:
+        for name in names:
+            stack.callback(block.get_submodule(name).register_forward_hook(after(name)).remove)
+        result = _run(block, call, {name: hook for name, _ in block.named_modules()})
+    final = stream(result)
+    sources = {}
+    for name, (count, y) in outputs.items():
+        later = [s for _, s in inputs[count:] if s.shape == y.shape]
+        later += [final] if final.shape == y.shape else []
+        for source, h in reversed(inputs[:count]):
+            if h.shape == y.shape and h.is_floating_point() and any(_is_sum(s, h, y) for s in later):
+                sources[name] = source
+                break
+    return sources
+
+
+def _is_sum(s: Tensor, h: Tensor, y: Tensor) -> bool:
+    size = y.float().abs().max()
+    return bool(size > 0 and (s.float() - h.float() - y.float()).abs().max() <= 0.02 * size)
+
+
+def observe(
+    original: nn.Module,
+    compressed: nn.Module,
+    calls: Iterable[tuple[Call, Call, Callable[[Tensor], Tensor | None]]],
+    group: Sequence[str],
+    sources: Mapping[str, str],
+) -> Observed | None:
+    """Add up what a group of modules, which share their input, sees in a block and in its compressed copy.
+
+    Args:
+        original: the block.
+        compressed: its copy, in which the modules of the group are still those of the block.
+        calls: for each batch, what the two are called with, and a function that says which rows of an input count, bool, or
+            None: all.
+        group: names of the modules.
+        sources: from `residual_sources`.
+
+    Returns:
+        The sums; None where no rows come, or for layers whose rows are one-hot.
+
+    Raises:
+        ValueError: an input is NaN or infinite.
+    """
+    leader = group[0]
+    module = original.get_submodule(leader)
+    kind = layer_kind(module)
+    if kind.one_hot:
+        return None
+    centred = getattr(module, "bias", None) is not None
+    found = Observed()
+    residual = {name: sources[name] for name in group if name in sources}
+    for call, call_compressed, mask in calls:
+        wanted = [*dict.fromkeys(residual.values()), leader]
+        ours, theirs = _inputs(original, call, wanted), _inputs(compressed, call_compressed, wanted)
+        if leader not in theirs:
+            continue
+        x = theirs[leader]
+        rows = mask(x)
+        X = wide_rows(kind.rows(module, x), rows)
+        if not torch.isfinite(X).all():
+            raise ValueError("its inputs in the compressed model are NaN or infinite; raise `keep`.")
+        if not len(X):
+            continue
+        sums = X.sum(0, dtype=torch.float64)
+        totals = {} if found.gram is None else {leader: found.gram}
+        add_gram(totals, leader, X, sums if centred else None)
+        found.gram = totals[leader]
+        found.rows += len(X)
+        found.sums = _sum(found.sums, sums)
+        if leader not in ours or not _paired(ours[leader], x, call_compressed):
+            continue
+        D = wide_rows(kind.rows(module, ours[leader]), rows) - X
+        found.drift = _sum(found.drift, cross_product(D, X).double())
+        found.drift_sums = _sum(found.drift_sums, D.sum(0, dtype=torch.float64))
+        for name, source in residual.items():
+            H = (kind.gradient_rows(module, ours[source]) - kind.gradient_rows(module, theirs[source])).detach()
+            H = wide_rows(H, rows)
+            if len(H) != len(X):
+                continue
+            found.residuals[name] = _sum(found.residuals.get(name), cross_product(H, X).double())
+            found.residual_sums[name] = _sum(found.residual_sums.get(name), H.sum(0, dtype=torch.float64))
+    if not found.rows:
+        return None
+    mirror(found.gram)
+    return found
+
+
+def anchored(
+    W: Tensor, bias: Tensor | None, name: str, seen: Observed, gram: Tensor, anchoring: Anchoring
+) -> tuple[Tensor, Tensor | None]:
+    """The matrix that takes the place of W, and with a bias the mean of the outputs that are to be fitted.
+
+    W̃ = W + (β W D + γ R) Ĝ⁻¹ with D = E[(x − x̂) x̂ᵀ] and R = E[(h − ĥ) x̂ᵀ], all about the means where there is a bias: the
+    regression of y on x̂, whose residual no W' can lower, so that E‖y − W' x̂‖² is least where ‖(W̃ − W') Ĝ^½‖² is.
+
+    Args:
+        W: shape (out, in).
+        bias: of the module, shape (out,); None: none that is moved.
+        name: of the module within its block.
+        seen: by its group.
+        gram: Ĝ, shape (in, in), float64, shrunk, about the mean where there is a bias.
+        anchoring: β and γ.
+
+    Returns:
+        W̃ (out, in), float64, and E[y] (out,), float64, or None.
+    """
+    W = exact(W)
+    mean = seen.sums / seen.rows
+    target = W.new_zeros(W.shape)
+    offset = W @ mean
+    for weight, cross, sums, left in (
+        (anchoring.original, seen.drift, seen.drift_sums, W),
+        (anchoring.residual, seen.residuals.get(name), seen.residual_sums.get(name), None),
+    ):
+        if not weight or cross is None:
+            continue
+        average = sums / seen.rows
+        cross = cross / seen.rows
+        if bias is not None:
+            cross = cross - torch.outer(average, mean)
+        target += weight * (cross if left is None else left @ cross)
+        offset += weight * (average if left is None else left @ average)
+    W = W + torch.linalg.solve(gram, target.mT).mT
+    return W, None if bias is None else offset + exact(bias).to(offset.device)
+
+
+class _Stop(Exception):
+    """The last input that is wanted is there."""
+
+
+def _run(block: nn.Module, call: Call, hooks: Mapping[str, Callable[[str, Tensor], None]]) -> Any:
+    """Run a block; hooks get the first tensor that their module is called with."""
+
+    def bind(name: str) -> Callable[..., None]:
+        def before(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+            x = next((leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, Tensor)), None)
+            if x is not None:
+                hooks[name](name, x)
+
+        return before
+
+    with ExitStack() as stack, torch.no_grad():
+        for name in hooks:
+            hook = block.get_submodule(name).register_forward_pre_hook(bind(name), with_kwargs=True)
+            stack.callback(hook.remove)
+        args, kwargs = call
+        return block(*args, **kwargs)
+
+
+def _inputs(block: nn.Module, call: Call, names: Sequence[str]) -> dict[str, Tensor]:
+    """First inputs of modules, the last of which ends the run."""
+    found: dict[str, Tensor] = {}
+
+    def hook(name: str, x: Tensor) -> None:
+        found[name] = x.detach() if name == names[-1] else x.detach().clone()
+        if name == names[-1]:
+            raise _Stop
+
+    with suppress(_Stop):
+        _run(block, call, dict.fromkeys(names, hook))
+    return found
+
+
+def _paired(x: Tensor, other: Tensor, call: Call) -> bool:
+    """Whether rows of the same number are of the same token: not where tokens are routed, as to experts."""
+    first = next(leaf for leaf in tree_flatten(call)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    whole = x.shape[0] == first.shape[0] if x.ndim > 2 or first.ndim == 2 else len(x) == first.shape[:-1].numel()
+    return x.shape == other.shape and whole
+
+
+def _sum(total: Tensor | None, value: Tensor) -> Tensor:
+    return value if total is None else total + value

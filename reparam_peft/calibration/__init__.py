@@ -1,0 +1,1 @@
+"""Statistics of inputs and output gradients."""

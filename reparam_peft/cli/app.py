@@ -1,0 +1,88 @@
+"""The command line: `reparam compress`, `plan`, `search`, `heal`, `evaluate`, `report` and `export`."""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import warnings
+from collections.abc import Callable
+from importlib.metadata import version
+from typing import Annotated
+
+import typer
+from safetensors import SafetensorError
+
+from .compress import compress
+from .errors import CliError
+from .evaluate import evaluate
+from .export import export
+from .heal import heal
+from .plan import plan
+from .report import report
+from .search import search
+from .settings_file import Command
+
+app = typer.Typer(
+    add_completion=True,
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    help="Compress pretrained transformers by low-rank reparameterisation.",
+)
+
+
+def _command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """What makes a function a command: with `--config`, and examples in its help."""
+    return app.command(cls=Command, epilog="Examples:\n\n" + "\n\n".join(f"- `reparam {example}`" for example in examples))
+
+
+def _show_version(asked: bool) -> None:
+    if asked:
+        print(version("reparam_peft"))
+        raise typer.Exit
+
+
+@app.callback()
+def _options(
+    _: Annotated[bool, typer.Option("--version", is_eager=True, callback=_show_version, help="Print the version.")] = False,
+) -> None:
+    """Options of `reparam` itself."""
+
+
+_command(
+    "compress demo compressed --keep 0.9",
+    "compress MODEL OUT --calibration train.txt --text test.txt --sequential --refine --run-folder blocks",
+    "compress --config settings.yaml --seed 1",
+)(compress)
+_command(
+    "plan demo --keep 0.8 --statistics demo.safetensors --output plan.json",
+    "plan MODEL --config settings.yaml --json",
+)(plan)
+_command("evaluate compressed --text article.txt --json", "evaluate compressed --speed --config settings.yaml")(evaluate)
+_command("search demo compressed --max-increase 5%", "search --config settings.yaml --run-folder trials")(search)
+_command(
+    "heal compressed healed --calibration article.txt --steps 200",
+    "heal --config settings.yaml --run-folder steps",
+)(heal)
+_command("report compressed", "report compressed --no-measure --output page", "report --config settings.yaml")(report)
+_command(
+    "export compressed standalone",
+    "export compressed small --quantize int8",
+    "export --config settings.yaml --overwrite",
+)(export)
+
+
+def main() -> None:
+    """Entry point: errors in one line on stderr, exit code 1; wrong usage exits with 2; REPARAM_DEBUG=1 shows tracebacks."""
+    warnings.filterwarnings("ignore")
+    logging.disable(logging.WARNING)
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    if os.environ.get("REPARAM_DEBUG"):
+        app()
+    try:
+        app()
+    except (CliError, ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, SafetensorError) as error:
+        message = " ".join(str(error).split()) or type(error).__name__
+        print(f"error: {message}", file=sys.stderr)
+        sys.exit(1)

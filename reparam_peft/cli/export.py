@@ -1,0 +1,97 @@
+"""`reparam export`: from an adapter to a checkpoint that needs no base model, or to ONNX files."""
+
+from __future__ import annotations
+
+import json
+from enum import Enum
+from functools import partial
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from transformers import PreTrainedModel
+
+from ..config.model_card import write_standalone_card
+from ..config.reparam_config import ReparamConfig
+from ..standalone.onnx_export import save_onnx
+from ..standalone.self_contained import auto_class, save_self_contained
+from ..tuner.model import ReparamModel
+from .errors import CliError
+from .inputs import load_model
+from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, OutputArgument, OverwriteOption, SmallerOption
+from .outputs import check_output, save_whole
+
+
+class Kind(str, Enum):
+    """What can be exported."""
+
+    standalone = "standalone"
+    dense = "dense"
+    onnx = "onnx"
+
+
+class Bits(str, Enum):
+    """How factors are stored."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
+def export(
+    model: ModelArgument,
+    output: OutputArgument,
+    keep: SmallerOption = None,
+    to: Annotated[
+        Kind, typer.Option(help="With factors, to load after `import reparam_peft`; dense, of the old size; or ONNX files.")
+    ] = Kind.standalone,
+    self_contained: Annotated[
+        bool, typer.Option("--self-contained", help="With the code that it needs, for `trust_remote_code=True`.")
+    ] = False,
+    quantize: Annotated[
+        Bits | None, typer.Option(help="Factors in 8 bits (needs torchao) or 4 bits (needs bitsandbytes).")
+    ] = None,
+    dtype: DtypeOption = "auto",
+    device: DeviceOption = None,
+    overwrite: OverwriteOption = False,
+    as_json: JsonOption = False,
+) -> None:
+    """Write the compressed MODEL to OUT as a checkpoint that `AutoModel…` loads without the dense one, or as ONNX files."""
+    output = output.resolve()
+    check_output(output, model, overwrite)
+    if self_contained and (to is not Kind.standalone or quantize):
+        raise CliError("--self-contained is for standalone checkpoints that are not quantised; leave one of the two out.")
+    if quantize and to is not Kind.standalone:
+        raise CliError("--quantize is for standalone checkpoints; leave it out.")
+    if to is Kind.onnx and dtype == "auto":
+        dtype = "float32"  # ONNX Runtime has no bfloat16 on a CPU
+    adapter, tokenizer = load_model(model, dtype, device, keep=keep)
+    if not isinstance(getattr(adapter, "base_model", None), ReparamModel):
+        raise CliError(f"{model} is no compressed adapter; make one with `reparam compress`.")
+    try:
+        if to is Kind.dense:
+            plain = adapter.merge_and_unload(safe_merge=True)
+        else:
+            plain = adapter.to_standalone(quantize.value if quantize else None)
+        save_whole(plain, tokenizer, output, partial(_save, adapter.peft_config["default"], to, self_contained))
+    except ImportError as error:
+        raise CliError(str(error)) from error
+    weights = (path for pattern in ("*.safetensors", "*.onnx*") for path in output.glob(pattern))
+    written = sum(path.stat().st_size for path in weights)
+    if as_json:
+        report = {"to": to.value, "quantize": quantize.value if quantize else None, "bytes": written}
+        print(json.dumps({"model": model, "output": str(output), **report}))
+    else:
+        Console().print(f"{written:,} bytes of weights saved to {output}", highlight=False, soft_wrap=True)
+
+
+def _save(config: ReparamConfig, to: Kind, self_contained: bool, model: PreTrainedModel, folder: Path) -> None:
+    """Write a model of a kind, with a card where it is a standalone one."""
+    if to is Kind.onnx:
+        save_onnx(model, folder)
+    elif self_contained:
+        save_self_contained(model, folder)
+    else:
+        model.save_pretrained(folder)
+    if to is Kind.standalone:
+        write_standalone_card(folder, config, auto_class(model), self_contained)

@@ -1,0 +1,114 @@
+"""Options of a command from a YAML file: what `--config` reads. The command line wins over it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+import yaml
+from typer.core import TyperCommand
+
+from .errors import CliError
+
+# Those that take names separated by commas, and in a file a list of names, too.
+LISTS = ("target_modules", "exclude_modules", "methods")
+
+
+class Command(TyperCommand):
+    """A command with the option `--config`, for `@app.command(cls=Command)`; the function behind it need not know."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.params.append(_CONFIG)
+
+
+def _use(context: typer.Context, path: Path | None) -> None:
+    """Let the file's values be the defaults of the command, once each of them is known to be one that it takes."""
+    if path is None or context.resilient_parsing:
+        return
+    allowed = {_key(parameter): parameter for parameter in context.command.params if parameter is not _CONFIG}
+    defaults: dict[str, Any] = {}
+    for key, value in _read(path).items():
+        name = str(key).replace("-", "_")
+        if name not in allowed:
+            command = context.command_path
+            raise CliError(f"{path}: `{key}` is not a setting of `{command}`; those are {', '.join(allowed)}.")
+        parameter = allowed[name]
+        if parameter.name in defaults:
+            raise CliError(f"{path}: `{name}` is there twice.")
+        try:
+            defaults[parameter.name] = _as_typed(name, value, getattr(parameter, "is_flag", False))
+            if value is not None:
+                parameter.process_value(context, defaults[parameter.name])
+        except (ValueError, typer.BadParameter) as error:
+            rule = error.message.removeprefix("Value error, ") if isinstance(error, typer.BadParameter) else str(error)
+            raise CliError(f"{path}: `{key}`: {rule.rstrip('.')}, got {value!r}.") from error
+    context.default_map = {name: value for name, value in defaults.items() if value is not None}
+
+
+def _key(parameter: Any) -> str:
+    """The long option's name, with underscores, or the argument's."""
+    long = [option for option in parameter.opts if option.startswith("--")]
+    return (long[0][2:] if long else parameter.name).replace("-", "_")
+
+
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, which would let the last of two equal keys win."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
+        twice = next((key for key in keys if keys.count(key) > 1), None)
+        if twice is not None:
+            raise yaml.YAMLError(f"`{twice}` is there twice.")
+        return super().construct_mapping(node, deep)
+
+
+def _read(path: Path) -> dict[Any, Any]:
+    try:
+        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise CliError(f"--config {path} cannot be read: {error}") from error
+    if settings is None:
+        return {}
+    if not isinstance(settings, dict):
+        raise CliError(f"--config {path} must hold lines such as `keep: 0.8`, got a {type(settings).__name__}.")
+    return settings
+
+
+def _as_typed(name: str, value: Any, is_flag: bool) -> Any:
+    """A value as the command line would get it: text, or true or false. None stays, for the default."""
+    if value is None or (is_flag and isinstance(value, bool)):
+        return value
+    if is_flag:
+        raise ValueError("must be true or false")
+    if isinstance(value, list) and name in LISTS:
+        # Of several regular expressions, joined by commas, another one would come.
+        if not value or not all(isinstance(word, str) and word.replace("_", "").replace(".", "").isalnum() for word in value):
+            raise ValueError("must be a list of names, or one text")
+        return ",".join(value)
+    if isinstance(value, bool):  # which YAML also makes of yes, no, on and off
+        raise ValueError("must be text or a number (put quotes around yes, no, on and off)")
+    if not isinstance(value, (str, int, float)):
+        names = " or a list of names" if name in LISTS else ""
+        raise ValueError(f"must be text or a number{names}")
+    return str(value)
+
+
+def _config(
+    config: Annotated[
+        Path | None,
+        typer.Option(
+            callback=_use,
+            is_eager=True,
+            expose_value=False,
+            help="YAML file with values of the options, for example `keep: 0.8`; the command line wins over it.",
+        ),
+    ] = None,
+) -> None:
+    """Holds the option, which typer makes of a function's signature only."""
+
+
+_holder = typer.Typer(add_completion=False)
+_holder.command()(_config)
+(_CONFIG,) = typer.main.get_command(_holder).params

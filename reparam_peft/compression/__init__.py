@@ -1,0 +1,1 @@
+"""`compress`, `plan`, `retruncate`, `compress_checkpoint`."""

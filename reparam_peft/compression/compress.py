@@ -1,0 +1,210 @@
+"""`compress`, `plan` and `calibrate`: from a model, a config and data to a compressed model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+
+from ..blockwise.blocks import find_blocks
+from ..blockwise.refinement import Refinement
+from ..calibration.gather import gather_statistics
+from ..calibration.statistics import Batches, Statistics
+from ..config.fields import CALIBRATED_METHODS
+from ..config.reparam_config import ReparamConfig
+from ..layers.kinds import is_quantized
+from ..planning.plan import Plan
+from ..tuner.data_free import installing
+from ..tuner.targets import check_targets
+from .block_by_block import Anchoring, BlockByBlock, Result
+from .run import Run
+
+
+def compress(
+    model: nn.Module,
+    config: ReparamConfig,
+    batches: Batches,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    plan: Plan | None = None,
+    max_memory: int | None = None,
+    adapter_name: str = "default",
+    sequential: bool | Anchoring = False,
+    refine: bool | Refinement = False,
+    statistics: Statistics | None = None,
+    offload_folder: str | Path | None = None,
+    run_folder: str | Path | None = None,
+    device: str | torch.device | None = None,
+) -> PeftModel:
+    """Compress a model with calibration data: `get_peft_model` with ranks and factors chosen by what the layers compute.
+
+    By default the factorisation is two-sided (`method="whitened"` in the metrics of inputs and gradients), ranks are chosen
+    by predicted loss, and products are stored in pivot form. The model is changed in place, as by `get_peft_model`, and only
+    after everything is computed: an error leaves it as it was.
+
+    With `sequential` or `refine` the model is compressed block by block in the order of the data flow, so that each block sees
+    what the earlier ones became. What changes beside the factors (norms, and matrices that stay dense) becomes part of the
+    adapter through its `modules_to_save`.
+
+    In a distributed run (`torchrun`, `accelerate launch`) every process calls this with the same model and batches; they share
+    out batches and matrices, and end with the same factors. Blocks are refined by each process, and taken from the first.
+
+    Args:
+        model: any model that is called as `model(**batch)`, on any device.
+        config: what to compress, and to which size.
+        batches: keyword batches, as a DataLoader yields them, read once; or the `Statistics` of an earlier run. With
+            `sequential` or `refine` they are kept.
+        seed: of the labels sampled for gradients; given `Statistics` have their own.
+        progress: whether to show progress bars.
+        plan: the ranks, from `reparam_peft.plan`, which then holds what the config leaves open; None: chosen here.
+        max_memory: bytes that statistics may take at a time; where all of them take more, they are gathered in groups of
+            modules, in two passes over the data for each group.
+        adapter_name: name of the adapter.
+        sequential: factorise each matrix for the inputs that it gets from the compressed part before it, anchored to the
+            original's activations; True, or an `Anchoring` that says how far. Needs a calibrated method.
+        refine: train each block to reproduce the original block's output; True, or a `Refinement` that says how.
+        statistics: of an earlier run, where `batches` are for `sequential` or `refine`; None: gathered from `batches`.
+        offload_folder: folder in which activations are kept during the run; None: in memory, two streams of
+            (tokens, hidden size).
+        run_folder: folder for finished blocks, the plan, and `log.jsonl` with the errors of each block. A run that was killed
+            goes on after its last finished block, with the same result, when it is called again with the same arguments.
+        device: where blocks are computed, of which one at a time is copied there; None: where the model is.
+
+    Returns:
+        A `PeftModel`, with what was resolved in `peft_config[adapter_name]`.
+
+    Raises:
+        TypeError: a target is of a kind that cannot be factorised, or the model is wrapped by PEFT already.
+        ValueError: the batches are empty or not accepted by the model; a target is never reached by them; activations or
+            weights are NaN or infinite; statistics or plan are of another model; the budget cannot be met; the model has no
+            blocks, with `sequential` or `refine`; or `run_folder` holds a run with other arguments.
+
+    >>> from torch import nn
+    >>> class Net(nn.Sequential):
+    ...     def forward(self, x): return super().forward(x)
+    >>> net = Net(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
+    >>> small = compress(net, ReparamConfig(target_modules=["0"], keep=0.5), [{"x": torch.randn(64, 32)}], progress=False)
+    >>> small.size_report().keep <= 0.5
+    True
+    """
+    anchoring = options_of("sequential", sequential, Anchoring)
+    refinement = options_of("refine", refine, Refinement)
+    if anchoring is None and refinement is None:
+        given = {"statistics": statistics, "offload_folder": offload_folder, "run_folder": run_folder, "device": device}
+        for name, value in given.items():
+            if value is not None:
+                raise ValueError(f"`{name}` has an effect with `sequential` or `refine` only; leave it out.")
+        run = Run(model, config, batches, seed, progress, max_memory, adapter_name, plan)
+        plan = run.plan() if plan is None else plan
+        check_targets(run.ranked(plan), run.config, model, adapter_name, loading=False)
+        return _install(model, run, Result(plan, run.products(run.ranked(plan))), adapter_name)
+    ways = {"offload_folder": offload_folder, "run_folder": run_folder, "device": device}
+    known = {"statistics": statistics, "seed": seed, "progress": progress, "max_memory": max_memory}
+    return compress_blocks(model, config, batches, anchoring, refinement, plan, adapter_name, **known, **ways)
+
+
+def compress_blocks(
+    model: nn.Module,
+    config: ReparamConfig,
+    batches: Batches,
+    anchoring: Anchoring | None,
+    refinement: Refinement | None,
+    plan: Plan | None,
+    adapter_name: str,
+    *,
+    statistics: Statistics | None,
+    seed: int,
+    progress: bool,
+    max_memory: int | None,
+    autocast_adapter_dtype: bool = True,
+    **ways: Any,
+) -> PeftModel:
+    """`compress` block by block; `autocast_adapter_dtype` is that of `get_peft_model`, `ways` are those of `BlockByBlock`."""
+    if isinstance(batches, Statistics):
+        raise ValueError(
+            "`sequential` and `refine` need the data themselves; give them as `batches`, and the statistics as `statistics`."
+        )
+    batches = list(batches)
+    if not batches:
+        raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
+    blocks = find_blocks(model)
+    known = batches if statistics is None else statistics
+    run = Run(model, config, known, seed, progress, max_memory, adapter_name, plan, list(blocks), refinement is not None)
+    if anchoring is not None and not run.calibrated:
+        raise ValueError(f"`sequential` needs one of the methods {CALIBRATED_METHODS}, got {run.config.method!r}.")
+    quantized = next((name for name, module in run.modules.items() if is_quantized(module)), None)
+    if quantized is not None:
+        raise ValueError(
+            f"{quantized}: `sequential` and `refine` need weights that can be changed, and these are quantised. Load the base "
+            "model in full precision, or leave both out."
+        )
+    by_block = BlockByBlock(run, blocks, batches, anchoring, refinement, **ways)
+    return _install(model, run, by_block.result(plan, adapter_name), adapter_name, autocast_adapter_dtype)
+
+
+def options_of(name: str, given: Any, kind: type[Any]) -> Any:
+    """The options of a step that is asked for by True or by options; None where it is not asked for."""
+    if given is None or isinstance(given, bool):
+        return kind() if given else None
+    if not isinstance(given, kind):
+        raise TypeError(f"`{name}` must be True, False or options of type {kind.__name__}, got {given!r}.")
+    return given
+
+
+def _install(model: nn.Module, run: Run, result: Result, adapter_name: str, autocast_adapter_dtype: bool = True) -> PeftModel:
+    """Put products in place of the targets, and what else has changed in the adapter's own copies of modules."""
+    resolved = run.resolved(result.plan)
+    if result.changed:
+        resolved.modules_to_save = sorted({*(resolved.modules_to_save or []), *result.changed})
+    with installing(result.products):
+        options = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
+        compressed = get_peft_model(model, resolved, **options)
+    for name, values in result.changed.items():
+        copies = compressed.base_model.model.get_submodule(name).modules_to_save[adapter_name]
+        for key, value in values.items():
+            own = copies.get_parameter(key)
+            own.data = value.to(own)
+    return compressed
+
+
+def plan(
+    model: nn.Module,
+    config: ReparamConfig,
+    batches: Batches,
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    max_memory: int | None = None,
+) -> Plan:
+    """The ranks that `compress` would choose, what they store and what they are predicted to cost; changes nothing.
+
+    Args, Raises: as for `compress`.
+    """
+    return Run(model, config, batches, seed, progress, max_memory, "default").plan()
+
+
+def calibrate(
+    model: nn.Module,
+    config: ReparamConfig,
+    batches: Iterable[Mapping[str, Any]],
+    *,
+    seed: int = 0,
+    progress: bool = True,
+    first_row: int = 0,
+) -> Statistics:
+    """The statistics of a config's targets, to be given to `compress` and `plan` in place of batches, saved or merged.
+
+    They serve any `keep`, method, allocation and form.
+
+    Args:
+        first_row: number of the first row (sequence) of the batches in the whole of the data, where these are a part of it:
+            with the same seed, `Statistics.merge` of the parts gives the statistics of the whole.
+        model, config, batches, seed, progress: as for `compress`, as are the errors.
+    """
+    run = Run(model, config, batches, seed, progress, None, "default")
+    return gather_statistics(model, run.modules, batches, seed=seed, progress=progress, first_row=first_row)

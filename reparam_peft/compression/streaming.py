@@ -1,0 +1,190 @@
+"""Compression of checkpoints that do not fit the memory, into standalone ones."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import time
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import transformers
+from filelock import FileLock, Timeout
+from huggingface_hub import snapshot_download
+from peft import PeftModel, get_peft_model
+from torch import nn
+from tqdm.auto import tqdm
+from transformers import AutoConfig, PreTrainedModel
+
+from ..blockwise.anchoring import Anchoring
+from ..blockwise.blocks import find_blocks
+from ..blockwise.refinement import Refinement
+from ..calibration.statistics import Statistics
+from ..config.model_card import write_standalone_card
+from ..config.reparam_config import ReparamConfig
+from ..layers.product import Product, product_of, tensors_of
+from ..planning.plan import Plan
+from ..runtime.files import writing
+from ..runtime.fingerprints import fingerprint_of_model
+from ..runtime.run_folder import RunFolder, json_able
+from ..standalone.self_contained import auto_class
+from ..tuner.data_free import check_data_free, check_standalone, factorize_targets, installing
+from ..tuner.model import select_targets
+from ..tuner.sizes import SizeReport
+from ..tuner.targets import Target
+from .compress import compress_blocks, options_of
+
+# What of the source is not copied: weights in any format, and what is written anew.
+WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ckpt", "*.index.json")
+WRITTEN = ("config.json", "generation_config.json", "README.md", "adapter_config.json", ".git*")
+
+
+def compress_checkpoint(
+    source: str | Path,
+    destination: str | Path,
+    config: ReparamConfig,
+    batches: Iterable[Mapping[str, Any]] | None = None,
+    *,
+    plan: Plan | None = None,
+    statistics: Statistics | None = None,
+    sequential: bool | Anchoring = True,
+    refine: bool | Refinement = False,
+    max_memory: int | None = None,
+    offload_folder: str | Path | None = None,
+    revision: str | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> SizeReport:
+    """Compress a checkpoint into a standalone one, block by block, with little memory.
+
+    The dense weights stay in the files of the source, which the system maps and reads as they are needed; factors go to disk
+    as soon as they exist. Without batches, memory holds one block; with them also the statistics and two streams of
+    activations, for which see `max_memory` and `offload_folder`.
+
+    A run that was killed goes on after its last finished block when it is called again with the same arguments, and ends with
+    the same bytes. Finished blocks are in `.<name of destination>.run` beside the destination, which appears when all is done.
+
+    Args:
+        source: a folder with safetensors, or a Hub id.
+        destination: a folder that does not exist yet.
+        config: what to compress, and to which size. Without batches, what `get_peft_model` takes.
+        batches: keyword batches, for everything that is calibrated; None: the truncated SVD.
+        plan, statistics, sequential, refine, max_memory, offload_folder, seed, progress: as for `compress`; with batches only.
+        revision: of the Hub id.
+
+    Returns:
+        The sizes before and after.
+
+    Raises:
+        FileExistsError: the destination exists.
+        ValueError: the source has no safetensors, or is no plain transformers model; another run into the same destination is
+            under way, or was begun with other arguments; or as for `compress`.
+        OSError: the disk is full, or a folder cannot be written. Source and earlier results stay as they are.
+    """
+    destination = Path(os.path.abspath(destination))
+    run = destination.with_name(f".{destination.name}.run")
+    if destination.exists() and not run.exists():  # else a run was killed when all was done but this
+        raise FileExistsError(f"`destination` {destination} exists; give a new folder, or delete it.")
+    check_standalone(config)
+    given = {"plan": plan, "statistics": statistics, "max_memory": max_memory, "offload_folder": offload_folder}
+    if batches is None:
+        for name, value in {**given, "refine": refine or None}.items():
+            if value is not None:
+                raise ValueError(f"`{name}` has an effect with `batches` only; leave it out.")
+        check_data_free(config)
+    folder = _local(source, revision)
+    lock = FileLock(run.with_suffix(".lock"))
+    with writing(destination.parent):
+        destination.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        lock.acquire(timeout=0)
+    except Timeout:
+        raise ValueError(f"another run into {destination} is under way (it holds {lock.lock_file}); wait for it.") from None
+    try:
+        model = _mapped(folder)
+        if batches is None:
+            small = _data_free(model, config, run, progress)
+        else:
+            anchoring, refinement = options_of("sequential", sequential, Anchoring), options_of("refine", refine, Refinement)
+            known = {"statistics": statistics, "seed": seed, "progress": progress, "max_memory": max_memory}
+            ways = {"offload_folder": offload_folder, "run_folder": run, "mapped": True}
+            ways["autocast_adapter_dtype"] = False
+            small = compress_blocks(model, config, batches, anchoring, refinement, plan, "default", **known, **ways)
+        report = small.size_report()
+        if not destination.exists():
+            aside = run / "checkpoint"
+            shutil.rmtree(aside, ignore_errors=True)
+            with writing(destination):
+                plain = small.to_standalone()
+                plain.save_pretrained(aside)
+                write_standalone_card(aside, small.peft_config["default"], auto_class(plain))
+                shutil.copytree(folder, aside, ignore=shutil.ignore_patterns(*WEIGHTS, *WRITTEN), dirs_exist_ok=True)
+                aside.rename(destination)
+        shutil.rmtree(run)
+    finally:
+        lock.release()
+    Path(lock.lock_file).unlink(missing_ok=True)
+    return report
+
+
+def _local(source: str | Path, revision: str | None) -> Path:
+    """The folder of a checkpoint, fetched from the Hub if need be."""
+    folder = Path(source)
+    if not folder.exists():
+        wanted = ["*.safetensors", "*.json", "*.jinja", "*.txt", "*.model"]
+        folder = Path(snapshot_download(str(source), revision=revision, allow_patterns=wanted))
+    if not any(folder.glob("*.safetensors")):
+        raise ValueError(f"`source` {source} holds no *.safetensors; convert it: `from_pretrained` and `save_pretrained`.")
+    return folder
+
+
+def _mapped(folder: Path) -> PreTrainedModel:
+    """The model of a folder, with weights that stay in the files until they are read."""
+    config = AutoConfig.from_pretrained(folder)
+    (name,) = config.architectures or [""]
+    kind = getattr(transformers, name, None)
+    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)) or getattr(config, "quantization_config", None):
+        raise ValueError(f"{folder} is a checkpoint of {name or 'no known class'}, not of a plain model of transformers.")
+    return kind.from_pretrained(folder, dtype="auto", local_files_only=True).requires_grad_(False).eval()
+
+
+def _data_free(model: PreTrainedModel, config: ReparamConfig, run: Path, progress: bool) -> PeftModel:
+    """Factorise without data, one block at a time, each of which goes to disk."""
+    settings = {"config": json_able(config.to_dict()), "model": fingerprint_of_model(model)}
+    folder = RunFolder(run, settings, mapped=True)
+    targets = select_targets(model, config, "default")
+    products: dict[str, Product] = {}
+    parts = _by_block(model, targets)
+    for position, block in enumerate(tqdm(parts, desc="Factorising", unit="block", disable=None if progress else True)):
+        own = parts[block]
+        if position >= len(folder.finished):
+            start = time.perf_counter()
+            found = factorize_targets(own, config, progress=False)
+            state = {
+                f"{name}/{i}": tensor
+                for name, target in found.items()
+                if target.product is not None
+                for i, tensor in enumerate(tensors_of(target.product))
+            }
+            folder.finish({"block": block, "seconds": round(time.perf_counter() - start, 2)}, state)
+        state = folder.tensors(position)
+        for name, target in own.items():
+            if target.rank is not None:
+                count = sum(key.startswith(f"{name}/") for key in state)
+                products[name] = product_of([state[f"{name}/{i}"] for i in range(count)], target.storage.form)
+    with installing(products):  # in the dtype of the files, in which they stay
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def _by_block(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, dict[str, Target]]:
+    """Targets in the order of the model, by the block that they belong to, or by themselves."""
+    try:
+        blocks = list(find_blocks(model))
+    except ValueError:
+        blocks = []
+    parts: dict[str, dict[str, Target]] = {}
+    for name, target in targets.items():
+        block = next((block for block in blocks if name.startswith(f"{block}.")), name)
+        parts.setdefault(block, {})[name] = target
+    return parts

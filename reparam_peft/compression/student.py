@@ -1,0 +1,99 @@
+"""A block under construction."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping
+from itertools import chain
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ..layers.product import Product, product_of, tensors_of
+from ..runtime.modules import set_module
+from ..runtime.processes import processes
+from ..tuner.layer import ReparamLayer, reparam_layer
+from ..tuner.targets import Target
+
+ADAPTER = "default"  # of the layers in blocks under construction, which never leave this file
+
+
+def targets_within(targets: Mapping[str, Target], block: str) -> dict[str, Target]:
+    """The targets inside of a block, by their names relative to it."""
+    prefix = f"{block}."
+    return {name.removeprefix(prefix): target for name, target in targets.items() if name.startswith(prefix)}
+
+
+def factorized_layer(target: Target, product: Product, module: nn.Module) -> ReparamLayer:
+    """The layer of a product in place of a module, which gives its bias and its geometry."""
+    layer = reparam_layer(copy.copy(module))  # whose weight is dropped, while the module keeps its own
+    layer.base_layer._parameters = dict(module._parameters)
+    kind = {"form": target.storage.form, "bias": target.storage.bias, "nested": product.feature_mean is not None}
+    layer.update_layer(ADAPTER, target.rank, product, **kind)
+    layer.drop_base_weight()
+    return layer.requires_grad_(False).train(False)
+
+
+def plain_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """Modules without children that have parameters, but for the inside of factorised layers."""
+    inside = tuple(f"{name}." for name, module in block.named_modules() if isinstance(module, ReparamLayer))
+    for name, module in block.named_modules():
+        childless = not any(True for _ in module.children())
+        if name and childless and not name.startswith(inside) and any(True for _ in module.parameters()):
+            yield name, module
+
+
+def products_of(student: nn.Module) -> dict[str, Product]:
+    """The products of a block's factorised layers."""
+    layers = {name: module for name, module in student.named_modules() if isinstance(module, ReparamLayer)}
+    modules = {name: layer.reparam_factors[ADAPTER] for name, layer in layers.items()}
+    return {
+        name: Product(
+            type(module.stored)(*(factor.detach() for factor in module.stored)),
+            None if module.bias is None else module.bias.detach(),
+            module.feature_mean,
+        )
+        for name, module in modules.items()
+    }
+
+
+def changed_parameters(original: nn.Module, student: nn.Module) -> dict[str, dict[str, Tensor]]:
+    """Parameters beside the factors that differ from the original's, with the others of their modules."""
+    changed = {}
+    for name, module in plain_modules(student):
+        values = {key: parameter.detach() for key, parameter in module.named_parameters()}
+        before = dict(original.get_submodule(name).named_parameters())
+        if any(not torch.equal(value, before[key]) for key, value in values.items()):
+            changed[name] = values
+    return changed
+
+
+def state_of(original: nn.Module, student: nn.Module, targets: Mapping[str, Target]) -> dict[str, Tensor]:
+    """A finished block: the tensors of its products and what else has changed."""
+    state = {f"product/{name}/{i}": tensor for name, product in products_of(student).items()
+             for i, tensor in enumerate(tensors_of(product))}  # fmt: skip
+    changed = changed_parameters(original, student)
+    return state | {f"changed/{name}/{key}": value for name, values in changed.items() for key, value in values.items()}
+
+
+def restore(student: nn.Module, targets: Mapping[str, Target], state: Mapping[str, Tensor]) -> None:
+    """Make a copy of a block the finished one."""
+    for name, target in targets.items():
+        if target.rank is not None:
+            module = student.get_submodule(name)
+            count = sum(key.startswith(f"product/{name}/") for key in state)
+            tensors = [state[f"product/{name}/{i}"].to(module.weight.device) for i in range(count)]
+            set_module(student, name, factorized_layer(target, product_of(tensors, target.storage.form), module))
+    for key, value in state.items():
+        kind, name, parameter = key.split("/")
+        if kind == "changed":
+            own = student.get_submodule(name).get_parameter(parameter)
+            own.data = value.to(own.device)
+
+
+def share_block(block: nn.Module) -> None:
+    """Give every process of a distributed run the block of the first."""
+    if processes()[0] > 1:
+        for tensor in chain(block.parameters(), block.buffers()):
+            dist.broadcast(tensor.data, 0)

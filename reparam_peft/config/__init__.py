@@ -1,0 +1,1 @@
+"""`ReparamConfig`, its checks, and the model card that is made of it."""

@@ -1,0 +1,135 @@
+"""The part of a checkpoint's README.md that says what was done and how to load it."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from huggingface_hub import ModelCard, ModelCardData
+
+if TYPE_CHECKING:
+    from peft import PeftModel
+
+AUTO_CLASSES = {
+    "CAUSAL_LM": "AutoPeftModelForCausalLM",
+    "SEQ_2_SEQ_LM": "AutoPeftModelForSeq2SeqLM",
+    "SEQ_CLS": "AutoPeftModelForSequenceClassification",
+    "TOKEN_CLS": "AutoPeftModelForTokenClassification",
+    "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
+    "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
+}
+TAGS = ["low-rank", "reparam"]
+BEGIN, END = "<!-- reparam_peft: begin -->", "<!-- reparam_peft: end -->"
+
+
+def model_card_section(config: Any, load: str | None = None) -> str:
+    """Markdown on the base model, the method, the sizes, calibration, evaluation and how to load, from a resolved config.
+
+    `load` is the code that loads the model; None: that of an adapter.
+    """
+    rows = [
+        ("base model", config.base_model_name_or_path or "not known"),
+        ("method", config.method),
+        ("rank allocation", config.allocation),
+        ("form", config.form),
+        ("size asked for", f"keep = {config.keep}" if config.r is None else f"r = {config.r}"),
+        ("matrices factorised", len(config.rank_pattern)),
+        ("matrices left dense", len(config.dense_modules or [])),
+    ]
+    if config.dense_parameters and config.dense_bytes:
+        rows += [
+            ("targeted parameters before", f"{config.dense_parameters:,}"),
+            ("stored parameters", _fraction(config.stored_parameters, config.dense_parameters)),
+            ("targeted bytes before", f"{config.dense_bytes:,}"),
+            ("stored bytes", _fraction(config.stored_bytes, config.dense_bytes)),
+        ]
+    rows += _calibration_rows(config)
+    rows += [(name, f"{value:.6g}") for name, value in (config.evaluation or {}).items()]
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows)
+    return f"""{BEGIN}
+## Low-rank reparameterisation
+
+Each targeted weight W (out × in) of the base model is replaced by a product A B of low rank.
+
+| | |
+| --- | --- |
+{table}
+
+### How to load
+
+```python
+{load or _loads_adapter(config)}
+```
+{END}"""
+
+
+def _loads_adapter(config: Any) -> str:
+    auto_class = AUTO_CLASSES.get(config.task_type, "AutoPeftModel")
+    return f"""import reparam_peft  # registers the method with PEFT; needed before loading
+from peft import {auto_class}, PeftModel
+
+model = {auto_class}.from_pretrained("<this repository or folder>")
+# or, onto a base model that is at hand:
+model = PeftModel.from_pretrained(base_model, "<this repository or folder>")"""
+
+
+def write_standalone_card(folder: str | Path, config: Any, auto_class: str, self_contained: bool = False) -> None:
+    """Write a README.md for a standalone checkpoint.
+
+    Args:
+        folder: of the checkpoint.
+        config: of the adapter that it was made from, resolved.
+        auto_class: of transformers, that loads it.
+        self_contained: whether the code that it needs is in it.
+    """
+    line = (
+        ""
+        if self_contained
+        else "import reparam_peft  # lets transformers build the factorised layers; needed before loading\n"
+    )
+    option = ", trust_remote_code=True" if self_contained else ""
+    load = f"""{line}from transformers import {auto_class}
+
+model = {auto_class}.from_pretrained("<this repository or folder>"{option})"""
+    base = config.base_model_name_or_path
+    data = ModelCardData(library_name="transformers", base_model=None if not base or Path(base).exists() else base, tags=TAGS)
+    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{model_card_section(config, load)}\n").save(Path(folder) / "README.md")
+
+
+def update_model_card(folder: str, config: Any) -> None:
+    """Write the section into `folder`/README.md: in place of an earlier one, else at the top; the rest stays."""
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData(library_name="peft"))
+    section = model_card_section(config)
+    earlier = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    # A function, so that a backslash in the section is not read as a group reference.
+    text, replaced = earlier.subn(lambda _: section, card.text)
+    card.text = text if replaced else f"\n{section}\n\n{text.lstrip()}"
+    card.data.tags = sorted({*(card.data.tags or []), *TAGS})
+    card.save(path)
+
+
+def upload_with_section(model: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
+    """`PeftModel._upload_modified_files`, with the section in the card that `push_to_hub` has just written over ours."""
+    if Path(working_dir, "adapter_config.json").exists():  # at the top there is the adapter "default", if any
+        update_model_card(working_dir, model.peft_config["default"])
+    return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
+
+
+def _calibration_rows(config: Any) -> list[tuple[str, str]]:
+    """What a calibrated checkpoint was made with, and what it is predicted to lose; settings only where they were chosen."""
+    if config.calibration_tokens is None:
+        return []
+    names = ("input_metric", "output_metric", "shrinkage", "output_shrinkage", "rank_multiple", "floor", "ceiling")
+    rows = [(name.replace("_", " "), getattr(config, name)) for name in names if getattr(config, name) is not None]
+    rows.append(("calibration tokens", f"{config.calibration_tokens:,}"))
+    if config.gradient_tokens:
+        rows.append(("labels sampled for gradients", f"{config.gradient_tokens:,}, seed {config.seed}"))
+    if config.predicted_loss is not None:
+        rows.append(("predicted increase of the loss", f"{config.predicted_loss:.3g} nats per token"))
+    return rows
+
+
+def _fraction(part: int | None, whole: int) -> str:
+    return f"{part or 0:,} ({(part or 0) / whole:.1%})"

@@ -1,0 +1,1 @@
+"""Tables and axes, which know nothing of what they show."""

@@ -1,0 +1,134 @@
+"""What a search measures: a name or a function, which way is up, and how much worse is still good enough."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from .harness import HarnessTask
+from .perplexity import accuracy, perplexity
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """How much worse is good enough.
+
+    Attributes:
+        amount: ≥ 0, in the metric's own unit, or a fraction of its value.
+        relative: whether it is such a fraction.
+    """
+
+    amount: float
+    relative: bool
+
+    @classmethod
+    def of(cls, given: float | str) -> Tolerance:
+        """What a number or a percentage, such as "5%", says.
+
+        Raises:
+            ValueError: it is neither, or negative.
+        """
+        relative = isinstance(given, str) and given.strip().endswith("%")
+        try:
+            amount = float(given.strip().removesuffix("%")) / 100 if relative else float(given)
+        except (TypeError, ValueError):
+            amount = math.nan
+        if not 0 <= amount < math.inf:
+            raise ValueError(f'`tolerance` must be a number of at least 0, or a percentage such as "5%", got {given!r}.')
+        return cls(amount, relative)
+
+
+@dataclass(frozen=True)
+class Measure:
+    """A metric of a model.
+
+    Attributes:
+        name: of it.
+        function: of a model.
+        higher_is_better: whether higher values are better.
+        details: what else it depends on, so that a search goes on with the same metric only.
+    """
+
+    name: str
+    function: Callable[[nn.Module], float]
+    higher_is_better: bool
+    details: str = ""
+
+    def of(self, model: nn.Module) -> float:
+        """The metric of a model; the worst there is where the model has become so bad that it is not finite.
+
+        Raises:
+            TypeError: the function returns no number.
+        """
+        try:
+            value = self.function(model)
+        except (FloatingPointError, OverflowError):
+            value = math.nan
+        if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
+            raise TypeError(f"`metric` must return a number, got {value!r}.")
+        value = float(value)
+        return value if math.isfinite(value) else (-math.inf if self.higher_is_better else math.inf)
+
+    def limit(self, dense: float, tolerance: Tolerance) -> float:
+        """The worst value within a tolerance of the dense model's.
+
+        Raises:
+            ValueError: the dense model's metric is not finite.
+        """
+        if not math.isfinite(dense):
+            raise ValueError(f"the {self.name} of the dense model is not finite, so that nothing can be compared with it.")
+        amount = tolerance.amount * (abs(dense) if tolerance.relative else 1)
+        return dense - amount if self.higher_is_better else dense + amount
+
+    def within(self, value: float, limit: float) -> bool:
+        """Whether a value is as good as a limit, but for rounding: 0.45 is within 0.1 of 0.55."""
+        better = value > limit if self.higher_is_better else value < limit
+        return better or math.isclose(value, limit, rel_tol=1e-9, abs_tol=1e-12)
+
+    def best(self, values: Sequence[float]) -> float:
+        """The best of some values; NaN of none."""
+        return (max if self.higher_is_better else min)(values, default=math.nan)
+
+
+def measure_named(
+    metric: str | Callable[[nn.Module], float],
+    evaluation: Sequence[Mapping[str, Any]] | None,
+    tokenizer: Any,
+    higher_is_better: bool | None,
+    documents: int | None = None,
+) -> Measure:
+    """The measure that a name or a function stands for; arguments as for `search`.
+
+    Raises:
+        TypeError, ValueError: it is neither, or what it needs is missing.
+        ImportError: lm-evaluation-harness is not installed.
+    """
+    task = isinstance(metric, str) and metric not in ("perplexity", "accuracy")
+    if documents is not None and not task:
+        raise ValueError(f"`documents={documents!r}` is for a task of lm-evaluation-harness, and `metric` is none.")
+    if documents is not None and (isinstance(documents, bool) or not isinstance(documents, int) or documents < 1):
+        raise ValueError(f"`documents` must be a whole number of at least 1, got {documents!r}.")
+    if callable(metric):
+        return Measure(getattr(metric, "__name__", type(metric).__name__), metric, bool(higher_is_better))
+    if not isinstance(metric, str):
+        raise TypeError(f"`metric` must be a name or a function of a model, got {metric!r}.")
+    if task:
+        found = HarnessTask.named(metric, tokenizer, documents)
+        higher = found.higher_is_better if higher_is_better is None else higher_is_better
+        if higher is None:
+            raise ValueError(
+                f"{found.name}: the task does not say whether higher is better. Add `higher_is_better` to its `metric_list`, "
+                "or to the arguments."
+            )
+        return Measure(found.name, found.of, higher, found.details)
+    if not evaluation:
+        raise ValueError(f"`metric={metric!r}` needs batches to evaluate on; give them as `evaluation`.")
+    batches = list(evaluation)
+    function = perplexity if metric == "perplexity" else accuracy
+    higher = metric == "accuracy" if higher_is_better is None else higher_is_better
+    return Measure(metric, lambda model: function(model, batches), higher)

@@ -1,0 +1,181 @@
+"""How fast a model is, and the memory it takes."""
+
+from __future__ import annotations
+
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, replace
+from functools import cache
+from typing import Any
+
+import psutil
+import torch
+from torch import Tensor, nn
+
+from ..runtime.modules import evaluating, input_device, predicts_next_token
+
+
+@dataclass(frozen=True)
+class Benchmark:
+    """Latency and memory of a model, and of a baseline in the same run.
+
+    Attributes:
+        prefill_ms: median milliseconds of a forward pass over the prompt.
+        decode_ms: median milliseconds per generated token; None for models without a cache.
+        peak_bytes: memory above what was held before the run (device memory on CUDA, else resident memory).
+        prefill_speedup: baseline over model; None without a baseline.
+        decode_speedup: baseline over model; None without a baseline or a cache.
+        baseline: the baseline's own figures.
+    """
+
+    prefill_ms: float
+    decode_ms: float | None
+    peak_bytes: int
+    prefill_speedup: float | None = None
+    decode_speedup: float | None = None
+    baseline: Benchmark | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields, nested, for JSON."""
+        return asdict(self)
+
+
+@torch.no_grad()
+def benchmark(
+    model: nn.Module,
+    baseline: nn.Module | None = None,
+    *,
+    prompt_length: int = 512,
+    new_tokens: int = 16,
+    batch_size: int = 1,
+    repeats: int = 5,
+) -> Benchmark:
+    """Prefill and decode latency with cold weights, and peak memory, beside a dense baseline in the same run.
+
+    Before each timed call the processor's caches are flushed, so that a small model is not flattered by weights that fit
+    them. Model and baseline alternate, so that noise of a shared machine hits both; medians are reported.
+
+    Args:
+        model: a transformers or PEFT model that takes `input_ids`.
+        baseline: the dense model to compare with.
+        prompt_length: tokens of the prompt.
+        new_tokens: tokens decoded after it, one at a time with a cache.
+        batch_size: sequences.
+        repeats: timed runs, after one that warms up.
+
+    Returns:
+        A `Benchmark`.
+
+    Raises:
+        ValueError: an argument is out of range, or a model has no config or is an encoder-decoder.
+    """
+    sizes = {"prompt_length": prompt_length, "new_tokens": new_tokens, "batch_size": batch_size, "repeats": repeats}
+    for name, value in sizes.items():
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}.")
+    models = [model] if baseline is None else [model, baseline]
+    for given in models:
+        config = getattr(given, "config", None)
+        if config is None or config.is_encoder_decoder:
+            raise ValueError(
+                f"`benchmark` takes transformers models that are encoders or decoders, got a {type(given).__name__}"
+                f"{' without a config' if config is None else ', which is both'}."
+            )
+    runs: list[list[tuple[float, float | None, int]]] = [[] for _ in models]
+    for repeat in range(repeats + 1):
+        for timed, own in zip(models, runs, strict=True):
+            with evaluating(timed):
+                run = _time_once(timed, prompt_length, new_tokens, batch_size)
+            if repeat:
+                own.append(run)
+    results = [
+        Benchmark(
+            prefill_ms=statistics.median(run[0] for run in own),
+            decode_ms=None if own[0][1] is None else statistics.median(run[1] for run in own),
+            peak_bytes=max(run[2] for run in own),
+        )
+        for own in runs
+    ]
+    if baseline is None:
+        return results[0]
+    own, other = results
+    return replace(
+        own,
+        prefill_speedup=other.prefill_ms / own.prefill_ms,
+        decode_speedup=None if own.decode_ms is None or other.decode_ms is None else other.decode_ms / own.decode_ms,
+        baseline=other,
+    )
+
+
+def flush_caches(device: torch.device) -> None:
+    """Evict weights from the caches by writing more than any cache holds (256 MiB)."""
+    _flush_buffer(device).add_(1)
+    _synchronize(device)
+
+
+@cache
+def _flush_buffer(device: torch.device) -> Tensor:
+    # Kept, so that its allocation does not show in the peak memory of what is measured.
+    return torch.zeros(64 * 2**20, device=device)
+
+
+def _time_once(model: nn.Module, prompt_length: int, new_tokens: int, batch_size: int) -> tuple[float, float | None, int]:
+    """Milliseconds of the prefill, milliseconds per decoded token, and peak bytes."""
+    device = input_device(model)
+    vocabulary = model.config.get_text_config().vocab_size
+    tokens = torch.arange(batch_size * prompt_length, device=device).view(batch_size, -1) % vocabulary
+    # An encoder has no cache to decode with.
+    caches = predicts_next_token(model)
+    options = {"use_cache": True} if caches else {}
+
+    def timed(call: Callable[[], Any]) -> tuple[float, Any]:
+        flush_caches(device)
+        start = time.perf_counter()
+        result = call()
+        _synchronize(device)
+        return 1000 * (time.perf_counter() - start), result
+
+    flush_caches(device)
+    with _peak_memory(device) as peak:
+        prefill_ms, output = timed(lambda: model(input_ids=tokens, **options))
+        steps = []
+        for _ in range(new_tokens if caches else 0):
+            tokens, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
+            step_ms, output = timed(lambda: model(input_ids=tokens, past_key_values=cache, use_cache=True))  # noqa: B023
+            steps.append(step_ms)
+    return prefill_ms, statistics.median(steps) if steps else None, peak[0]
+
+
+@contextmanager
+def _peak_memory(device: torch.device) -> Iterator[list[int]]:
+    """A list that holds, afterwards, the bytes used above those at the start."""
+    peak = [0]
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak[0] = torch.cuda.max_memory_allocated(device) - before
+        return
+    process = psutil.Process()
+    before = process.memory_info().rss
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.002):
+            peak[0] = max(peak[0], process.memory_info().rss - before)
+
+    sampler = threading.Thread(target=sample, daemon=True)
+    sampler.start()
+    try:
+        yield peak
+    finally:
+        done.set()
+        sampler.join()
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

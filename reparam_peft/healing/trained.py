@@ -1,0 +1,63 @@
+"""What is trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+from peft import PeftModel
+from peft.utils import ModulesToSaveWrapper
+from peft.utils.other import _set_trainable
+
+from ..runtime.modules import evaluating
+from ..tuner.layer import ReparamLayer, reparam_layers
+
+
+def set_trained(model: PeftModel, kinds: Sequence[str]) -> None:
+    """Let gradients flow to these kinds of parameters of the active adapter, and to what it saves whole; to no others.
+
+    Norms outside of the adapter become part of it, through `modules_to_save`.
+    """
+    adapter = model.active_adapter
+    model.requires_grad_(False)
+    if "norms" in kinds:
+        names = norms_of(model)
+        if names:
+            _set_trainable(model, adapter, names, inference_mode=False)
+            config = model.peft_config[adapter]
+            config.modules_to_save = sorted({*(config.modules_to_save or ()), *names})
+    for module in model.modules():
+        if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
+            module.modules_to_save[adapter].requires_grad_(True)
+    for _, layer in reparam_layers(model):
+        for name, parameter in layer.reparam_factors[adapter].named_parameters():
+            parameter.requires_grad_(("biases" if name == "bias" else "factors") in kinds)
+
+
+def norms_of(model: PeftModel) -> list[str]:
+    """Modules of the base model, outside of adapters, that have vectors only."""
+    base = model.get_base_model()
+    inside = tuple(f"{n}." for n, m in base.named_modules() if isinstance(m, (ReparamLayer, ModulesToSaveWrapper)))
+    return [
+        name
+        for name, module in base.named_modules()
+        if name
+        and not name.startswith(inside)
+        and not isinstance(module, (ReparamLayer, ModulesToSaveWrapper))
+        and not any(True for _ in module.children())
+        and (own := list(module.parameters()))
+        and all(parameter.ndim <= 1 for parameter in own)
+    ]
+
+
+@contextmanager
+def dense_parameters_as_trained(model: PeftModel) -> Iterator[None]:
+    """Within this block a model computes without its adapter, in eval mode; it trains the same parameters afterwards."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    try:
+        with evaluating(model), model.disable_adapter():
+            yield
+    finally:
+        model.requires_grad_(False)
+        for parameter in trained:
+            parameter.requires_grad_(True)

@@ -1,0 +1,1 @@
+"""Layer kinds, and the factorised module of each."""

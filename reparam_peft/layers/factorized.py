@@ -1,0 +1,229 @@
+"""The module of a product W ≈ A B in either form, whatever the kind of layer."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeAlias
+
+import torch
+from torch import Tensor, nn
+
+from ..numerics.decompositions import Factors
+from ..numerics.pivoting import PivotFactors, pivot
+from ..numerics.storage import mask_size
+
+Like: TypeAlias = torch.device | torch.dtype | None
+# The operator that PyTorch's compiler emits for linear layers on a CPU; None in builds without oneDNN.
+SINGLE_ROW_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+SINGLE_ROW_LEAST = 2**18  # parameters below which starting the operator costs more than it saves
+
+
+class PivotExpansion(nn.Module):
+    """z (..., r) → y (..., out) of the pivot form: y is z itself in the pivot rows and K z in the others.
+
+    Args:
+        K: maps r features to out − r; None at rank r = out.
+        rank: r.
+        out_features: out.
+        dim: the dimension of the features, counted from the end.
+
+    Attributes:
+        mask: one bit for each output, set for pivots, packed into bytes; shape (⌈out / 8⌉,), uint8. What a checkpoint holds.
+        order: the position of each output among the pivots and then the others, shape (out,); follows from `mask`.
+    """
+
+    def __init__(self, K: nn.Module | None, rank: int, out_features: int, dim: int, device: torch.device | None) -> None:
+        super().__init__()
+        self.K, self.rank, self.dim = K, rank, dim
+        self.register_buffer("mask", torch.zeros(mask_size(out_features), dtype=torch.uint8, device=device))
+        self.register_buffer("order", torch.arange(out_features, device=device), persistent=False)
+
+    def forward(self, z: Tensor) -> Tensor:
+        return z if self.K is None else torch.cat([z, self.K(z)], self.dim).index_select(self.dim, self.order)
+
+    @property
+    def is_pivot(self) -> Tensor:
+        """Which outputs are pivots, bool, shape (out,)."""
+        bits = self.mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=self.mask.device)
+        return (bits & 1).bool().flatten()[: len(self.order)]
+
+    @property
+    def pivots(self) -> Tensor:
+        """Indices of the pivots, ascending.
+
+        Raises:
+            ValueError: the mask does not have r bits set.
+        """
+        pivots = self.is_pivot.nonzero()[:, 0]
+        if len(pivots) != self.rank:
+            raise ValueError(f"the mask of the pivot form has {len(pivots)} bits set, and the rank is {self.rank}.")
+        return pivots
+
+    def set_pivots(self, pivots: Tensor) -> None:
+        """Make the rows with these indices the pivots."""
+        bits = torch.zeros(8 * mask_size(len(self.order)), dtype=torch.uint8, device=pivots.device)
+        bits[pivots] = 1
+        self.mask = (bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Derive `order` from `mask`; where a loader has yet to bring the mask, any order within range."""
+        if self.mask.device.type != "meta":
+            chosen = self.is_pivot
+            order = torch.where(chosen, chosen.cumsum(0), self.rank + (~chosen).cumsum(0)) - 1
+            self.order = order.clamp(0, len(order) - 1)
+
+    def train(self, mode: bool = True) -> PivotExpansion:
+        self.refresh()  # every loader ends with `eval()`
+        return super().train(mode)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.refresh()
+
+
+class FactorizedModule(nn.Module):
+    """B, then A: the layer of a matrix W (out, in) ≈ A B, without W.
+
+    Args:
+        B: maps the input to r features.
+        expand: makes the map of r features to the number of outputs that it is given.
+        rank: r.
+        out_features: out.
+        form: "factors", or "pivot", where A is the identity in the pivot rows (`pivoting.PivotFactors`).
+        bias: whether the module has a bias of its own, in place of that of the layer.
+        dim: the dimension of the features, counted from the end.
+        like: device and dtype.
+
+    Attributes:
+        rank: r.
+        A: maps r features to the output: of the class that `expand` makes, or a `PivotExpansion` of it.
+        bias: shape (out,), or None.
+        feature_mean: mean of B x, shape (r,), by which the bias is moved where the product is cut to a lower rank; or None.
+    """
+
+    def __init__(
+        self,
+        B: nn.Module,
+        expand: Callable[[int], nn.Module],
+        rank: int,
+        out_features: int,
+        form: str = "factors",
+        bias: bool = False,
+        dim: int = -1,
+        **like: torch.device | torch.dtype | None,
+    ) -> None:
+        super().__init__()
+        self.B, self.rank = B, rank
+        if form == "pivot":
+            K = expand(out_features - rank) if out_features > rank else None
+            self.A = PivotExpansion(K, rank, out_features, dim, like.get("device"))
+        else:
+            self.A = expand(out_features)
+        self.bias = nn.Parameter(torch.zeros(out_features, **like)) if bias else None
+        self.register_buffer("feature_mean", None)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        """A (B x) + b, where b, of shape (out,), is the module's own bias if it has one, else `bias`."""
+        y = self.A(self.B(x))
+        bias = bias if self.bias is None else self.bias
+        return y if bias is None else y + self._shaped(bias).to(y.dtype)
+
+    @property
+    def form(self) -> str:
+        """How the product is stored: "factors" or "pivot"."""
+        return "pivot" if isinstance(self.A, PivotExpansion) else "factors"
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype that inputs are cast to."""
+        return self.B.weight.dtype
+
+    @property
+    def stored(self) -> Factors | PivotFactors:
+        """The product in the form in which it is stored; views of the parameters."""
+        B = self._matrix_of_B(self.B.weight)
+        if isinstance(self.A, PivotExpansion):
+            K = B.new_empty(0, len(B)) if self.A.K is None else self.A.K.weight.flatten(1)
+            return PivotFactors(B, K, self.A.pivots)
+        return Factors(self.A.weight.flatten(1), B)
+
+    @property
+    def factors(self) -> Factors:
+        """A (out, r) and B (r, in); views of the parameters, but for the A of the pivot form."""
+        stored = self.stored
+        return stored.factors() if isinstance(stored, PivotFactors) else stored
+
+    def set_factors(self, factors: Factors | PivotFactors) -> None:
+        """Make a product the parameters, in their dtype; copied only where needed. Works on meta.
+
+        The pivot form is computed where `factors` are not in it, and never the other way round.
+        """
+        if isinstance(self.A, PivotExpansion):
+            P, K, pivots = factors if isinstance(factors, PivotFactors) else pivot(factors, dtype=self.dtype)
+            self.A.set_pivots(pivots)
+            pairs = [(self.B, P), (self.A.K, K)]
+        else:
+            pairs = [(self.B, factors.B), (self.A, factors.A)]
+        for child, factor in pairs:
+            if child is None:
+                continue
+            matrix = self._matrix_of_B(factor) if child is self.B else factor
+            own = child.weight
+            shaped = matrix.detach().reshape(own.shape).to(own.dtype).contiguous()
+            _set(own, shaped, child, "weight")
+
+    def set_bias(self, bias: Tensor) -> None:
+        """Make a vector (out,) the module's own bias, in its dtype. Works on meta."""
+        _set(self.bias, bias.detach().to(self.bias.dtype), self, "bias")
+
+    def refresh(self) -> None:
+        """Take the mask of the pivot form that a loader has filled in.
+
+        Raises:
+            ValueError: it does not fit the rank.
+        """
+        if isinstance(self.A, PivotExpansion):
+            self.A.refresh()
+            _ = self.A.pivots
+
+    def _shaped(self, bias: Tensor) -> Tensor:
+        """A bias in a shape that is added to the output."""
+        return bias
+
+    def _matrix_of_B(self, weight: Tensor) -> Tensor:
+        """B (r, in) of the weight of the child `B`, and the other way round."""
+        return weight.flatten(1)
+
+
+def _set(own: nn.Parameter, value: Tensor, owner: nn.Module, name: str) -> None:
+    if own.device.type == "meta":
+        setattr(owner, name, nn.Parameter(value, requires_grad=own.requires_grad))
+    else:
+        own.data = value  # the same parameter: an optimiser may hold it
+
+
+class FactorLinear(nn.Linear):
+    """An `nn.Linear` that multiplies single rows, as in decoding, by oneDNN where PyTorch's own product is slow.
+
+    For one row PyTorch calls a matrix–vector product that runs on one core and is slow on the short rows of factors. It is
+    replaced in float32 on a CPU, outside of autograd, autocast and tracing; results agree to rounding.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.numel() == self.in_features and self._is_slow(x):
+            return SINGLE_ROW_PRODUCT(x, self.weight, self.bias, "none", [], "")
+        return super().forward(x)
+
+    def _is_slow(self, x: Tensor) -> bool:
+        plain = type(x) is Tensor and type(self.weight) is nn.Parameter and x.device.type == "cpu" and x.dim() > 0
+        return (
+            plain
+            and SINGLE_ROW_PRODUCT is not None
+            and x.dtype == self.weight.dtype == torch.float32
+            and self.weight.numel() >= SINGLE_ROW_LEAST
+            and not torch.is_grad_enabled()
+            and not torch.is_autocast_enabled("cpu")
+            and not torch.compiler.is_compiling()
+            and not torch.jit.is_tracing()
+        )

@@ -1,0 +1,393 @@
+"""The one file that knows layer kinds: for each, its matrix, its input rows and its factorised module.
+
+A kind is one class below and one entry in `KINDS`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from functools import partial
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils.integrations import dequantize_module_weight
+from torch import Tensor, nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
+from torch.nn.utils.parametrize import is_parametrized
+from transformers.pytorch_utils import Conv1D
+
+from .factorized import FactorizedModule, FactorLinear, Like
+
+
+class FactorizedLinear(FactorizedModule):
+    """`nn.Linear` (or GPT-2's `Conv1D`) of a product: x (..., in) → A (B x) (..., out)."""
+
+    def __init__(
+        self, in_features: int, out_features: int, rank: int, form: str = "factors", bias: bool = False, **like: Like
+    ) -> None:
+        expand = partial(FactorLinear, rank, bias=False, **like)
+        super().__init__(FactorLinear(in_features, rank, bias=False, **like), expand, rank, out_features, form, bias, **like)
+
+
+class FactorizedConv2d(FactorizedModule):
+    """`nn.Conv2d` of a product: B is the convolution with r output channels, A a 1 × 1 convolution."""
+
+    def __init__(self, layer: nn.Conv2d, rank: int, form: str = "factors", bias: bool = False, **like: Like) -> None:
+        options = {"padding_mode": layer.padding_mode, "bias": False, **like}
+        B = nn.Conv2d(
+            layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups=1, **options
+        )
+        expand = partial(nn.Conv2d, rank, kernel_size=1, bias=False, **like)
+        super().__init__(B, expand, rank, layer.out_channels, form, bias, dim=-3, **like)
+
+    def _shaped(self, bias: Tensor) -> Tensor:
+        return bias.view(-1, 1, 1)
+
+
+class FactorizedEmbedding(FactorizedModule):
+    """`nn.Embedding` of a product: the table's transpose W (embedding_dim, num_embeddings) is A B."""
+
+    def __init__(self, layer: nn.Embedding, rank: int, form: str = "factors", bias: bool = False, **like: Like) -> None:
+        B = nn.Embedding(
+            layer.num_embeddings,
+            rank,
+            padding_idx=layer.padding_idx,
+            scale_grad_by_freq=layer.scale_grad_by_freq,
+            sparse=layer.sparse,
+            **like,
+        )
+        super().__init__(B, partial(nn.Linear, rank, bias=False, **like), rank, layer.embedding_dim, form, bias, **like)
+        self.scale = embedding_scale(layer, B.weight.dtype)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = super().forward(x, bias)
+        return y if self.scale == 1.0 else y * self.scale
+
+    def _matrix_of_B(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+
+def embedding_scale(layer: nn.Embedding, dtype: torch.dtype) -> float:
+    """What an embedding multiplies its rows by: BART a number, Gemma a tensor in the table's dtype, which may be on meta."""
+    scale = getattr(layer, "embed_scale", 1.0)
+    if isinstance(scale, Tensor):
+        scale = torch.tensor(float(getattr(layer, "scalar_embed_scale", scale)), dtype=dtype)
+    return float(scale)
+
+
+class Wrapper(nn.Module):
+    """A layer that stands in place of another, `base_layer` of `kind`, and computes with a matrix of its own."""
+
+    base_layer: nn.Module
+    kind: LayerKind
+
+    def computed_matrix(self) -> Tensor:
+        """The matrix (out, in) that it computes with."""
+        raise NotImplementedError
+
+
+class LayerKind(ABC):
+    """A kind of layer that computes y = W x + b for a matrix W (out, in) and rows x that it makes from its input."""
+
+    layer_class: type[nn.Module]
+    one_hot = False  # whether each row picks one column, so that Gram matrices are diagonal
+
+    def check(self, layer: nn.Module) -> None:
+        """Raise `TypeError` or `ValueError`, with the reason and the remedy, where this layer cannot be factorised."""
+        if not self.computes_alike(layer):
+            raise TypeError(
+                f"a {type(layer).__name__} computes differently from {self.layer_class.__name__} and cannot be factorised; "
+                "leave it out with `exclude_modules`."
+            )
+        if is_parametrized(layer) or not isinstance(layer._parameters.get("weight"), nn.Parameter):
+            raise TypeError(
+                f"the weight of this {type(layer).__name__} is not a plain parameter; remove its parametrisation, or leave it "
+                "out with `exclude_modules`."
+            )
+        if not layer.weight.dtype.is_floating_point:
+            raise TypeError(
+                f"the weight of this {type(layer).__name__} has dtype {layer.weight.dtype}; dequantise it first, or leave it "
+                "out with `exclude_modules`."
+            )
+
+    def computes_alike(self, layer: nn.Module) -> bool:
+        """Whether the layer computes as its class does; nn.MultiheadAttention reads the weight of its output layer itself."""
+        # accelerate replaces `forward` too, to move inputs between devices
+        patched = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
+        alike = type(layer).forward is self.layer_class.forward and not isinstance(layer, NonDynamicallyQuantizableLinear)
+        return alike and not patched
+
+    @abstractmethod
+    def shape(self, layer: nn.Module) -> tuple[int, int]:
+        """(out, in) of the matrix, also of a layer whose weight was dropped."""
+
+    def fits(self, layer: nn.Module) -> bool:
+        """Whether a layer is of this kind, or a variant that `check` may rule out."""
+        return isinstance(layer, self.layer_class)
+
+    def dtype(self, layer: nn.Module) -> torch.dtype:
+        """The dtype of a layer's numbers, and of the factors in their place."""
+        return layer.weight.dtype
+
+    def own_matrix(self, layer: nn.Module) -> Tensor:
+        """W, shape (out, in), of a layer that has it."""
+        return self.matrix(layer.weight.detach())
+
+    def shell(self, layer: nn.Module) -> nn.Module:
+        """What stays of a layer beside its factors, and gives up W once they exist: the layer itself, where that can."""
+        return layer
+
+    @abstractmethod
+    def matrix(self, weight: Tensor) -> Tensor:
+        """W, shape (out, in): a view of a layer's weight."""
+
+    @abstractmethod
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """The inverse of `matrix`: W (out, in) in the `shape` of a layer's weight, contiguous."""
+
+    @abstractmethod
+    def rows(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+        """X, shape (n, in): the rows that W multiplies, one for each row of outputs (n, out)."""
+
+    @abstractmethod
+    def factorized(
+        self, layer: nn.Module, rank: int, form: str = "factors", bias: bool = False, **like: Like
+    ) -> FactorizedModule:
+        """The factorised module with parameters of arbitrary content, on the device and in the dtype of `like`."""
+
+    def gradient_rows(self, layer: nn.Module, gradients: Tensor) -> Tensor:
+        """g, shape (n, out): the rows of gradients with respect to W x, of gradients with respect to the layer's output."""
+        return gradients.reshape(-1, gradients.shape[-1])
+
+    def row_counts(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+        """The diagonal of G = XᵀX, shape (in,): all of it for a kind whose rows are one-hot."""
+        return self.rows(layer, inputs).square().sum(0)
+
+
+class LinearKind(LayerKind):
+    """`nn.Linear`: the weight is the matrix."""
+
+    layer_class = nn.Linear
+
+    def shape(self, layer: nn.Linear) -> tuple[int, int]:
+        return layer.out_features, layer.in_features
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight
+
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        return matrix.contiguous()
+
+    def rows(self, layer: nn.Linear, inputs: Tensor) -> Tensor:
+        return inputs.reshape(-1, inputs.shape[-1])
+
+    def factorized(self, layer: nn.Linear, rank: int, *args: Any, **like: Like) -> FactorizedLinear:
+        out_features, in_features = self.shape(layer)
+        return FactorizedLinear(in_features, out_features, rank, *args, **like)
+
+
+class QuantizedLinearKind(LinearKind):
+    """A linear layer of bitsandbytes, torchao or HQQ. Its weight is dequantised whenever it is read."""
+
+    def fits(self, layer: nn.Module) -> bool:
+        weight = layer._parameters.get("weight")
+        quantized = type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")
+        return hasattr(layer, "W_q") or (quantized and isinstance(layer, nn.Linear))
+
+    def check(self, layer: nn.Module) -> None:
+        """Anything that PEFT can dequantise will do."""
+
+    def dtype(self, layer: nn.Module) -> torch.dtype:
+        if hasattr(layer, "W_q"):
+            return layer.compute_dtype
+        state = getattr(layer.weight, "quant_state", None)
+        # On a CPU bitsandbytes may have turned the scales, not the model, to bfloat16.
+        dtype = layer.weight.dtype if state is None else getattr(state, "original_dtype", state.dtype)
+        return dtype if dtype.is_floating_point else getattr(layer, "dtype_around", torch.get_default_dtype())
+
+    def own_matrix(self, layer: nn.Module) -> Tensor:
+        if hasattr(layer, "state"):  # 8 bits, which PEFT's function leaves in a state that does not compute
+            largest = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # of each row
+            return (layer.weight.detach() * (largest / 127)[:, None]).to(self.dtype(layer))
+        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        if getattr(state, "packing_format_for_cpu", False):
+            layer.state_dict()  # bitsandbytes brings back the order of the numbers, but not of their scales
+            if state.absmax.ndim > 1:
+                state.absmax = state.absmax.T.flatten().float()
+        return dequantize_module_weight(layer).detach().to(self.dtype(layer))
+
+    def shell(self, layer: nn.Module) -> nn.Linear:
+        """A plain layer with the bias, and with NaN in place of W, which takes no memory."""
+        out_features, in_features = self.shape(layer)
+        shell = nn.Linear(in_features, out_features, bias=False, device="meta")
+        nothing = torch.full((), torch.nan, dtype=self.dtype(layer), device=next(layer.parameters()).device)
+        shell.weight = nn.Parameter(nothing.expand(out_features, in_features), requires_grad=False)
+        shell.bias = layer.bias
+        return shell.train(layer.training)
+
+
+class Conv1DKind(LinearKind):
+    """transformers' `Conv1D`: a linear layer whose weight is stored transposed, (in, out)."""
+
+    layer_class = Conv1D
+
+    def shape(self, layer: Conv1D) -> tuple[int, int]:
+        return layer.nf, layer.nx
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        return matrix.mT.contiguous()
+
+
+class Conv2dKind(LayerKind):
+    """`nn.Conv2d` with one group: the kernel as a matrix (out, in · height · width), the input as its patches."""
+
+    layer_class = nn.Conv2d
+
+    def computes_alike(self, layer: nn.Conv2d) -> bool:
+        return super().computes_alike(layer) and type(layer)._conv_forward is nn.Conv2d._conv_forward
+
+    def check(self, layer: nn.Conv2d) -> None:
+        super().check(layer)
+        if layer.groups != 1:
+            raise ValueError(
+                f"`groups` of a Conv2d must be 1, got {layer.groups}: a grouped convolution is {layer.groups} small matrices; "
+                "leave it out with `exclude_modules`."
+            )
+
+    def shape(self, layer: nn.Conv2d) -> tuple[int, int]:
+        return layer.out_channels, layer.in_channels * layer.kernel_size[0] * layer.kernel_size[1]
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.flatten(1)
+
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        return matrix.reshape(shape).contiguous()
+
+    def rows(self, layer: nn.Conv2d, inputs: Tensor) -> Tensor:
+        mode = "constant" if layer.padding_mode == "zeros" else layer.padding_mode
+        padded = F.pad(inputs, layer._reversed_padding_repeated_twice, mode=mode)
+        patches = F.unfold(padded, layer.kernel_size, layer.dilation, stride=layer.stride)
+        return patches.mT.flatten(0, -2)
+
+    def gradient_rows(self, layer: nn.Conv2d, gradients: Tensor) -> Tensor:
+        return gradients.flatten(-2).mT.flatten(0, -2)
+
+    def factorized(self, layer: nn.Conv2d, rank: int, *args: Any, **like: Like) -> FactorizedConv2d:
+        return FactorizedConv2d(layer, rank, *args, **like)
+
+
+class EmbeddingKind(LayerKind):
+    """`nn.Embedding`: the transposed table (embedding_dim, num_embeddings), the input as one-hot rows."""
+
+    layer_class = nn.Embedding
+    one_hot = True
+
+    def computes_alike(self, layer: nn.Embedding) -> bool:
+        """A subclass that only multiplies by a constant, as Gemma's, is a plain embedding with a scale."""
+        return super().computes_alike(layer) or (hasattr(layer, "embed_scale") and set(layer._parameters) == {"weight"})
+
+    def check(self, layer: nn.Embedding) -> None:
+        super().check(layer)
+        if layer.max_norm is not None:
+            raise ValueError(
+                f"`max_norm` of an Embedding must be None, got {layer.max_norm}: it rescales rows of the table, which factors "
+                "do not have; leave it out with `exclude_modules`."
+            )
+
+    def shape(self, layer: nn.Embedding) -> tuple[int, int]:
+        return layer.embedding_dim, layer.num_embeddings
+
+    def matrix(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        return matrix.mT.contiguous()
+
+    def rows(self, layer: nn.Embedding, inputs: Tensor) -> Tensor:
+        return F.one_hot(inputs.flatten(), layer.num_embeddings).to(layer.weight.dtype)
+
+    def gradient_rows(self, layer: nn.Embedding, gradients: Tensor) -> Tensor:
+        return super().gradient_rows(layer, gradients) * embedding_scale(layer, gradients.dtype)
+
+    def row_counts(self, layer: nn.Embedding, inputs: Tensor) -> Tensor:
+        return torch.bincount(inputs.flatten(), minlength=layer.num_embeddings)
+
+    def factorized(self, layer: nn.Embedding, rank: int, *args: Any, **like: Like) -> FactorizedEmbedding:
+        return FactorizedEmbedding(layer, rank, *args, **like)
+
+
+KINDS: tuple[LayerKind, ...] = (QuantizedLinearKind(), LinearKind(), Conv1DKind(), Conv2dKind(), EmbeddingKind())
+
+
+def layer_kind(layer: nn.Module) -> LayerKind:
+    """The kind of a layer, checked: a layer for which this returns can be factorised.
+
+    Raises:
+        TypeError: no kind fits, or the layer is a variant that computes or stores something else.
+        ValueError: an option of the layer (groups, max_norm) rules it out.
+
+    >>> layer_kind(nn.Linear(3, 2)).shape(nn.Linear(3, 2))
+    (2, 3)
+    """
+    for kind in KINDS:
+        if kind.fits(layer):
+            kind.check(layer)
+            return kind
+    supported = ", ".join(dict.fromkeys(kind.layer_class.__name__ for kind in KINDS))
+    raise TypeError(
+        f"a {type(layer).__name__} cannot be factorised, only {supported} can; choose other `target_modules`, or leave it out "
+        "with `exclude_modules`."
+    )
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether a layer's weight has to be dequantised to be read."""
+    return KINDS[0].fits(layer)
+
+
+def stored_weight(layer: nn.Module) -> Tensor:
+    """The numbers of a layer's weight as they are stored, quantised or not."""
+    return layer.W_q if hasattr(layer, "W_q") else layer.weight
+
+
+def note_dtype(model: nn.Module) -> None:
+    """Tell quantised layers the dtype of the model around them, which bitsandbytes' with 8 bits do not know."""
+    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
+    for module in model.modules():
+        if is_quantized(module):
+            module.dtype_around = dtype
+
+
+def dequantized(layer: nn.Module) -> nn.Linear:
+    """A plain layer that computes as a quantised one does."""
+    kind = layer_kind(layer)
+    plain = kind.shell(layer)
+    plain.weight = nn.Parameter(kind.own_matrix(layer))
+    return plain
+
+
+def kind_and_layer(module: nn.Module) -> tuple[LayerKind, nn.Module]:
+    """The kind of a layer, factorised already or not, and the layer that has its geometry: of a `ReparamLayer` the shell.
+
+    Raises:
+        TypeError, ValueError: as for `factorized.layer_kind`.
+    """
+    if isinstance(module, Wrapper):
+        return module.kind, module.base_layer
+    return layer_kind(module), module
+
+
+def matrix_shape(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of a target, wrapped or not."""
+    if isinstance(module, Wrapper):
+        return module.kind.shape(module.base_layer)
+    if isinstance(module, BaseTunerLayer):
+        raise TypeError(
+            f"the module is wrapped by another PEFT method already ({type(module).__module__}); merge or unload that one first."
+        )
+    return layer_kind(module).shape(module)

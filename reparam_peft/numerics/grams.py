@@ -1,0 +1,82 @@
+"""Gram matrices, added up in float64."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from .metrics import device_of_sums
+
+BLOCK = 256  # columns of a Gram matrix that are computed at a time, of which the lower triangle is left out
+
+
+def wide_rows(X: Tensor, mask: Tensor | None) -> Tensor:
+    """The rows that count, in float32 or wider, where they can be added up in float64."""
+    X = X if mask is None else X[mask]
+    return X.to(device_of_sums(X.device), torch.promote_types(X.dtype, torch.float32))
+
+
+def add_gram(
+    totals: dict[str, Tensor], name: str, X: Tensor, sums: Tensor | None = None, weights: Tensor | None = None
+) -> None:
+    """Add Σ w x xᵀ, float64, in the blocks on and above the diagonal; the weights w, shape (rows,), float64, are 1 if None.
+
+    With `sums`, Σ w x in float64, x − c is multiplied, with c near the mean, and the rest added in float64: then the rounding
+    of float32 products is relative to the variance of a channel and not to its mean square.
+    """
+    if name not in totals:
+        totals[name] = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=X.device)
+    if not len(X):
+        return
+    total = totals[name]
+    if sums is not None:
+        whole = len(X) if weights is None else weights.sum()
+        centre = (sums / (whole if weights is None else whole.clamp(min=1e-300))).to(X.dtype)
+        c = centre.double()
+        s = sums - whole * c  # of w (x − c), before that is rounded
+        X = X - centre
+    if weights is not None:
+        X = X * weights.sqrt().to(X)[:, None]
+    for start in range(0, len(total), BLOCK):
+        rows = slice(start, start + BLOCK)
+        total[rows, start:] += cross_product(X[:, rows], X[:, start:])
+        if sums is not None:
+            total[rows, start:] += torch.outer(c[rows], whole * c[start:] + s[start:]) + torch.outer(s[rows], c[start:])
+
+
+def mirror(gram: Tensor) -> None:
+    """Fill in the lower triangle of what `add_gram` added up."""
+    for start in range(0, len(gram), BLOCK):
+        end = start + BLOCK
+        block = gram[start:end, start:end]
+        block.copy_(block.triu() + block.triu(1).mT)
+        gram[end:, start:end] = gram[start:end, end:].mT
+
+
+def cross_product(Y: Tensor, X: Tensor) -> Tensor:
+    """Σ y xᵀ over rows, in the dtype of the rows and at its full precision."""
+    with _full_precision(X.device):
+        return Y.mT @ X
+
+
+@contextmanager
+def _full_precision(device: torch.device) -> Iterator[None]:
+    """Float32 products as such: neither half precision (autocast) nor TF32 or bfloat16 in their place."""
+    backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
+    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]  # since PyTorch 2.9
+    before = [backend.fp32_precision for backend in backends] or torch.get_float32_matmul_precision()
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        if not backends:
+            torch.set_float32_matmul_precision("highest")
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        for backend, value in zip(backends, before, strict=False):
+            backend.fp32_precision = value
+        if not backends:
+            torch.set_float32_matmul_precision(before)

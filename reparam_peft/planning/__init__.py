@@ -1,0 +1,1 @@
+"""Ranks under a budget, and the plan that holds them."""

@@ -1,0 +1,140 @@
+"""Choose ranks under a budget. `keep` is the fraction of the matrices' parameters that is stored."""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from torch import Tensor
+
+from ..numerics.storage import Storage
+
+RANK_MULTIPLE = 8  # inner dimensions that matrix products run at full speed on
+
+
+class Point(NamedTuple):
+    """One way to store a matrix.
+
+    Attributes:
+        rank: of its product; None: dense.
+        parameters: numbers stored.
+        loss: predicted increase of the loss, nats per token.
+    """
+
+    rank: int | None
+    parameters: int
+    loss: float
+
+
+def points(
+    losses: Tensor, storage: Storage, multiple: int = RANK_MULTIPLE, floor: float = 0.0, ceiling: float = 1.0
+) -> list[Point]:
+    """The curve of a matrix: the ranks to choose from and dense, cheapest first, with what each stores and loses.
+
+    Rank r loses Σ_{i>r} q_i. Ranks are multiples of `multiple` that save parameters; where there is none, ranks from 1 up.
+
+    Args:
+        losses: q, shape (min(out, in),), as from `decompositions.direction_losses`.
+        storage: the matrix and the form of its product.
+        multiple: what ranks are a multiple of.
+        floor: the least fraction of the matrix's parameters that is stored, 0 ≤ floor < 1.
+        ceiling: the most, floor ≤ ceiling ≤ 1; below 1 the matrix is never dense.
+    """
+    tails = [*losses.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+    for step in (multiple, 1):
+        ranks = [rank for rank in range(step, len(tails), step) if storage.saves(rank)]
+        within = [r for r in ranks if floor * storage.dense <= storage.parameters(r) <= ceiling * storage.dense]
+        if within:
+            break
+    curve = [Point(rank, storage.parameters(rank), tails[rank]) for rank in within]
+    return curve if ceiling < 1 and curve else [*curve, Point(None, storage.dense, 0.0)]
+
+
+def allocate(curves: Sequence[Sequence[Point]], budget: int) -> list[int]:
+    """For each curve the point to take, so that the predicted losses sum up to the least within the budget.
+
+    One Lagrange multiplier μ for all curves, found by bisection over the slopes of their lower convex hulls: each takes the
+    point with the least loss + μ · parameters. What is left of the budget goes, step by step, to the matrix that gains most
+    per parameter; less than one rank step of every matrix remains.
+
+    Args:
+        curves: for each matrix its points, cheapest first; losses fall.
+        budget: the most parameters in all.
+
+    Returns:
+        The index of a point for each curve.
+
+    Raises:
+        ValueError: the cheapest points already exceed the budget.
+
+    >>> near, far = [Point(8, 80, 0.1), Point(None, 100, 0.0)], [Point(8, 80, 5.0), Point(None, 100, 0.0)]
+    >>> allocate([near, far], 180)
+    [0, 1]
+    """
+    least = sum(curve[0].parameters for curve in curves)
+    if least > budget:
+        raise ValueError(f"the least that can be stored is {least:,} parameters, and the budget is {budget:,}.")
+    hulls = [_lower_hull(curve) for curve in curves]
+    slopes = sorted({slope for hull in hulls for _, slope in hull[1:]}, reverse=True)
+    low, high = 0, len(slopes)  # segments at least as steep as slopes[: low] fit the budget
+    while low < high:
+        middle = (low + high + 1) // 2
+        chosen = [_reach(hull, slopes[middle - 1]) for hull in hulls]
+        fits = sum(curve[i].parameters for curve, i in zip(curves, chosen, strict=True)) <= budget
+        low, high = (middle, high) if fits else (low, middle - 1)
+    chosen = [_reach(hull, slopes[low - 1]) if low else 0 for hull in hulls]
+    return _spend(curves, chosen, budget - sum(curve[i].parameters for curve, i in zip(curves, chosen, strict=True)))
+
+
+def _lower_hull(curve: Sequence[Point]) -> list[tuple[int, float]]:
+    """Indices of the points of the lower convex hull, each with the loss saved per parameter on the way to it."""
+    hull: list[tuple[int, float]] = [(0, math.inf)]
+    for index in range(1, len(curve)):
+        while True:
+            last = hull[-1][0]
+            slope = _gain(curve, last, index)
+            if slope < hull[-1][1]:
+                break
+            hull.pop()  # the last point lies above the line from the one before it
+        if slope > 0:
+            hull.append((index, slope))
+    return hull
+
+
+def _reach(hull: Sequence[tuple[int, float]], slope: float) -> int:
+    """The last point of a hull that is reached by segments at least this steep."""
+    return [index for index, own in hull if own >= slope][-1]
+
+
+def _gain(curve: Sequence[Point], start: int, end: int) -> float:
+    """The loss saved per parameter between two points."""
+    return (curve[start].loss - curve[end].loss) / (curve[end].parameters - curve[start].parameters)
+
+
+def _spend(curves: Sequence[Sequence[Point]], chosen: list[int], left: int) -> list[int]:
+    """Move curves to dearer points, the greatest gain per parameter first, as long as one fits."""
+    chosen = list(chosen)
+
+    def best(number: int) -> tuple[float, int, int] | None:
+        curve, start = curves[number], chosen[number]
+        steps = [
+            (-_gain(curve, start, end), number, end)
+            for end in range(start + 1, len(curve))
+            if curve[end].parameters - curve[start].parameters <= left
+        ]
+        return min(steps, default=None)
+
+    queue = [step for step in map(best, range(len(curves))) if step]
+    heapq.heapify(queue)
+    while queue:
+        _, number, end = heapq.heappop(queue)
+        price = curves[number][end].parameters - curves[number][chosen[number]].parameters
+        if price <= left:
+            left -= price
+            chosen[number] = end
+        again = best(number)
+        if again:
+            heapq.heappush(queue, again)
+    return chosen

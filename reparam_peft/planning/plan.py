@@ -1,0 +1,254 @@
+"""Plans: which rank each target gets, what that stores, and what it is predicted to cost."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from ..config.reparam_config import ReparamConfig
+from ..display.axes import grid_of, heat_map
+from ..display.tables import table_html
+from ..numerics.storage import Storage
+
+FORMAT = "reparam_peft plan 1"
+
+
+@dataclass(frozen=True)
+class ModulePlan:
+    """What becomes of one target.
+
+    Attributes:
+        name: of the module.
+        shape: (out, in) of its matrix.
+        rank: of its product; None: it stays dense.
+        stored_parameters: numbers in a checkpoint, or out · in for a dense one.
+        predicted_loss: predicted increase of the loss, nats per token; None without statistics.
+        spectrum: what each direction of the factorisation is predicted to cost, nats per token, as `direction_losses` gives
+            it: rank r loses the sum of all but the first r. Empty without statistics.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int | None
+    stored_parameters: int
+    predicted_loss: float | None = None
+    spectrum: tuple[float, ...] = field(default=(), repr=False)
+
+    @property
+    def dense_parameters(self) -> int:
+        """out · in."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def effective_rank(self) -> float:
+        """How many directions count: exp of the entropy of the spectrum (Roy & Vetterli 2007); 0 without one."""
+        total = sum(self.spectrum)
+        parts = [value / total for value in self.spectrum if value > 0] if total else []
+        return math.exp(-sum(part * math.log(part) for part in parts)) if parts else 0.0
+
+    def energy(self, rank: int) -> float:
+        """The fraction of the spectrum that the first `rank` directions hold, in [0, 1]; 1 where there is nothing to lose."""
+        total = sum(self.spectrum)
+        return sum(self.spectrum[:rank]) / total if total else 1.0
+
+
+@dataclass(frozen=True)
+class Plan:
+    """The ranks of all targets under one budget. `print(plan)` shows it as a table.
+
+    Attributes:
+        modules: one entry per target.
+        keep: the fraction of the targeted parameters that was asked for.
+        method: how the matrices are factorised.
+        allocation: how the ranks were chosen.
+        form: how the products are stored.
+        moved_bias: whether biases are stored along.
+        calibration_tokens: input rows that the statistics were taken of.
+        gradient_tokens: labels sampled for the gradients.
+        seed: of the labels.
+        ceiling: the most that was to be stored of a matrix, as a fraction; None: 1.
+    """
+
+    modules: tuple[ModulePlan, ...]
+    keep: float
+    method: str
+    allocation: str
+    form: str
+    moved_bias: bool = False
+    calibration_tokens: int = 0
+    gradient_tokens: int = 0
+    seed: int = 0
+    ceiling: float | None = None
+
+    @property
+    def dense_parameters(self) -> int:
+        """Parameters of the targeted matrices."""
+        return sum(module.dense_parameters for module in self.modules)
+
+    @property
+    def stored_parameters(self) -> int:
+        """Numbers stored for them, dense ones included."""
+        return sum(module.stored_parameters for module in self.modules)
+
+    @property
+    def predicted_loss(self) -> float | None:
+        """Predicted increase of the loss, nats per token: the sum over the modules."""
+        losses = [module.predicted_loss for module in self.modules]
+        return None if None in losses else sum(losses)
+
+    @property
+    def ranks(self) -> dict[str, int]:
+        """Rank by module, without the dense ones."""
+        return {module.name: module.rank for module in self.modules if module.rank is not None}
+
+    @property
+    def dense_modules(self) -> list[str]:
+        """Names of the targets that stay dense."""
+        return [module.name for module in self.modules if module.rank is None]
+
+    def to_dict(self) -> dict[str, object]:
+        """Everything, for JSON."""
+        return {"format": FORMAT, **asdict(self)}
+
+    def save(self, path: str | Path) -> None:
+        """Write the plan as JSON."""
+        Path(path).write_text(json.dumps(self.to_dict()), encoding="utf-8")
+
+    @classmethod
+    def load(cls, path: str | Path) -> Plan:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: the file holds no plan, or a field of it is wrong.
+        """
+        text = Path(path).read_text(encoding="utf-8")
+        try:
+            return cls.from_dict(json.loads(text))
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise ValueError(f"{path} does not hold a plan: {error}") from error
+
+    @classmethod
+    def from_dict(cls, fields: Mapping[str, object]) -> Plan:
+        """The plan that `to_dict` gave.
+
+        Raises:
+            ValueError: another format, or a field is missing, unknown or wrong.
+        """
+        fields = dict(fields)
+        if fields.pop("format", None) != FORMAT:
+            raise ValueError(f"`format` must be {FORMAT!r}.")
+        try:
+            plan = cls(tuple(map(_module_plan, fields.pop("modules"))), **fields)
+            choices = {"keep": plan.keep, "method": plan.method, "allocation": plan.allocation, "form": plan.form}
+            counts = {name: getattr(plan, name) for name in ("moved_bias", "calibration_tokens", "gradient_tokens", "seed")}
+            ReparamConfig(**choices, **counts, ceiling=plan.ceiling)  # checks these
+        except (TypeError, KeyError) as error:
+            raise ValueError(f"a field is missing, unknown or wrong: {error}") from error
+        if None in (*choices.values(), *counts.values()) or len({module.name for module in plan.modules}) < len(plan.modules):
+            raise ValueError("a field is missing, or a module is there twice.")
+        return plan
+
+    def resistant(self, count: int = 10) -> list[ModulePlan]:
+        """The targets that resist compression most: those whose effective rank is the largest part of their full rank."""
+        return sorted(self.modules, key=lambda module: -module.effective_rank / min(module.shape))[:count]
+
+    def plot(self, axes: Any = None) -> Any:
+        """What is kept of each target, a heat map over depth; on matplotlib's axes, or new ones, which are returned."""
+        return plot_plan(self, axes)
+
+    def _repr_html_(self) -> str:
+        head = ("module", "shape", "rank", "stored", "kept", "predicted loss", "effective rank")
+        rows = [head, *((m.name, *_cells(m)) for m in self.modules)]
+        return table_html(rows, str(self).rpartition("\n")[2])
+
+    def __str__(self) -> str:
+        width = max([len(module.name) for module in self.modules] + [6])
+        lines = [f"{'module':{width}}  {'shape':>13}  {'rank':>5}  {'stored':>12}  {'kept':>6}  {'loss':>9}"]
+        for module in self.modules:
+            shape, rank, stored, kept, loss, _ = _cells(module)
+            lines.append(f"{module.name:{width}}  {shape:>13}  {rank:>5}  {stored:>12}  {kept:>6}  {loss:>9}")
+        kept = self.stored_parameters / self.dense_parameters if self.dense_parameters else 1.0
+        total = "" if self.predicted_loss is None else f", predicted loss +{self.predicted_loss:.4f} nats per token"
+        lines.append(
+            f"{self.stored_parameters:,} of {self.dense_parameters:,} parameters stored ({kept:.2%}), "
+            f"{len(self.dense_modules)} of {len(self.modules)} matrices dense; {self.method}, {self.allocation}, {self.form}"
+            f"{total}"
+        )
+        return "\n".join(lines)
+
+
+def _cells(module: ModulePlan) -> tuple[str, ...]:
+    """What the tables say of a target."""
+    return (
+        f"{module.shape[0]} x {module.shape[1]}",
+        "dense" if module.rank is None else str(module.rank),
+        f"{module.stored_parameters:,}",
+        f"{module.stored_parameters / module.dense_parameters:.1%}",
+        "" if module.predicted_loss is None else f"{module.predicted_loss:.2e}",
+        f"{module.effective_rank:.0f}" if module.spectrum else "",
+    )
+
+
+def _module_plan(entry: Mapping[str, object]) -> ModulePlan:
+    shape, rank, spectrum = tuple(entry["shape"]), entry["rank"], tuple(entry["spectrum"])
+    if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+        raise ValueError(f"{entry['name']}: `shape` must be two positive ints, got {shape!r}.")
+    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(shape)):
+        raise ValueError(f"{entry['name']}: `rank` must be None or in [1, {min(shape)}], got {rank!r}.")
+    stored, losses = entry["stored_parameters"], [*spectrum, entry["predicted_loss"] or 0.0]
+    if isinstance(stored, bool) or not isinstance(stored, int) or stored < 1:
+        raise ValueError(f"{entry['name']}: `stored_parameters` must be a positive int, got {stored!r}.")
+    if not all(isinstance(loss, (int, float)) and math.isfinite(loss) for loss in losses):
+        raise ValueError(f"{entry['name']}: `predicted_loss` and `spectrum` must be finite numbers.")
+    return ModulePlan(**{**entry, "shape": shape, "spectrum": spectrum})
+
+
+def make_plan(
+    config: ReparamConfig,
+    storages: Mapping[str, Storage],
+    ranks: Mapping[str, int | None],
+    losses: Mapping[str, Tensor],
+    **provenance: int,
+) -> Plan:
+    """The plan of these ranks."""
+
+    def modules() -> Iterable[ModulePlan]:
+        for name, rank in ranks.items():
+            storage, spectrum = storages[name], losses.get(name)
+            lost = None
+            if spectrum is not None:
+                lost = 0.0 if rank is None else float(spectrum[rank:].sum())
+            shape, values = (storage.out_features, storage.in_features), () if spectrum is None else tuple(spectrum.tolist())
+            yield ModulePlan(name, shape, rank, storage.stored(rank), lost, values)
+
+    chosen = (config.keep, config.method, config.allocation, config.form, config.moved_bias)
+    return Plan(tuple(modules()), *chosen, **provenance, ceiling=config.ceiling)
+
+
+def plot_plan(plan: Plan, axes: Any = None) -> Any:
+    """What is kept of each target: a heat map of module kinds over depth. Dense matrices are marked.
+
+    Args:
+        plan: to show.
+        axes: matplotlib's, to draw on; None: new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    axes = heat_map(plan, lambda module: module.stored_parameters / module.dense_parameters, "stored / dense", 1.0, axes)
+    places, kinds, depths = grid_of(plan.modules)
+    for module in plan.modules:
+        if module.rank is None:
+            kind, depth = places[module.name]
+            axes.text(depths.index(depth), kinds.index(kind), "×", ha="center", va="center", color="black")
+    axes.set_title(f"keep = {plan.keep:g}; × stays dense")
+    return axes

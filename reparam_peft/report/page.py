@@ -1,0 +1,241 @@
+"""The report of a run: one self-contained HTML file, and its pictures as PNG files."""
+
+from __future__ import annotations
+
+import base64
+import html
+import importlib.util
+import io
+import math
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from ..display.tables import table_html
+from ..planning.plan import Plan, plot_plan
+from ..runtime.files import write_whole, writing
+from ..searching.result import plot_search
+from .plots import plot_angles, plot_blocks, plot_effective_ranks, plot_losses, plot_predictions, plot_spectra
+from .record import Record
+
+INDEX = "index.html"
+GENERATOR = '<meta name="generator" content="reparam_peft">'  # by which a report is known
+STYLE = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
+h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
+table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; }
+th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
+td { overflow-wrap: anywhere; } thead th { background: #f4f4f4; position: sticky; top: 0; }
+figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption, p.note { color: #555; font-size: .9rem; }
+.samples td { width: 33%; white-space: pre-wrap; } .wide { overflow-x: auto; }
+"""
+
+
+def write_report(record: Record, folder: str | Path) -> Path:
+    """Write a report that a browser shows without network: `index.html` with its pictures inside, and the same as PNG files.
+
+    What the record does not know is left out. All is drawn before the first file is written.
+
+    Args:
+        record: of the run.
+        folder: made where it does not exist; files of an earlier report in it are replaced.
+
+    Returns:
+        The path of `index.html`.
+
+    Raises:
+        FileExistsError: the folder holds other files and no report.
+        ImportError: matplotlib is not installed.
+        OSError: it cannot be written.
+    """
+    folder = Path(folder)
+    check_report_folder(folder)
+    drawn = [(name, caption, _png(draw)) for name, caption, draw in _pictures(record)]
+    pictures = {name: data for name, _, data in drawn}
+    page = _page(record, {name: _figure(name, data, caption) for name, caption, data in drawn})
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        for name in folder.glob("*.png"):
+            if name.stem not in pictures and name.stem in _NAMES:
+                name.unlink()
+        for name, data in pictures.items():
+            write_whole(folder / f"{name}.png", data)
+        write_whole(folder / INDEX, page)
+    return folder / INDEX
+
+
+def check_report_folder(folder: Path) -> None:
+    """Raise, before any work, what `write_report` would raise of a folder or of a library that is missing."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ImportError("reports need matplotlib: pip install 'reparam_peft[plot]'")
+    index = folder / INDEX
+    ours = index.is_file() and GENERATOR in index.read_text(encoding="utf-8", errors="replace")
+    if folder.exists() and (folder.is_file() or (any(folder.iterdir()) and not ours)):
+        raise FileExistsError(f"{folder} holds other files and no report; give a new folder, or an empty one.")
+
+
+_NAMES = {"ranks", "spectra", "effective_ranks", "predictions", "blocks", "training", "search", "angles"}
+
+
+def _pictures(record: Record) -> Iterator[tuple[str, str, Callable[[], Any]]]:
+    """Name, caption and drawing of each picture that the record has the data for."""
+    plan = record.plan
+    if plan.modules:
+        yield "ranks", "What is stored of each matrix: the ranks that were chosen, over depth.", lambda: plot_plan(plan)
+    if record.search is not None:
+        caption = "Size against quality: every trial of the search, and the front that no other trial beats in both."
+        yield "search", caption, lambda: plot_search(record.search)
+    if _has_spectra(plan):
+        yield (
+            "spectra",
+            "What each direction of each matrix is predicted to cost, from the first that is kept to the last. "
+            "What is right of the red line is dropped.",
+            lambda: plot_spectra(plan),
+        )
+        yield (
+            "effective_ranks",
+            "How many directions count: exp of the entropy of these costs. Large values resist compression.",
+            lambda: plot_effective_ranks(plan),
+        )
+    if record.predictions:
+        caption = "Predicted against measured loss. The prediction is a sum over matrices, each changed alone a little."
+        yield "predictions", caption, lambda: plot_predictions(record.predictions)
+    if record.blocks:
+        yield "blocks", "Relative errors of the blocks' outputs on held-out data.", lambda: plot_blocks(record.blocks)
+    if record.losses:
+        yield "training", "The loss while the model was healed.", lambda: plot_losses(record.losses)
+    if any(record.angles.values()):
+        caption = (
+            "How far neighbouring layers look at the same directions of their inputs: 0 where they share all, as layers "
+            "that keep nearly every direction must."
+        )
+        yield "angles", caption, lambda: plot_angles(record.angles)
+
+
+def _page(record: Record, figures: dict[str, str]) -> str:
+    def picture(*names: str) -> str:
+        return "".join(figures.get(name, "") for name in names)
+
+    plan = record.plan
+    parts = [
+        f"<h1>{_text(record.model or 'Low-rank reparameterisation')}</h1>",
+        f"<p>{_text(_summary(record))}</p>",
+        "<h2>What was done</h2>",
+        table_html([("setting", "value"), *_settings(record)]),
+        "<h2>Size, quality, speed</h2>",
+        table_html([("", "dense", "compressed", "compressed / dense"), *_figures(record)]),
+    ]
+    if record.search is not None:
+        parts += ["<h2>Search</h2>", picture("search"), table_html(record.search.rows(), record.search.request)]
+    if "ranks" in figures:
+        parts += ["<h2>Ranks</h2>", picture("ranks")]
+    if "predictions" in figures:
+        parts += ["<h2>Predicted and measured loss</h2>", picture("predictions")]
+    if record.blocks:
+        parts += ["<h2>Block by block</h2>", picture("blocks")]
+    if record.losses:
+        parts += ["<h2>Healing</h2>", picture("training")]
+    parts.append("<h2>What the matrices look like</h2>")
+    if _has_spectra(plan):
+        hardest = [(m.name, f"{m.effective_rank:.0f} of {min(m.shape)}", *_kept(m)) for m in plan.resistant(10)]
+        head = ("resists compression most", "effective rank", "rank", "energy kept")
+        parts += [picture("spectra", "effective_ranks"), table_html([head, *hardest])]
+    else:
+        parts.append('<p class="note">No spectra: the ranks were not chosen with statistics of gradients.</p>')
+    parts.append(picture("angles"))
+    if record.samples:
+        rows = [("text", "dense", "compressed"), *((s["prompt"], s["dense"], s["compressed"]) for s in record.samples)]
+        parts += ["<h2>Samples</h2>", f'<div class="samples">{table_html(rows)}</div>']
+    parts += ["<h2>Every matrix</h2>", f'<details><summary>{len(plan.modules)} matrices</summary><div class="wide">']
+    parts += [plan._repr_html_(), "</div></details>"]
+    body = "\n".join(parts)
+    title = _text(f"{record.model or 'model'}, compressed")
+    return (
+        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
+        f'<meta name="viewport" content="width=device-width">'
+        f"<title>{title}</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    )
+
+
+def _summary(record: Record) -> str:
+    plan = record.plan
+    dense, kept = plan.dense_parameters, plan.stored_parameters / plan.dense_parameters if plan.dense_parameters else 1.0
+    words = f"{len(plan.modules)} matrices with {dense:,} parameters; {kept:.1%} of them are stored"
+    words += f", {len(plan.dense_modules)} matrices stay dense."
+    if record.excess_loss is not None:
+        words += f" The loss changed by {record.excess_loss:+.3f} nats per token."
+    return words
+
+
+def _settings(record: Record) -> Iterator[tuple[str, str]]:
+    plan = record.plan
+    given = {key: value for key, value in record.settings.items() if key not in ("method", "allocation", "form", "keep")}
+    yield from (("method", plan.method), ("allocation", plan.allocation), ("form", plan.form), ("keep", f"{plan.keep:g}"))
+    if plan.calibration_tokens:
+        yield "calibration tokens", f"{plan.calibration_tokens:,}"
+    if plan.gradient_tokens:
+        yield "labels sampled for gradients", f"{plan.gradient_tokens:,}, seed {plan.seed}"
+    for key, value in given.items():
+        yield key.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, (list, tuple, set)) else str(value)
+
+
+def _figures(record: Record) -> Iterator[tuple[str, ...]]:
+    """Rows of dense against compressed."""
+    for part, sizes in (record.sizes or {}).items():
+        for unit in ("parameters", "bytes"):
+            dense, stored = sizes[f"dense_{unit}"], sizes[f"stored_{unit}"]
+            yield f"{unit} of the {part}", f"{dense:,}", f"{stored:,}", f"{stored / dense:.1%}" if dense else ""
+    known = dict(record.evaluation)
+    for name in [name for name in known if f"dense {name}" in known]:
+        dense, own = known.pop(f"dense {name}"), known.pop(name)
+        ratio = f"{own / dense:.3f}" if dense and math.isfinite(own) else ""
+        yield name, f"{dense:.5g}", f"{own:.5g}", ratio
+    for name, value in known.items():
+        dense, own = (value, None) if name.startswith("dense ") else (None, value)
+        yield name.removeprefix("dense "), *("" if x is None else f"{x:.5g}" for x in (dense, own)), ""
+    speed = record.speed
+    if speed:
+        dense = speed.get("baseline") or {}
+        labels = (
+            ("prefill_ms", "ms for a prompt"),
+            ("decode_ms", "ms per generated token"),
+            ("peak_bytes", "peak bytes beside the weights"),
+        )
+        for key, label in labels:
+            own, other = speed.get(key), dense.get(key)
+            if own is not None:
+                cells = ("" if x is None else f"{x:,}" if isinstance(x, int) else f"{x:,.5g}" for x in (other, own))
+                yield label, *cells, f"{own / other:.2f}" if other else ""
+
+
+def _kept(module: Any) -> tuple[str, str]:
+    if module.rank is None:
+        return "dense", "100.0%"
+    return str(module.rank), f"{module.energy(module.rank):.1%}"
+
+
+def _has_spectra(plan: Plan) -> bool:
+    return bool(plan.modules) and all(module.spectrum for module in plan.modules)
+
+
+def _png(draw: Callable[[], Any]) -> bytes:
+    drawn = draw()
+    from matplotlib import pyplot
+
+    figure = getattr(drawn, "figure", None) or drawn  # axes have a figure; a figure has none above it
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    pyplot.close(figure)
+    return buffer.getvalue()
+
+
+def _figure(name: str, data: bytes, caption: str) -> str:
+    source = base64.b64encode(data).decode()
+    return (
+        f'<figure><img alt="{_text(caption)}" src="data:image/png;base64,{source}">'
+        f"<figcaption>{_text(caption)} ({name}.png)</figcaption></figure>"
+    )
+
+
+def _text(words: str) -> str:
+    return html.escape(str(words))

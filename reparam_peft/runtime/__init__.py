@@ -1,0 +1,1 @@
+"""Running a model that is not ours: batches, modules, processes, run folders."""

@@ -1,0 +1,132 @@
+"""The folder of a run that may be killed: what was asked for, the plan, and every block that is finished."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from .files import set_aside, write_whole, writing
+from .processes import processes, together
+
+FORMAT = "reparam_peft run 1"
+SETTINGS, PLAN, LOG = "run.json", "plan.json", "log.jsonl"
+
+
+class RunFolder:
+    """Files of one run; without a folder, nothing is kept. Of several processes, the first one writes, and all read.
+
+    Args:
+        folder: made where it does not exist; None: keep nothing.
+        settings: what the result depends on, for JSON.
+        mapped: whether tensors that are read stay in the files, which must then not change as long as they are used.
+
+    Attributes:
+        finished: the log's entries of the finished blocks, in order.
+
+    Raises:
+        ValueError: the folder holds a run with other settings, or other files.
+    """
+
+    def __init__(self, folder: str | Path | None, settings: Mapping[str, Any], mapped: bool = False) -> None:
+        self.mapped = mapped
+        self.folder = None if folder is None else Path(folder)
+        self.finished: list[dict[str, Any]] = []
+        if self.folder is None:
+            return
+        wanted = json.loads(json.dumps({"format": FORMAT, **settings}, sort_keys=True))
+        path = self.folder / SETTINGS
+        if not path.exists() and self.folder.exists() and any(file != set_aside(path) for file in self.folder.iterdir()):
+            raise ValueError(f"`run_folder` {self.folder} holds other files and no run; give a new folder, or an empty one.")
+        together()  # nobody looks before all have looked
+        if not path.exists() and self.writes:
+            with writing(self.folder):
+                self.folder.mkdir(parents=True, exist_ok=True)
+            write_whole(path, json.dumps(wanted, indent=1))
+        together()
+        self._check_settings(json.loads(path.read_text(encoding="utf-8")), wanted)
+        while (entry := self._entry(len(self.finished))) is not None:
+            self.finished.append(entry)
+        together()
+        self._write_log()
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process writes to the folder."""
+        return self.folder is not None and processes()[1] == 0
+
+    @property
+    def plan(self) -> dict[str, Any] | None:
+        """The plan that the run made."""
+        path = None if self.folder is None else self.folder / PLAN
+        return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else None
+
+    def begin(self, plan: Mapping[str, Any]) -> None:
+        """Keep the plan."""
+        if self.writes:
+            write_whole(self.folder / PLAN, json.dumps(plan))
+
+    def finish(self, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
+        """Keep a finished block: its line of the log, and its tensors."""
+        if self.writes:
+            path = self._path(len(self.finished))
+            plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
+            with writing(path):
+                save_file(plain, set_aside(path), metadata={"format": FORMAT, "entry": json.dumps(entry)})
+                os.replace(set_aside(path), path)
+        self.finished.append(entry)
+        self._write_log()
+
+    def tensors(self, position: int) -> dict[str, Tensor]:
+        """The tensors of a finished block."""
+        with safe_open(self._path(position), framework="pt") as file:
+            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return found if self.mapped else {key: tensor.clone() for key, tensor in found.items()}
+
+    def _entry(self, position: int) -> dict[str, Any] | None:
+        """The log's line of a finished block; None where it is not finished, or its file is damaged."""
+        path = self._path(position)
+        if not path.exists():
+            return None
+        try:
+            with safe_open(path, framework="pt") as file:
+                return json.loads(file.metadata()["entry"])
+        except (SafetensorError, TypeError, KeyError, ValueError):
+            return None
+
+    def _path(self, position: int) -> Path:
+        return self.folder / f"block-{position:04}.safetensors"
+
+    def _write_log(self) -> None:
+        if self.writes:
+            write_whole(self.folder / LOG, "".join(json.dumps(entry) + "\n" for entry in self.finished))
+
+    def _check_settings(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        for key in sorted({*found, *wanted}):
+            if found.get(key) != wanted.get(key):
+                raise ValueError(
+                    f"`run_folder` {self.folder} holds a run with another `{key}`: {_brief(found.get(key))}, and this one has "
+                    f"{_brief(wanted.get(key))}. Give another folder, or delete it."
+                )
+
+
+def _brief(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:100]}…"
+
+
+def json_able(value: Any) -> Any:
+    """A config's values with sets as sorted lists and enums as their values."""
+    if isinstance(value, dict):
+        return {str(key): json_able(item) for key, item in value.items()}
+    if isinstance(value, (set, frozenset)):
+        return sorted(map(json_able, value))
+    if isinstance(value, (list, tuple)):
+        return [json_able(item) for item in value]
+    return getattr(value, "value", value)

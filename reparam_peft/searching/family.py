@@ -1,0 +1,97 @@
+"""All sizes of one model by one method."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from ..calibration.statistics import Statistics
+from ..compression.run import Run
+from ..compression.weighing import mean_output
+from ..config.reparam_config import ReparamConfig
+from ..evaluation.measures import Measure
+from ..layers.kinds import is_quantized, layer_kind
+from ..numerics.decompositions import Factors, factorize
+from ..numerics.metrics import exact
+from ..planning.plan import Plan
+from ..runtime.modules import naming
+from ..tuner.matrices import base_dtype, source_matrix
+from .result import Trial
+
+
+class Family:
+    """All sizes of one model by one method: each matrix decomposed once, at full rank."""
+
+    def __init__(self, model: nn.Module, config: ReparamConfig, statistics: Statistics, seed: int) -> None:
+        self.model = model
+        self.run = Run(model, config, statistics, seed, False, None, "default")
+        for name, module in self.run.modules.items():
+            if is_quantized(module):
+                raise ValueError(
+                    f"{name}: a search changes weights for each trial, and this one is quantised; load it in full."
+                )
+        self.losses = self.run.losses()
+        self.dense_parameters = sum(storage.dense for storage in self.run.storages.values())
+        self._factors: dict[str, tuple[Factors, Tensor | None]] = {}
+
+    def plan(self, keep: float) -> Plan:
+        """The ranks for a size.
+
+        Raises:
+            ValueError: the budget cannot be met.
+        """
+        return self.run.plan_for(keep, self.losses)
+
+    def trial(self, keep: float, measure: Measure, limit: float) -> Trial | None:
+        """Measure one size; None where the budget cannot be met."""
+        start = time.perf_counter()
+        try:
+            plan = self.plan(keep)
+        except ValueError:
+            return None
+        with self.truncated(plan):
+            value = measure.of(self.model)
+        within = measure.within(value, limit)
+        seconds = round(time.perf_counter() - start, 2)
+        return Trial(self.run.config.method, keep, plan.stored_parameters, value, within, plan.predicted_loss, seconds)
+
+    @contextmanager
+    def truncated(self, plan: Plan) -> Iterator[None]:
+        """Products in place of the weights; the very same weights again afterwards."""
+        before: list[tuple[Tensor, Tensor]] = []
+        try:
+            for name, rank in plan.ranks.items():
+                module = self.run.modules[name]
+                if rank == min(self.run.storages[name].out_features, self.run.storages[name].in_features):
+                    continue  # the product is W
+                with naming(name):
+                    factors, mean = self._decomposed(name)
+                A, B = factors.A[:, :rank], factors.B[:rank]
+                matrix = (A.float() @ B.float()).to(module.weight.device, module.weight.dtype)
+                before.append((module.weight, module.weight.data))
+                if mean is not None:
+                    W = source_matrix(module)
+                    lost = mean_output(W, module.bias, mean) - exact(A) @ (exact(B) @ mean.to(B.device))
+                    before.append((module.bias, module.bias.data))
+                    module.bias.data = lost.to(module.bias.device, module.bias.dtype)
+                module.weight.data = layer_kind(module).weight(matrix, module.weight.shape)
+            yield
+        finally:
+            for parameter, value in before:
+                parameter.data = value
+
+    def _decomposed(self, name: str) -> tuple[Factors, Tensor | None]:
+        """Factors of which the first r columns and rows are those of rank r, and the mean input where a bias is moved."""
+        if name not in self._factors:
+            target, metrics = self.run.targets[name], self.run.metrics(name, self.run.statistics_with(name))
+            W = source_matrix(target.module)
+            wide = W.to(torch.promote_types(W.dtype, torch.float32))
+            # At full rank `factorize` puts them in no order.
+            found = factorize(wide, max(1, min(W.shape) - 1), metrics.input, metrics.output)
+            dtype = base_dtype(target.module)
+            self._factors[name] = Factors(found.A.to(dtype), found.B.to(dtype)), metrics.mean if target.storage.bias else None
+        return self._factors[name]

@@ -1,0 +1,278 @@
+"""Standalone checkpoints: plain transformers models with factorised layers, through transformers' registry of quantizers.
+
+The format is described in docs/checkpoints.md.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+from transformers.core_model_loading import revert_weight_conversion
+from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
+from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
+from transformers.utils.quantization_config import QuantizationConfigMixin
+
+from ..layers.factorized import FactorizedModule
+from ..layers.kinds import layer_kind
+from ..numerics.storage import FORMS
+from ..runtime.modules import set_module
+from .quantization import SCHEMES, check_scheme, finish, prepare, state_dict
+
+METHOD = "reparam"
+FORMAT_VERSION = 1
+ALIGNMENT = 64  # bytes; of PyTorch's allocator for CPUs
+MARKER = "weight"  # of one element, where a dense layer has its matrix
+INTEGERS = {torch.uint8: "U8", torch.int8: "I8"}  # in the words of safetensors
+SPECIFICATION = {"rank": int, "form": str, "bias": bool}
+DAMAGED = "the checkpoint is damaged, or was changed by hand"
+
+
+class CheckpointConfig(QuantizationConfigMixin):
+    """What config.json says, under `quantization_config`, of the factorised layers of a standalone checkpoint.
+
+    Args:
+        layers: name of a module → {"rank": r, "form": "factors" or "pivot", "bias": whether it has one}.
+        format_version: of the checkpoint.
+        quant_method: "reparam", by which transformers finds this class.
+        quantization: how the matrices of the factors are stored, one of `quantization.SCHEMES`; None: in the model's dtype.
+
+    Raises:
+        ValueError: another version, or anything that is not as described.
+    """
+
+    quantization: str | None = None
+
+    def __init__(
+        self,
+        layers: Mapping[str, Mapping[str, Any]],
+        format_version: int = FORMAT_VERSION,
+        quant_method: str = METHOD,
+        quantization: str | None = None,
+        **unknown: Any,
+    ) -> None:
+        if format_version != FORMAT_VERSION:
+            raise ValueError(
+                f"`format_version` of the checkpoint is {format_version!r}, and this version of reparam_peft reads "
+                f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade reparam_peft."
+            )
+        if unknown or quant_method != METHOD:
+            raise ValueError(f"`quantization_config` of config.json holds unknown fields {sorted(unknown)}; {DAMAGED}.")
+        if not isinstance(layers, Mapping) or not layers:
+            raise ValueError(f"`layers` in config.json must name the factorised layers, got {layers!r}; {DAMAGED}.")
+        for name, layer in layers.items():
+            _check_specification(name, layer)
+        self.layers = {name: dict(layer) for name, layer in layers.items()}
+        self.format_version = format_version
+        self.quant_method = quant_method
+        if quantization is not None:  # else config.json says nothing of it
+            if quantization not in SCHEMES:
+                raise ValueError(
+                    f"`quantization` in config.json must be one of {list(SCHEMES)}, got {quantization!r}; {DAMAGED}."
+                )
+            self.quantization = quantization
+
+
+def _check_specification(name: Any, layer: Any) -> None:
+    right = isinstance(layer, Mapping) and layer.keys() == SPECIFICATION.keys()
+    right = right and all(type(layer[key]) is kind for key, kind in SPECIFICATION.items())
+    if not right or not isinstance(name, str) or not name or layer["rank"] < 1 or layer["form"] not in FORMS:
+        raise ValueError(
+            f"layer {name!r} in config.json must have a `rank` of at least 1, a `form` in {FORMS} and a `bias` that is true or "
+            f"false, got {layer!r}; {DAMAGED}."
+        )
+
+
+class CheckpointLoader(HfQuantizer):
+    """Builds the factorised layers on meta, before transformers fills in what the checkpoint holds: no dense weight exists."""
+
+    is_trainable = is_compileable = True
+
+    @property
+    def is_qat_trainable(self) -> bool:
+        """Whether the factors themselves can be trained: else a LoRA on them."""
+        return self.quantization_config.quantization is None
+
+    def is_serializable(self) -> bool:
+        return True
+
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        layers, scheme = self.quantization_config.layers, self.quantization_config.quantization
+        check_scheme(scheme)
+        names = {name: _name_in(model, name) for name in layers}
+        here = {own: layers[name] for name, own in names.items() if own is not None}
+        if not here:
+            raise ValueError(f"a {type(model).__name__} has none of the factorised layers {list(layers)[:3]} …; {DAMAGED}.")
+        for name, specification in here.items():
+            module = _module(name, model.get_submodule(name), specification)
+            if scheme is not None:
+                prepare(module, scheme)
+            set_module(model, name, module)
+        if checkpoint_files is not None:
+            _check_files(checkpoint_files, model)
+        self.quantization_config.layers = here  # under this model's names, for when it is saved
+
+    def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        _align(model)
+        scheme = self.quantization_config.quantization
+        for name, module in list(model.named_modules()):
+            if isinstance(module, FactorizedModule):
+                _check_content(name, module)
+                marker = getattr(module, MARKER).zero_()  # `_init_weights` of some models fills it
+                if scheme is not None:
+                    finish(name, module, scheme, marker.dtype)
+        if scheme is None:
+            mark_unquantized(model)
+
+    def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        scheme = self.quantization_config.quantization
+        return (None if scheme is None else state_dict(model, scheme)), {}
+
+
+def register_checkpoints() -> None:
+    """Make `from_pretrained` know standalone checkpoints. Idempotent."""
+    if METHOD not in AUTO_QUANTIZER_MAPPING:
+        register_quantization_config(METHOD)(CheckpointConfig)
+        register_quantizer(METHOD)(CheckpointLoader)
+
+
+def with_layers_in_config(model: PreTrainedModel, described: CheckpointConfig) -> PreTrainedModel:
+    """The same model with a config of its own that names the factorised layers, but not this package's loader."""
+    plain = copy.copy(model)  # its own attributes only
+    plain.config = copy.deepcopy(model.config)
+    del plain.config.quantization_config
+    plain.config.reparam_layers = described.layers
+    return plain
+
+
+def mark_unquantized(model: PreTrainedModel) -> None:
+    """Take away what tells transformers that a model cannot be trained or cast."""
+    for module in model.modules():
+        if isinstance(module, PreTrainedModel):
+            vars(module.config).pop("_is_quantized", None)
+    for name in ("quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
+        vars(model).pop(name, None)
+    model.is_quantized = False
+
+
+def mark(module: FactorizedModule) -> FactorizedModule:
+    """Give a factorised module a buffer named as the matrix that it replaces, of one element, and return the module.
+
+    A program that does not know the format finds a tensor of another shape there and fails, rather than to make up the
+    weights that it misses. Models read its dtype and device, as those of T5 do.
+    """
+    module.register_buffer(MARKER, module.B.weight.detach().new_zeros(1))
+    return module
+
+
+def specification_of(module: FactorizedModule) -> dict[str, Any]:
+    """What config.json says of a factorised layer."""
+    return {"rank": module.rank, "form": module.form, "bias": module.bias is not None}
+
+
+def _module(name: str, layer: nn.Module, specification: Mapping[str, Any]) -> FactorizedModule:
+    """What takes the place of a layer, without memory."""
+    try:
+        kind = layer_kind(layer)
+    except (TypeError, ValueError) as error:
+        raise ValueError(f"{name}: config.json says that this layer is factorised, but {error}") from error
+    if specification["rank"] > min(kind.shape(layer)):
+        raise ValueError(
+            f"{name}: `rank` in config.json is {specification['rank']}, of a matrix {kind.shape(layer)}; {DAMAGED}."
+        )
+    return mark(kind.factorized(layer, **specification, device=torch.device("meta"), dtype=layer.weight.dtype))
+
+
+def _name_in(model: PreTrainedModel, name: str) -> str | None:
+    """What a layer of the model that was saved is called in this one, which may be its base, or have another head; or None.
+
+    Raises:
+        ValueError: it belongs to the base model, which has no such layer.
+    """
+    prefix = f"{model.base_model_prefix}."
+    for candidate in (name, name.removeprefix(prefix), prefix + name):
+        try:
+            model.get_submodule(candidate)
+        except AttributeError:
+            continue
+        return candidate
+    if name.startswith(prefix):
+        raise ValueError(f"{name}: config.json says that this layer is factorised, but there is none; {DAMAGED}.")
+    return None
+
+
+def _check_files(files: Sequence[str], model: PreTrainedModel) -> None:
+    """Raise `ValueError` where the files lack a tensor of a factorised layer, hold others, or in another shape or dtype.
+
+    Of the model that was saved, not another one with the same base, no other tensor may be missing either.
+    """
+    found = {key: (*kind, file) for file in files for key, *kind in _headers(file)}
+    where = str(Path(files[0]).parent) if len(files) > 1 else files[0]
+    factorized = [f"{name}." for name, module in model.named_modules() if isinstance(module, FactorizedModule)]
+    state = model.state_dict()
+    # Under the names that transformers gives them in files.
+    ours = revert_weight_conversion(model, {key: state[key] for key in state if key.startswith(tuple(factorized))})
+    same = getattr(model.config, "architectures", None) == [type(model).__name__]
+    expected = revert_weight_conversion(model, state)
+    prefix = f"{model.base_model_prefix}."
+    known = set()
+    for name, value in expected.items():
+        key = next((key for key in (name, prefix + name, name.removeprefix(prefix)) if key in found), name)
+        if key not in found:
+            if name not in model.all_tied_weights_keys and (same or name in ours):
+                raise ValueError(f"{where}: tensor {key!r} is missing; {DAMAGED}.")
+            continue
+        shape, dtype, file = found[key]
+        if name not in ours:
+            if shape == [1] != list(value.shape):  # transformers before 5.23 would take it
+                raise ValueError(
+                    f"{file}: the layer of {key!r} is factorised, but not among `layers` of config.json; {DAMAGED}."
+                )
+        else:
+            known.add(key)
+            if shape != list(value.shape):
+                raise ValueError(f"{file}: tensor {key!r} has shape {shape}, not {list(value.shape)}; {DAMAGED}.")
+            if dtype != INTEGERS[value.dtype] if value.dtype in INTEGERS else "F" not in dtype:
+                raise ValueError(f"{file}: tensor {key!r} has dtype {dtype}, where {value.dtype} should be; {DAMAGED}.")
+    layers = tuple(key.removesuffix(MARKER) for key in known if key.endswith(f".{MARKER}"))
+    for key, (*_, file) in found.items():
+        if key.startswith(layers) and key not in known:
+            raise ValueError(f"{file}: tensor {key!r} does not belong to the factorised layer; {DAMAGED}.")
+
+
+def _headers(file: str) -> Iterator[tuple[str, list[int], str]]:
+    """Name, shape and dtype of each tensor."""
+    try:
+        with safe_open(file, framework="pt") as content:
+            for name in content.keys():  # noqa: SIM118  no dict
+                tensor = content.get_slice(name)
+                yield name, tensor.get_shape(), tensor.get_dtype()
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{file} is not a whole safetensors file ({error}). Download or save it again.") from error
+
+
+def _align(model: PreTrainedModel) -> None:
+    """Move matrices to memory as PyTorch aligns it: from within a file's pages, products of them would round differently."""
+    for parameter in model.parameters():
+        if parameter.device.type == "cpu" and parameter.ndim > 1 and parameter.data_ptr() % ALIGNMENT:
+            parameter.data = parameter.data.clone()
+
+
+def _check_content(name: str, module: FactorizedModule) -> None:
+    """Raise `ValueError` where loaded factors hold NaN or inf, or the mask of the pivot form does not fit the rank."""
+    for key, tensor in chain(module.named_parameters(), module.named_buffers()):
+        if key != MARKER and not tensor.is_meta and not tensor.isfinite().all():
+            raise ValueError(f"{name}.{key}: the tensor in the checkpoint holds NaN or infinite values; {DAMAGED}.")
+    try:
+        module.refresh()
+    except ValueError as error:
+        raise ValueError(f"{name}: {error} {DAMAGED[0].upper()}{DAMAGED[1:]}.") from error

@@ -1,0 +1,53 @@
+"""Standalone checkpoints with the code that they need."""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+
+from transformers import PreTrainedModel
+from transformers.models.auto import modeling_auto
+
+from .checkpoint import CheckpointConfig, with_layers_in_config
+
+MODULE = "modeling_reparam"
+
+
+def save_self_contained(model: PreTrainedModel, folder: str | Path) -> None:
+    """Save a standalone model with the code that it needs, for `from_pretrained(…, trust_remote_code=True)`.
+
+    Args:
+        model: what `to_standalone()` returns.
+        folder: with `modeling_reparam.py`, a reader that imports torch and transformers only.
+
+    Raises:
+        ValueError: the model has no factorised layers, or quantised ones.
+    """
+    described = getattr(model.config, "quantization_config", None)
+    if not isinstance(described, CheckpointConfig):
+        raise ValueError("only a standalone model can be saved with its code; call `to_standalone` first.")
+    if described.quantization is not None:
+        raise ValueError("the code of self-contained checkpoints does not read quantised factors; leave one of the two out.")
+    plain = with_layers_in_config(model, described)
+    del plain.hf_quantizer
+    classes = {auto: made.__name__ for auto, made in _auto_classes(model).items()}
+    plain.config.auto_map = {auto: f"{MODULE}.Reparam{name}" for auto, name in classes.items()}
+    plain.save_pretrained(folder)
+    text = resources.files(__package__).joinpath(f"{MODULE}.py").read_text(encoding="utf-8")
+    for name in sorted(set(classes.values())):
+        text += f"\n\nclass Reparam{name}(WithFactors, transformers.{name}):\n    pass\n"
+    (Path(folder) / f"{MODULE}.py").write_text(text, encoding="utf-8")
+
+
+def auto_class(model: PreTrainedModel) -> str:
+    """Name of transformers' Auto class that makes models of this one's class."""
+    autos = [auto for auto, made in _auto_classes(model).items() if made is type(model)]
+    return min(autos, key=lambda auto: auto == "AutoModelForPreTraining", default=type(model).__name__)  # that only if no other
+
+
+def _auto_classes(model: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
+    """Auto classes by name, with what they make of this architecture: the model's class, or its base."""
+    wanted = {type(model), type(getattr(model, model.base_model_prefix, model))}
+    autos = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
+    made = {name: auto._model_mapping.get(type(model.config), None) for name, auto in autos.items()}
+    return {name: one for name, one in made.items() if one in wanted}

@@ -1,0 +1,100 @@
+"""From a PEFT model to a plain transformers model with factorised layers."""
+
+from __future__ import annotations
+
+import copy
+from itertools import chain
+from typing import Any
+
+import torch
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..layers.factorized import FactorizedModule
+from ..layers.kinds import dequantized, is_quantized, note_dtype
+from ..standalone.checkpoint import METHOD, CheckpointConfig, CheckpointLoader, mark, mark_unquantized, specification_of
+from ..standalone.quantization import check_scheme
+from ..standalone.quantization import quantize as quantize_factors
+from .layer import ReparamLayer
+
+
+def standalone_model(model: nn.Module, quantize: str | None = None) -> PreTrainedModel:
+    """A transformers model as it computes with its active adapter, without any of PEFT's modules.
+
+    Args:
+        model: with `ReparamLayer`s; stays as it is. Its tensors are shared, not copied.
+        quantize: "int8" or "int4", for the matrices of factors; None: as they are.
+
+    Raises:
+        TypeError: not a transformers model, or it holds modules of other PEFT methods.
+        ValueError: an adapter is merged or was never loaded, several are active, or none is and W is gone.
+        ImportError: the library of `quantize` is missing.
+    """
+    check_scheme(quantize)
+    if not isinstance(model, PreTrainedModel):
+        raise TypeError(f"a standalone model is a transformers model, and a {type(model).__name__} is none; keep the adapter.")
+    # A copy of everything but the tensors, with PEFT's modules replaced wherever they stand; tied parameters stay tied.
+    memo: dict[int, Any] = {id(tensor): _sharing(tensor) for tensor in chain(model.parameters(), model.buffers())}
+    note_dtype(model)
+    for name, module in reversed(list(model.named_modules())):  # what is inside of others first
+        if is_quantized(module):
+            memo[id(module)] = dequantized(module)
+        if not _is_wrapper(module):
+            continue
+        plain = _factorized(name, module) if isinstance(module, ReparamLayer) else _unwrapped(name, module)
+        factorized = isinstance(plain, FactorizedModule)
+        memo[id(module)] = plain.train(model.training) if factorized else copy.deepcopy(plain, memo)
+    plain = copy.deepcopy(model, memo)
+    vars(plain).pop("peft_config", None)
+    layers = {name: specification_of(module) for name, module in plain.named_modules() if isinstance(module, FactorizedModule)}
+    if not layers:
+        raise ValueError("no layer has factors in the active adapter, so that the model is a dense one; use `unload`.")
+    mark_unquantized(plain)
+    plain.config.quantization_config = CheckpointConfig(layers, quantization=quantize)
+    plain.hf_quantizer = CheckpointLoader(plain.config.quantization_config)
+    if quantize is not None:
+        quantize_factors(plain, quantize)
+        plain.is_quantized, plain.quantization_method = True, METHOD
+    return plain
+
+
+def _is_wrapper(module: nn.Module) -> bool:
+    return isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+
+
+def _unwrapped(name: str, module: nn.Module) -> nn.Module:
+    """The module that a wrapper of PEFT's computes with."""
+    if isinstance(module, ModulesToSaveWrapper):
+        active = [adapter for adapter in module.active_adapters if adapter in module.modules_to_save]
+        return module.modules_to_save[active[0]] if active and not module.disable_adapters else module.original_module
+    raise TypeError(f"{name}: a {type(module).__name__} of another PEFT method has no standalone form; merge it first.")
+
+
+def _factorized(name: str, layer: ReparamLayer) -> nn.Module:
+    """What computes the same as a layer of ours, and shares its tensors."""
+    if layer.merged:
+        raise ValueError(f"{name}: adapter {layer.merged_adapters} is merged; call `unmerge_adapter` first.")
+    layer.check_loaded()
+    active = [adapter for adapter in layer.active_adapters if adapter in layer.reparam_factors]
+    layer.check_active(active)
+    if len(active) > 1:
+        raise ValueError(f"{name}: adapters {active} are active; activate one of them with `set_adapter`.")
+    if layer.disable_adapters or not active:
+        return layer.base_layer
+    factors = layer.reparam_factors[active[0]]
+    bias = getattr(layer.base_layer, "bias", None) if factors.bias is None else factors.bias
+    like = {"device": torch.device("meta"), "dtype": layer.base_dtype}
+    module = layer.kind.factorized(layer.base_layer, layer.r[active[0]], factors.form, bias is not None, **like)
+    module.set_factors(factors.stored)
+    if bias is not None:
+        module.set_bias(bias)
+    return mark(module)
+
+
+def _sharing(tensor: Tensor) -> Tensor:
+    """The same numbers in a tensor of its own, trainable where it is a parameter of a floating dtype."""
+    if not isinstance(tensor, nn.Parameter):
+        return tensor
+    return nn.Parameter(tensor.data, requires_grad=tensor.is_floating_point())

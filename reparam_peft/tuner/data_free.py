@@ -1,0 +1,106 @@
+"""Factorising without data, and installing what was computed elsewhere."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from ..config.fields import CALIBRATED_METHODS
+from ..config.reparam_config import ReparamConfig
+from ..layers.product import Product
+from ..numerics.decompositions import Factors, factorize, random_factors
+from ..numerics.pivoting import PivotFactors, pivot
+from ..runtime.modules import naming
+from .layer import REMEDY, W_IS_GONE, ReparamLayer
+from .matrices import source_matrix
+from .targets import Target
+
+# Products that `compress` has computed and the tuner is about to install, by the name of the module.
+_computed: ContextVar[Mapping[str, Product] | None] = ContextVar("computed", default=None)
+
+
+@contextmanager
+def installing(products: Mapping[str, Product]) -> Iterator[None]:
+    """Within this block `get_peft_model` installs these products and factorises nothing."""
+    token = _computed.set(products)
+    try:
+        yield
+    finally:
+        _computed.reset(token)
+
+
+def check_data_free(config: ReparamConfig) -> None:
+    """Raise `ValueError` where a config asks for what `get_peft_model`, which gets no data, cannot do."""
+    for name, values in (("method", CALIBRATED_METHODS), ("allocation", ("loss",))):
+        if getattr(config, name) in values:
+            raise ValueError(
+                f"`{name}={getattr(config, name)!r}` needs calibration data, which `get_peft_model` has no way to pass; use "
+                "`reparam_peft.compress(model, config, batches)`."
+            )
+    given = ("input_metric", "output_metric", "shrinkage", "output_shrinkage", "rank_multiple", "floor", "ceiling")
+    for name in given:
+        if getattr(config, name) is not None:
+            raise ValueError(
+                f"`{name}` has an effect with calibration data only; leave it out, or use `reparam_peft.compress`."
+            )
+
+
+def check_standalone(config: ReparamConfig) -> None:
+    """Raise `ValueError` where a config asks for what a standalone model does not have: a base model beside the factors."""
+    for name in ("keep_base", "modules_to_save"):
+        if getattr(config, name):
+            raise ValueError(
+                f"`{name}={getattr(config, name)!r}` has an effect on adapters only, and this makes a standalone model; leave "
+                "it out, or use `get_peft_model`."
+            )
+
+
+def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progress: bool = True) -> dict[str, Target]:
+    """The targets with their products; changes nothing in the model.
+
+    Raises:
+        TypeError, ValueError, torch.linalg.LinAlgError: a weight cannot be factorised.
+    """
+    computed = _computed.get()
+    if computed is None:
+        check_data_free(config)
+    sources = set()
+    done = dict(targets)
+    todo = [(name, target) for name, target in targets.items() if target.rank is not None]
+    hidden = None if progress and computed is None else True
+    for name, target in tqdm(todo, desc="Factorising", unit="matrix", delay=1, disable=hidden):
+        if computed is not None:
+            done[name] = replace(target, product=computed[name])
+            continue
+        layer = target.module
+        sources |= {layer.source} - {None} if isinstance(layer, ReparamLayer) else set()
+        bias = None
+        if target.storage.bias:
+            bias = layer.source_bias() if isinstance(layer, ReparamLayer) else layer.bias.detach()
+        with naming(name):
+            factors = data_free_factors(source_matrix(layer), target, config)
+        done[name] = replace(target, product=Product(factors, bias))
+    if sources:
+        warnings.warn(
+            f"The new adapter factorises the product of adapter {', '.join(map(repr, sorted(sources)))}, because {W_IS_GONE}. "
+            f"To factorise the original, {REMEDY}.",
+            stacklevel=2,
+        )
+    return done
+
+
+def data_free_factors(matrix: Tensor, target: Target, config: ReparamConfig) -> Factors | PivotFactors:
+    """The product of a target's matrix (out, in) in the form of a config: its truncated SVD, or random."""
+    compute = factorize if config.init_weights else random_factors
+    if target.storage.form != "pivot":
+        return compute(matrix, target.rank)
+    # Rounded once, after the conversion.
+    exact = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    return pivot(compute(exact, target.rank), dtype=matrix.dtype)

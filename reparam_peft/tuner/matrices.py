@@ -1,0 +1,40 @@
+"""The matrix of a target, wrapped or not."""
+
+from __future__ import annotations
+
+import torch
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+
+from ..config.fields import DATA_FREE
+from ..config.reparam_config import ReparamConfig
+from ..layers.kinds import is_quantized, layer_kind, matrix_shape
+from ..numerics.storage import Storage
+from .layer import ReparamLayer
+
+
+def source_matrix(module: nn.Module) -> Tensor:
+    """The matrix (out, in) that a target is factorised from, wrapped or not."""
+    if isinstance(module, ReparamLayer):
+        return module.source_matrix()
+    return layer_kind(module).own_matrix(module)
+
+
+def unwrapped(module: nn.Module) -> nn.Module:
+    """The base model's own module, of one that adapters save whole."""
+    return module.original_module if isinstance(module, ModulesToSaveWrapper) else module
+
+
+def base_dtype(module: nn.Module) -> torch.dtype:
+    """The dtype of a target's weight, wrapped or not, and of its factors in a checkpoint."""
+    if isinstance(module, ReparamLayer):
+        return module.base_dtype
+    return layer_kind(module).dtype(module) if is_quantized(module) else module.weight.dtype
+
+
+def matrix_storage(module: nn.Module, config: ReparamConfig) -> Storage:
+    """What a target's product takes in the form of a config."""
+    shape = matrix_shape(module)
+    layer = module.base_layer if isinstance(module, ReparamLayer) else module
+    bias = config.moved_bias and getattr(layer, "bias", None) is not None
+    return Storage(*shape, form=config.form or DATA_FREE["form"], bias=bias)

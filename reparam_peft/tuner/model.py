@@ -1,0 +1,388 @@
+"""The PEFT tuner: finds the targets, factorises them, replaces them, and only then drops their weights."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from functools import partial
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.utils import ModulesToSaveWrapper
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from ..config.fields import DATA_FREE
+from ..config.model_card import upload_with_section
+from ..config.reparam_config import ReparamConfig
+from ..layers.kinds import stored_weight
+from ..runtime.modules import naming, parameter_owners
+from .adapter_state import check_loaded_tensor, cut, factor_keys
+from .conversion import standalone_model
+from .data_free import factorize_targets
+from .layer import W_IS_GONE, ReparamLayer, reparam_layer, reparam_layers
+from .matrices import unwrapped
+from .sizes import SizeReport, matrix_size
+from .target_modules import TARGET_MODULES
+from .targets import Target, check_targets, find_targets
+
+
+class ReparamModel(BaseTuner):
+    """PEFT's tuner for `ReparamConfig`. Use it through `get_peft_model`, which returns a `PeftModel` around it.
+
+    Nothing of the model is changed before every target is checked and every factor exists: an error leaves it as it was.
+    """
+
+    prefix = "reparam_"
+    tuner_layer_cls = ReparamLayer
+    target_module_mapping = TARGET_MODULES
+    _awaits_factors = False
+
+    def inject_adapter(
+        self,
+        model: nn.Module,
+        adapter_name: str,
+        autocast_adapter_dtype: bool = True,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        """PEFT's injection, with the factors computed before it and the original weights dropped after it.
+
+        Raises:
+            TypeError: a target is of a kind that cannot be factorised.
+            ValueError: a weight is tied, holds no data, or holds NaN or inf; a rank is out of range; or the adapter cannot
+                stand beside the ones that are there.
+        """
+        config = self.peft_config[adapter_name]
+        loading = low_cpu_mem_usage or config.loading or _parameters_start_on_meta()
+        if not loading:
+            # What is resolved below belongs to this model, not to a config that may be used for another one too.
+            config = self.peft_config[adapter_name] = copy.deepcopy(config)
+        self._injection = (adapter_name, loading, state_dict)
+        injected = False
+        try:
+            super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
+            injected = True
+        finally:
+            if not injected and len(self.peft_config) > 1:  # transformers' models keep the dict from one adapter to the next
+                del self.peft_config[adapter_name]
+            targets = self.__dict__.pop("_targets", {})
+            del self._injection
+        self._awaits_factors |= loading
+        self._fill_in(adapter_name, targets)
+        self._drop_base_weights(model)
+
+    def _prepare_model(self, peft_config: ReparamConfig, model: nn.Module) -> None:
+        """Check and factorise all targets; PEFT calls this before it replaces the first."""
+        adapter_name, loading, state_dict = self._injection
+        peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        if not loading:
+            # A further adapter that starts from a product takes the bias that goes with it.
+            peft_config.moved_bias |= any(layer.source_has_bias for _, layer in reparam_layers(model))
+        if state_dict is None:
+            targets = find_targets(peft_config, model, partial(self._check_target_module_exists, peft_config))
+        else:  # PEFT replaces what the state dict has keys of
+            names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
+            targets = find_targets(peft_config, model, names.__contains__)
+        check_targets(targets, peft_config, model, adapter_name, loading)
+        self._targets = targets if loading else factorize_targets(targets, peft_config)
+
+    def _create_and_replace(
+        self,
+        peft_config: ReparamConfig,
+        adapter_name: str,
+        target: nn.Module,
+        target_name: str,
+        parent: nn.Module,
+        current_key: str,
+        parameter_name: str | None = None,
+    ) -> None:
+        planned = self._targets[current_key]
+        if planned.rank is None:
+            return
+        layer = target if isinstance(target, ReparamLayer) else reparam_layer(target)
+        self._targets[current_key] = replace(planned, product=None)  # the layer is its only owner now
+        storage = planned.storage
+        kind = {"form": storage.form, "bias": storage.bias, "nested": storage.bias and peft_config.smaller_keeps is not None}
+        layer.update_layer(adapter_name, planned.rank, planned.product, peft_config.inference_mode, **kind)
+        if layer is not target:
+            if adapter_name not in self.active_adapters:
+                layer.requires_grad_(False)
+            self._replace_module(parent, target_name, layer, target)
+
+    def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
+        # Both directions: the layers are built on the right device, and an unloaded base layer is already whole.
+        setattr(parent, child_name, new_module.train(child.training))
+
+    def _drop_base_weights(self, model: nn.Module) -> None:
+        """Drop W where every adapter of the model has factors and none asks to keep it."""
+        # A model of transformers may hold adapters of other methods too.
+        configs = {name: config for name, config in self.peft_config.items() if isinstance(config, ReparamConfig)}
+        if any(config.keep_base for config in configs.values()):
+            return
+        for _, layer in reparam_layers(model):
+            if set(layer.reparam_factors) == set(configs):
+                layer.drop_base_weight()
+
+    def _fill_in(self, adapter_name: str, targets: dict[str, Target]) -> None:
+        """Write what was resolved into the config, so that a checkpoint loads without computing anything."""
+        config = self.peft_config[adapter_name]
+        for field, value in DATA_FREE.items():
+            setattr(config, field, getattr(config, field) or value)
+        config.rank_pattern = {name: target.rank for name, target in targets.items() if target.rank is not None}
+        config.dense_modules = sorted(name for name, target in targets.items() if target.rank is None)
+        for field, value in self.size_report(adapter_name).to_dict()["targets"].items():
+            setattr(config, field, value)
+
+    def size_report(self, adapter_name: str | None = None) -> SizeReport:
+        """Parameters and bytes of the targets and of the whole model, before and after.
+
+        Bytes are those of a checkpoint: factors count in the base model's dtype, whatever dtype they train in.
+
+        Args:
+            adapter_name: which adapter; None: the active one.
+
+        Raises:
+            ValueError: there is no such adapter.
+        """
+        adapter_name = adapter_name or self.active_adapters[0]
+        if adapter_name not in self.peft_config:
+            raise ValueError(f"`adapter_name` must be one of {list(self.peft_config)}, got {adapter_name!r}.")
+        config = self.peft_config[adapter_name]
+        modules = dict(self.model.named_modules())
+        sizes = [matrix_size(name, modules[name], rank, config) for name, rank in config.rank_pattern.items()]
+        dense = {name: unwrapped(modules[name]) for name in config.dense_modules or []}
+        sizes += [matrix_size(name, module, None, config) for name, module in dense.items()]
+        inside = {id(p) for _, layer in reparam_layers(self.model) for p in layer.reparam_factors.parameters()}
+        # A module that is saved whole beside the factors has copies for each adapter; it counts once.
+        copies = [m.modules_to_save for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
+        inside |= {id(p) for module in copies for p in module.parameters()}
+        kept = {id(layer.base_layer.weight) for _, layer in reparam_layers(self.model) if layer.base_layer.weight is not None}
+        kept |= {id(stored_weight(module)) for module in dense.values()}
+        rest = [p for p in self.model.parameters() if id(p) not in inside | kept]
+        return SizeReport(
+            matrices=sizes,
+            other_parameters=sum(p.numel() for p in rest),
+            other_bytes=sum(p.numel() * p.element_size() for p in rest),
+        )
+
+    def to_standalone(self, quantize: str | None = None) -> PreTrainedModel:
+        """A plain transformers model of the same class with factorised layers, that computes as this one does.
+
+        It has no PEFT modules and no dense weights; `save_pretrained` makes a checkpoint that `AutoModel…` loads after
+        `import reparam_peft`. This model stays as it is; both share their tensors, so that no memory is needed for a second
+        one and training either changes both. All parameters of the new model are trainable.
+
+        Args:
+            quantize: "int8" (torchao) or "int4" (bitsandbytes' NF4): the matrices of the factors, which then have memory of
+                their own and cannot be trained, but by a LoRA on them. None: in the model's dtype.
+
+        Raises:
+            ImportError: the library of `quantize` is not installed.
+            TypeError: the base model is none of transformers', or it holds modules of other PEFT methods.
+            ValueError: the adapter is merged, disabled or was never loaded, or several are active.
+        """
+        return standalone_model(self.model, quantize)
+
+    def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
+        names = [adapter_name] if isinstance(adapter_name, str) else adapter_name
+        for name, layer in reparam_layers(self.model):
+            with naming(name):
+                layer.check_active(names)
+        super().set_adapter(adapter_name, inference_mode=inference_mode)
+
+    def disable_adapter_layers(self) -> None:
+        self._check_base_weights("adapters cannot be disabled")
+        super().disable_adapter_layers()
+
+    def delete_adapter(self, adapter_name: str) -> None:
+        if list(self.peft_config) == [adapter_name]:
+            self._check_base_weights(f"adapter {adapter_name!r} is the last one and cannot be deleted")
+        super().delete_adapter(adapter_name)
+
+    def unload(self) -> nn.Module:
+        """The base model without adapters: its own matrices and norms, and the active adapter's heads, as PEFT has it.
+
+        Raises:
+            ValueError: W was dropped; `merge_and_unload` gives a dense model of the products.
+        """
+        self._check_base_weights("the base model cannot be restored (`merge_and_unload` gives a dense model of the products)")
+        for _, layer in reparam_layers(self.model):
+            if layer.merged:
+                layer.unmerge()
+        dense = {name for config in self.peft_config.values() for name in getattr(config, "dense_modules", None) or ()}
+        for name, module in self.model.named_modules():
+            if isinstance(module, ModulesToSaveWrapper):
+                vectors = all(parameter.ndim <= 1 for parameter in module.original_module.parameters())
+                if vectors or name in dense:
+                    module.set_adapter([])
+        return super().unload()
+
+    def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
+        self._check_mergeable(adapter_names, safe_merge)
+        super().merge_adapter(adapter_names, safe_merge)
+
+    def _unload_and_optionally_merge(
+        self,
+        merge: bool = True,
+        progressbar: bool = False,
+        safe_merge: bool = False,
+        adapter_names: list[str] | None = None,
+    ) -> nn.Module:
+        if merge:
+            self._check_mergeable(adapter_names, safe_merge)
+        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+
+    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
+        """Raise before the first layer is merged where a later one could not be."""
+        owners = parameter_owners(self.model)
+        for name, layer in reparam_layers(self.model):
+            names = layer.active_adapters if adapter_names is None else adapter_names
+            new = [n for n in names if n in layer.reparam_factors and n not in layer.merged_adapters]
+            if layer.base_weight_dropped and not new and not layer.merged:
+                raise ValueError(f"{name}: none of the adapters {names} has factors for this layer, and {W_IS_GONE}.")
+            shared = [] if layer.base_weight_dropped else owners[id(layer.base_layer.weight)]
+            if len(shared) > 1:
+                raise ValueError(
+                    f"{name}: the weight is shared ({', '.join(shared)}), so that merging would change the other too. Untie it "
+                    "before factorising."
+                )
+            if new:
+                with naming(name):
+                    layer.check_mergeable(new, safe_merge)
+
+    def _check_base_weights(self, what: str) -> None:
+        for name, layer in reparam_layers(self.model):
+            with naming(name):
+                layer.check_base_weight(what)
+
+    @contextmanager
+    def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:
+        if kwargs.get("adapter_names") is not None:
+            raise ValueError(
+                "`adapter_names` cannot mix adapters within a batch: each adapter replaces the weights. Use `set_adapter`."
+            )
+        if self._awaits_factors:
+            self._factorize_awaited()
+        yield
+
+    def _factorize_awaited(self) -> None:
+        """Factorise W where a config out of a checkpoint was used without its weights, so that none of them has arrived."""
+        awaited = [(name, layer, adapter) for name, layer in reparam_layers(self.model) for adapter in sorted(layer.awaited)]
+        on_meta = any(layer.base_layer.weight.is_meta for _, layer, _ in awaited)
+        if not on_meta and not any(layer.has_arrived(adapter) for _, layer, adapter in awaited):
+            for name, layer, adapter in awaited:
+                with naming(name):
+                    layer.factorize_base(adapter)
+        self._awaits_factors = False
+
+    def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
+        """Upcast half-precision factors to float32 for training only: for inference it would double the stored bytes."""
+        trains = not self.peft_config[adapter_name].inference_mode
+        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype and trains)
+
+    @classmethod
+    def _get_adapter_state_dict(
+        cls,
+        model: nn.Module,
+        config: ReparamConfig,
+        adapter_name: str,
+        state_dict: dict[str, Tensor],
+        unwanted_adapter_names: list[str],
+    ) -> dict[str, Tensor]:
+        """The adapter's tensors, factors in the base model's dtype: what a checkpoint holds."""
+        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        for name, layer in reparam_layers(model):
+            if adapter_name in layer.awaited:
+                raise RuntimeError(
+                    f"{name}: the factors of adapter {adapter_name!r} were never loaded; run the model once first."
+                )
+            for key in factor_keys(name, layer, adapter_name):
+                if key in selected and selected[key].is_floating_point():
+                    selected[key] = selected[key].to(layer.base_dtype)
+                    if not torch.isfinite(selected[key]).all():
+                        raise ValueError(
+                            f"{key}: the factor holds NaN or inf, or overflows {layer.base_dtype} in which it is saved; "
+                            "it was not saved. Lower the learning rate, or use a base model in a wider dtype."
+                        )
+            # PEFT adds the base weight of targeted embeddings, which the factors stand in for.
+            state_dict.pop(f"{name}.base_layer.weight", None)
+        if isinstance(model, PeftModel):
+            # `push_to_hub` saves, then puts the repository's own card over the saved one, then calls this.
+            model._upload_modified_files = partial(upload_with_section, model)
+        return selected
+
+    @classmethod
+    def _remove_adapter_name_from_key(cls, key: str, adapter_name: str) -> str:
+        return re.sub(rf"(\breparam_factors)\.{re.escape(adapter_name)}(?=\.)", r"\1", key, count=1)
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: ReparamConfig, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """PEFT's renaming, plus a check that every factor is there and fits, before the first is loaded or W goes.
+
+        Raises:
+            ValueError: the checkpoint lacks factors, holds NaN or inf, or their shapes are not those of the config.
+        """
+        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        try:
+            for name, layer in reparam_layers(model):
+                in_file = config.ranks_in_file.get(name.removeprefix("base_model.model."))
+                if in_file is not None and adapter_name in layer.r:
+                    cut(name, layer, adapter_name, in_file, remapped)
+                for key, own in factor_keys(name, layer, adapter_name).items():
+                    check_loaded_tensor(key, remapped.get(key), own, layer.r[adapter_name], layer.out_features)
+                if adapter_name in layer.merged_adapters:
+                    raise ValueError(f"{name}: adapter {adapter_name!r} is merged; unmerge it before loading others into it.")
+        except ValueError:
+            _withdraw(model, adapter_name)
+            raise
+        for _, layer in reparam_layers(model):
+            layer.release(adapter_name)
+        dense = config.ranks_in_file.keys() - config.rank_pattern.keys()
+        owners = {key: key.removeprefix("base_model.model.").partition(".reparam_factors.")[0] for key in remapped}
+        return {key: tensor for key, tensor in remapped.items() if owners[key] not in dense}
+
+
+def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, loading: bool = False) -> dict[str, Target]:
+    """The targets that `get_peft_model` would take for a config, checked; changes neither model nor config.
+
+    With `loading`, weights may be on the meta device.
+
+    Raises:
+        TypeError, ValueError: as for `get_peft_model`.
+    """
+    config = copy.deepcopy(config)
+    tuner = ReparamModel.__new__(ReparamModel)
+    config = tuner._prepare_adapter_config(config, BaseTuner.get_model_config(model))
+    config = _maybe_include_all_linear_layers(config, model)
+    targets = find_targets(config, model, partial(ReparamModel._check_target_module_exists, config))
+    if not targets:
+        raise ValueError(f"`target_modules` {config.target_modules!r} match no module of the model; check the names.")
+    check_targets(targets, config, model, adapter_name, loading)
+    return targets
+
+
+def _withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter whose factors did not arrive out of the model again, and its layers where it was their only one."""
+    awaiting = [(name, layer) for name, layer in reparam_layers(model) if adapter_name in layer.awaited]
+    for name, layer in awaiting:
+        layer.delete_adapter(adapter_name)
+        if not layer.reparam_factors:
+            parent, _, child = name.rpartition(".")
+            setattr(model.get_submodule(parent), child, layer.base_layer)
+    if awaiting and len(model.peft_config) > 1:
+        del model.peft_config[adapter_name]
+    elif awaiting:
+        del (model.base_model.model if isinstance(model, PeftModel) else model).peft_config
+
+
+def _parameters_start_on_meta() -> bool:
+    """Whether a loader has switched parameter creation to the meta device (accelerate's `init_empty_weights`)."""
+    return nn.Linear(1, 1, bias=False, device="cpu").weight.device.type == "meta"

@@ -1,0 +1,102 @@
+"""What an adapter stores, and what it stands for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from torch import nn
+
+from ..config.reparam_config import ReparamConfig
+from .matrices import base_dtype, matrix_storage
+
+
+@dataclass(frozen=True)
+class MatrixSize:
+    """The size of one targeted matrix.
+
+    Attributes:
+        name: of the module.
+        shape: (out, in).
+        rank: of its factors, or None where it stays dense.
+        stored_parameters: what a checkpoint holds.
+        bytes_per_parameter: in the base model's dtype.
+        mask_bytes: how many of the stored parameters are bytes of the mask of the pivot form.
+    """
+
+    name: str
+    shape: tuple[int, int]
+    rank: int | None
+    stored_parameters: int
+    bytes_per_parameter: int
+    mask_bytes: int = 0
+
+    @property
+    def dense_parameters(self) -> int:
+        """out · in."""
+        return self.shape[0] * self.shape[1]
+
+    @property
+    def dense_bytes(self) -> int:
+        """Bytes of the original matrix."""
+        return self.dense_parameters * self.bytes_per_parameter
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of the factors, or of the matrix where it stays dense."""
+        return (self.stored_parameters - self.mask_bytes) * self.bytes_per_parameter + self.mask_bytes
+
+
+@dataclass(frozen=True)
+class SizeReport:
+    """Parameters and bytes of the targeted matrices and of the whole model, before and after.
+
+    Attributes:
+        matrices: one entry per target.
+        other_parameters: parameters of everything that is not a targeted matrix; tied ones count once.
+        other_bytes: their bytes.
+    """
+
+    matrices: list[MatrixSize]
+    other_parameters: int
+    other_bytes: int
+
+    @property
+    def keep(self) -> float:
+        """Stored over original parameters of the targets; 1 without targets."""
+        sizes = self.to_dict()["targets"]
+        return sizes["stored_parameters"] / sizes["dense_parameters"] if sizes["dense_parameters"] else 1.0
+
+    @property
+    def dense_modules(self) -> list[str]:
+        """Names of the targets that stay dense."""
+        return [matrix.name for matrix in self.matrices if matrix.rank is None]
+
+    def to_dict(self) -> dict[str, dict[str, int]]:
+        """`{"targets": …, "model": …}`, each with dense and stored parameters and bytes."""
+        fields = ("dense_parameters", "stored_parameters", "dense_bytes", "stored_bytes")
+        targets = {name: sum(getattr(matrix, name) for matrix in self.matrices) for name in fields}
+        rest = {name: self.other_parameters if "parameters" in name else self.other_bytes for name in fields}
+        return {"targets": targets, "model": {name: targets[name] + rest[name] for name in fields}}
+
+    def rows(self) -> list[tuple[str, str, int, int, float]]:
+        """The table: part (targets or model), unit (parameters or bytes), before, after, and after over before."""
+        return [
+            (part, unit, before := sizes[f"dense_{unit}"], after := sizes[f"stored_{unit}"], after / before if before else 1.0)
+            for part, sizes in self.to_dict().items()
+            for unit in ("parameters", "bytes")
+        ]
+
+    def __str__(self) -> str:
+        lines = [f"{'':14}{'before':>16}{'after':>16}{'kept':>8}"]
+        for part, unit, before, after, kept in self.rows():
+            lines.append(f"{part + ' ' + unit:18}{before:>12,}{after:>16,}{kept:>8.1%}")
+        dense = self.dense_modules
+        lines.append(f"{len(self.matrices) - len(dense)} matrices factorised, {len(dense)} left dense")
+        return "\n".join(lines + [f"  dense: {name}" for name in dense])
+
+
+def matrix_size(name: str, module: nn.Module, rank: int | None, config: ReparamConfig) -> MatrixSize:
+    """The size of a target, wrapped or not, at a rank."""
+    storage = matrix_storage(module, config)
+    shape = (storage.out_features, storage.in_features)
+    return MatrixSize(name, shape, rank, storage.stored(rank), base_dtype(module).itemsize, 0 if rank is None else storage.mask)

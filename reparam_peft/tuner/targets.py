@@ -1,0 +1,134 @@
+"""The modules that an adapter replaces: which they are, at which rank, whether they can be, and their factors."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from ..config.reparam_config import ReparamConfig
+from ..layers.kinds import is_quantized, note_dtype
+from ..layers.product import Product
+from ..numerics.decompositions import check_rank
+from ..numerics.storage import Storage, uniform_rank
+from ..runtime.modules import naming, parameter_owners
+from .layer import REMEDY, W_IS_GONE, ReparamLayer, reparam_layers
+from .matrices import matrix_storage, unwrapped
+
+
+@dataclass(frozen=True)
+class Target:
+    """A module to factorise at `rank`, or to leave dense where `rank` is None; with its product once that exists."""
+
+    module: nn.Module
+    rank: int | None
+    storage: Storage
+    product: Product | None = None
+
+
+def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str], object]) -> dict[str, Target]:
+    """The modules whose names match, except inside of tuner layers, by name and with their ranks.
+
+    Raises:
+        TypeError, ValueError: a module cannot be factorised, or its rank is out of range.
+    """
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
+    # Dense targets whose weight has changed are saved whole, which PEFT takes for no targets at all.
+    saved_whole = {*(config.dense_modules or ())} & {*(config.modules_to_save or ())}
+    targets = {}
+    note_dtype(model)
+    for name, module in model.named_modules():
+        if name and not name.startswith(inside) and (matches(name) or name in saved_whole):
+            with naming(name):
+                module = unwrapped(module)
+                storage = matrix_storage(module, config)
+                targets[name] = Target(module, resolve_rank(config, name, storage), storage)
+    unknown = sorted(set(config.dense_modules or []) - set(targets))
+    if unknown:
+        warnings.warn(f"`dense_modules` {unknown} are not targeted and were ignored.", RuntimeWarning, stacklevel=2)
+    return targets
+
+
+def resolve_rank(config: ReparamConfig, name: str, storage: Storage) -> int | None:
+    """The rank of a module's matrix, or None where it stays dense.
+
+    `dense_modules` comes first, then `rank_pattern`, `r`, and `keep`.
+
+    Raises:
+        ValueError: `rank_pattern` holds a rank above min(out, in).
+    """
+    if name in (config.dense_modules or ()):
+        return None
+    rank = config.module_rank(name)
+    if rank is not None:
+        check_rank(rank, (storage.out_features, storage.in_features))
+        return rank
+    if config.r is None:
+        return uniform_rank(config.keep, storage)
+    largest = min(storage.out_features, storage.in_features)
+    if config.r == "full":
+        return largest
+    return config.r if config.r <= largest and storage.saves(config.r) else None
+
+
+def check_targets(
+    targets: dict[str, Target], config: ReparamConfig, model: nn.Module, adapter_name: str, loading: bool
+) -> None:
+    """Raise `ValueError` where the targets cannot be factorised in this model; warn where none would be."""
+    if "." in adapter_name or hasattr(nn.ModuleDict, adapter_name):
+        raise ValueError(
+            f"`adapter_name` must hold no dot and not be the name of a method of torch modules, got {adapter_name!r}."
+        )
+    factorized = {name: target.module for name, target in targets.items() if target.rank is not None}
+    if targets and not factorized:
+        warnings.warn(
+            f"All {len(targets)} targets stay dense: at this size factors would be no smaller. Lower `r` or `keep`.",
+            stacklevel=2,
+        )
+    owners = parameter_owners(model)
+    for name, module in factorized.items():
+        with naming(name):
+            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
+                raise ValueError(
+                    "nn.TransformerEncoderLayer reads the weights of its layers itself; leave it out with `exclude_modules`."
+                )
+            if isinstance(module, ReparamLayer):
+                if module.base_weight_dropped and config.keep_base:
+                    raise ValueError(f"`keep_base=True` cannot be honoured, {W_IS_GONE}. To keep it, {REMEDY}.")
+            else:
+                if is_quantized(module) and config.keep_base:
+                    raise ValueError(
+                        "`keep_base=True` cannot be honoured, since the weight is quantised. Leave it out, or load the base "
+                        "model in full precision."
+                    )
+                if not is_quantized(module):
+                    _check_weight(module, owners[id(module.weight)], config.keep_base, loading)
+    for name, layer in reparam_layers(model):
+        if layer.base_weight_dropped and name not in factorized:
+            raise ValueError(
+                f"{name}: adapter {adapter_name!r} has no factors for this layer and {W_IS_GONE}, so that it could never be "
+                f"active. Give all adapters the same factorised modules, or {REMEDY}."
+            )
+
+
+def _check_weight(module: nn.Module, owners: list[str], keep_base: bool, loading: bool) -> None:
+    """Raise `ValueError` where a module's weight cannot be read, or cannot be dropped because it has other owners."""
+    if module.weight.device.type == "meta" and not loading:
+        raise ValueError(
+            "the weight is on the meta device (offloaded or not loaded) and holds no data; load the model without offloading "
+            "before factorising it."
+        )
+    if module._forward_hooks or module._forward_pre_hooks:
+        warnings.warn(
+            f"The forward hooks of {owners[0].removesuffix('.weight')} do not run once it is factorised; register them again.",
+            stacklevel=3,
+        )
+    if len(owners) > 1 and not keep_base:
+        raise ValueError(
+            f"the weight is shared ({', '.join(owners)}) and cannot be dropped in one place. Leave it out with "
+            "`exclude_modules`, or untie it first: set `config.tie_word_embeddings = False` and give one of the modules a "
+            "copy, `module.weight = nn.Parameter(module.weight.clone())`."
+        )
