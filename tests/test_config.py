@@ -18,7 +18,8 @@ from strategies import PROPERTY, configs
 from torch import nn
 
 from reparam_peft import ReparamConfig
-from reparam_peft.config.fields import ALLOCATIONS, METHODS
+from reparam_peft.config.fields import ALLOCATIONS
+from reparam_peft.numerics.methods import METHODS
 from reparam_peft.numerics.storage import FORMS
 
 NAN, INFINITY = float("nan"), float("inf")

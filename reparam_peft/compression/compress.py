@@ -4,24 +4,27 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from peft import PeftModel, get_peft_model
 from torch import nn
 
+from ..blockwise.anchoring import Anchoring
 from ..blockwise.blocks import find_blocks
 from ..blockwise.refinement import Refinement
 from ..calibration.gather import gather_statistics
 from ..calibration.statistics import Batches, Statistics
-from ..config.fields import CALIBRATED_METHODS
 from ..config.reparam_config import ReparamConfig
 from ..layers.kinds import is_quantized
+from ..numerics.methods import names_of_methods
 from ..planning.plan import Plan
 from ..tuner.data_free import installing
 from ..tuner.targets import check_targets
-from .block_by_block import Anchoring, BlockByBlock, Result
-from .run import Run
+from .block_by_block import BlockByBlock, Result, Steps
+from .job import Job, Options
+
+OptionsOfStep = TypeVar("OptionsOfStep", Anchoring, Refinement)
 
 
 def compress(
@@ -92,39 +95,46 @@ def compress(
     >>> small.size_report().keep <= 0.5
     True
     """
-    anchoring = options_of("sequential", sequential, Anchoring)
-    refinement = options_of("refine", refine, Refinement)
-    if anchoring is None and refinement is None:
-        given = {"statistics": statistics, "offload_folder": offload_folder, "run_folder": run_folder, "device": device}
-        for name, value in given.items():
-            if value is not None:
-                raise ValueError(f"`{name}` has an effect with `sequential` or `refine` only; leave it out.")
-        run = Run(model, config, batches, seed, progress, max_memory, adapter_name, plan)
-        plan = run.plan() if plan is None else plan
-        check_targets(run.ranked(plan), run.config, model, adapter_name, loading=False)
-        return _install(model, run, Result(plan, run.products(run.ranked(plan))), adapter_name)
-    ways = {"offload_folder": offload_folder, "run_folder": run_folder, "device": device}
-    known = {"statistics": statistics, "seed": seed, "progress": progress, "max_memory": max_memory}
-    return compress_blocks(model, config, batches, anchoring, refinement, plan, adapter_name, **known, **ways)
+    steps = Steps(
+        anchoring=options_of("sequential", sequential, Anchoring),
+        refinement=options_of("refine", refine, Refinement),
+        offload_folder=offload_folder,
+        run_folder=run_folder,
+        device=device,
+    )
+    options = Options(seed, progress, max_memory)
+    if steps.anchoring is not None or steps.refinement is not None:
+        return compress_blocks(model, config, batches, steps, options, plan, statistics, adapter_name)
+    without_blocks = {"statistics": statistics, "offload_folder": offload_folder, "run_folder": run_folder, "device": device}
+    for name, value in without_blocks.items():
+        if value is not None:
+            raise ValueError(f"`{name}` has an effect with `sequential` or `refine` only; leave it out.")
+    job = Job.of_model(model, config, batches, options, adapter_name=adapter_name, plan=plan)
+    plan = job.plan() if plan is None else plan
+    targets = job.ranked(plan)
+    check_targets(targets, job.config, model, adapter_name, loading=False)
+    return _install(model, job, Result(plan, job.products(targets)), adapter_name)
 
 
 def compress_blocks(
     model: nn.Module,
     config: ReparamConfig,
     batches: Batches,
-    anchoring: Anchoring | None,
-    refinement: Refinement | None,
+    steps: Steps,
+    options: Options,
     plan: Plan | None,
-    adapter_name: str,
-    *,
     statistics: Statistics | None,
-    seed: int,
-    progress: bool,
-    max_memory: int | None,
+    adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
-    **ways: Any,
 ) -> PeftModel:
-    """`compress` block by block; `autocast_adapter_dtype` is that of `get_peft_model`, `ways` are those of `BlockByBlock`."""
+    """`compress` block by block.
+
+    Args:
+        steps: what is done block by block, and where.
+        options: how the job runs.
+        autocast_adapter_dtype: as for `get_peft_model`.
+        model, config, batches, plan, statistics, adapter_name: as for `compress`.
+    """
     if isinstance(batches, Statistics):
         raise ValueError(
             "`sequential` and `refine` need the data themselves; give them as `batches`, and the statistics as `statistics`."
@@ -133,42 +143,50 @@ def compress_blocks(
     if not batches:
         raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
     blocks = find_blocks(model)
-    known = batches if statistics is None else statistics
-    run = Run(model, config, known, seed, progress, max_memory, adapter_name, plan, list(blocks), refinement is not None)
-    if anchoring is not None and not run.calibrated:
-        raise ValueError(f"`sequential` needs one of the methods {CALIBRATED_METHODS}, got {run.config.method!r}.")
-    quantized = next((name for name, module in run.modules.items() if is_quantized(module)), None)
+    job = Job.of_model(
+        model,
+        config,
+        batches if statistics is None else statistics,
+        options,
+        adapter_name=adapter_name,
+        plan=plan,
+        blocks=list(blocks),
+        moves_bias=steps.refinement is not None,
+    )
+    if steps.anchoring is not None and not job.weigher.calibrated:
+        calibrated = names_of_methods(needs_data=True)
+        raise ValueError(f"`sequential` needs one of the methods {calibrated}, got {job.config.method!r}.")
+    quantized = next((name for name, module in job.modules.items() if is_quantized(module)), None)
     if quantized is not None:
         raise ValueError(
             f"{quantized}: `sequential` and `refine` need weights that can be changed, and these are quantised. Load the base "
             "model in full precision, or leave both out."
         )
-    by_block = BlockByBlock(run, blocks, batches, anchoring, refinement, **ways)
-    return _install(model, run, by_block.result(plan, adapter_name), adapter_name, autocast_adapter_dtype)
+    result = BlockByBlock(job, blocks, batches, steps).result(plan, adapter_name)
+    return _install(model, job, result, adapter_name, autocast_adapter_dtype)
 
 
-def options_of(name: str, given: Any, kind: type[Any]) -> Any:
+def options_of(name: str, given: bool | OptionsOfStep | None, options: type[OptionsOfStep]) -> OptionsOfStep | None:
     """The options of a step that is asked for by True or by options; None where it is not asked for."""
     if given is None or isinstance(given, bool):
-        return kind() if given else None
-    if not isinstance(given, kind):
-        raise TypeError(f"`{name}` must be True, False or options of type {kind.__name__}, got {given!r}.")
+        return options() if given else None
+    if not isinstance(given, options):
+        raise TypeError(f"`{name}` must be True, False or options of type {options.__name__}, got {given!r}.")
     return given
 
 
-def _install(model: nn.Module, run: Run, result: Result, adapter_name: str, autocast_adapter_dtype: bool = True) -> PeftModel:
+def _install(model: nn.Module, job: Job, result: Result, adapter_name: str, autocast_adapter_dtype: bool = True) -> PeftModel:
     """Put products in place of the targets, and what else has changed in the adapter's own copies of modules."""
-    resolved = run.resolved(result.plan)
+    resolved = job.resolved(result.plan)
     if result.changed:
         resolved.modules_to_save = sorted({*(resolved.modules_to_save or []), *result.changed})
     with installing(result.products):
-        options = {"adapter_name": adapter_name, "autocast_adapter_dtype": autocast_adapter_dtype}
-        compressed = get_peft_model(model, resolved, **options)
+        compressed = get_peft_model(model, resolved, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
     for name, values in result.changed.items():
         copies = compressed.base_model.model.get_submodule(name).modules_to_save[adapter_name]
         for key, value in values.items():
-            own = copies.get_parameter(key)
-            own.data = value.to(own)
+            parameter = copies.get_parameter(key)
+            parameter.data = value.to(parameter)
     return compressed
 
 
@@ -185,7 +203,7 @@ def plan(
 
     Args, Raises: as for `compress`.
     """
-    return Run(model, config, batches, seed, progress, max_memory, "default").plan()
+    return Job.of_model(model, config, batches, Options(seed, progress, max_memory)).plan()
 
 
 def calibrate(
@@ -206,5 +224,5 @@ def calibrate(
             with the same seed, `Statistics.merge` of the parts gives the statistics of the whole.
         model, config, batches, seed, progress: as for `compress`, as are the errors.
     """
-    run = Run(model, config, batches, seed, progress, None, "default")
-    return gather_statistics(model, run.modules, batches, seed=seed, progress=progress, first_row=first_row)
+    modules = Job.of_model(model, config, batches, Options(seed, progress)).modules
+    return gather_statistics(model, modules, batches, seed=seed, progress=progress, first_row=first_row)

@@ -33,7 +33,9 @@ from ..tuner.data_free import check_data_free, check_standalone, factorize_targe
 from ..tuner.model import select_targets
 from ..tuner.sizes import SizeReport
 from ..tuner.targets import Target
+from .block_by_block import Steps
 from .compress import compress_blocks, options_of
+from .job import Options
 
 # What of the source is not copied: weights in any format, and what is written anew.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ckpt", "*.index.json")
@@ -87,9 +89,9 @@ def compress_checkpoint(
     if destination.exists() and not run.exists():  # else a run was killed when all was done but this
         raise FileExistsError(f"`destination` {destination} exists; give a new folder, or delete it.")
     check_standalone(config)
-    given = {"plan": plan, "statistics": statistics, "max_memory": max_memory, "offload_folder": offload_folder}
     if batches is None:
-        for name, value in {**given, "refine": refine or None}.items():
+        with_batches = {"plan": plan, "statistics": statistics, "max_memory": max_memory, "offload_folder": offload_folder}
+        for name, value in {**with_batches, "refine": refine or None}.items():
             if value is not None:
                 raise ValueError(f"`{name}` has an effect with `batches` only; leave it out.")
         check_data_free(config)
@@ -106,11 +108,15 @@ def compress_checkpoint(
         if batches is None:
             small = _data_free(model, config, run, progress)
         else:
-            anchoring, refinement = options_of("sequential", sequential, Anchoring), options_of("refine", refine, Refinement)
-            known = {"statistics": statistics, "seed": seed, "progress": progress, "max_memory": max_memory}
-            ways = {"offload_folder": offload_folder, "run_folder": run, "mapped": True}
-            ways["autocast_adapter_dtype"] = False
-            small = compress_blocks(model, config, batches, anchoring, refinement, plan, "default", **known, **ways)
+            steps = Steps(
+                anchoring=options_of("sequential", sequential, Anchoring),
+                refinement=options_of("refine", refine, Refinement),
+                offload_folder=offload_folder,
+                run_folder=run,
+                mapped=True,
+            )
+            options = Options(seed, progress, max_memory)
+            small = compress_blocks(model, config, batches, steps, options, plan, statistics, autocast_adapter_dtype=False)
         report = small.size_report()
         if not destination.exists():
             aside = run / "checkpoint"
@@ -157,19 +163,19 @@ def _data_free(model: PreTrainedModel, config: ReparamConfig, run: Path, progres
     products: dict[str, Product] = {}
     parts = _by_block(model, targets)
     for position, block in enumerate(tqdm(parts, desc="Factorising", unit="block", disable=None if progress else True)):
-        own = parts[block]
+        of_block = parts[block]
         if position >= len(folder.finished):
             start = time.perf_counter()
-            found = factorize_targets(own, config, progress=False)
+            factorized = factorize_targets(of_block, config, progress=False)
             state = {
                 f"{name}/{i}": tensor
-                for name, target in found.items()
+                for name, target in factorized.items()
                 if target.product is not None
                 for i, tensor in enumerate(tensors_of(target.product))
             }
             folder.finish({"block": block, "seconds": round(time.perf_counter() - start, 2)}, state)
         state = folder.tensors(position)
-        for name, target in own.items():
+        for name, target in of_block.items():
             if target.rank is not None:
                 count = sum(key.startswith(f"{name}/") for key in state)
                 products[name] = product_of([state[f"{name}/{i}"] for i in range(count)], target.storage.form)

@@ -1,4 +1,4 @@
-"""A block under construction."""
+"""The student: a block under construction, whose matrices become products one after another."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..runtime.processes import processes
 from ..tuner.layer import ReparamLayer, reparam_layer
 from ..tuner.targets import Target
 
-ADAPTER = "default"  # of the layers in blocks under construction, which never leave this file
+ADAPTER = "default"  # of the layers in students, which never leave this package
 
 
 def targets_within(targets: Mapping[str, Target], block: str) -> dict[str, Target]:
@@ -27,10 +27,18 @@ def targets_within(targets: Mapping[str, Target], block: str) -> dict[str, Targe
 
 def factorized_layer(target: Target, product: Product, module: nn.Module) -> ReparamLayer:
     """The layer of a product in place of a module, which gives its bias and its geometry."""
+    if target.rank is None:
+        raise ValueError("the target stays dense and has no factorised layer.")
     layer = reparam_layer(copy.copy(module))  # whose weight is dropped, while the module keeps its own
     layer.base_layer._parameters = dict(module._parameters)
-    kind = {"form": target.storage.form, "bias": target.storage.bias, "nested": product.feature_mean is not None}
-    layer.update_layer(ADAPTER, target.rank, product, **kind)
+    layer.update_layer(
+        ADAPTER,
+        target.rank,
+        product,
+        form=target.storage.form,
+        bias=target.storage.bias,
+        nested=product.feature_mean is not None,
+    )
     layer.drop_base_weight()
     return layer.requires_grad_(False).train(False)
 
@@ -69,12 +77,15 @@ def changed_parameters(original: nn.Module, student: nn.Module) -> dict[str, dic
     return changed
 
 
-def state_of(original: nn.Module, student: nn.Module, targets: Mapping[str, Target]) -> dict[str, Tensor]:
+def state_of(original: nn.Module, student: nn.Module) -> dict[str, Tensor]:
     """A finished block: the tensors of its products and what else has changed."""
-    state = {f"product/{name}/{i}": tensor for name, product in products_of(student).items()
-             for i, tensor in enumerate(tensors_of(product))}  # fmt: skip
+    products = {
+        f"product/{name}/{i}": tensor
+        for name, product in products_of(student).items()
+        for i, tensor in enumerate(tensors_of(product))
+    }
     changed = changed_parameters(original, student)
-    return state | {f"changed/{name}/{key}": value for name, values in changed.items() for key, value in values.items()}
+    return products | {f"changed/{name}/{key}": value for name, values in changed.items() for key, value in values.items()}
 
 
 def restore(student: nn.Module, targets: Mapping[str, Target], state: Mapping[str, Tensor]) -> None:
@@ -86,10 +97,10 @@ def restore(student: nn.Module, targets: Mapping[str, Target], state: Mapping[st
             tensors = [state[f"product/{name}/{i}"].to(module.weight.device) for i in range(count)]
             set_module(student, name, factorized_layer(target, product_of(tensors, target.storage.form), module))
     for key, value in state.items():
-        kind, name, parameter = key.split("/")
-        if kind == "changed":
-            own = student.get_submodule(name).get_parameter(parameter)
-            own.data = value.to(own.device)
+        part, name, parameter_name = key.split("/")
+        if part == "changed":
+            parameter = student.get_submodule(name).get_parameter(parameter_name)
+            parameter.data = value.to(parameter.device)
 
 
 def share_block(block: nn.Module) -> None:

@@ -6,34 +6,30 @@ import copy
 import heapq
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 
 import torch
 from peft import PeftModel
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from ..calibration.statistics import Batches, Statistics
+from ..arguments import check_number
+from ..calibration.statistics import Batches
+from ..config.checks import STORED
+from ..config.fields import CALIBRATED, OF_ALLOCATION, OF_METRICS
 from ..layers.factorized import FactorizedModule
-from ..layers.product import Product, tensors_of
-from ..numerics.decompositions import direction_losses, truncate
+from ..layers.product import Product
+from ..numerics.decompositions import truncate
 from ..numerics.metrics import exact
-from ..planning.plan import Plan
-from ..planning.ranks import allocate_ranks, check_budget, parameter_budget
+from ..planning.ranks import RankChooser, parameter_budget
 from ..runtime.modules import naming
 from ..tuner.layer import ReparamLayer, reparam_layers
 from ..tuner.matrices import matrix_storage, unwrapped
 from ..tuner.model import ReparamModel
 from ..tuner.targets import Target
-from .run import Run
-from .weighing import mean_output
+from .job import Job, Options
 
 NOT_DENSE = math.nextafter(1.0, 0.0)  # the `ceiling` that keeps a matrix from becoming dense again
-# What a config holds with data only.
-CALIBRATED_FIELDS = (
-    *("input_metric", "output_metric", "shrinkage", "output_shrinkage", "rank_multiple", "floor", "ceiling"),
-    *("calibration_tokens", "gradient_tokens", "seed", "predicted_loss"),
-)
 
 
 def retruncate(
@@ -88,17 +84,23 @@ def retruncate(
         return model
     if batches is None:
         products = _truncated(layers, ranks, adapter_name, progress)
-        how = {"method": "svd", "allocation": "uniform", **dict.fromkeys(CALIBRATED_FIELDS)}
+        made_by = _MadeBy(method="svd", allocation="uniform")
     else:
-        run = _Truncation(model, adapter_name, keep, layers, targets, batches, seed, progress)
-        plan = run.plan()
-        ranked = run.ranked(plan)
+        job = _job(model, adapter_name, keep, layers, targets, batches, Options(seed, progress))
+        plan = job.plan()
+        # Directions beyond the present rank cost nothing: a higher rank is a larger price for the product as it is.
+        ranked = {name: _at_most(target, targets[name].rank) for name, target in job.ranked(plan).items()}
         ranks = {name: target.rank for name, target in ranked.items()}
-        check_budget(keep, ranks, run.storages)
-        products = run.products({name: target for name, target in ranked.items() if target.rank != targets[name].rank})
-        how = {"method": run.config.method, "allocation": run.config.allocation, "seed": run.seed}
-        how |= {"calibration_tokens": run.tokens, "gradient_tokens": run.predictions}
-        how["predicted_loss"] = sum(module.predicted_loss or 0.0 for module in plan.modules)
+        job.chooser.check_budget(ranks)
+        products = job.products({name: target for name, target in ranked.items() if target.rank != targets[name].rank})
+        made_by = _MadeBy(
+            method=job.config.method,
+            allocation=job.config.allocation,
+            seed=job.seed,
+            calibration_tokens=job.calibration_tokens,
+            gradient_tokens=job.gradient_tokens,
+            predicted_loss=sum(module.predicted_loss or 0.0 for module in plan.modules),
+        )
     modules = {}
     for name, product in products.items():
         with naming(name):
@@ -108,11 +110,35 @@ def retruncate(
         layers[name].r[adapter_name] = ranks[name]
     for layer in layers.values():
         layer.reparam_factors[adapter_name].feature_mean = None  # the sizes that it is for are forgotten
-    emptied = dict.fromkeys(("r", "evaluation", "smaller_keeps", "smaller_ranks"))
-    for field, value in {"keep": keep, **emptied, **how}.items():
-        setattr(model.peft_config[adapter_name], field, value)
-    model.base_model._fill_in(adapter_name, {name: replace(target, rank=ranks[name]) for name, target in targets.items()})
+    config = model.peft_config[adapter_name]
+    config.keep = keep
+    config.r = config.evaluation = config.smaller_keeps = config.smaller_ranks = None
+    if batches is None:
+        for name in (*OF_METRICS, *OF_ALLOCATION):
+            setattr(config, name, None)
+    for name, value in asdict(made_by).items():
+        setattr(config, name, value)
+    model.base_model.record_resolved(
+        adapter_name, {name: replace(target, rank=ranks[name]) for name, target in targets.items()}
+    )
     return model
+
+
+@dataclass(frozen=True)
+class _MadeBy:
+    """What a config says of how the present factors were made."""
+
+    method: str | None
+    allocation: str | None
+    seed: int | None = None
+    calibration_tokens: int | None = None
+    gradient_tokens: int | None = None
+    predicted_loss: float | None = None
+
+
+def _at_most(target: Target, rank: int | None) -> Target:
+    """A target with a rank that is no higher than the present one; dense where that is None."""
+    return replace(target, rank=None if rank is None else min(rank if target.rank is None else target.rank, rank))
 
 
 def _truncated(
@@ -128,59 +154,51 @@ def _truncated(
     return products
 
 
-class _Truncation(Run):
-    """A run of `compress` on the products of an adapter in place of weights."""
+def _job(
+    model: PeftModel,
+    adapter_name: str,
+    keep: float,
+    layers: Mapping[str, ReparamLayer],
+    targets: Mapping[str, Target],
+    batches: Batches,
+    options: Options,
+) -> Job:
+    """A job on the products of an adapter in place of weights, whose ranks fit the budget.
 
-    def __init__(
-        self,
-        model: PeftModel,
-        adapter_name: str,
-        keep: float,
-        layers: Mapping[str, ReparamLayer],
-        targets: dict[str, Target],
-        batches: Batches,
-        seed: int,
-        progress: bool,
-    ) -> None:
-        self.model, self.batches, self.seed, self.progress = model.get_base_model(), batches, seed, progress
-        self.config = copy.deepcopy(model.peft_config[adapter_name])
-        self.config.keep, self.config.r, self.config.rank_pattern = keep, None, {}
-        self.config.method, self.config.allocation, self.config.init_weights = "whitened", "loss", True
-        self.config.ceiling = min(NOT_DENSE, 1.0 if self.config.ceiling is None else self.config.ceiling)
-        self.targets = targets
-        self.factors = {name: layer.reparam_factors[adapter_name] for name, layer in layers.items()}
-        self.modules = {name: layers.get(name, target.module) for name, target in targets.items()}
-        self.passes = [list(layers)]
-        self.calibrated = self.gradients = True
-        self._statistics = None
-        self.tokens = self.predictions = 0
-        self.storages = {name: target.storage for name, target in targets.items()}
-        lengths = {name: min(storage.out_features, storage.in_features) for name, storage in self.storages.items()}
-        zeros = {name: torch.zeros(length, dtype=torch.float64) for name, length in lengths.items()}
-        allocate_ranks(self.config, self.storages, zeros, self._given())  # raises before the data are read
+    Raises:
+        ValueError: the budget cannot be met.
+    """
+    config = copy.deepcopy(model.peft_config[adapter_name])
+    config.method, config.allocation, config.init_weights = CALIBRATED["method"], "loss", True
+    config.ceiling = min(NOT_DENSE, 1.0 if config.ceiling is None else config.ceiling)
+    chooser = RankChooser(
+        storages={name: target.storage for name, target in targets.items()},
+        keep=keep,
+        given={name: None for name, target in targets.items() if target.rank is None},
+        rank_multiple=config.rank_multiple,
+        floor=config.floor or 0.0,
+        ceiling=config.ceiling,
+    )
+    chooser.check()
+    modules = {name: layer.reparam_factors[adapter_name] for name, layer in layers.items()}
 
-    def ranked(self, plan: Plan) -> dict[str, Target]:
-        # Directions beyond the present rank cost nothing: a higher rank is a larger price for the product as it is.
-        return {
-            name: replace(target, rank=self.targets[name].rank and min(target.rank or math.inf, self.targets[name].rank))
-            for name, target in super().ranked(plan).items()
-        }
-
-    def _losses(self, name: str, statistics: Statistics) -> list[Tensor]:
-        metrics = self.metrics(name, statistics)
-        q = direction_losses(self._matrix(name), metrics.gram, metrics.fisher, metrics.input, metrics.output)
-        return [q * metrics.loss_scale]
-
-    def _product(self, name: str, targets: Mapping[str, Target], statistics: Statistics) -> list[Tensor]:
-        metrics, W = self.metrics(name, statistics), self._matrix(name)
-        bias = self.factors[name].bias
-        output_mean = None if bias is None else mean_output(W, bias, metrics.mean)
-        return tensors_of(self.product(targets[name], metrics, W, output_mean))
-
-    def _matrix(self, name: str) -> Tensor:
+    def matrix_of(name: str) -> Tensor:
         """A B in float64."""
-        A, B = self.factors[name].factors
+        A, B = modules[name].factors
         return exact(A) @ exact(B)
+
+    return Job(
+        model=model.get_base_model(),
+        config=config,
+        targets=targets,
+        batches=batches,
+        options=options,
+        chooser=chooser,
+        matrix_of=matrix_of,
+        bias_of=lambda name: modules[name].bias,
+        groups=[list(layers)],
+        modules={name: layers.get(name, target.module) for name, target in targets.items()},
+    )
 
 
 def _check_model(model: PeftModel, keep: float, adapter_name: str | None, with_data: bool) -> str:
@@ -190,10 +208,7 @@ def _check_model(model: PeftModel, keep: float, adapter_name: str | None, with_d
             f"`model` must be a PeftModel of a ReparamConfig, got a {type(model).__name__}; make one with `get_peft_model` or "
             "`compress`, or load one with `PeftModel.from_pretrained`."
         )
-    if isinstance(keep, bool) or not isinstance(keep, (int, float)):
-        raise TypeError(f"`keep` must be a number in (0, 1], got {keep!r}.")
-    if not 0 < keep <= 1:
-        raise ValueError(f"`keep` must be in (0, 1], the fraction of the parameters that is stored; got {keep!r}.")
+    check_number("keep", keep, 0, 1, above=True, meaning=STORED)
     active = list(model.active_adapters)
     if adapter_name is None and len(active) != 1:
         raise ValueError(f"`adapter_name` must be given where several adapters are active, here {active}.")

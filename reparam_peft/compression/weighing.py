@@ -1,12 +1,15 @@
-"""What errors are weighed by."""
+"""What errors are weighed by: metrics out of statistics, shrunk for few rows."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..numerics.metrics import exact
+from ..calibration.statistics import Moments, Statistics
+from ..config.reparam_config import ReparamConfig
+from ..numerics.methods import METHODS
+from ..numerics.metrics import diagonal, exact, shrink
 
 # Part of the input metric that weighs each token by the gradient there, so that the many tokens that matter are not drowned
 # out by the few of huge norm. Chosen on held-out calibration text, as shrinkage was; 0.1 to 0.4 differ by less than 1.5 %.
@@ -14,8 +17,17 @@ SENSITIVE = 0.1
 
 
 @dataclass(frozen=True)
-class Metrics:
-    """What one module's factorisation weighs errors by, and what its loss is predicted in."""
+class Weighing:
+    """What one module's factorisation weighs errors by, and what its loss is predicted in.
+
+    Attributes:
+        input: the input metric, shape (in, in) or (in,); None: the identity.
+        output: the output metric, shape (out, out) or (out,); None: the identity.
+        gram: G, in which losses are predicted, shape (in, in) or (in,).
+        fisher: F, in which losses are predicted, shape (out, out); None without gradients.
+        loss_scale: what a predicted loss is multiplied by to be in nats per token.
+        mean: E[x], shape (in,).
+    """
 
     input: Tensor | None
     output: Tensor | None
@@ -23,6 +35,81 @@ class Metrics:
     fisher: Tensor | None
     loss_scale: float
     mean: Tensor
+
+
+@dataclass(frozen=True)
+class Weigher:
+    """Makes the metrics of a module out of its statistics, as a config asks.
+
+    Attributes:
+        input_metric: "gram", "diagonal" or "none".
+        output_metric: "fisher", "diagonal" or "none".
+        shrinkage: of the input metric; None: by the number of rows.
+        output_shrinkage: of the output metric; None: by the number of rows.
+        calibrated: whether the method uses metrics at all; else they only predict losses.
+        gradients: whether statistics of the output gradients are needed.
+    """
+
+    input_metric: str
+    output_metric: str
+    shrinkage: float | None
+    output_shrinkage: float | None
+    calibrated: bool
+    gradients: bool
+
+    @classmethod
+    def of(cls, config: ReparamConfig) -> Weigher:
+        """The weigher that a config asks for, whose method is resolved."""
+        calibrated = METHODS[config.method or ""].needs_data
+        return cls(
+            input_metric=config.input_metric or "gram",
+            output_metric=config.output_metric or "fisher",
+            shrinkage=config.shrinkage,
+            output_shrinkage=config.output_shrinkage,
+            calibrated=calibrated,
+            gradients=config.allocation == "loss" or (calibrated and config.output_metric != "none"),
+        )
+
+    def weighing(self, name: str, statistics: Statistics, moves_bias: bool, moments: Moments | None = None) -> Weighing:
+        """What a module's factorisation weighs errors by.
+
+        Args:
+            name: of the module.
+            statistics: which hold it.
+            moves_bias: whether a bias makes up for the mean error, so that only the variance of the inputs counts.
+            moments: of inputs in place of those that calibration saw.
+        """
+        mean_seen = statistics.mean(name)
+        if moments is None:
+            moments = statistics.moments(name, centred=moves_bias)
+        gram = moments.gram
+        if self.gradients and (self.input_metric, self.output_metric) == ("gram", "fisher"):
+            weighted = statistics.weighted_gram(name, mean_seen if moves_bias else None)
+            if weighted is not None and weighted.trace() > 0:
+                gram = (1 - SENSITIVE) * gram + SENSITIVE * (gram.trace() / weighted.trace()) * weighted
+        gram = self.shrunk(replace(moments, gram=gram))
+        fisher = self._shrunk_fisher(name, statistics) if self.gradients else None
+        input_metric = {"gram": gram, "diagonal": diagonal(gram).sqrt(), "none": None}[self.input_metric]
+        output_metric = None
+        if self.output_metric != "none" and fisher is not None and fisher.any():
+            output_metric = diagonal(fisher) if self.output_metric == "diagonal" else fisher
+        return Weighing(
+            input=input_metric if self.calibrated else None,
+            output=output_metric if self.calibrated else None,
+            gram=gram,
+            fisher=fisher,
+            loss_scale=statistics.loss_scale(name) if self.gradients else 1.0,
+            mean=moments.mean,
+        )
+
+    def shrunk(self, moments: Moments) -> Tensor:
+        """E[x xᵀ], moved toward the identity where rows are few."""
+        amount = self.shrinkage
+        return shrink(moments.gram, input_shrinkage(moments.rows, len(moments.gram)) if amount is None else amount)
+
+    def _shrunk_fisher(self, name: str, statistics: Statistics) -> Tensor:
+        fisher, amount = statistics.fisher(name), self.output_shrinkage
+        return shrink(fisher, output_shrinkage(statistics.output_rows(name), len(fisher)) if amount is None else amount)
 
 
 def mean_output(W: Tensor, bias: Tensor, mean: Tensor) -> Tensor:
@@ -43,7 +130,7 @@ def input_shrinkage(rows: int, size: int) -> float:
 
 
 def output_shrinkage(rows: int, size: int) -> float:
-    """Likewise for a Fisher matrix, whose rows are heavy-tailed: 0.1, more where rows are fewer than 5 · size.
+    """How far to shrink a Fisher matrix, whose rows are heavy-tailed: 0.1, more where rows are fewer than 5 · size.
 
     >>> output_shrinkage(24576, 576), output_shrinkage(1024, 1024)
     (0.1, 0.5)

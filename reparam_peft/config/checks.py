@@ -1,11 +1,151 @@
-"""Checks of a config, and of the weights beside it."""
+"""Checks of a config's fields, and of the weights beside it in a checkpoint."""
 
 from __future__ import annotations
 
-import re
+import math
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
+
+from ..arguments import check_bool, check_choice, check_int, check_names, check_number, check_regex, is_int, is_number
+from ..numerics.methods import METHODS
+from ..numerics.storage import FORMS
+from .fields import ALLOCATIONS, INPUT_METRICS, OF_ALLOCATION, OF_METRICS, OUTPUT_METRICS, Fields
+
+STORED = "the fraction of the parameters that is stored"
+
+
+def check_fields(config: Fields, from_file: bool) -> None:
+    """Raise `TypeError` or `ValueError` where a field is wrong, has no effect, or excludes another.
+
+    Args:
+        config: whose fields are checked.
+        from_file: whether it is of a checkpoint, in which fields stand as they were resolved.
+    """
+    _check_size(config)
+    _check_choices(config)
+    _check_ranges(config, from_file)
+    _check_effects(config, from_file)
+    _check_modules(config)
+    _check_filled_in(config)
+    _check_smaller_sizes(config)
+
+
+def _check_size(config: Fields) -> None:
+    if not (config.r is None or config.r == "full"):
+        check_int("r", config.r, "a positive int, 'full' or None", least=1)
+    check_number("keep", config.keep, 0, 1, above=True, meaning=STORED)
+    if not isinstance(config.rank_pattern, dict):
+        raise TypeError(f"`rank_pattern` must be a dict of module name to rank, got {config.rank_pattern!r}.")
+    for name, rank in config.rank_pattern.items():
+        if not isinstance(name, str) or not is_int(rank):
+            raise TypeError(f"`rank_pattern` must map module names to ints, got {name!r}: {rank!r}.")
+        if rank < 1:
+            raise ValueError(f"`rank_pattern` must hold ranks of at least 1, got {name!r}: {rank}.")
+        check_regex("rank_pattern", name)
+
+
+def _check_choices(config: Fields) -> None:
+    check_choice("method", config.method, tuple(METHODS), optional=True)
+    check_choice("allocation", config.allocation, ALLOCATIONS, optional=True)
+    check_choice("form", config.form, FORMS, optional=True)
+    check_choice("input_metric", config.input_metric, INPUT_METRICS, optional=True)
+    check_choice("output_metric", config.output_metric, OUTPUT_METRICS, optional=True)
+    for name in ("keep_base", "init_weights", "inference_mode", "moved_bias"):
+        check_bool(name, getattr(config, name))
+
+
+def _check_ranges(config: Fields, from_file: bool) -> None:
+    for name in ("shrinkage", "output_shrinkage", "floor", "ceiling"):
+        check_number(name, getattr(config, name), 0, 1, optional=True)
+    if config.rank_multiple is not None:
+        check_int("rank_multiple", config.rank_multiple, "a positive int or None", least=1)
+    floor, ceiling = config.floor or 0.0, 1.0 if config.ceiling is None else config.ceiling
+    if floor >= 1 or floor > ceiling:
+        raise ValueError(f"`floor` must be below 1 and at most `ceiling`, got {floor!r} and {ceiling!r}.")
+    chooses_all_ranks = (
+        config.allocation != "uniform" and config.r is None and not (config.rank_pattern or config.dense_modules)
+    )
+    if chooses_all_ranks and not from_file and floor > config.keep:
+        raise ValueError(f"`floor` must be at most `keep`, got {floor!r} and {config.keep!r}.")
+
+
+def _check_effects(config: Fields, from_file: bool) -> None:
+    """What would have no effect is refused."""
+    if config.r is not None and config.allocation == "loss":
+        raise ValueError(f"`r={config.r!r}` fixes the ranks, and `allocation='loss'` chooses them under `keep`; give one.")
+    without_loss = config.allocation == "uniform" or config.r is not None
+    for name in OF_ALLOCATION:
+        if without_loss and getattr(config, name) is not None:
+            raise ValueError(f"`{name}` has an effect with `allocation='loss'` only; leave it out.")
+    for name in OF_METRICS:
+        if config.method is not None and not METHODS[config.method].needs_data and getattr(config, name) is not None:
+            raise ValueError(
+                f"`{name}` has an effect with a calibrated method only, not with `method={config.method!r}`; leave it out."
+            )
+    if without_loss and config.output_metric == "none" and not from_file:  # gradients are of no use
+        if config.output_shrinkage is not None:
+            raise ValueError("`output_shrinkage` has no effect with uniform ranks and `output_metric='none'`; leave it out.")
+        if config.input_metric == "none" and config.shrinkage is not None:
+            raise ValueError("`shrinkage` has no effect with uniform ranks and without metrics; leave it out.")
+
+
+def _check_modules(config: Fields) -> None:
+    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "dense_modules"):
+        value = getattr(config, name)
+        if value is not None:
+            check_names(name, value, allows_str=name not in ("modules_to_save", "dense_modules"))
+    if isinstance(config.target_modules, str):
+        for name in ("layers_to_transform", "layers_pattern"):
+            if getattr(config, name) is not None:
+                raise ValueError(
+                    f"`{name}` cannot be used when `target_modules` is a str, got {config.target_modules!r}; write the "
+                    "layers into the expression, or list the module names."
+                )
+        check_regex("target_modules", config.target_modules)
+    if isinstance(config.exclude_modules, str):
+        check_regex("exclude_modules", config.exclude_modules)
+    indices = config.layers_to_transform
+    for index in indices if isinstance(indices, (list, tuple)) else [indices]:
+        if index is not None and not is_int(index):
+            raise TypeError(f"`layers_to_transform` must be an int or a list of ints, got {indices!r}.")
+    if config.layers_pattern and config.layers_to_transform is None:
+        raise ValueError("`layers_pattern` has no effect without `layers_to_transform`; set both or neither.")
+
+
+def _check_filled_in(config: Fields) -> None:
+    counts = ("dense_parameters", "stored_parameters", "dense_bytes", "stored_bytes", "calibration_tokens", "gradient_tokens")
+    for name in (*counts, "seed"):
+        value = getattr(config, name)
+        if value is not None and (not is_int(value) or value < 0):
+            raise TypeError(f"`{name}` is filled in by the model and must be a count or None, got {value!r}.")
+    loss = config.predicted_loss
+    if loss is not None and (not is_number(loss) or not math.isfinite(loss)):
+        raise TypeError(f"`predicted_loss` is filled in by `compress` and must be a finite number or None, got {loss!r}.")
+    figures = config.evaluation
+    if figures is not None and not (
+        isinstance(figures, dict)
+        and all(isinstance(k, str) and isinstance(v, (int, float)) and math.isfinite(v) for k, v in figures.items())
+    ):
+        raise TypeError(f"`evaluation` must be a dict of names to finite numbers, got {figures!r}.")
+
+
+def _check_smaller_sizes(config: Fields) -> None:
+    keeps, ranks = config.smaller_keeps, config.smaller_ranks
+    if keeps is None and ranks is None:
+        return
+    if not (isinstance(keeps, list) and all(isinstance(k, float) and 0 < k < config.keep for k in keeps)):
+        raise TypeError(f"`smaller_keeps` is filled in by `compress` and must hold fractions below `keep`, got {keeps!r}.")
+    if keeps != sorted(set(keeps), reverse=True):
+        raise ValueError(f"`smaller_keeps` must be from large to small, got {keeps!r}.")
+    if not isinstance(ranks, dict) or set(ranks) != set(config.rank_pattern):
+        raise ValueError("`smaller_ranks` must be a dict of the modules in `rank_pattern`.")
+    for name, by_size in ranks.items():
+        whole = isinstance(by_size, list) and len(by_size) == len(keeps)
+        if not whole or not all(rank is None or is_int(rank) for rank in by_size):
+            raise TypeError(f"`smaller_ranks` must hold {len(keeps)} ints or None for {name!r}, got {by_size!r}.")
+        if not all(rank is None or 1 <= rank <= config.rank_pattern[name] for rank in by_size):
+            raise ValueError(f"`smaller_ranks` must be in [1, {config.rank_pattern[name]}] for {name!r}, got {by_size!r}.")
 
 
 def check_weights(path: Path, ranks: dict[str, int], form: str | None) -> None:
@@ -27,11 +167,3 @@ def check_weights(path: Path, ranks: dict[str, int], form: str | None) -> None:
                 f"{path} has a factor A of shape {shape} for {name}, and its config says rank {rank}; the two do not belong "
                 "together."
             )
-
-
-def check_regex(name: str, pattern: str) -> None:
-    """Raise `ValueError` where `re` would fail later, inside PEFT's matching."""
-    try:
-        re.compile(pattern)
-    except re.error as error:
-        raise ValueError(f"`{name}` holds {pattern!r}, which is not a valid regular expression: {error}.") from error

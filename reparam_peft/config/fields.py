@@ -1,12 +1,184 @@
-"""What the fields of a config may be."""
+"""The fields of `ReparamConfig`: their types, defaults and meanings, and the values that some of them may have."""
 
 from __future__ import annotations
 
-METHODS = ("svd", "whitened", "autoencoder")
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from peft import PeftConfig
+
+from ..numerics.methods import names_of_methods
+
 ALLOCATIONS = ("uniform", "loss")
 INPUT_METRICS = ("gram", "diagonal", "none")
 OUTPUT_METRICS = ("fisher", "diagonal", "none")
-CALIBRATED_METHODS = ("whitened", "autoencoder")
+# Fields that have an effect with a calibrated method only, and with ranks by predicted loss only.
+OF_METRICS = ("input_metric", "output_metric", "shrinkage", "output_shrinkage")
+OF_ALLOCATION = ("rank_multiple", "floor", "ceiling")
 # What `get_peft_model` and `compress` do where a field is None.
 DATA_FREE = {"method": "svd", "allocation": "uniform", "form": "factors"}
 CALIBRATED = {"method": "whitened", "allocation": "loss", "form": "pivot"}
+
+
+def _quoted(names: Sequence[str]) -> str:
+    """'a', 'b' or 'c'."""
+    *first, last = map(repr, names)
+    return f"{', '.join(first)} or {last}" if first else last
+
+
+@dataclass
+class Fields(PeftConfig):
+    """What a `ReparamConfig` holds beside the fields of every PEFT config; unchecked."""
+
+    target_modules: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Modules to factorise: a list of name endings, a regular expression, or 'all-linear'. None: the attention "
+            "and MLP projections of the known architectures."
+        },
+    )
+    exclude_modules: list[str] | str | None = field(
+        default=None, metadata={"help": "Modules to leave alone: a list of name endings or a regular expression."}
+    )
+    r: int | str | None = field(
+        default=None,
+        metadata={
+            "help": "One rank for all targets; 'full': every matrix at rank min(out, in), exactly the original function; "
+            "None: `keep` decides. A matrix that rank `r` would not make smaller stays dense."
+        },
+    )
+    keep: float = field(
+        default=0.8,
+        metadata={"help": "Fraction of the targeted parameters that is stored, 0 < keep <= 1. Used where `r` is None."},
+    )
+    method: str | None = field(
+        default=None,
+        metadata={
+            "help": f"How to factorise: {_quoted(names_of_methods(needs_data=False))}, or with calibration data "
+            f"{_quoted(names_of_methods(needs_data=True))}. None: {DATA_FREE['method']!r} in `get_peft_model`, "
+            f"{CALIBRATED['method']!r} in `compress`."
+        },
+    )
+    allocation: str | None = field(
+        default=None,
+        metadata={
+            "help": "How to choose ranks: 'uniform', or with calibration data 'loss', by the predicted loss. None: "
+            "'uniform' in `get_peft_model` and where `r` is given, 'loss' in `compress`."
+        },
+    )
+    form: str | None = field(
+        default=None,
+        metadata={
+            "help": "How the product is stored: 'factors' (A, B), or 'pivot': r of its rows and the coefficients of the "
+            "others, which takes fewer numbers. None: 'factors' in `get_peft_model`, 'pivot' in `compress`."
+        },
+    )
+    input_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a calibrated method weighs errors over the inputs: by their 'gram' matrix, with the 'fisher' output "
+            "metric one tenth weighed by the gradients there; 'diagonal', by the root of its diagonal (ASVD); or 'none'. "
+            "None: 'gram'."
+        },
+    )
+    output_metric: str | None = field(
+        default=None,
+        metadata={
+            "help": "How a calibrated method weighs errors over the outputs: by the 'fisher' matrix of the gradients there; "
+            "'diagonal', by its diagonal (FWSVD); or 'none' (SVD-LLM). None: 'fisher'."
+        },
+    )
+    shrinkage: float | None = field(
+        default=None,
+        metadata={"help": "Part of the input metric, in [0, 1], replaced by the identity. None: by the number of tokens."},
+    )
+    output_shrinkage: float | None = field(
+        default=None,
+        metadata={"help": "Part of the output metric, in [0, 1], replaced by the identity. None: by the number of tokens."},
+    )
+    rank_multiple: int | None = field(
+        default=None,
+        metadata={
+            "help": "What ranks are a multiple of with `allocation='loss'`. None: 8, and 1 for matrices with a side below 64."
+        },
+    )
+    floor: float | None = field(
+        default=None,
+        metadata={"help": "The least fraction of a matrix that `allocation='loss'` stores, 0 <= floor < 1. None: 0."},
+    )
+    ceiling: float | None = field(
+        default=None,
+        metadata={
+            "help": "The most that it stores of a matrix, floor <= ceiling <= 1; below 1 only matrices too small for any "
+            "product stay dense. None: 1."
+        },
+    )
+    keep_base: bool = field(
+        default=False,
+        metadata={
+            "help": "Keep W beside the factors, so that `disable_adapter()` and `unload()` work. This saves no memory; it "
+            "gives a teacher."
+        },
+    )
+    rank_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Rank per module: exact names, or regular expressions that match the end of a name. Comes before `r` and "
+            "`keep`, and is obeyed even where the factors are larger than the matrix."
+        },
+    )
+    dense_modules: list[str] | None = field(
+        default=None,
+        metadata={"help": "Exact names of targets that keep their dense weight; they count toward `keep` in full."},
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None, metadata={"help": "Indices of the layers to factorise; None: all."}
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None,
+        metadata={"help": "Name of the module list that `layers_to_transform` counts in, e.g. 'layers' or 'h'."},
+    )
+    modules_to_save: list[str] | None = field(
+        default=None, metadata={"help": "Modules that are trained and saved whole beside the factors, e.g. a new classifier."}
+    )
+    init_weights: bool = field(
+        default=True,
+        metadata={"help": "False: random factors of the weight's norm instead of its decomposition, for tests and baselines."},
+    )
+    dense_parameters: int | None = field(
+        default=None, metadata={"help": "Filled in: parameters of the targeted matrices before."}
+    )
+    stored_parameters: int | None = field(
+        default=None, metadata={"help": "Filled in: parameters stored for them, dense ones included."}
+    )
+    dense_bytes: int | None = field(default=None, metadata={"help": "Filled in: bytes of the targeted matrices before."})
+    stored_bytes: int | None = field(
+        default=None, metadata={"help": "Filled in: bytes stored for them in the base model's dtype, dense ones included."}
+    )
+    moved_bias: bool = field(
+        default=False,
+        metadata={"help": "Filled in: whether factorised modules with a bias hold one of their own, moved by E[(W - AB) x]."},
+    )
+    calibration_tokens: int | None = field(
+        default=None, metadata={"help": "Filled in: input rows that the statistics were taken of."}
+    )
+    gradient_tokens: int | None = field(
+        default=None, metadata={"help": "Filled in: labels sampled for the gradients that the statistics were taken of."}
+    )
+    seed: int | None = field(default=None, metadata={"help": "Filled in: the seed of the sampled labels."})
+    predicted_loss: float | None = field(
+        default=None, metadata={"help": "Filled in: predicted increase of the loss, nats per token."}
+    )
+    smaller_keeps: list[float] | None = field(
+        default=None,
+        metadata={
+            "help": "Filled in: smaller sizes at which `from_pretrained(..., keep=...)` loads the adapter, from large to small."
+        },
+    )
+    smaller_ranks: dict[str, list[int | None]] | None = field(
+        default=None, metadata={"help": "Filled in: rank per module at each of these sizes; None: dense."}
+    )
+    evaluation: dict[str, float] | None = field(
+        default=None,
+        metadata={"help": "Figures for the model card, e.g. {'dense perplexity': 19.4, 'perplexity': 25.4}; set by you."},
+    )

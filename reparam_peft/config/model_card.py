@@ -8,6 +8,8 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from .fields import OF_ALLOCATION, OF_METRICS, Fields
+
 if TYPE_CHECKING:
     from peft import PeftModel
 
@@ -23,7 +25,7 @@ TAGS = ["low-rank", "reparam"]
 BEGIN, END = "<!-- reparam_peft: begin -->", "<!-- reparam_peft: end -->"
 
 
-def model_card_section(config: Any, load: str | None = None) -> str:
+def model_card_section(config: Fields, load: str | None = None) -> str:
     """Markdown on the base model, the method, the sizes, calibration, evaluation and how to load, from a resolved config.
 
     `load` is the code that loads the model; None: that of an adapter.
@@ -64,8 +66,8 @@ Each targeted weight W (out × in) of the base model is replaced by a product A 
 {END}"""
 
 
-def _loads_adapter(config: Any) -> str:
-    auto_class = AUTO_CLASSES.get(config.task_type, "AutoPeftModel")
+def _loads_adapter(config: Fields) -> str:
+    auto_class = AUTO_CLASSES.get(config.task_type or "", "AutoPeftModel")
     return f"""import reparam_peft  # registers the method with PEFT; needed before loading
 from peft import {auto_class}, PeftModel
 
@@ -74,7 +76,7 @@ model = {auto_class}.from_pretrained("<this repository or folder>")
 model = PeftModel.from_pretrained(base_model, "<this repository or folder>")"""
 
 
-def write_standalone_card(folder: str | Path, config: Any, auto_class: str, self_contained: bool = False) -> None:
+def write_standalone_card(folder: str | Path, config: Fields, auto_class: str, self_contained: bool = False) -> None:
     """Write a README.md for a standalone checkpoint.
 
     Args:
@@ -97,7 +99,7 @@ model = {auto_class}.from_pretrained("<this repository or folder>"{option})"""
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{model_card_section(config, load)}\n").save(Path(folder) / "README.md")
 
 
-def update_model_card(folder: str, config: Any) -> None:
+def update_model_card(folder: str, config: Fields) -> None:
     """Write the section into `folder`/README.md: in place of an earlier one, else at the top; the rest stays."""
     path = Path(folder) / "README.md"
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData(library_name="peft"))
@@ -112,17 +114,19 @@ def update_model_card(folder: str, config: Any) -> None:
 
 def upload_with_section(model: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:
     """`PeftModel._upload_modified_files`, with the section in the card that `push_to_hub` has just written over ours."""
-    if Path(working_dir, "adapter_config.json").exists():  # at the top there is the adapter "default", if any
-        update_model_card(working_dir, model.peft_config["default"])
+    config = model.peft_config.get("default")
+    # At the top of the folder there is the adapter "default", if any.
+    if Path(working_dir, "adapter_config.json").exists() and isinstance(config, Fields):
+        update_model_card(working_dir, config)
     return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
 
 
-def _calibration_rows(config: Any) -> list[tuple[str, str]]:
+def _calibration_rows(config: Fields) -> list[tuple[str, str]]:
     """What a calibrated checkpoint was made with, and what it is predicted to lose; settings only where they were chosen."""
     if config.calibration_tokens is None:
         return []
-    names = ("input_metric", "output_metric", "shrinkage", "output_shrinkage", "rank_multiple", "floor", "ceiling")
-    rows = [(name.replace("_", " "), getattr(config, name)) for name in names if getattr(config, name) is not None]
+    settings = {name: getattr(config, name) for name in (*OF_METRICS, *OF_ALLOCATION)}
+    rows = [(name.replace("_", " "), value) for name, value in settings.items() if value is not None]
     rows.append(("calibration tokens", f"{config.calibration_tokens:,}"))
     if config.gradient_tokens:
         rows.append(("labels sampled for gradients", f"{config.gradient_tokens:,}, seed {config.seed}"))

@@ -146,7 +146,7 @@ def direction_losses(
     measured = weighing(weight, gram, fisher)
     if input_metric is gram and output_metric is fisher:
         W, largest = scaled(weight)
-        energies, _ = _decompose(W, *measured, vectors=False)
+        energies = torch.linalg.eigvalsh(_square_of_whitened(W, *measured)[1])
         return energies.flip(0).clamp(min=0) * (largest**2 * measured[0].scale * measured[1].scale / 2)
     A, B = _nested_factors(weight, *weighing(weight, input_metric, output_metric))
     return measured[1].norms(A) * measured[0].norms(B.mT) / 2
@@ -171,9 +171,9 @@ def random_factors(weight: Tensor, rank: int) -> Factors:
     # E‖A B‖_F² = out · in · r · std(A)² · std(B)²; both factors get the same standard deviation.
     W, largest = scaled(weight)
     std = (float(W.square().mean().sqrt()) * largest) ** 0.5 / rank**0.25
-    like = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
-    A = torch.randn(out_features, rank, **like) * std
-    B = torch.randn(rank, in_features, **like) * std
+    device, wide = weight.device, torch.promote_types(weight.dtype, torch.float32)
+    A = torch.randn(out_features, rank, device=device, dtype=wide) * std
+    B = torch.randn(rank, in_features, device=device, dtype=wide) * std
     return _round_into(_empty_factors(weight, rank), A, B)
 
 
@@ -183,8 +183,7 @@ def _empty_factors(weight: Tensor, rank: int) -> Factors:
     It is taken before the memory of intermediate results, which else leaves holes between the factors of many matrices.
     """
     out_features, in_features = weight.shape
-    like = {"dtype": weight.dtype, "device": weight.device}
-    return Factors(torch.empty(out_features, rank, **like), torch.empty(rank, in_features, **like))
+    return Factors(weight.new_empty(out_features, rank), weight.new_empty(rank, in_features))
 
 
 def _round_into(stored: Factors, A: Tensor, B: Tensor) -> Factors:
@@ -199,38 +198,41 @@ def _round_into(stored: Factors, A: Tensor, B: Tensor) -> Factors:
 def weighing(weight: Tensor, gram: Tensor | None, output_gram: Tensor | None) -> tuple[Metric, Metric]:
     """G and F, checked; the identity, as a diagonal, where there is none."""
     out_features, in_features = weight.shape
-    given = []
-    for name, metric, size in (("gram", gram, in_features), ("output_gram", output_gram, out_features)):
-        if metric is None:
-            metric = torch.ones(size, device=weight.device)
-        check_metric(name, metric, size)
-        given.append(Metric(exact(metric).to(device_of_sums(weight.device))))
-    return given[0], given[1]
+
+    def checked(name: str, metric: Tensor | None, size: int) -> Metric:
+        matrix = torch.ones(size, device=weight.device) if metric is None else metric
+        check_metric(name, matrix, size)
+        return Metric(exact(matrix).to(device_of_sums(weight.device)))
+
+    return checked("gram", gram, in_features), checked("output_gram", output_gram, out_features)
 
 
 def _nested_factors(weight: Tensor, gram: Metric, output_gram: Metric) -> tuple[Tensor, Tensor]:
     """A (out, k) and B (k, in), k = min(out, in), float64: their first r columns and rows are the best factors of rank r."""
     W, largest = scaled(weight)
-    _, U = _decompose(W, gram, output_gram)
-    U = U.flip(1)
+    U = _left_singular_vectors(W, gram, output_gram)
     A, B = output_gram.unwhiten(U), U.mT @ output_gram.whiten(W)
     return A, B * largest
 
 
-def _decompose(W: Tensor, gram: Metric, output_gram: Metric, vectors: bool = True) -> tuple[Tensor, Tensor | None]:
-    """Squared singular values of M = Tᵀ W S, ascending, and on request the left singular vectors (out, k)."""
+def _square_of_whitened(W: Tensor, gram: Metric, output_gram: Metric) -> tuple[Tensor | None, Tensor]:
+    """With M = Tᵀ W S the smaller of Mᵀ M and M Mᵀ, whose eigenvalues are σ²; before it M, where it was formed: for tall W."""
     whitened = output_gram.whiten(W)
-    tall = W.shape[0] > W.shape[1]
-    M = gram.whiten(whitened.mT).mT if tall else whitened
-    square = M.mT @ M if tall else M @ gram.times(M.mT)
-    square = (square + square.mT) / 2
-    if not vectors:
-        return torch.linalg.eigvalsh(square), None
-    energies, vectors_of_square = torch.linalg.eigh(square)
-    if not tall:
-        return energies, vectors_of_square
+    if W.shape[0] > W.shape[1]:
+        M = gram.whiten(whitened.mT).mT
+        square = M.mT @ M
+        return M, (square + square.mT) / 2
+    # M Mᵀ = (Tᵀ W) G (Tᵀ W)ᵀ needs no root of G.
+    square = whitened @ gram.times(whitened.mT)
+    return None, (square + square.mT) / 2
+
+
+def _left_singular_vectors(W: Tensor, gram: Metric, output_gram: Metric) -> Tensor:
+    """Left singular vectors (out, k) of M = Tᵀ W S, k = min(out, in), the largest singular value first."""
+    M, square = _square_of_whitened(W, gram, output_gram)
+    vectors = torch.linalg.eigh(square).eigenvectors.flip(1)
     # M v_i = σ_i u_i. QR, largest first, makes them orthonormal also where σ_i is lost in rounding.
-    return energies, torch.linalg.qr(M @ vectors_of_square.flip(1)).Q.flip(1)
+    return vectors if M is None else torch.linalg.qr(M @ vectors).Q
 
 
 def scaled(weight: Tensor) -> tuple[Tensor, float]:

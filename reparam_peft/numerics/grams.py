@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,8 +34,11 @@ def add_gram(
         return
     total = totals[name]
     if sums is not None:
-        whole = len(X) if weights is None else weights.sum()
-        centre = (sums / (whole if weights is None else whole.clamp(min=1e-300))).to(X.dtype)
+        # Σ w x xᵀ = Σ w (x − c)(x − c)ᵀ + c sᵀ + s cᵀ + (Σ w) c cᵀ with s = Σ w (x − c), for any c. With c near the mean the
+        # float32 product sees small numbers only; the terms in c are float64. Without this, channels of large mean and small
+        # variance, of which transformers have some, would lose their covariance in rounding.
+        whole = sums.new_tensor(len(X)) if weights is None else weights.sum()
+        centre = (sums / whole.clamp(min=1e-300)).to(X.dtype)
         c = centre.double()
         s = sums - whole * c  # of w (x − c), before that is rounded
         X = X - centre
@@ -65,18 +69,19 @@ def cross_product(Y: Tensor, X: Tensor) -> Tensor:
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     """Float32 products as such: neither half precision (autocast) nor TF32 or bfloat16 in their place."""
-    backends = (torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None))
-    backends = [backend for backend in backends if hasattr(backend, "fp32_precision")]  # since PyTorch 2.9
-    before = [backend.fp32_precision for backend in backends] or torch.get_float32_matmul_precision()
+    candidates: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+    backends = [backend for backend in candidates if hasattr(backend, "fp32_precision")]  # since PyTorch 2.9
+    before = [backend.fp32_precision for backend in backends]
+    before_of_all = None if backends else torch.get_float32_matmul_precision()
     try:
         for backend in backends:
             backend.fp32_precision = "ieee"
-        if not backends:
+        if before_of_all is not None:
             torch.set_float32_matmul_precision("highest")
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, value in zip(backends, before, strict=False):
+        for backend, value in zip(backends, before, strict=True):
             backend.fp32_precision = value
-        if not backends:
-            torch.set_float32_matmul_precision(before)
+        if before_of_all is not None:
+            torch.set_float32_matmul_precision(before_of_all)

@@ -47,7 +47,7 @@ class Metric:
         if self.diagonal:
             inverse = torch.where(self.root > ABSENT * self.root.amax(), 1 / self.root, 0)
             return inverse[:, None] * X
-        if self._symmetric is None:
+        if self._cholesky is not None:
             return torch.linalg.solve_triangular(self.root.mT, X, upper=True)
         roots, Q = self._symmetric
         inverse = torch.where(roots > ABSENT * roots.amax(), 1 / roots, 0)
@@ -58,7 +58,7 @@ class Metric:
         """T with T Tᵀ = M: Cholesky's factor, or the symmetric root where M is singular or nearly so."""
         if self.diagonal:
             return self.matrix.clamp(min=0).sqrt()
-        if self._symmetric is None:
+        if self._cholesky is not None:
             return self._cholesky
         roots, Q = self._symmetric
         return (Q * roots) @ Q.mT
@@ -71,10 +71,8 @@ class Metric:
         return None if failed or not pivots.amin() > ABSENT * pivots.amax() else L
 
     @cached_property
-    def _symmetric(self) -> tuple[Tensor, Tensor] | None:
-        """Square roots of the eigenvalues, and the eigenvectors, where there is no triangular factor."""
-        if self._cholesky is not None:
-            return None
+    def _symmetric(self) -> tuple[Tensor, Tensor]:
+        """Square roots of the eigenvalues, and the eigenvectors."""
         eigenvalues, Q = torch.linalg.eigh(self.matrix)
         return eigenvalues.clamp(min=0).sqrt(), Q
 

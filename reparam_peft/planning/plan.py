@@ -11,6 +11,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ..arguments import is_int
 from ..config.reparam_config import ReparamConfig
 from ..display.axes import grid_of, heat_map
 from ..display.tables import table_html
@@ -99,8 +100,8 @@ class Plan:
     @property
     def predicted_loss(self) -> float | None:
         """Predicted increase of the loss, nats per token: the sum over the modules."""
-        losses = [module.predicted_loss for module in self.modules]
-        return None if None in losses else sum(losses)
+        losses = [module.predicted_loss for module in self.modules if module.predicted_loss is not None]
+        return sum(losses) if len(losses) == len(self.modules) else None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -112,7 +113,7 @@ class Plan:
         """Names of the targets that stay dense."""
         return [module.name for module in self.modules if module.rank is None]
 
-    def to_dict(self) -> dict[str, object]:
+    def to_dict(self) -> dict[str, Any]:
         """Everything, for JSON."""
         return {"format": FORMAT, **asdict(self)}
 
@@ -134,7 +135,7 @@ class Plan:
             raise ValueError(f"{path} does not hold a plan: {error}") from error
 
     @classmethod
-    def from_dict(cls, fields: Mapping[str, object]) -> Plan:
+    def from_dict(cls, fields: Mapping[str, Any]) -> Plan:
         """The plan that `to_dict` gave.
 
         Raises:
@@ -145,14 +146,61 @@ class Plan:
             raise ValueError(f"`format` must be {FORMAT!r}.")
         try:
             plan = cls(tuple(map(_module_plan, fields.pop("modules"))), **fields)
-            choices = {"keep": plan.keep, "method": plan.method, "allocation": plan.allocation, "form": plan.form}
-            counts = {name: getattr(plan, name) for name in ("moved_bias", "calibration_tokens", "gradient_tokens", "seed")}
-            ReparamConfig(**choices, **counts, ceiling=plan.ceiling)  # checks these
+            ReparamConfig(  # which checks them
+                keep=plan.keep,
+                method=plan.method,
+                allocation=plan.allocation,
+                form=plan.form,
+                moved_bias=plan.moved_bias,
+                calibration_tokens=plan.calibration_tokens,
+                gradient_tokens=plan.gradient_tokens,
+                seed=plan.seed,
+                ceiling=plan.ceiling,
+            )
         except (TypeError, KeyError) as error:
             raise ValueError(f"a field is missing, unknown or wrong: {error}") from error
-        if None in (*choices.values(), *counts.values()) or len({module.name for module in plan.modules}) < len(plan.modules):
+        required = (plan.method, plan.allocation, plan.form, plan.calibration_tokens, plan.gradient_tokens, plan.seed)
+        if None in required or len({module.name for module in plan.modules}) < len(plan.modules):
             raise ValueError("a field is missing, or a module is there twice.")
         return plan
+
+    def check_fits(
+        self,
+        shapes: Mapping[str, tuple[int, int]],
+        config: ReparamConfig,
+        given: Mapping[str, int | None],
+        has_bias: bool,
+    ) -> None:
+        """Raise `ValueError` unless the plan is of these targets, and a config asks for nothing else.
+
+        Args:
+            shapes: (out, in) of each target.
+            config: with the plan's choices where it makes none.
+            given: ranks that the config gives.
+            has_bias: whether any target has a bias.
+        """
+        planned = {module.name: module.shape for module in self.modules}
+        for name in shapes.keys() ^ planned.keys():
+            raise ValueError(f"{name}: it is in the plan or among the targets, but not in both; the plan is of other targets.")
+        for name, shape in shapes.items():
+            if planned[name] != shape:
+                raise ValueError(f"{name}: the plan is for a shape of {planned[name]}, and the weight is {shape}.")
+        for name in ("form", "allocation", "keep", "ceiling"):
+            if getattr(self, name) != getattr(config, name):
+                raise ValueError(
+                    f"`plan` is for `{name}={getattr(self, name)!r}`, and the config says {getattr(config, name)!r}; "
+                    "leave it out of the config, or make a plan with it."
+                )
+        if has_bias and self.moved_bias != config.moved_bias:
+            raise ValueError(
+                f"`plan` is for `method={self.method!r}`, and the config says {config.method!r}, which stores other biases."
+            )
+        for name, rank in given.items():
+            if self.ranks.get(name) != rank:
+                raise ValueError(
+                    f"{name}: the config says rank {rank}, and the plan {self.ranks.get(name)}; leave `r`, `rank_pattern` and "
+                    "`dense_modules` out of the config, or make a plan with them."
+                )
 
     def resistant(self, count: int = 10) -> list[ModulePlan]:
         """The targets that resist compression most: those whose effective rank is the largest part of their full rank."""
@@ -195,14 +243,14 @@ def _cells(module: ModulePlan) -> tuple[str, ...]:
     )
 
 
-def _module_plan(entry: Mapping[str, object]) -> ModulePlan:
+def _module_plan(entry: Mapping[str, Any]) -> ModulePlan:
     shape, rank, spectrum = tuple(entry["shape"]), entry["rank"], tuple(entry["spectrum"])
     if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
         raise ValueError(f"{entry['name']}: `shape` must be two positive ints, got {shape!r}.")
-    if rank is not None and (isinstance(rank, bool) or not isinstance(rank, int) or not 1 <= rank <= min(shape)):
+    if rank is not None and not (is_int(rank) and 1 <= rank <= min(shape)):
         raise ValueError(f"{entry['name']}: `rank` must be None or in [1, {min(shape)}], got {rank!r}.")
     stored, losses = entry["stored_parameters"], [*spectrum, entry["predicted_loss"] or 0.0]
-    if isinstance(stored, bool) or not isinstance(stored, int) or stored < 1:
+    if not is_int(stored) or stored < 1:
         raise ValueError(f"{entry['name']}: `stored_parameters` must be a positive int, got {stored!r}.")
     if not all(isinstance(loss, (int, float)) and math.isfinite(loss) for loss in losses):
         raise ValueError(f"{entry['name']}: `predicted_loss` and `spectrum` must be finite numbers.")
@@ -211,12 +259,27 @@ def _module_plan(entry: Mapping[str, object]) -> ModulePlan:
 
 def make_plan(
     config: ReparamConfig,
+    keep: float,
     storages: Mapping[str, Storage],
     ranks: Mapping[str, int | None],
     losses: Mapping[str, Tensor],
-    **provenance: int,
+    *,
+    calibration_tokens: int = 0,
+    gradient_tokens: int = 0,
+    seed: int = 0,
 ) -> Plan:
-    """The plan of these ranks."""
+    """The plan of these ranks.
+
+    Args:
+        config: with its choices resolved.
+        keep: the size that was asked for.
+        storages: what each target's product takes.
+        ranks: of the targets; None: dense.
+        losses: what each direction of each target costs, nats per token; empty where that is not known.
+        calibration_tokens, gradient_tokens, seed: of the statistics.
+    """
+    if config.method is None or config.allocation is None or config.form is None:
+        raise ValueError("`config` must have its `method`, `allocation` and `form` resolved.")
 
     def modules() -> Iterable[ModulePlan]:
         for name, rank in ranks.items():
@@ -227,8 +290,18 @@ def make_plan(
             shape, values = (storage.out_features, storage.in_features), () if spectrum is None else tuple(spectrum.tolist())
             yield ModulePlan(name, shape, rank, storage.stored(rank), lost, values)
 
-    chosen = (config.keep, config.method, config.allocation, config.form, config.moved_bias)
-    return Plan(tuple(modules()), *chosen, **provenance, ceiling=config.ceiling)
+    return Plan(
+        modules=tuple(modules()),
+        keep=keep,
+        method=config.method,
+        allocation=config.allocation,
+        form=config.form,
+        moved_bias=config.moved_bias,
+        calibration_tokens=calibration_tokens,
+        gradient_tokens=gradient_tokens,
+        seed=seed,
+        ceiling=config.ceiling,
+    )
 
 
 def plot_plan(plan: Plan, axes: Any = None) -> Any:

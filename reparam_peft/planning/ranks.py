@@ -1,113 +1,199 @@
-"""Ranks under a budget."""
+"""Ranks under a budget: what a config gives, uniform ones, and those of the least predicted loss."""
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
 from ..config.reparam_config import ReparamConfig
-from ..numerics.storage import Storage
+from ..numerics.decompositions import check_rank
+from ..numerics.methods import METHODS
+from ..numerics.storage import Storage, uniform_rank
 from .allocation import RANK_MULTIPLE, Point, allocate, points
 from .plan import Plan
 
+Ranks = dict[str, int | None]  # module → rank; None: dense
 
-def allocate_ranks(
-    config: ReparamConfig, storages: Mapping[str, Storage], losses: Mapping[str, Tensor], fixed: Mapping[str, int | None]
-) -> dict[str, int | None]:
-    """Ranks by predicted loss under the config's budget; None: dense. Uniform ranks are a candidate too.
 
-    Args:
-        config: `keep`, `rank_multiple`, `floor` and `ceiling`.
-        storages: what each target's product takes.
-        losses: what each direction of each target costs.
-        fixed: targets whose rank is given.
+def resolve_rank(config: ReparamConfig, name: str, storage: Storage, keep: float | None = None) -> int | None:
+    """The rank that a config gives a module's matrix by itself, or None where it stays dense.
+
+    `dense_modules` comes first, then `rank_pattern`, `r`, and `keep`, in place of which another can be given.
 
     Raises:
-        ValueError: the budget cannot be met.
+        ValueError: `rank_pattern` holds a rank above min(out, in).
     """
-    floor, ceiling = config.floor or 0.0, 1.0 if config.ceiling is None else config.ceiling
-    budget = parameter_budget(config.keep, storages)
-    curves: dict[str, list[Point]] = {}
-    for name, storage in storages.items():
-        if name in fixed:
-            rank = fixed[name]
-            curves[name] = [Point(rank, storage.stored(rank), 0.0)]
-        else:
-            small = min(storage.out_features, storage.in_features) < 8 * RANK_MULTIPLE  # gains nothing by alignment
-            multiple = config.rank_multiple or (1 if small else RANK_MULTIPLE)
-            curves[name] = points(losses[name], storage, multiple, floor, ceiling)
-    least = sum(curve[0].parameters for curve in curves.values())
-    if least > budget:
-        held = sum(curves[name][0].parameters for name in fixed)
-        raise ValueError(
-            f"`keep={config.keep}` allows {budget:,} parameters, and the least that can be stored is {least:,}: {held:,} for "
-            f"the {len(fixed)} targets that `dense_modules` and `rank_pattern` fix, and the lowest ranks of the others. Raise "
-            "`keep`, or lower `floor` or `rank_multiple`."
-        )
-    chosen = allocate(list(curves.values()), budget)
-    ranks = {name: curve[index].rank for (name, curve), index in zip(curves.items(), chosen, strict=True)}
-    uniform = {name: _uniform_point(curve, config.keep * storages[name].dense) for name, curve in curves.items()}
-    if None in uniform.values() or sum(point.parameters for point in uniform.values()) > budget:
-        return ranks
-    lost = sum(curve[index].loss for curve, index in zip(curves.values(), chosen, strict=True))
-    if sum(point.loss for point in uniform.values()) < lost:
-        return {name: point.rank for name, point in uniform.items()}
-    return ranks
+    if name in (config.dense_modules or ()):
+        return None
+    rank = config.module_rank(name)
+    if rank is not None:
+        check_rank(rank, (storage.out_features, storage.in_features))
+        return rank
+    if config.r is None:
+        return uniform_rank(config.keep if keep is None else keep, storage)
+    largest = min(storage.out_features, storage.in_features)
+    if isinstance(config.r, str):  # "full"
+        return largest
+    return config.r if config.r <= largest and storage.saves(config.r) else None
 
 
 def is_nested(config: ReparamConfig) -> bool:
     """Whether products of a rank are the first columns of A and rows of B of those of any higher rank, and an adapter says so.
 
-    They are, but for the pivot form and an autoencoder. It says so where a `ceiling` below 1 leaves nothing dense by itself.
+    They are with most methods, but not in pivot form. It says so where a `ceiling` below 1 leaves nothing dense by itself.
     """
-    return config.form == "factors" and config.method != "autoencoder" and config.ceiling is not None and config.ceiling < 1
+    method_is_nested = config.method is not None and METHODS[config.method].nested
+    return config.form == "factors" and method_is_nested and config.ceiling is not None and config.ceiling < 1
 
 
-def smaller_ranks(
-    config: ReparamConfig, storages: Mapping[str, Storage], plan: Plan, given: Mapping[str, int | None]
-) -> dict[float, dict[str, int | None]] | None:
-    """Ranks at sizes below that of a plan, in steps of 0.05 down to the least there is: size → module → rank; None: dense.
+@dataclass(frozen=True)
+class RankChooser:
+    """Chooses the ranks of some matrices under a budget.
 
-    No rank rises, so that the products are the first columns of A and rows of B of those of the plan. A matrix may be dense
-    where the budget allows it, since a base model has it. None unless the products are nested.
-
-    Args:
-        config: that the plan was made with.
-        storages: what each target's product takes.
-        plan: whose directions are in the order of what they cost.
-        given: ranks that the config fixes, which stay.
+    Attributes:
+        storages: what the product of each matrix takes.
+        keep: fraction of the parameters of all of them that may be stored.
+        by_loss: whether ranks are those of the least predicted loss under one budget; else each matrix has its own.
+        given: ranks that are not to be chosen.
+        uniform: without `by_loss`, the ranks at this size.
+        within_budget: whether `uniform` is meant to fit `keep`; one rank for all matrices is not.
+        rank_multiple: what chosen ranks are a multiple of; None: 8, and 1 for matrices with a side below 64.
+        floor: the least fraction of a matrix that is stored.
+        ceiling: the most; below 1 only matrices too small for any product stay dense.
     """
-    factorised = {module.name: module for module in plan.modules if module.rank is not None}
-    if not is_nested(config):
-        return None
-    config = copy.copy(config)
-    config.ceiling = None
-    fixed = {module.name: module.rank for module in plan.modules if module.rank is None or not any(module.spectrum)} | {**given}
-    losses = {module.name: torch.tensor(module.spectrum, dtype=torch.float64) for module in plan.modules}
-    found: dict[float, dict[str, int | None]] = {}
-    for step in range(math.ceil(plan.keep * 20 - 1e-9) - 1, 0, -1):
-        config.keep = step / 20
-        try:
-            ranks = allocate_ranks(config, storages, losses, fixed)
-        except ValueError:  # smaller than the lowest ranks and what is always dense
-            break
-        found[config.keep] = {name: ranks[name] and min(ranks[name], module.rank) for name, module in factorised.items()}
-    return found
 
+    storages: Mapping[str, Storage]
+    keep: float
+    by_loss: bool = True
+    given: Mapping[str, int | None] = field(default_factory=dict)
+    uniform: Mapping[str, int | None] = field(default_factory=dict)
+    within_budget: bool = True
+    rank_multiple: int | None = None
+    floor: float = 0.0
+    ceiling: float = 1.0
 
-def check_budget(keep: float, ranks: Mapping[str, int | None], storages: Mapping[str, Storage]) -> None:
-    """Raise `ValueError` where ranks store more than the fraction `keep` of the targeted parameters."""
-    stored, budget = _stored(ranks, storages), parameter_budget(keep, storages)
-    if stored > budget:
-        dense = sum(storages[name].dense for name, rank in ranks.items() if rank is None)
-        raise ValueError(
-            f"`keep={keep}` allows {budget:,} parameters, and these ranks store {stored:,}, of which {dense:,} are in matrices "
-            "that stay dense. Raise `keep`, name fewer `dense_modules`, or use `allocation='loss'`."
+    @classmethod
+    def of(cls, config: ReparamConfig, storages: Mapping[str, Storage], keep: float | None = None) -> RankChooser:
+        """The chooser that a config asks for, at its own `keep` or another.
+
+        Raises:
+            ValueError: `rank_pattern` holds a rank above min(out, in).
+        """
+        uniform = {name: resolve_rank(config, name, storage, keep) for name, storage in storages.items()}
+        dense = set(config.dense_modules or ())
+        return cls(
+            storages=storages,
+            keep=config.keep if keep is None else keep,
+            by_loss=config.allocation == "loss",
+            given={name: rank for name, rank in uniform.items() if name in dense or config.module_rank(name) is not None},
+            uniform=uniform,
+            within_budget=config.r is None,
+            rank_multiple=config.rank_multiple,
+            floor=config.floor or 0.0,
+            ceiling=1.0 if config.ceiling is None else config.ceiling,
         )
+
+    @property
+    def budget(self) -> int:
+        """How many numbers may be stored."""
+        return parameter_budget(self.keep, self.storages)
+
+    def check(self) -> None:
+        """Raise `ValueError`, before minutes of work, where no ranks fit the budget, whatever the losses are."""
+        if not self.by_loss:
+            self.ranks({})
+            return
+        lengths = {name: min(storage.out_features, storage.in_features) for name, storage in self.storages.items()}
+        self.least_loss({name: torch.zeros(length, dtype=torch.float64) for name, length in lengths.items()}, self.given)
+
+    def ranks(self, losses: Mapping[str, Tensor]) -> Ranks:
+        """The ranks; `losses`, what each direction of each matrix costs, are needed with `by_loss`.
+
+        A matrix that no gradient reaches, whose directions cost nothing, gets a uniform rank.
+
+        Raises:
+            ValueError: the budget cannot be met.
+        """
+        if self.by_loss:
+            unreached = {name: uniform_rank(self.keep, self.storages[name]) for name in self.unreached(losses)}
+            return self.least_loss(losses, {**self.given, **unreached})
+        if self.within_budget:
+            self.check_budget(self.uniform)
+        return dict(self.uniform)
+
+    def unreached(self, losses: Mapping[str, Tensor]) -> list[str]:
+        """Matrices whose rank is to be chosen by loss, and that no gradient reaches."""
+        return [name for name in self.storages if self.by_loss and name not in self.given and not losses[name].any()]
+
+    def least_loss(self, losses: Mapping[str, Tensor], fixed: Mapping[str, int | None]) -> Ranks:
+        """Ranks of the least predicted loss under the budget, with those of some matrices fixed; uniform ranks are a candidate.
+
+        Raises:
+            ValueError: the budget cannot be met.
+        """
+        curves = {name: self._curve(name, losses, fixed) for name in self.storages}
+        least = sum(curve[0].parameters for curve in curves.values())
+        if least > self.budget:
+            held = sum(curves[name][0].parameters for name in fixed)
+            raise ValueError(
+                f"`keep={self.keep}` allows {self.budget:,} parameters, and the least that can be stored is {least:,}: "
+                f"{held:,} for the {len(fixed)} targets that `dense_modules` and `rank_pattern` fix, and the lowest ranks of "
+                "the others. Raise `keep`, or lower `floor` or `rank_multiple`."
+            )
+        indices = allocate(list(curves.values()), self.budget)
+        chosen = {name: curve[index] for (name, curve), index in zip(curves.items(), indices, strict=True)}
+        uniform = {name: _uniform_point(curve, self.keep * self.storages[name].dense) for name, curve in curves.items()}
+        candidates = [point for point in uniform.values() if point is not None]
+        fits = len(candidates) == len(curves) and sum(point.parameters for point in candidates) <= self.budget
+        if fits and sum(point.loss for point in candidates) < sum(point.loss for point in chosen.values()):
+            return {name: point.rank for name, point in zip(uniform, candidates, strict=True)}
+        return {name: point.rank for name, point in chosen.items()}
+
+    def smaller(self, plan: Plan) -> dict[float, Ranks]:
+        """Ranks at sizes below that of a plan, in steps of 0.05 down to the least there is: size → module → rank; None: dense.
+
+        No rank rises, so that the products are the first columns of A and rows of B of those of the plan. A matrix may be
+        dense where the budget allows it, since a base model has it.
+
+        Args:
+            plan: of this chooser, whose directions are in the order of what they cost.
+        """
+        factorised = {module.name: module.rank for module in plan.modules if module.rank is not None}
+        held = {module.name: module.rank for module in plan.modules if module.rank is None or not any(module.spectrum)}
+        losses = {module.name: torch.tensor(module.spectrum, dtype=torch.float64) for module in plan.modules}
+        sizes: dict[float, Ranks] = {}
+        for step in range(math.ceil(plan.keep * 20 - 1e-9) - 1, 0, -1):
+            keep = step / 20
+            try:
+                ranks = replace(self, keep=keep, ceiling=1.0).least_loss(losses, {**held, **self.given})
+            except ValueError:  # smaller than the lowest ranks and what is always dense
+                break
+            sizes[keep] = {
+                name: None if (rank := ranks[name]) is None else min(rank, most) for name, most in factorised.items()
+            }
+        return sizes
+
+    def check_budget(self, ranks: Mapping[str, int | None]) -> None:
+        """Raise `ValueError` where ranks store more than the budget."""
+        stored = sum(self.storages[name].stored(rank) for name, rank in ranks.items())
+        if stored > self.budget:
+            dense = sum(self.storages[name].dense for name, rank in ranks.items() if rank is None)
+            raise ValueError(
+                f"`keep={self.keep}` allows {self.budget:,} parameters, and these ranks store {stored:,}, of which {dense:,} "
+                "are in matrices that stay dense. Raise `keep`, name fewer `dense_modules`, or use `allocation='loss'`."
+            )
+
+    def _curve(self, name: str, losses: Mapping[str, Tensor], fixed: Mapping[str, int | None]) -> list[Point]:
+        storage = self.storages[name]
+        if name in fixed:
+            return [Point(fixed[name], storage.stored(fixed[name]), 0.0)]
+        small = min(storage.out_features, storage.in_features) < 8 * RANK_MULTIPLE  # gains nothing by alignment
+        multiple = self.rank_multiple or (1 if small else RANK_MULTIPLE)
+        return points(losses[name], storage, multiple, self.floor, self.ceiling)
 
 
 def parameter_budget(keep: float, storages: Mapping[str, Storage]) -> int:
@@ -119,7 +205,3 @@ def _uniform_point(curve: list[Point], parameters: float) -> Point | None:
     """The dearest point of a curve that stores at most so many parameters; the only point of a fixed one."""
     within = curve if len(curve) == 1 else [point for point in curve if point.parameters <= parameters]
     return within[-1] if within else None
-
-
-def _stored(ranks: Mapping[str, int | None], storages: Mapping[str, Storage]) -> int:
-    return sum(storages[name].stored(rank) for name, rank in ranks.items())

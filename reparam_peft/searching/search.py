@@ -15,9 +15,10 @@ from tqdm.auto import tqdm
 from ..calibration.statistics import Batches, Statistics
 from ..compression.compress import calibrate, compress
 from ..compression.run import with_defaults
-from ..config.fields import CALIBRATED_METHODS, METHODS
+from ..config.fields import CALIBRATED
 from ..config.reparam_config import ReparamConfig
 from ..evaluation.measures import Measure, Tolerance, measure_named
+from ..numerics.methods import METHODS
 from ..planning.plan import Plan
 from ..runtime.fingerprints import fingerprint_of_batches, fingerprint_of_model, fingerprint_of_tensors
 from ..runtime.processes import check_whole
@@ -181,7 +182,7 @@ def check_search(
         TypeError, ValueError, ImportError: as `search`.
     """
     keeps = sorted({float(keep) for keep in (keeps if keeps is not None else [i / 100 for i in range(5, 100)])})
-    methods = list(methods or [config.method or CALIBRATED_METHODS[0]])
+    methods = list(methods or [config.method or CALIBRATED["method"]])
     if config.r is not None:
         raise ValueError(f"`r={config.r!r}` fixes the size, which is what a search finds; leave it out of the config.")
     if not config.init_weights:
@@ -191,8 +192,8 @@ def check_search(
     for method in methods:
         if method not in METHODS:
             raise ValueError(f"`methods` must hold some of {', '.join(map(repr, METHODS))}, got {method!r}.")
-    if "autoencoder" in methods:
-        raise ValueError("`methods` cannot hold 'autoencoder': its factors of one rank are no part of those of another.")
+        if not METHODS[method].nested:
+            raise ValueError(f"`methods` cannot hold {method!r}: its factors of one rank are no part of those of another.")
     for method in methods:
         with_defaults(_with(config, method=method), None, False)  # raises where a field has no effect with it
     if isinstance(max_trials, bool) or not isinstance(max_trials, int) or max_trials < 1:

@@ -12,10 +12,11 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..config.fields import CALIBRATED_METHODS
+from ..config.fields import DATA_FREE, OF_ALLOCATION, OF_METRICS
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import Product
-from ..numerics.decompositions import Factors, factorize, random_factors
+from ..numerics.decompositions import Factors, random_factors
+from ..numerics.methods import METHODS, names_of_methods
 from ..numerics.pivoting import PivotFactors, pivot
 from ..runtime.modules import naming
 from .layer import REMEDY, W_IS_GONE, ReparamLayer
@@ -38,14 +39,13 @@ def installing(products: Mapping[str, Product]) -> Iterator[None]:
 
 def check_data_free(config: ReparamConfig) -> None:
     """Raise `ValueError` where a config asks for what `get_peft_model`, which gets no data, cannot do."""
-    for name, values in (("method", CALIBRATED_METHODS), ("allocation", ("loss",))):
+    for name, values in (("method", names_of_methods(needs_data=True)), ("allocation", ("loss",))):
         if getattr(config, name) in values:
             raise ValueError(
                 f"`{name}={getattr(config, name)!r}` needs calibration data, which `get_peft_model` has no way to pass; use "
                 "`reparam_peft.compress(model, config, batches)`."
             )
-    given = ("input_metric", "output_metric", "shrinkage", "output_shrinkage", "rank_multiple", "floor", "ceiling")
-    for name in given:
+    for name in (*OF_METRICS, *OF_ALLOCATION):
         if getattr(config, name) is not None:
             raise ValueError(
                 f"`{name}` has an effect with calibration data only; leave it out, or use `reparam_peft.compress`."
@@ -98,9 +98,10 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progres
 
 def data_free_factors(matrix: Tensor, target: Target, config: ReparamConfig) -> Factors | PivotFactors:
     """The product of a target's matrix (out, in) in the form of a config: its truncated SVD, or random."""
-    compute = factorize if config.init_weights else random_factors
-    if target.storage.form != "pivot":
-        return compute(matrix, target.rank)
-    # Rounded once, after the conversion.
-    exact = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-    return pivot(compute(exact, target.rank), dtype=matrix.dtype)
+    pivots = target.storage.form == "pivot"
+    # Rounded once, after the conversion to the pivot form.
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32)) if pivots else matrix
+    start = None if config.init_weights else random_factors(wide, target.rank)
+    method = METHODS[config.method or DATA_FREE["method"]]
+    factors = method.function(wide, target.rank, None, None, start)
+    return pivot(factors, dtype=matrix.dtype) if pivots else factors

@@ -12,8 +12,8 @@ from torch import nn
 from ..config.reparam_config import ReparamConfig
 from ..layers.kinds import is_quantized, note_dtype
 from ..layers.product import Product
-from ..numerics.decompositions import check_rank
-from ..numerics.storage import Storage, uniform_rank
+from ..numerics.storage import Storage
+from ..planning.ranks import resolve_rank
 from ..runtime.modules import naming, parameter_owners
 from .layer import REMEDY, W_IS_GONE, ReparamLayer, reparam_layers
 from .matrices import matrix_storage, unwrapped
@@ -50,28 +50,6 @@ def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str
     if unknown:
         warnings.warn(f"`dense_modules` {unknown} are not targeted and were ignored.", RuntimeWarning, stacklevel=2)
     return targets
-
-
-def resolve_rank(config: ReparamConfig, name: str, storage: Storage) -> int | None:
-    """The rank of a module's matrix, or None where it stays dense.
-
-    `dense_modules` comes first, then `rank_pattern`, `r`, and `keep`.
-
-    Raises:
-        ValueError: `rank_pattern` holds a rank above min(out, in).
-    """
-    if name in (config.dense_modules or ()):
-        return None
-    rank = config.module_rank(name)
-    if rank is not None:
-        check_rank(rank, (storage.out_features, storage.in_features))
-        return rank
-    if config.r is None:
-        return uniform_rank(config.keep, storage)
-    largest = min(storage.out_features, storage.in_features)
-    if config.r == "full":
-        return largest
-    return config.r if config.r <= largest and storage.saves(config.r) else None
 
 
 def check_targets(

@@ -1,0 +1,72 @@
+"""The product of one matrix: factorised, brought into its form, and rounded once."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ..config.reparam_config import ReparamConfig
+from ..layers.product import Product
+from ..numerics.decompositions import Factors, direction_losses, random_factors
+from ..numerics.methods import METHODS, Method
+from ..numerics.metrics import exact
+from ..numerics.pivoting import PivotFactors, pivot
+from ..planning.ranks import is_nested
+from .weighing import Weighing
+
+
+@dataclass(frozen=True)
+class Factorizer:
+    """Factorises matrices as a config asks.
+
+    Attributes:
+        method: row of `numerics.methods.METHODS`.
+        form: "factors" or "pivot".
+        from_random: whether factors begin as random ones in place of a decomposition.
+        nested: whether products serve lower ranks too, and keep E[B x] for biases that depend on the rank.
+    """
+
+    method: Method
+    form: str
+    from_random: bool
+    nested: bool
+
+    @classmethod
+    def of(cls, config: ReparamConfig) -> Factorizer:
+        """The factorizer that a config asks for, whose method and form are resolved."""
+        method = METHODS[config.method or ""]
+        return cls(method, config.form or "", from_random=not config.init_weights, nested=is_nested(config))
+
+    def losses(self, W: Tensor, weighing: Weighing) -> Tensor:
+        """What each direction is predicted to cost, in nats per token, shape (min(out, in),)."""
+        if weighing.fisher is None:
+            raise ValueError("losses are predicted by gradients, which these statistics do not hold.")
+        q = direction_losses(W, weighing.gram, weighing.fisher, weighing.input, weighing.output)
+        return q * weighing.loss_scale
+
+    def product(self, W: Tensor, rank: int, dtype: torch.dtype, weighing: Weighing, output_mean: Tensor | None) -> Product:
+        """The product of a matrix.
+
+        Args:
+            W: the matrix (out, in), in `dtype` or wider.
+            rank: of the product.
+            dtype: that the product is stored in.
+            weighing: what errors are weighed by.
+            output_mean: mean of the outputs (out,), float64, that the bias is to preserve; None where it is not moved.
+        """
+        wide = W.to(torch.promote_types(W.dtype, torch.float32))  # rounded once, at the end
+        start = random_factors(wide, rank) if self.from_random else None
+        found = self.method.function(wide, rank, weighing.input, weighing.output, start)
+        factors: Factors | PivotFactors
+        if self.form == "pivot":
+            factors = pivot(found, weighing.input, dtype)
+        else:
+            factors = Factors(*(factor.to(dtype) for factor in found))
+        if output_mean is None:
+            return Product(factors)
+        A, B = map(exact, factors.factors() if isinstance(factors, PivotFactors) else factors)
+        features = B @ weighing.mean.to(B.device)
+        bias = (output_mean - A @ features).to(W.device, dtype)
+        return Product(factors, bias, features.to(W.device, dtype) if self.nested else None)

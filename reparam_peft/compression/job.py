@@ -1,0 +1,330 @@
+"""What one call of `compress`, `plan` or `retruncate` goes through: statistics, losses, ranks, and the product of each matrix."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from peft import PeftModel
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from ..calibration.gather import gather_statistics
+from ..calibration.statistics import Batches, Moments, Statistics
+from ..config.fields import CALIBRATED
+from ..config.reparam_config import ReparamConfig
+from ..layers.kinds import layer_kind, stored_weight
+from ..layers.product import Product, empty_product, product_of, tensors_of
+from ..numerics.decompositions import check_matrix
+from ..numerics.methods import METHODS
+from ..planning.plan import Plan, make_plan
+from ..planning.ranks import RankChooser, is_nested
+from ..runtime.modules import naming
+from ..runtime.processes import check_whole, share_out
+from ..tuner.matrices import base_dtype, source_matrix
+from ..tuner.model import select_targets
+from ..tuner.targets import Target
+from .factorizing import Factorizer
+from .weighing import Weigher, Weighing, mean_output
+
+
+@dataclass(frozen=True)
+class Options:
+    """How a job runs, whatever it computes.
+
+    Attributes:
+        seed: of the labels sampled for gradients.
+        progress: whether to show progress bars.
+        max_memory: bytes that statistics may take at a time; None: all of them are gathered in one pass.
+    """
+
+    seed: int = 0
+    progress: bool = True
+    max_memory: int | None = None
+
+
+class Job:
+    """The targets of one call, their statistics, ranks and products. Nothing of the model is changed.
+
+    Args:
+        model: that the batches are given to.
+        config: with its method, allocation and form resolved.
+        targets: by name.
+        batches: keyword batches, or statistics.
+        options: how the job runs.
+        chooser: of the ranks.
+        matrix_of: gives the matrix (out, in) that a target is factorised from.
+        bias_of: gives the bias that is moved with a target's product; None where none is.
+        groups: names of the targets whose statistics are gathered together; targets in no group are not factorised.
+        modules: what statistics are gathered of, by name; None: the modules of the targets.
+    """
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        config: ReparamConfig,
+        targets: Mapping[str, Target],
+        batches: Batches,
+        options: Options,
+        chooser: RankChooser,
+        matrix_of: Callable[[str], Tensor],
+        bias_of: Callable[[str], Tensor | None],
+        groups: Sequence[Sequence[str]],
+        modules: Mapping[str, nn.Module] | None = None,
+    ) -> None:
+        self.model, self.config, self.targets, self.options, self.chooser = model, config, targets, options, chooser
+        self.matrix_of, self.bias_of = matrix_of, bias_of
+        self.modules = {name: target.module for name, target in targets.items()} if modules is None else dict(modules)
+        self.storages = {name: target.storage for name, target in targets.items()}
+        self.weigher, self.factorizer = Weigher.of(config), Factorizer.of(config)
+        self.groups = [list(group) for group in groups]
+        check_whole(batches)
+        several = len(self.groups) > 1 and not isinstance(batches, Statistics)
+        self.batches: Batches = list(batches) if several else batches
+        self.seed = options.seed
+        self.calibration_tokens = self.gradient_tokens = 0
+        self._at_hand: tuple[list[str], Statistics] | None = None
+
+    @classmethod
+    def of_model(
+        cls,
+        model: nn.Module,
+        config: ReparamConfig,
+        batches: Batches,
+        options: Options,
+        *,
+        adapter_name: str = "default",
+        plan: Plan | None = None,
+        blocks: Sequence[str] = (),
+        moves_bias: bool = False,
+    ) -> Job:
+        """A job on the weights of a model, with everything checked that can be checked before the data are read.
+
+        Args:
+            blocks: names of blocks, in each of which the statistics of all targets are needed together.
+            moves_bias: whether biases are stored with the products for another reason than the method.
+            model, config, batches, options, adapter_name, plan: as for `compress`.
+        """
+        if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
+            raise TypeError("`model` is wrapped by PEFT already; give the base model, or merge the adapter first.")
+        if not isinstance(config, ReparamConfig):
+            raise TypeError(f"`config` must be a ReparamConfig, got a {type(config).__name__}.")
+        if plan is not None and not isinstance(plan, Plan):
+            raise TypeError(f"`plan` must be a Plan, got a {type(plan).__name__}; read one with `Plan.load`.")
+        config = with_defaults(config, plan, moves_bias)
+        targets = select_targets(model, config, adapter_name)
+        for name, target in targets.items():
+            with naming(name):
+                check_matrix(source_matrix(target.module))
+        max_memory = options.max_memory
+        chooser = RankChooser.of(config, {name: target.storage for name, target in targets.items()})
+        job = cls(
+            model=model,
+            config=config,
+            targets=targets,
+            batches=batches,
+            options=options,
+            chooser=chooser,
+            matrix_of=lambda name: source_matrix(targets[name].module),
+            bias_of=lambda name: targets[name].module.bias if targets[name].storage.bias else None,
+            groups=[list(targets)] if max_memory is None else groups_within(targets, max_memory, blocks),
+        )
+        if plan is None:
+            chooser.check()
+        else:
+            shapes = {name: (storage.out_features, storage.in_features) for name, storage in job.storages.items()}
+            has_bias = any(getattr(target.module, "bias", None) is not None for target in targets.values())
+            plan.check_fits(shapes, config, chooser.given if config.r is None else chooser.uniform, has_bias)
+        return job
+
+    def plan(self) -> Plan:
+        """The ranks that the config and the statistics lead to."""
+        return self.plan_with(self.chooser, self.losses())
+
+    def losses(self) -> dict[str, Tensor]:
+        """What each direction of each target is predicted to cost; empty where gradients are not asked for."""
+        losses: dict[str, Tensor] = {}
+        for group in self.groups if self.weigher.gradients else ():
+            statistics = self.statistics(group)
+
+            def compute(name: str, statistics: Statistics = statistics) -> list[Tensor]:
+                return [self.factorizer.losses(self.matrix_of(name), self._weighing(name, statistics))]
+
+            shared = self._share_out(group, "Planning", compute, lambda name: [_direction_costs(self.targets[name])])
+            losses.update({name: costs for name, (costs,) in shared.items()})
+        return losses
+
+    def plan_with(self, chooser: RankChooser, losses: Mapping[str, Tensor]) -> Plan:
+        """The ranks by a chooser, which may be one for another size.
+
+        Raises:
+            ValueError: the budget cannot be met.
+        """
+        for name in chooser.unreached(losses):
+            warnings.warn(f"{name}: no gradient reaches its output, so that its rank is uniform.", stacklevel=4)
+        return make_plan(
+            self.config,
+            chooser.keep,
+            self.storages,
+            chooser.ranks(losses),
+            losses,
+            calibration_tokens=self.calibration_tokens,
+            gradient_tokens=self.gradient_tokens,
+            seed=self.seed,
+        )
+
+    def ranked(self, plan: Plan) -> dict[str, Target]:
+        """The targets with the ranks of a plan."""
+        return {module.name: replace(self.targets[module.name], rank=module.rank) for module in plan.modules}
+
+    def products(self, targets: Mapping[str, Target]) -> dict[str, Product]:
+        """The products of those targets that do not stay dense, factorised one-shot."""
+        products: dict[str, Product] = {}
+        ranks = {name: target.rank for name, target in targets.items() if target.rank is not None}
+        for group in self.groups:
+            names = [name for name in group if name in ranks]
+            if not names:
+                continue
+            statistics = self.statistics(group)
+
+            def compute(name: str, statistics: Statistics = statistics) -> list[Tensor]:
+                W, bias = self.matrix_of(name), self.bias_of(name)
+                weighing = self._weighing(name, statistics)
+                output_mean = None if bias is None else mean_output(W, bias, weighing.mean)
+                return tensors_of(self.product(targets[name], W, weighing, output_mean))
+
+            def room(name: str) -> list[Tensor]:
+                target = targets[name]
+                return empty_product(ranks[name], target.storage, base_dtype(target.module), self.factorizer.nested)
+
+            shared = self._share_out(names, "Factorising", compute, room)
+            products.update({name: product_of(tensors, targets[name].storage.form) for name, tensors in shared.items()})
+        return products
+
+    def product(self, target: Target, W: Tensor, weighing: Weighing, output_mean: Tensor | None) -> Product:
+        """The product of one target, from a matrix in place of its own; `output_mean` as for `Factorizer.product`."""
+        if target.rank is None:
+            raise ValueError("the target stays dense and has no product.")
+        return self.factorizer.product(W, target.rank, base_dtype(target.module), weighing, output_mean)
+
+    def weighing(self, name: str, moments: Moments | None = None) -> Weighing:
+        """What a target's factorisation weighs errors by; with `moments`, of these in place of the inputs calibration saw."""
+        return self._weighing(name, self.statistics(next(group for group in self.groups if name in group)), moments)
+
+    def resume(self, plan: Plan, finished: Container[str]) -> None:
+        """Go on with a plan that this job made earlier; no statistics are gathered any more of targets that are finished."""
+        self.calibration_tokens, self.gradient_tokens, self.seed = plan.calibration_tokens, plan.gradient_tokens, plan.seed
+        unfinished = ([name for name in group if name not in finished] for group in self.groups)
+        self.groups = [group for group in unfinished if group]
+
+    def statistics(self, group: list[str]) -> Statistics:
+        """The statistics of a group of targets; those of the last group are at hand."""
+        if self._at_hand is not None and self._at_hand[0] == group:
+            return self._at_hand[1]
+        self._at_hand = None  # memory holds those of one group at a time
+        modules = {name: self.modules[name] for name in group}
+        if isinstance(self.batches, Statistics):
+            statistics = self.batches
+        else:
+            statistics = gather_statistics(
+                self.model,
+                modules,
+                self.batches,
+                gradients=self.weigher.gradients,
+                seed=self.seed,
+                progress=self.options.progress,
+                starts=self.modules.values(),
+            )
+        statistics.check(modules, self.weigher.gradients)
+        self.calibration_tokens = max(self.calibration_tokens, statistics.tokens)
+        self.gradient_tokens = max(self.gradient_tokens, statistics.gradient_tokens)
+        self.seed = statistics.seed
+        self._at_hand = (group, statistics)
+        return statistics
+
+    def resolved(self, plan: Plan) -> ReparamConfig:
+        """The config for the tuner: what was chosen, and where it came from."""
+        config = copy.deepcopy(self.config)
+        config.rank_pattern, config.dense_modules = plan.ranks, plan.dense_modules
+        config.calibration_tokens, config.gradient_tokens, config.seed = (
+            self.calibration_tokens,
+            self.gradient_tokens,
+            self.seed,
+        )
+        config.predicted_loss = plan.predicted_loss
+        config.smaller_keeps = config.smaller_ranks = None
+        if is_nested(config):
+            smaller = self.chooser.smaller(plan)
+            config.smaller_keeps = list(smaller)
+            config.smaller_ranks = {name: [ranks[name] for ranks in smaller.values()] for name in plan.ranks}
+        return config
+
+    def _weighing(self, name: str, statistics: Statistics, moments: Moments | None = None) -> Weighing:
+        return self.weigher.weighing(name, statistics, self.targets[name].storage.bias, moments)
+
+    def _share_out(
+        self, names: Iterable[str], what: str, compute: Callable[[str], list[Tensor]], room: Callable[[str], list[Tensor]]
+    ) -> dict[str, list[Tensor]]:
+        """`compute(name)` for each target, by one of the processes, in all of them; `room` makes memory to receive it."""
+        return share_out(
+            list(names), what, compute, room, lambda name: stored_weight(self.modules[name]).device, self.options.progress
+        )
+
+
+def with_defaults(config: ReparamConfig, plan: Plan | None = None, moves_bias: bool = False) -> ReparamConfig:
+    """A copy with the choices of a plan, or of `compress`, where the config makes none; checked as one."""
+    config = copy.deepcopy(config)
+    if config.stored_parameters is not None:
+        raise ValueError("`config` is that of a compressed model (its sizes are filled in); make a new one.")
+    choices: dict[str, Any] = {**CALIBRATED, **({"allocation": "uniform"} if config.r is not None else {})}
+    if plan is not None:
+        choices = {"method": plan.method, "allocation": plan.allocation, "form": plan.form}
+        if config.keep == ReparamConfig.keep:
+            config.keep = plan.keep
+        if config.ceiling is None and config.r is None and config.allocation in (None, plan.allocation):
+            config.ceiling = plan.ceiling
+    for name, value in choices.items():
+        setattr(config, name, getattr(config, name) or value)
+    config.__post_init__()
+    config.moved_bias = moves_bias or METHODS[config.method or ""].needs_data
+    return config
+
+
+def groups_within(targets: Mapping[str, Target], max_memory: int, blocks: Sequence[str]) -> list[list[str]]:
+    """Targets in order, in groups whose statistics take at most so many bytes even where they share no inputs.
+
+    Raises:
+        ValueError: those of one target, or of the targets in one block, take more.
+    """
+    units: dict[str, list[str]] = {}
+    for name in targets:
+        units.setdefault(next((block for block in blocks if name.startswith(f"{block}.")), name), []).append(name)
+    groups: list[list[str]] = [[]]
+    left = max_memory
+    for names in units.values():
+        needed = sum(_bytes_of_statistics(targets[name]) for name in names)
+        if needed > max_memory:
+            which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
+            raise ValueError(f"{which}: its statistics take {needed:,} bytes, and `max_memory` is {max_memory:,}; raise it.")
+        if needed > left:
+            groups.append([])
+            left = max_memory
+        groups[-1] += names
+        left -= needed
+    return groups
+
+
+def _bytes_of_statistics(target: Target) -> int:
+    """Two Grams of the input, or counts for a lookup, and one of the output gradients, in float64."""
+    size, one_hot = target.storage.in_features, layer_kind(target.module).one_hot
+    return 8 * ((size if one_hot else 2 * size**2) + target.storage.out_features**2)
+
+
+def _direction_costs(target: Target) -> Tensor:
+    """Memory for what each direction of a target costs."""
+    return torch.empty(min(target.storage.out_features, target.storage.in_features), dtype=torch.float64)
