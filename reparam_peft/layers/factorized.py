@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.types import Device
 
 from ..numerics.decompositions import Factors
 from ..numerics.pivoting import PivotFactors, pivot
 from ..numerics.storage import mask_size
 
-Like: TypeAlias = torch.device | torch.dtype | None
 # The operator that PyTorch's compiler emits for linear layers on a CPU; None in builds without oneDNN.
 SINGLE_ROW_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 SINGLE_ROW_LEAST = 2**18  # parameters below which starting the operator costs more than it saves
+
+
+def weight_of(layer: nn.Module) -> Tensor:
+    """A layer's weight, which torch's types take for a tensor or a module.
+
+    No check at run time: under FSDP it may be a plain tensor, in quantised layers a subclass, in a LoRA's layers a property.
+    """
+    return cast(Tensor, layer.weight)
 
 
 class PivotExpansion(nn.Module):
@@ -32,13 +40,17 @@ class PivotExpansion(nn.Module):
         order: the position of each output among the pivots and then the others, shape (out,); follows from `mask`.
     """
 
-    def __init__(self, K: nn.Module | None, rank: int, out_features: int, dim: int, device: torch.device | None) -> None:
+    mask: Tensor
+    order: Tensor
+
+    def __init__(self, K: nn.Module | None, rank: int, out_features: int, dim: int, device: Device) -> None:
         super().__init__()
         self.K, self.rank, self.dim = K, rank, dim
         self.register_buffer("mask", torch.zeros(mask_size(out_features), dtype=torch.uint8, device=device))
         self.register_buffer("order", torch.arange(out_features, device=device), persistent=False)
 
     def forward(self, z: Tensor) -> Tensor:
+        # One copy in place of two scatters: [z, K z] has the pivots first, and `order` says where each output stands in it.
         return z if self.K is None else torch.cat([z, self.K(z)], self.dim).index_select(self.dim, self.order)
 
     @property
@@ -68,9 +80,12 @@ class PivotExpansion(nn.Module):
 
     def refresh(self) -> None:
         """Derive `order` from `mask`; where a loader has yet to bring the mask, any order within range."""
+        # Only the mask is in a checkpoint: an eighth of a byte for each row, where the order would take eight. On meta there is
+        # nothing to derive it from yet. A mask that no loader has filled in has the wrong number of bits, so that positions
+        # would run past the end: they are clamped, and `pivots` raises where the mask is used.
         if self.mask.device.type != "meta":
-            chosen = self.is_pivot
-            order = torch.where(chosen, chosen.cumsum(0), self.rank + (~chosen).cumsum(0)) - 1
+            is_pivot = self.is_pivot
+            order = torch.where(is_pivot, is_pivot.cumsum(0), self.rank + (~is_pivot).cumsum(0)) - 1
             self.order = order.clamp(0, len(order) - 1)
 
     def train(self, mode: bool = True) -> PivotExpansion:
@@ -93,7 +108,8 @@ class FactorizedModule(nn.Module):
         form: "factors", or "pivot", where A is the identity in the pivot rows (`pivoting.PivotFactors`).
         bias: whether the module has a bias of its own, in place of that of the layer.
         dim: the dimension of the features, counted from the end.
-        like: device and dtype.
+        device: of the mask and of the bias; B and what `expand` makes have theirs already.
+        dtype: of the bias.
 
     Attributes:
         rank: r.
@@ -101,6 +117,8 @@ class FactorizedModule(nn.Module):
         bias: shape (out,), or None.
         feature_mean: mean of B x, shape (r,), by which the bias is moved where the product is cut to a lower rank; or None.
     """
+
+    feature_mean: Tensor | None
 
     def __init__(
         self,
@@ -111,23 +129,25 @@ class FactorizedModule(nn.Module):
         form: str = "factors",
         bias: bool = False,
         dim: int = -1,
-        **like: torch.device | torch.dtype | None,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
         self.B, self.rank = B, rank
+        self.A: nn.Module
         if form == "pivot":
             K = expand(out_features - rank) if out_features > rank else None
-            self.A = PivotExpansion(K, rank, out_features, dim, like.get("device"))
+            self.A = PivotExpansion(K, rank, out_features, dim, device)
         else:
             self.A = expand(out_features)
-        self.bias = nn.Parameter(torch.zeros(out_features, **like)) if bias else None
+        self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
         self.register_buffer("feature_mean", None)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """A (B x) + b, where b, of shape (out,), is the module's own bias if it has one, else `bias`."""
         y = self.A(self.B(x))
         bias = bias if self.bias is None else self.bias
-        return y if bias is None else y + self._shaped(bias).to(y.dtype)
+        return y if bias is None else y + self.shaped_bias(bias).to(y.dtype)
 
     @property
     def form(self) -> str:
@@ -137,16 +157,16 @@ class FactorizedModule(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that inputs are cast to."""
-        return self.B.weight.dtype
+        return weight_of(self.B).dtype
 
     @property
     def stored(self) -> Factors | PivotFactors:
         """The product in the form in which it is stored; views of the parameters."""
-        B = self._matrix_of_B(self.B.weight)
+        B = self.matrix_of_B(weight_of(self.B))
         if isinstance(self.A, PivotExpansion):
-            K = B.new_empty(0, len(B)) if self.A.K is None else self.A.K.weight.flatten(1)
+            K = B.new_empty(0, len(B)) if self.A.K is None else weight_of(self.A.K).flatten(1)
             return PivotFactors(B, K, self.A.pivots)
-        return Factors(self.A.weight.flatten(1), B)
+        return Factors(weight_of(self.A).flatten(1), B)
 
     @property
     def factors(self) -> Factors:
@@ -157,25 +177,32 @@ class FactorizedModule(nn.Module):
     def set_factors(self, factors: Factors | PivotFactors) -> None:
         """Make a product the parameters, in their dtype; copied only where needed. Works on meta.
 
-        The pivot form is computed where `factors` are not in it, and never the other way round.
+        The pivot form is computed where `factors` are not in it.
+
+        Raises:
+            TypeError: `factors` are in pivot form, and the module is not.
         """
         if isinstance(self.A, PivotExpansion):
             P, K, pivots = factors if isinstance(factors, PivotFactors) else pivot(factors, dtype=self.dtype)
             self.A.set_pivots(pivots)
-            pairs = [(self.B, P), (self.A.K, K)]
+            _set_weight(self.B, self.matrix_of_B(P))
+            if self.A.K is not None:
+                _set_weight(self.A.K, K)
+        elif isinstance(factors, PivotFactors):
+            raise TypeError("`factors` are in pivot form, and this module stores A and B; give it `factors.factors()`.")
         else:
-            pairs = [(self.B, factors.B), (self.A, factors.A)]
-        for child, factor in pairs:
-            if child is None:
-                continue
-            matrix = self._matrix_of_B(factor) if child is self.B else factor
-            own = child.weight
-            shaped = matrix.detach().reshape(own.shape).to(own.dtype).contiguous()
-            _set(own, shaped, child, "weight")
+            _set_weight(self.B, self.matrix_of_B(factors.B))
+            _set_weight(self.A, factors.A)
 
     def set_bias(self, bias: Tensor) -> None:
-        """Make a vector (out,) the module's own bias, in its dtype. Works on meta."""
-        _set(self.bias, bias.detach().to(self.bias.dtype), self, "bias")
+        """Make a vector (out,) the module's own bias, in its dtype. Works on meta.
+
+        Raises:
+            ValueError: the module was made without one.
+        """
+        if self.bias is None:
+            raise ValueError("this module was made without a bias of its own; make it with `bias=True`.")
+        _set(self, "bias", self.bias, bias.detach().to(self.bias.dtype))
 
     def refresh(self) -> None:
         """Take the mask of the pivot form that a loader has filled in.
@@ -187,20 +214,27 @@ class FactorizedModule(nn.Module):
             self.A.refresh()
             _ = self.A.pivots
 
-    def _shaped(self, bias: Tensor) -> Tensor:
+    def shaped_bias(self, bias: Tensor) -> Tensor:
         """A bias in a shape that is added to the output."""
         return bias
 
-    def _matrix_of_B(self, weight: Tensor) -> Tensor:
+    def matrix_of_B(self, weight: Tensor) -> Tensor:
         """B (r, in) of the weight of the child `B`, and the other way round."""
         return weight.flatten(1)
 
 
-def _set(own: nn.Parameter, value: Tensor, owner: nn.Module, name: str) -> None:
-    if own.device.type == "meta":
-        setattr(owner, name, nn.Parameter(value, requires_grad=own.requires_grad))
+def _set_weight(layer: nn.Module, matrix: Tensor) -> None:
+    """Make a matrix, in the shape of the weight, the weight of a layer."""
+    weight = cast(nn.Parameter, weight_of(layer))
+    _set(layer, "weight", weight, matrix.detach().reshape(weight.shape).to(weight.dtype).contiguous())
+
+
+def _set(owner: nn.Module, name: str, parameter: nn.Parameter, value: Tensor) -> None:
+    """Give a parameter a value: on meta, where it cannot hold one, by another parameter in its place."""
+    if parameter.device.type == "meta":
+        setattr(owner, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
     else:
-        own.data = value  # the same parameter: an optimiser may hold it
+        parameter.data = value  # the same parameter: an optimiser may hold it
 
 
 class FactorLinear(nn.Linear):
@@ -211,15 +245,15 @@ class FactorLinear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        if x.numel() == self.in_features and self._is_slow(x):
+        if SINGLE_ROW_PRODUCT is not None and x.numel() == self.in_features and self._is_slow(x):
             return SINGLE_ROW_PRODUCT(x, self.weight, self.bias, "none", [], "")
         return super().forward(x)
 
     def _is_slow(self, x: Tensor) -> bool:
+        """Whether PyTorch's own product of a single row is slow, and nothing around the call needs to see it."""
         plain = type(x) is Tensor and type(self.weight) is nn.Parameter and x.device.type == "cpu" and x.dim() > 0
         return (
             plain
-            and SINGLE_ROW_PRODUCT is not None
             and x.dtype == self.weight.dtype == torch.float32
             and self.weight.numel() >= SINGLE_ROW_LEAST
             and not torch.is_grad_enabled()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from functools import partial
-from typing import Any
+from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
@@ -16,56 +16,93 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
+from torch.types import Device
 from transformers.pytorch_utils import Conv1D
 
-from .factorized import FactorizedModule, FactorLinear, Like
+from .factorized import FactorizedModule, FactorLinear, weight_of
+
+Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class FactorizedLinear(FactorizedModule):
     """`nn.Linear` (or GPT-2's `Conv1D`) of a product: x (..., in) → A (B x) (..., out)."""
 
     def __init__(
-        self, in_features: int, out_features: int, rank: int, form: str = "factors", bias: bool = False, **like: Like
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        form: str = "factors",
+        bias: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> None:
-        expand = partial(FactorLinear, rank, bias=False, **like)
-        super().__init__(FactorLinear(in_features, rank, bias=False, **like), expand, rank, out_features, form, bias, **like)
+        B = FactorLinear(in_features, rank, bias=False, device=device, dtype=dtype)
+        expand = partial(FactorLinear, rank, bias=False, device=device, dtype=dtype)
+        super().__init__(B, expand, rank, out_features, form, bias, device=device, dtype=dtype)
 
 
 class FactorizedConv2d(FactorizedModule):
     """`nn.Conv2d` of a product: B is the convolution with r output channels, A a 1 × 1 convolution."""
 
-    def __init__(self, layer: nn.Conv2d, rank: int, form: str = "factors", bias: bool = False, **like: Like) -> None:
-        options = {"padding_mode": layer.padding_mode, "bias": False, **like}
+    def __init__(
+        self,
+        layer: nn.Conv2d,
+        rank: int,
+        form: str = "factors",
+        bias: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         B = nn.Conv2d(
-            layer.in_channels, rank, layer.kernel_size, layer.stride, layer.padding, layer.dilation, groups=1, **options
+            layer.in_channels,
+            rank,
+            layer.kernel_size,  # type: ignore[arg-type]  # torch types geometry that it keeps as tuples of any length
+            layer.stride,  # type: ignore[arg-type]
+            layer.padding,  # type: ignore[arg-type]
+            layer.dilation,  # type: ignore[arg-type]
+            bias=False,
+            padding_mode=layer.padding_mode,
+            device=device,
+            dtype=dtype,
         )
-        expand = partial(nn.Conv2d, rank, kernel_size=1, bias=False, **like)
-        super().__init__(B, expand, rank, layer.out_channels, form, bias, dim=-3, **like)
+        expand = partial(nn.Conv2d, rank, kernel_size=1, bias=False, device=device, dtype=dtype)
+        super().__init__(B, expand, rank, layer.out_channels, form, bias, dim=-3, device=device, dtype=dtype)
 
-    def _shaped(self, bias: Tensor) -> Tensor:
+    def shaped_bias(self, bias: Tensor) -> Tensor:
         return bias.view(-1, 1, 1)
 
 
 class FactorizedEmbedding(FactorizedModule):
     """`nn.Embedding` of a product: the table's transpose W (embedding_dim, num_embeddings) is A B."""
 
-    def __init__(self, layer: nn.Embedding, rank: int, form: str = "factors", bias: bool = False, **like: Like) -> None:
+    def __init__(
+        self,
+        layer: nn.Embedding,
+        rank: int,
+        form: str = "factors",
+        bias: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
         B = nn.Embedding(
             layer.num_embeddings,
             rank,
             padding_idx=layer.padding_idx,
             scale_grad_by_freq=layer.scale_grad_by_freq,
             sparse=layer.sparse,
-            **like,
+            device=device,
+            dtype=dtype,
         )
-        super().__init__(B, partial(nn.Linear, rank, bias=False, **like), rank, layer.embedding_dim, form, bias, **like)
+        expand = partial(nn.Linear, rank, bias=False, device=device, dtype=dtype)
+        super().__init__(B, expand, rank, layer.embedding_dim, form, bias, device=device, dtype=dtype)
         self.scale = embedding_scale(layer, B.weight.dtype)
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = super().forward(x, bias)
         return y if self.scale == 1.0 else y * self.scale
 
-    def _matrix_of_B(self, weight: Tensor) -> Tensor:
+    def matrix_of_B(self, weight: Tensor) -> Tensor:
         return weight.mT
 
 
@@ -77,24 +114,21 @@ def embedding_scale(layer: nn.Embedding, dtype: torch.dtype) -> float:
     return float(scale)
 
 
-class Wrapper(nn.Module):
-    """A layer that stands in place of another, `base_layer` of `kind`, and computes with a matrix of its own."""
-
-    base_layer: nn.Module
-    kind: LayerKind
-
-    def computed_matrix(self) -> Tensor:
-        """The matrix (out, in) that it computes with."""
-        raise NotImplementedError
-
-
-class LayerKind(ABC):
+class LayerKind(ABC, Generic[Layer]):
     """A kind of layer that computes y = W x + b for a matrix W (out, in) and rows x that it makes from its input."""
 
     layer_class: type[nn.Module]
     one_hot = False  # whether each row picks one column, so that Gram matrices are diagonal
 
-    def check(self, layer: nn.Module) -> None:
+    @property
+    def name(self) -> str:
+        """What the tuner's layers around layers of this kind are called.
+
+        PEFT's `"all-linear"` finds tuner layers by it: those that have "Linear" in it.
+        """
+        return self.layer_class.__name__
+
+    def check(self, layer: Layer) -> None:
         """Raise `TypeError` or `ValueError`, with the reason and the remedy, where this layer cannot be factorised."""
         if not self.computes_alike(layer):
             raise TypeError(
@@ -106,13 +140,14 @@ class LayerKind(ABC):
                 f"the weight of this {type(layer).__name__} is not a plain parameter; remove its parametrisation, or leave it "
                 "out with `exclude_modules`."
             )
-        if not layer.weight.dtype.is_floating_point:
+        dtype = weight_of(layer).dtype
+        if not dtype.is_floating_point:
             raise TypeError(
-                f"the weight of this {type(layer).__name__} has dtype {layer.weight.dtype}; dequantise it first, or leave it "
+                f"the weight of this {type(layer).__name__} has dtype {dtype}; dequantise it first, or leave it "
                 "out with `exclude_modules`."
             )
 
-    def computes_alike(self, layer: nn.Module) -> bool:
+    def computes_alike(self, layer: Layer) -> bool:
         """Whether the layer computes as its class does; nn.MultiheadAttention reads the weight of its output layer itself."""
         # accelerate replaces `forward` too, to move inputs between devices
         patched = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
@@ -120,22 +155,22 @@ class LayerKind(ABC):
         return alike and not patched
 
     @abstractmethod
-    def shape(self, layer: nn.Module) -> tuple[int, int]:
+    def shape(self, layer: Layer) -> tuple[int, int]:
         """(out, in) of the matrix, also of a layer whose weight was dropped."""
 
     def fits(self, layer: nn.Module) -> bool:
         """Whether a layer is of this kind, or a variant that `check` may rule out."""
         return isinstance(layer, self.layer_class)
 
-    def dtype(self, layer: nn.Module) -> torch.dtype:
+    def dtype(self, layer: Layer) -> torch.dtype:
         """The dtype of a layer's numbers, and of the factors in their place."""
-        return layer.weight.dtype
+        return weight_of(layer).dtype
 
-    def own_matrix(self, layer: nn.Module) -> Tensor:
+    def own_matrix(self, layer: Layer) -> Tensor:
         """W, shape (out, in), of a layer that has it."""
-        return self.matrix(layer.weight.detach())
+        return self.matrix(weight_of(layer).detach())
 
-    def shell(self, layer: nn.Module) -> nn.Module:
+    def shell(self, layer: Layer) -> nn.Module:
         """What stays of a layer beside its factors, and gives up W once they exist: the layer itself, where that can."""
         return layer
 
@@ -148,30 +183,43 @@ class LayerKind(ABC):
         """The inverse of `matrix`: W (out, in) in the `shape` of a layer's weight, contiguous."""
 
     @abstractmethod
-    def rows(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+    def rows(self, layer: Layer, inputs: Tensor) -> Tensor:
         """X, shape (n, in): the rows that W multiplies, one for each row of outputs (n, out)."""
 
     @abstractmethod
     def factorized(
-        self, layer: nn.Module, rank: int, form: str = "factors", bias: bool = False, **like: Like
+        self,
+        layer: Layer,
+        rank: int,
+        form: str = "factors",
+        bias: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
     ) -> FactorizedModule:
-        """The factorised module with parameters of arbitrary content, on the device and in the dtype of `like`."""
+        """The factorised module with parameters of arbitrary content, in a form, with or without a bias of its own."""
 
-    def gradient_rows(self, layer: nn.Module, gradients: Tensor) -> Tensor:
+    def gradient_rows(self, layer: Layer, gradients: Tensor) -> Tensor:
         """g, shape (n, out): the rows of gradients with respect to W x, of gradients with respect to the layer's output."""
         return gradients.reshape(-1, gradients.shape[-1])
 
-    def row_counts(self, layer: nn.Module, inputs: Tensor) -> Tensor:
+    def row_counts(self, layer: Layer, inputs: Tensor) -> Tensor:
         """The diagonal of G = XᵀX, shape (in,): all of it for a kind whose rows are one-hot."""
         return self.rows(layer, inputs).square().sum(0)
 
 
-class LinearKind(LayerKind):
-    """`nn.Linear`: the weight is the matrix."""
+class LinearKind(LayerKind[Any]):
+    """`nn.Linear`: the weight is the matrix.
 
-    layer_class = nn.Linear
+    The kinds derived from it are of classes that share what they compute, and no base class: hence `Any`.
+    """
 
-    def shape(self, layer: nn.Linear) -> tuple[int, int]:
+    layer_class: type[nn.Module] = nn.Linear
+
+    @property
+    def name(self) -> str:
+        return nn.Linear.__name__
+
+    def shape(self, layer: Any) -> tuple[int, int]:
         return layer.out_features, layer.in_features
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -180,12 +228,20 @@ class LinearKind(LayerKind):
     def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
         return matrix.contiguous()
 
-    def rows(self, layer: nn.Linear, inputs: Tensor) -> Tensor:
+    def rows(self, layer: Any, inputs: Tensor) -> Tensor:
         return inputs.reshape(-1, inputs.shape[-1])
 
-    def factorized(self, layer: nn.Linear, rank: int, *args: Any, **like: Like) -> FactorizedLinear:
+    def factorized(
+        self,
+        layer: Any,
+        rank: int,
+        form: str = "factors",
+        bias: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> FactorizedLinear:
         out_features, in_features = self.shape(layer)
-        return FactorizedLinear(in_features, out_features, rank, *args, **like)
+        return FactorizedLinear(in_features, out_features, rank, form, bias, device=device, dtype=dtype)
 
 
 class QuantizedLinearKind(LinearKind):
@@ -199,7 +255,7 @@ class QuantizedLinearKind(LinearKind):
     def check(self, layer: nn.Module) -> None:
         """Anything that PEFT can dequantise will do."""
 
-    def dtype(self, layer: nn.Module) -> torch.dtype:
+    def dtype(self, layer: Any) -> torch.dtype:
         if hasattr(layer, "W_q"):
             return layer.compute_dtype
         state = getattr(layer.weight, "quant_state", None)
@@ -207,21 +263,23 @@ class QuantizedLinearKind(LinearKind):
         dtype = layer.weight.dtype if state is None else getattr(state, "original_dtype", state.dtype)
         return dtype if dtype.is_floating_point else getattr(layer, "dtype_around", torch.get_default_dtype())
 
-    def own_matrix(self, layer: nn.Module) -> Tensor:
+    def own_matrix(self, layer: Any) -> Tensor:
         if hasattr(layer, "state"):  # 8 bits, which PEFT's function leaves in a state that does not compute
             largest = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # of each row
             return (layer.weight.detach() * (largest / 127)[:, None]).to(self.dtype(layer))
         state = getattr(getattr(layer, "weight", None), "quant_state", None)
-        if getattr(state, "packing_format_for_cpu", False):
+        if state is not None and getattr(state, "packing_format_for_cpu", False):
             layer.state_dict()  # bitsandbytes brings back the order of the numbers, but not of their scales
             if state.absmax.ndim > 1:
                 state.absmax = state.absmax.T.flatten().float()
         return dequantize_module_weight(layer).detach().to(self.dtype(layer))
 
-    def shell(self, layer: nn.Module) -> nn.Linear:
+    def shell(self, layer: Any) -> nn.Linear:
         """A plain layer with the bias, and with NaN in place of W, which takes no memory."""
         out_features, in_features = self.shape(layer)
         shell = nn.Linear(in_features, out_features, bias=False, device="meta")
+        # One number, expanded: the weight has the shape, dtype and device that models ask for, and strides of 0, so that it
+        # takes no memory. It is NaN lest anything computes with it unnoticed; on meta it would look like one yet to be loaded.
         nothing = torch.full((), torch.nan, dtype=self.dtype(layer), device=next(layer.parameters()).device)
         shell.weight = nn.Parameter(nothing.expand(out_features, in_features), requires_grad=False)
         shell.bias = layer.bias
@@ -233,7 +291,7 @@ class Conv1DKind(LinearKind):
 
     layer_class = Conv1D
 
-    def shape(self, layer: Conv1D) -> tuple[int, int]:
+    def shape(self, layer: Any) -> tuple[int, int]:
         return layer.nf, layer.nx
 
     def matrix(self, weight: Tensor) -> Tensor:
@@ -243,7 +301,7 @@ class Conv1DKind(LinearKind):
         return matrix.mT.contiguous()
 
 
-class Conv2dKind(LayerKind):
+class Conv2dKind(LayerKind[nn.Conv2d]):
     """`nn.Conv2d` with one group: the kernel as a matrix (out, in · height · width), the input as its patches."""
 
     layer_class = nn.Conv2d
@@ -277,11 +335,19 @@ class Conv2dKind(LayerKind):
     def gradient_rows(self, layer: nn.Conv2d, gradients: Tensor) -> Tensor:
         return gradients.flatten(-2).mT.flatten(0, -2)
 
-    def factorized(self, layer: nn.Conv2d, rank: int, *args: Any, **like: Like) -> FactorizedConv2d:
-        return FactorizedConv2d(layer, rank, *args, **like)
+    def factorized(
+        self,
+        layer: nn.Conv2d,
+        rank: int,
+        form: str = "factors",
+        bias: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> FactorizedConv2d:
+        return FactorizedConv2d(layer, rank, form, bias, device=device, dtype=dtype)
 
 
-class EmbeddingKind(LayerKind):
+class EmbeddingKind(LayerKind[nn.Embedding]):
     """`nn.Embedding`: the transposed table (embedding_dim, num_embeddings), the input as one-hot rows."""
 
     layer_class = nn.Embedding
@@ -317,14 +383,35 @@ class EmbeddingKind(LayerKind):
     def row_counts(self, layer: nn.Embedding, inputs: Tensor) -> Tensor:
         return torch.bincount(inputs.flatten(), minlength=layer.num_embeddings)
 
-    def factorized(self, layer: nn.Embedding, rank: int, *args: Any, **like: Like) -> FactorizedEmbedding:
-        return FactorizedEmbedding(layer, rank, *args, **like)
+    def factorized(
+        self,
+        layer: nn.Embedding,
+        rank: int,
+        form: str = "factors",
+        bias: bool = False,
+        device: Device = None,
+        dtype: torch.dtype | None = None,
+    ) -> FactorizedEmbedding:
+        return FactorizedEmbedding(layer, rank, form, bias, device=device, dtype=dtype)
 
 
-KINDS: tuple[LayerKind, ...] = (QuantizedLinearKind(), LinearKind(), Conv1DKind(), Conv2dKind(), EmbeddingKind())
+QUANTIZED = QuantizedLinearKind()
+# The first that fits counts: quantised layers are subclasses of `nn.Linear`.
+KINDS: tuple[LayerKind[Any], ...] = (QUANTIZED, LinearKind(), Conv1DKind(), Conv2dKind(), EmbeddingKind())
 
 
-def layer_kind(layer: nn.Module) -> LayerKind:
+class Wrapper(nn.Module, ABC):
+    """A layer that stands in place of another, its `base_layer` of a `kind`, and computes with a matrix of its own."""
+
+    base_layer: Any  # of the kind's class; Any, because its weight may be None, which torch's types do not know
+    kind: LayerKind[Any]
+
+    @abstractmethod
+    def computed_matrix(self) -> Tensor:
+        """The matrix (out, in) that the layer computes with."""
+
+
+def layer_kind(layer: nn.Module) -> LayerKind[Any]:
     """The kind of a layer, checked: a layer for which this returns can be factorised.
 
     Raises:
@@ -347,12 +434,12 @@ def layer_kind(layer: nn.Module) -> LayerKind:
 
 def is_quantized(layer: nn.Module) -> bool:
     """Whether a layer's weight has to be dequantised to be read."""
-    return KINDS[0].fits(layer)
+    return QUANTIZED.fits(layer)
 
 
 def stored_weight(layer: nn.Module) -> Tensor:
     """The numbers of a layer's weight as they are stored, quantised or not."""
-    return layer.W_q if hasattr(layer, "W_q") else layer.weight
+    return cast(Tensor, layer.W_q) if hasattr(layer, "W_q") else weight_of(layer)
 
 
 def note_dtype(model: nn.Module) -> None:
@@ -360,22 +447,21 @@ def note_dtype(model: nn.Module) -> None:
     dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
     for module in model.modules():
         if is_quantized(module):
-            module.dtype_around = dtype
+            vars(module)["dtype_around"] = dtype
 
 
 def dequantized(layer: nn.Module) -> nn.Linear:
     """A plain layer that computes as a quantised one does."""
-    kind = layer_kind(layer)
-    plain = kind.shell(layer)
-    plain.weight = nn.Parameter(kind.own_matrix(layer))
+    plain = QUANTIZED.shell(layer)
+    plain.weight = nn.Parameter(QUANTIZED.own_matrix(layer))
     return plain
 
 
-def kind_and_layer(module: nn.Module) -> tuple[LayerKind, nn.Module]:
-    """The kind of a layer, factorised already or not, and the layer that has its geometry: of a `ReparamLayer` the shell.
+def kind_and_layer(module: nn.Module) -> tuple[LayerKind[Any], nn.Module]:
+    """The kind of a layer, factorised already or not, and the layer that has its geometry: of a `Wrapper` the base layer.
 
     Raises:
-        TypeError, ValueError: as for `factorized.layer_kind`.
+        TypeError, ValueError: as for `layer_kind`.
     """
     if isinstance(module, Wrapper):
         return module.kind, module.base_layer
