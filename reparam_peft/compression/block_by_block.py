@@ -29,7 +29,7 @@ from ..runtime.modules import naming, parameter_owners, set_module
 from ..runtime.processes import processes
 from ..runtime.run_folder import RunFolder, json_able
 from ..tuner.layer import ReparamLayer
-from ..tuner.matrices import source_matrix
+from ..tuner.matrices import own_bias, source_matrix
 from ..tuner.targets import Target, check_targets
 from .job import Job
 from .student import (
@@ -219,7 +219,7 @@ class BlockByBlock:
         module = student.get_submodule(relative)
         if target.rank is None and seen is None:
             return
-        W, bias = source_matrix(module), module.bias if target.storage.bias else None
+        W, bias = source_matrix(module), own_bias(module) if target.storage.bias else None
         if seen is None or self.steps.anchoring is None:
             weighing = self.job.weighing(name)
             output_mean = None if bias is None else mean_output(W, bias, weighing.mean)
@@ -231,9 +231,10 @@ class BlockByBlock:
             product = self.job.product(target, W, weighing, output_mean)
             set_module(student, relative, factorized_layer(target, product, module))
             return
-        module.weight.data = layer_kind(module).weight(W, module.weight.shape).to(module.weight)
+        weight = module.get_parameter("weight")
+        weight.data = layer_kind(module).weight(W, weight.shape).to(weight)
         if bias is not None and output_mean is not None:
-            module.bias.data = (output_mean - W @ weighing.mean.to(W.device)).to(bias)
+            bias.data = (output_mean - W @ weighing.mean.to(W.device)).to(bias)
 
     def _calls(self, position: int) -> Iterator[tuple[Call, Call, Callable[[Tensor], Tensor | None]]]:
         """What a block is called with in both streams, and which rows of an input in it count."""

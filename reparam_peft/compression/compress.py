@@ -182,10 +182,10 @@ def _install(model: nn.Module, job: Job, result: Result, adapter_name: str, auto
         resolved.modules_to_save = sorted({*(resolved.modules_to_save or []), *result.changed})
     with installing(result.products):
         compressed = get_peft_model(model, resolved, adapter_name=adapter_name, autocast_adapter_dtype=autocast_adapter_dtype)
+    base = compressed.get_base_model()
     for name, values in result.changed.items():
-        copies = compressed.base_model.model.get_submodule(name).modules_to_save[adapter_name]
         for key, value in values.items():
-            parameter = copies.get_parameter(key)
+            parameter = base.get_parameter(f"{name}.modules_to_save.{adapter_name}.{key}")
             parameter.data = value.to(parameter)
     return compressed
 

@@ -1,4 +1,4 @@
-"""What one call of `compress`, `plan` or `retruncate` goes through: statistics, losses, ranks, and the product of each matrix."""
+"""What `compress`, `plan` and `retruncate` go through: statistics, losses, ranks, and the product of each matrix."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from ..planning.plan import Plan, make_plan
 from ..planning.ranks import RankChooser, is_nested
 from ..runtime.modules import naming
 from ..runtime.processes import check_whole, share_out
-from ..tuner.matrices import base_dtype, source_matrix
+from ..tuner.matrices import base_dtype, own_bias, source_matrix
 from ..tuner.model import select_targets
 from ..tuner.targets import Target
 from .factorizing import Factorizer
@@ -84,8 +84,8 @@ class Job:
         self.weigher, self.factorizer = Weigher.of(config), Factorizer.of(config)
         self.groups = [list(group) for group in groups]
         check_whole(batches)
-        several = len(self.groups) > 1 and not isinstance(batches, Statistics)
-        self.batches: Batches = list(batches) if several else batches
+        # Batches are read once for each group.
+        self.batches: Batches = batches if isinstance(batches, Statistics) or len(self.groups) <= 1 else list(batches)
         self.seed = options.seed
         self.calibration_tokens = self.gradient_tokens = 0
         self._at_hand: tuple[list[str], Statistics] | None = None
@@ -131,7 +131,7 @@ class Job:
             options=options,
             chooser=chooser,
             matrix_of=lambda name: source_matrix(targets[name].module),
-            bias_of=lambda name: targets[name].module.bias if targets[name].storage.bias else None,
+            bias_of=lambda name: own_bias(targets[name].module) if targets[name].storage.bias else None,
             groups=[list(targets)] if max_memory is None else groups_within(targets, max_memory, blocks),
         )
         if plan is None:

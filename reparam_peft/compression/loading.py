@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -14,6 +15,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from ..config.reparam_config import ReparamConfig
 from ..layers.factorized import FactorizedModule
 from ..layers.kinds import layer_kind
+from ..layers.product import Product
 from ..runtime.modules import naming, set_module
 from ..standalone.checkpoint import CheckpointConfig, CheckpointLoader, mark, specification_of
 from ..tuner.data_free import check_data_free, check_standalone, data_free_factors
@@ -30,13 +32,17 @@ class CompressingLoader(CheckpointLoader):
     def __init__(self, quantization_config: ReparamConfig, **kwargs: Any) -> None:
         check_standalone(quantization_config)
         check_data_free(quantization_config)
-        super().__init__(quantization_config, **kwargs)
+        super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]  # it reads no more than `quant_method`
+        self.config = quantization_config
         self.targets: dict[str, Target] = {}
 
-    def _process_model_before_weight_loading(self, model: PreTrainedModel, device_map: Any = None, **kwargs: Any) -> None:
+    def _process_model_before_weight_loading(
+        self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
+    ) -> None:
+        device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError("`device_map` puts modules on disk; compress with `reparam_peft.compress_checkpoint` instead.")
-        chosen = select_targets(model, self.quantization_config, "default", loading=True)
+        chosen = select_targets(model, self.config, "default", loading=True)
         self.targets = {name: target for name, target in chosen.items() if target.rank is not None}
         tied = {key for pair in model.all_tied_weights_keys.items() for key in pair}
         for name in self.targets:
@@ -56,19 +62,26 @@ class CompressingLoader(CheckpointLoader):
             ValueError: the weight is a part of one that is sharded, or holds NaN or inf.
         """
         layer, target = model.get_submodule(name), self.targets[name]
+        expected = tuple(layer.get_parameter("weight").shape)
         with naming(name):
-            if weight.shape != layer.weight.shape:
-                raise ValueError(f"the weight arrives with shape {tuple(weight.shape)}, not {tuple(layer.weight.shape)}.")
+            if tuple(weight.shape) != expected:
+                raise ValueError(f"the weight arrives with shape {tuple(weight.shape)}, not {expected}.")
             kind = layer_kind(layer)
-            factors = data_free_factors(kind.matrix(weight), target, self.quantization_config)
+            factors = data_free_factors(kind.matrix(weight), target, self.config)
         bias = getattr(layer, "bias", None)
-        like = {"device": torch.device("meta"), "dtype": weight.dtype}
-        module = kind.factorized(layer, target.rank, target.storage.form, bias is not None, **like)
+        module = kind.factorized(
+            layer,
+            Product(factors).rank,
+            target.storage.form,
+            bias is not None,
+            device=torch.device("meta"),
+            dtype=weight.dtype,
+        )
         module.set_factors(factors)
         if bias is not None:
             module.bias = bias  # loaded already, or still on meta and about to be
         for parameter in module.parameters():
-            parameter._is_hf_initialized = not parameter.is_meta
+            vars(parameter)["_is_hf_initialized"] = not parameter.is_meta
         set_module(model, name, mark(module).train(layer.training))
         return module
 
@@ -90,10 +103,11 @@ class _Factorize(ConversionOps):
     def convert(
         self,
         input_dict: dict[str, Any],
-        *args: Any,
-        model: PreTrainedModel,
+        source_patterns: list[str] | None = None,
+        target_patterns: list[str] | None = None,
         **kwargs: Any,
-    ) -> dict[str, Tensor]:
+    ) -> dict[str, Any]:
+        model = kwargs["model"]
         arrived = {}
         for key, value in input_dict.items():
             arrived[key] = value[0] if isinstance(value, list) else value

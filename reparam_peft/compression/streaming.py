@@ -30,7 +30,7 @@ from ..runtime.fingerprints import fingerprint_of_model
 from ..runtime.run_folder import RunFolder, json_able
 from ..standalone.self_contained import auto_class
 from ..tuner.data_free import check_data_free, check_standalone, factorize_targets, installing
-from ..tuner.model import select_targets
+from ..tuner.model import config_of, select_targets
 from ..tuner.sizes import SizeReport
 from ..tuner.targets import Target
 from .block_by_block import Steps
@@ -124,7 +124,7 @@ def compress_checkpoint(
             with writing(destination):
                 plain = small.to_standalone()
                 plain.save_pretrained(aside)
-                write_standalone_card(aside, small.peft_config["default"], auto_class(plain))
+                write_standalone_card(aside, config_of(small, "default"), auto_class(plain))
                 shutil.copytree(folder, aside, ignore=shutil.ignore_patterns(*WEIGHTS, *WRITTEN), dirs_exist_ok=True)
                 aside.rename(destination)
         shutil.rmtree(run)

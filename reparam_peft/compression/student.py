@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from ..layers.kinds import stored_weight
 from ..layers.product import Product, product_of, tensors_of
 from ..runtime.modules import set_module
 from ..runtime.processes import processes
@@ -54,16 +55,13 @@ def plain_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def products_of(student: nn.Module) -> dict[str, Product]:
     """The products of a block's factorised layers."""
-    layers = {name: module for name, module in student.named_modules() if isinstance(module, ReparamLayer)}
-    modules = {name: layer.reparam_factors[ADAPTER] for name, layer in layers.items()}
-    return {
-        name: Product(
-            type(module.stored)(*(factor.detach() for factor in module.stored)),
-            None if module.bias is None else module.bias.detach(),
-            module.feature_mean,
-        )
-        for name, module in modules.items()
-    }
+    products = {}
+    for name, layer in student.named_modules():
+        if isinstance(layer, ReparamLayer):
+            module = layer.factorized(ADAPTER)
+            factors = type(module.stored)(*(factor.detach() for factor in module.stored))
+            products[name] = Product(factors, None if module.bias is None else module.bias.detach(), module.feature_mean)
+    return products
 
 
 def changed_parameters(original: nn.Module, student: nn.Module) -> dict[str, dict[str, Tensor]]:
@@ -94,7 +92,8 @@ def restore(student: nn.Module, targets: Mapping[str, Target], state: Mapping[st
         if target.rank is not None:
             module = student.get_submodule(name)
             count = sum(key.startswith(f"product/{name}/") for key in state)
-            tensors = [state[f"product/{name}/{i}"].to(module.weight.device) for i in range(count)]
+            device = stored_weight(module).device
+            tensors = [state[f"product/{name}/{i}"].to(device) for i in range(count)]
             set_module(student, name, factorized_layer(target, product_of(tensors, target.storage.form), module))
     for key, value in state.items():
         part, name, parameter_name = key.split("/")

@@ -17,6 +17,7 @@ from ..arguments import check_number
 from ..calibration.statistics import Batches
 from ..config.checks import STORED
 from ..config.fields import CALIBRATED, OF_ALLOCATION, OF_METRICS
+from ..config.reparam_config import ReparamConfig
 from ..layers.factorized import FactorizedModule
 from ..layers.product import Product
 from ..numerics.decompositions import truncate
@@ -25,7 +26,7 @@ from ..planning.ranks import RankChooser, parameter_budget
 from ..runtime.modules import naming
 from ..tuner.layer import ReparamLayer, reparam_layers
 from ..tuner.matrices import matrix_storage, unwrapped
-from ..tuner.model import ReparamModel
+from ..tuner.model import ReparamModel, config_of
 from ..tuner.targets import Target
 from .job import Job, Options
 
@@ -78,7 +79,8 @@ def retruncate(
     {'0': 8}
     """
     adapter_name = _check_model(model, keep, adapter_name, batches is not None)
-    layers, targets = _present(model, adapter_name)
+    config = config_of(model, adapter_name)
+    layers, targets = _present(model, adapter_name, config)
     ranks = _same_fraction(targets, _check_keep(targets, keep))
     if ranks == {name: target.rank for name, target in targets.items()}:
         return model
@@ -86,7 +88,7 @@ def retruncate(
         products = _truncated(layers, ranks, adapter_name, progress)
         made_by = _MadeBy(method="svd", allocation="uniform")
     else:
-        job = _job(model, adapter_name, keep, layers, targets, batches, Options(seed, progress))
+        job = _job(model, adapter_name, keep, layers, targets, batches, Options(seed=seed, progress=progress))
         plan = job.plan()
         # Directions beyond the present rank cost nothing: a higher rank is a larger price for the product as it is.
         ranked = {name: _at_most(target, targets[name].rank) for name, target in job.ranked(plan).items()}
@@ -104,13 +106,12 @@ def retruncate(
     modules = {}
     for name, product in products.items():
         with naming(name):
-            modules[name] = _module(layers[name], adapter_name, ranks[name], product)
+            modules[name] = _module(layers[name], adapter_name, product)
     for name, module in modules.items():
         layers[name].reparam_factors[adapter_name] = module
-        layers[name].r[adapter_name] = ranks[name]
+        layers[name].r[adapter_name] = module.rank
     for layer in layers.values():
-        layer.reparam_factors[adapter_name].feature_mean = None  # the sizes that it is for are forgotten
-    config = model.peft_config[adapter_name]
+        layer.factorized(adapter_name).feature_mean = None  # the sizes that it is for are forgotten
     config.keep = keep
     config.r = config.evaluation = config.smaller_keeps = config.smaller_ranks = None
     if batches is None:
@@ -118,9 +119,8 @@ def retruncate(
             setattr(config, name, None)
     for name, value in asdict(made_by).items():
         setattr(config, name, value)
-    model.base_model.record_resolved(
-        adapter_name, {name: replace(target, rank=ranks[name]) for name, target in targets.items()}
-    )
+    lowered = {name: replace(target, rank=ranks[name]) for name, target in targets.items()}
+    _tuner(model).record_resolved(adapter_name, lowered)
     return model
 
 
@@ -145,12 +145,12 @@ def _truncated(
     layers: Mapping[str, ReparamLayer], ranks: Mapping[str, int | None], adapter_name: str, progress: bool
 ) -> dict[str, Product]:
     """The truncated products of the layers whose rank falls, with their own biases as they are."""
-    lower = [name for name, layer in layers.items() if ranks[name] < layer.r[adapter_name]]
+    lower = {name: rank for name, rank in ranks.items() if rank is not None and rank < layers[name].r[adapter_name]}
     products = {}
     for name in tqdm(lower, desc="Truncating", unit="matrix", delay=1, disable=None if progress else True):
         with naming(name):
-            factors = layers[name].reparam_factors[adapter_name]
-            products[name] = Product(truncate(factors.factors, ranks[name]), factors.bias)
+            module = layers[name].factorized(adapter_name)
+            products[name] = Product(truncate(module.factors, lower[name]), module.bias)
     return products
 
 
@@ -168,7 +168,7 @@ def _job(
     Raises:
         ValueError: the budget cannot be met.
     """
-    config = copy.deepcopy(model.peft_config[adapter_name])
+    config = copy.deepcopy(config_of(model, adapter_name))
     config.method, config.allocation, config.init_weights = CALIBRATED["method"], "loss", True
     config.ceiling = min(NOT_DENSE, 1.0 if config.ceiling is None else config.ceiling)
     chooser = RankChooser(
@@ -180,7 +180,7 @@ def _job(
         ceiling=config.ceiling,
     )
     chooser.check()
-    modules = {name: layer.reparam_factors[adapter_name] for name, layer in layers.items()}
+    modules = {name: layer.factorized(adapter_name) for name, layer in layers.items()}
 
     def matrix_of(name: str) -> Tensor:
         """A B in float64."""
@@ -232,34 +232,45 @@ def _check_model(model: PeftModel, keep: float, adapter_name: str | None, with_d
     return adapter_name
 
 
-def _present(model: PeftModel, adapter_name: str) -> tuple[dict[str, ReparamLayer], dict[str, Target]]:
+def _tuner(model: PeftModel) -> ReparamModel:
+    """The tuner of a model that `_check_model` has checked."""
+    if not isinstance(model.base_model, ReparamModel):
+        raise TypeError(f"`model` must be a PeftModel of a ReparamConfig, got one of a {type(model.base_model).__name__}.")
+    return model.base_model
+
+
+def _present(model: PeftModel, adapter_name: str, config: ReparamConfig) -> tuple[dict[str, ReparamLayer], dict[str, Target]]:
     """The factorised layers of an adapter, and all its targets with their ranks; of the former, the module is their B.
 
     Raises:
         TypeError, ValueError: a module is not as our tuner made it.
     """
-    config, base = model.peft_config[adapter_name], model.get_base_model()
-    all_layers, layers, targets = dict(reparam_layers(base)), {}, {}
+    base = model.get_base_model()
+    all_layers = dict(reparam_layers(base))
+    layers: dict[str, ReparamLayer] = {}
+    targets: dict[str, Target] = {}
     for name, rank in config.rank_pattern.items():
         with naming(name):
             layer = all_layers.get(name)
             if layer is None or layer.r.get(adapter_name) != rank:
                 raise ValueError(f"it has no factors of rank {rank} of adapter {adapter_name!r}; unwrap or reload the model.")
-            module = layer.reparam_factors[adapter_name]
-            _check_plain(module, _like(layer, adapter_name, rank))
-            layers[name], targets[name] = layer, Target(module.B, rank, matrix_storage(layer, config))
+            factorized = layer.factorized(adapter_name)
+            _check_plain(factorized, _like(layer, adapter_name, rank))
+            layers[name], targets[name] = layer, Target(factorized.B, rank, matrix_storage(layer, config))
     for name in config.dense_modules or ():
         with naming(name):
-            module = base.get_submodule(name)
-            targets[name] = Target(module, None, matrix_storage(unwrapped(module), config))
+            dense = base.get_submodule(name)
+            targets[name] = Target(dense, None, matrix_storage(unwrapped(dense), config))
     return layers, targets
 
 
 def _like(layer: ReparamLayer, adapter_name: str, rank: int) -> FactorizedModule:
     """A module as the adapter has here, at a rank, on meta."""
-    present = layer.reparam_factors[adapter_name]
+    present = layer.factorized(adapter_name)
     has_bias = present.bias is not None
-    like = layer.kind.factorized(layer.base_layer, rank, present.form, has_bias, device="meta", dtype=layer.base_dtype)
+    like = layer.kind.factorized(
+        layer.base_layer, rank, present.form, has_bias, device=torch.device("meta"), dtype=layer.base_dtype
+    )
     return like.to(present.dtype)
 
 
@@ -308,14 +319,17 @@ def _same_fraction(targets: Mapping[str, Target], budget: int) -> dict[str, int 
 
     From rank 1 up, the next rank goes to the target that it brings the least far, as long as it fits the budget.
     """
-    ranks = {name: None if target.rank is None else 1 for name, target in targets.items()}
-    left = budget - sum(target.storage.stored(ranks[name]) for name, target in targets.items())
+    present = {name: target.rank for name, target in targets.items() if target.rank is not None}
+    ranks = dict.fromkeys(present, 1)
+    left = budget - sum(target.storage.stored(ranks.get(name)) for name, target in targets.items())
 
     def step(name: str) -> list[tuple[float, str]]:
-        storage, present = targets[name].storage, targets[name].rank
-        return [(storage.stored(ranks[name] + 1) / storage.stored(present), name)] if ranks[name] < present else []
+        if ranks[name] == present[name]:
+            return []
+        storage = targets[name].storage
+        return [(storage.stored(ranks[name] + 1) / storage.stored(present[name]), name)]
 
-    queue = [entry for name, target in targets.items() if target.rank is not None for entry in step(name)]
+    queue = [entry for name in present for entry in step(name)]
     heapq.heapify(queue)
     while queue:
         _, name = heapq.heappop(queue)
@@ -325,20 +339,21 @@ def _same_fraction(targets: Mapping[str, Target], budget: int) -> dict[str, int 
             left, ranks[name] = left - price, rank + 1
             for entry in step(name):
                 heapq.heappush(queue, entry)
-    return ranks
+    return {name: ranks.get(name) for name in targets}
 
 
-def _module(layer: ReparamLayer, adapter_name: str, rank: int, product: Product) -> FactorizedModule:
+def _module(layer: ReparamLayer, adapter_name: str, product: Product) -> FactorizedModule:
     """The module of a product, in dtype, device, mode and `requires_grad` as the adapter's present one."""
-    present = layer.reparam_factors[adapter_name]
-    module = _like(layer, adapter_name, rank)
+    present = layer.factorized(adapter_name)
+    module = _like(layer, adapter_name, product.rank)
     module.set_factors(product.factors)
     if product.bias is not None:
         module.set_bias(product.bias.clone())  # an old optimizer may still step the old one
-    module = module.to(present.B.weight.device).train(present.training)
+    weight = present.B.get_parameter("weight")
+    module = module.to(weight.device).train(present.training)
     trains = {name: parameter.requires_grad for name, parameter in present.named_parameters()}
     for name, parameter in module.named_parameters():
-        parameter.requires_grad_(trains.get(name, present.B.weight.requires_grad))  # at rank `out` there is no K
+        parameter.requires_grad_(trains.get(name, weight.requires_grad))  # at rank `out` there is no K
         if not torch.isfinite(parameter).all():
             raise ValueError(f"the factors overflow {parameter.dtype}; use a wider dtype.")
     return module

@@ -26,6 +26,11 @@ class Product(NamedTuple):
     bias: Tensor | None = None
     feature_mean: Tensor | None = None
 
+    @property
+    def rank(self) -> int:
+        """r."""
+        return len(self.factors.P if isinstance(self.factors, PivotFactors) else self.factors.B)
+
 
 def tensors_of(product: Product) -> list[Tensor]:
     """The tensors of a product, in order."""

@@ -185,10 +185,10 @@ class Plan:
         for name, shape in shapes.items():
             if planned[name] != shape:
                 raise ValueError(f"{name}: the plan is for a shape of {planned[name]}, and the weight is {shape}.")
-        for name in ("form", "allocation", "keep", "ceiling"):
-            if getattr(self, name) != getattr(config, name):
+        for choice in ("form", "allocation", "keep", "ceiling"):
+            if getattr(self, choice) != getattr(config, choice):
                 raise ValueError(
-                    f"`plan` is for `{name}={getattr(self, name)!r}`, and the config says {getattr(config, name)!r}; "
+                    f"`plan` is for `{choice}={getattr(self, choice)!r}`, and the config says {getattr(config, choice)!r}; "
                     "leave it out of the config, or make a plan with it."
                 )
         if has_bias and self.moved_bias != config.moved_bias:
@@ -219,8 +219,8 @@ class Plan:
         width = max([len(module.name) for module in self.modules] + [6])
         lines = [f"{'module':{width}}  {'shape':>13}  {'rank':>5}  {'stored':>12}  {'kept':>6}  {'loss':>9}"]
         for module in self.modules:
-            shape, rank, stored, kept, loss, _ = _cells(module)
-            lines.append(f"{module.name:{width}}  {shape:>13}  {rank:>5}  {stored:>12}  {kept:>6}  {loss:>9}")
+            shape, rank, stored, fraction, loss, _ = _cells(module)
+            lines.append(f"{module.name:{width}}  {shape:>13}  {rank:>5}  {stored:>12}  {fraction:>6}  {loss:>9}")
         kept = self.stored_parameters / self.dense_parameters if self.dense_parameters else 1.0
         total = "" if self.predicted_loss is None else f", predicted loss +{self.predicted_loss:.4f} nats per token"
         lines.append(

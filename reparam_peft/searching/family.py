@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.statistics import Statistics
-from ..compression.run import Run
+from ..compression.job import Job, Options
 from ..compression.weighing import mean_output
 from ..config.reparam_config import ReparamConfig
 from ..evaluation.measures import Measure
@@ -18,6 +18,7 @@ from ..layers.kinds import is_quantized, layer_kind
 from ..numerics.decompositions import Factors, factorize
 from ..numerics.metrics import exact
 from ..planning.plan import Plan
+from ..planning.ranks import RankChooser
 from ..runtime.modules import naming
 from ..tuner.matrices import base_dtype, source_matrix
 from .result import Trial
@@ -28,14 +29,14 @@ class Family:
 
     def __init__(self, model: nn.Module, config: ReparamConfig, statistics: Statistics, seed: int) -> None:
         self.model = model
-        self.run = Run(model, config, statistics, seed, False, None, "default")
-        for name, module in self.run.modules.items():
+        self.job = Job.of_model(model, config, statistics, Options(seed, progress=False))
+        for name, module in self.job.modules.items():
             if is_quantized(module):
                 raise ValueError(
                     f"{name}: a search changes weights for each trial, and this one is quantised; load it in full."
                 )
-        self.losses = self.run.losses()
-        self.dense_parameters = sum(storage.dense for storage in self.run.storages.values())
+        self.losses = self.job.losses()
+        self.dense_parameters = sum(storage.dense for storage in self.job.storages.values())
         self._factors: dict[str, tuple[Factors, Tensor | None]] = {}
 
     def plan(self, keep: float) -> Plan:
@@ -44,7 +45,7 @@ class Family:
         Raises:
             ValueError: the budget cannot be met.
         """
-        return self.run.plan_for(keep, self.losses)
+        return self.job.plan_with(RankChooser.of(self.job.config, self.job.storages, keep), self.losses)
 
     def trial(self, keep: float, measure: Measure, limit: float) -> Trial | None:
         """Measure one size; None where the budget cannot be met."""
@@ -57,7 +58,7 @@ class Family:
             value = measure.of(self.model)
         within = measure.within(value, limit)
         seconds = round(time.perf_counter() - start, 2)
-        return Trial(self.run.config.method, keep, plan.stored_parameters, value, within, plan.predicted_loss, seconds)
+        return Trial(self.job.config.method, keep, plan.stored_parameters, value, within, plan.predicted_loss, seconds)
 
     @contextmanager
     def truncated(self, plan: Plan) -> Iterator[None]:
@@ -65,8 +66,8 @@ class Family:
         before: list[tuple[Tensor, Tensor]] = []
         try:
             for name, rank in plan.ranks.items():
-                module = self.run.modules[name]
-                if rank == min(self.run.storages[name].out_features, self.run.storages[name].in_features):
+                module = self.job.modules[name]
+                if rank == min(self.job.storages[name].out_features, self.job.storages[name].in_features):
                     continue  # the product is W
                 with naming(name):
                     factors, mean = self._decomposed(name)
@@ -87,11 +88,11 @@ class Family:
     def _decomposed(self, name: str) -> tuple[Factors, Tensor | None]:
         """Factors of which the first r columns and rows are those of rank r, and the mean input where a bias is moved."""
         if name not in self._factors:
-            target, metrics = self.run.targets[name], self.run.metrics(name, self.run.statistics_with(name))
+            target, weighing = self.job.targets[name], self.job.weighing(name)
             W = source_matrix(target.module)
             wide = W.to(torch.promote_types(W.dtype, torch.float32))
             # At full rank `factorize` puts them in no order.
-            found = factorize(wide, max(1, min(W.shape) - 1), metrics.input, metrics.output)
+            found = factorize(wide, max(1, min(W.shape) - 1), weighing.input, weighing.output)
             dtype = base_dtype(target.module)
-            self._factors[name] = Factors(found.A.to(dtype), found.B.to(dtype)), metrics.mean if target.storage.bias else None
+            self._factors[name] = Factors(found.A.to(dtype), found.B.to(dtype)), weighing.mean if target.storage.bias else None
         return self._factors[name]

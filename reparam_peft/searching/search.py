@@ -14,7 +14,7 @@ from tqdm.auto import tqdm
 
 from ..calibration.statistics import Batches, Statistics
 from ..compression.compress import calibrate, compress
-from ..compression.run import with_defaults
+from ..compression.job import with_defaults
 from ..config.fields import CALIBRATED
 from ..config.reparam_config import ReparamConfig
 from ..evaluation.measures import Measure, Tolerance, measure_named
@@ -138,7 +138,7 @@ def _bisection(
     family: Family, keeps: Sequence[float], measure: Measure, limit: float, max_trials: int, folder: RunFolder
 ) -> Iterator[Trial]:
     """Trials that close in on the smallest size within the limit; those that a folder knows are not made again."""
-    method = family.run.config.method
+    method = family.job.config.method
     known = {entry["keep"]: Trial(**entry) for entry in folder.finished[1:] if entry["method"] == method}
     left, right = 0, len(keeps)  # every size below `left` is too small; from `right` on, they will do
     made = 0
@@ -195,7 +195,7 @@ def check_search(
         if not METHODS[method].nested:
             raise ValueError(f"`methods` cannot hold {method!r}: its factors of one rank are no part of those of another.")
     for method in methods:
-        with_defaults(_with(config, method=method), None, False)  # raises where a field has no effect with it
+        with_defaults(_with(config, method=method))  # raises where a field has no effect with it
     if isinstance(max_trials, bool) or not isinstance(max_trials, int) or max_trials < 1:
         raise ValueError(f"`max_trials` must be a whole number of at least 1, got {max_trials!r}.")
     allowed = Tolerance.of(tolerance)

@@ -38,3 +38,9 @@ def matrix_storage(module: nn.Module, config: ReparamConfig) -> Storage:
     layer = module.base_layer if isinstance(module, ReparamLayer) else module
     bias = config.moved_bias and getattr(layer, "bias", None) is not None
     return Storage(*shape, form=config.form or DATA_FREE["form"], bias=bias)
+
+
+def own_bias(module: nn.Module) -> Tensor | None:
+    """The bias (out,) of a base layer, or None where it has none."""
+    bias = getattr(module, "bias", None)
+    return bias if isinstance(bias, Tensor) else None

@@ -74,7 +74,7 @@ class ReparamModel(BaseTuner):
             targets = self.__dict__.pop("_targets", {})
             del self._injection
         self._awaits_factors |= loading
-        self._fill_in(adapter_name, targets)
+        self.record_resolved(adapter_name, targets)
         self._drop_base_weights(model)
 
     def _prepare_model(self, peft_config: ReparamConfig, model: nn.Module) -> None:
@@ -129,7 +129,7 @@ class ReparamModel(BaseTuner):
             if set(layer.reparam_factors) == set(configs):
                 layer.drop_base_weight()
 
-    def _fill_in(self, adapter_name: str, targets: dict[str, Target]) -> None:
+    def record_resolved(self, adapter_name: str, targets: dict[str, Target]) -> None:
         """Write what was resolved into the config, so that a checkpoint loads without computing anything."""
         config = self.peft_config[adapter_name]
         for field, value in DATA_FREE.items():
@@ -386,3 +386,15 @@ def _withdraw(model: nn.Module, adapter_name: str) -> None:
 def _parameters_start_on_meta() -> bool:
     """Whether a loader has switched parameter creation to the meta device (accelerate's `init_empty_weights`)."""
     return nn.Linear(1, 1, bias=False, device="cpu").weight.device.type == "meta"
+
+
+def config_of(model: PeftModel, adapter_name: str) -> ReparamConfig:
+    """The config of an adapter, the very object that the model has.
+
+    Raises:
+        TypeError: the adapter is of another method.
+    """
+    config = model.peft_config[adapter_name]
+    if not isinstance(config, ReparamConfig):
+        raise TypeError(f"adapter {adapter_name!r} must be one of a ReparamConfig, got a {type(config).__name__}.")
+    return config
