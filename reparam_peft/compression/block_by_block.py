@@ -18,7 +18,7 @@ from tqdm.auto import tqdm
 
 from ..blockwise.activations import Activations
 from ..blockwise.anchoring import Anchoring, Observed, anchored, input_groups, observe, residual_sources
-from ..blockwise.blocks import Call, Replay, hollowed, stream
+from ..blockwise.blocks import Call, Replay, hollowed, main_tensor
 from ..blockwise.refinement import Refinement, Task, refine_block
 from ..layers.kinds import layer_kind
 from ..layers.product import Product
@@ -181,7 +181,7 @@ class BlockByBlock:
             with torch.no_grad():
                 args, kwargs = self._call(which, position, batch)
                 output = block(*args, **kwargs)
-            if not torch.isfinite(stream(output)).all():
+            if not torch.isfinite(main_tensor(output)).all():
                 raise ValueError(f"the output of the {which} block holds NaN or infinite values in batch {batch}.")
             self.store.put((which, position, batch), send_to_device(output, torch.device("cpu")))
             self.hollow[position, batch] = send_to_device(hollowed(output), self.home)
@@ -192,7 +192,7 @@ class BlockByBlock:
         """Factorise and refine a block; returns its errors."""
         task = Task(
             call=partial(self._call, COMPRESSED, position),
-            target=lambda batch: stream(self.store.get((ORIGINAL, position, batch))),
+            target=lambda batch: main_tensor(self.store.get((ORIGINAL, position, batch))),
             mask=lambda batch, output: self._rows(position, batch, output),
         )
         train, held = (self.refinement or Refinement()).split(len(self.batches))
@@ -229,7 +229,7 @@ class BlockByBlock:
             metrics = self.run.metrics(name, statistics)
             output_mean = None if bias is None else mean_output(W, bias, metrics.mean)
         else:
-            inputs = seen.inputs(bias is not None)
+            inputs = seen.moments(bias is not None)
             metrics = self.run.metrics(name, statistics, inputs)
             W, output_mean = anchored(W, bias, relative, seen, self.run.shrunk(inputs), self.anchoring)
         if target.rank is not None:

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..calibration.gather import gather_statistics
-from ..calibration.statistics import Batches, Inputs, Statistics
+from ..calibration.statistics import Batches, Moments, Statistics
 from ..config.fields import CALIBRATED, CALIBRATED_METHODS
 from ..config.reparam_config import ReparamConfig
 from ..layers.kinds import layer_kind, stored_weight
@@ -221,13 +221,12 @@ class Run:
                 fixed[name] = uniform_rank(config.keep, target.storage)
         return fixed
 
-    def metrics(self, name: str, statistics: Statistics, inputs: Inputs | None = None) -> Metrics:
+    def metrics(self, name: str, statistics: Statistics, inputs: Moments | None = None) -> Metrics:
         """What a module's factorisation weighs errors by; with `inputs`, those in place of the inputs that calibration saw."""
         config, target = self.config, self.targets[name]
         mean = statistics.mean(name)
         if inputs is None:
-            gram = statistics.covariance(name) if target.storage.bias else statistics.gram(name)
-            inputs = Inputs(gram, mean, statistics.rows[statistics.inputs[name]])
+            inputs = statistics.moments(name, target.storage.bias)
         gram = inputs.gram
         if self.gradients and config.input_metric in (None, "gram") and config.output_metric in (None, "fisher"):
             weighted = statistics.weighted_gram(name, mean if target.storage.bias else None)
@@ -238,7 +237,7 @@ class Run:
         if self.gradients:
             fisher = statistics.fisher(name)
             amount = config.output_shrinkage
-            fisher = shrink(fisher, output_shrinkage(statistics.gradient_rows[name], len(fisher)) if amount is None else amount)
+            fisher = shrink(fisher, output_shrinkage(statistics.output_rows(name), len(fisher)) if amount is None else amount)
         input_metric = {"gram": gram, "diagonal": diagonal(gram).sqrt(), "none": None}[config.input_metric or "gram"]
         output_metric = None
         if config.output_metric != "none" and fisher is not None and fisher.any():
@@ -248,7 +247,7 @@ class Run:
         scale = statistics.loss_scale(name) if self.gradients else 1.0
         return Metrics(input_metric, output_metric, gram, fisher, scale, inputs.mean)
 
-    def shrunk(self, inputs: Inputs) -> Tensor:
+    def shrunk(self, inputs: Moments) -> Tensor:
         """E[x xᵀ] for few rows."""
         amount = self.config.shrinkage
         return shrink(inputs.gram, input_shrinkage(inputs.rows, len(inputs.gram)) if amount is None else amount)
