@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from reparam_peft.blockwise.activations import Activations
-from reparam_peft.blockwise.blocks import Replay, find_blocks, hollowed, stream
+from reparam_peft.blockwise.blocks import Replay, find_blocks, hollowed, main_tensor
 from reparam_peft.runtime.batches import split_rows
 from reparam_peft.runtime.modules import replaced
 
@@ -217,7 +217,7 @@ def test_hollow_outputs_have_shapes_and_no_numbers() -> None:
     assert output[0].untyped_storage().nbytes() == 4
     assert output[1].tolist() == [0, 0, 0, 0]
     assert output[2] == "text"
-    assert stream((output[1], output[0])) is output[0]
+    assert main_tensor((output[1], output[0])) is output[0]
 
 
 def test_modules_are_replaced_for_a_while() -> None:

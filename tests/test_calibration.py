@@ -185,7 +185,7 @@ def test_statistics_equal_the_brute_force_oracle(setting: Setting, dtype: torch.
     expected = oracle(exact, modules, batches, [g.double() for g in upstream])
     assert got.weight_norms == pytest.approx({name: m.weight.norm().item() for name, m in modules.items()}, rel=1e-6)
     for name, (X, Y, H) in expected.items():
-        assert got.rows[got.inputs[name]] == got.gradient_rows[name] == len(X) == len(Y), name
+        assert got.input_rows(name) == got.output_rows(name) == len(X) == len(Y), name
         gram = X.mT @ X / len(X)
         if isinstance(modules[name], nn.Embedding):
             assert torch.equal(got.gram(name), gram.diagonal()), name
@@ -195,7 +195,7 @@ def test_statistics_equal_the_brute_force_oracle(setting: Setting, dtype: torch.
         assert relative_error(got.fisher(name), Y.mT @ Y / len(Y)) < tolerance, name
         squares, norms = X.square().sum(1), Y.square().sum(1)
         if norms.any():
-            scale = (squares * norms).mean() / (squares.mean() * norms.mean()) * len(Y) / got.predictions[name]
+            scale = (squares * norms).mean() / (squares.mean() * norms.mean()) * len(Y) / got.outputs[name].gradient_tokens
             assert got.loss_scale(name) == pytest.approx(float(scale), rel=max(tolerance, 1e-5)), name
         weights = H.square().sum(1)
         weighted = None if isinstance(modules[name], nn.Embedding) else got.weighted_gram(name)
@@ -226,29 +226,29 @@ def test_gradients_are_those_of_labels_drawn_from_the_model() -> None:
 def test_distinct_inputs_have_one_gram_each() -> None:
     got = gather(llama(), linear_layers, [text([5], 5)])
     for layer in ("model.layers.0", "model.layers.1"):
-        assert {got.inputs[f"{layer}.self_attn.{name}_proj"] for name in "qkv"} == {f"{layer}.self_attn.q_proj"}
-        assert {got.inputs[f"{layer}.mlp.{name}_proj"] for name in ("gate", "up")} == {f"{layer}.mlp.gate_proj"}
+        assert {got.reads[f"{layer}.self_attn.{name}_proj"] for name in "qkv"} == {f"{layer}.self_attn.q_proj"}
+        assert {got.reads[f"{layer}.mlp.{name}_proj"] for name in ("gate", "up")} == {f"{layer}.mlp.gate_proj"}
         for name in ("self_attn.o_proj", "mlp.down_proj"):
-            assert got.inputs[f"{layer}.{name}"] == f"{layer}.{name}"
-    assert len(got.grams) == len(got.sums) == len(got.rows) == 8
-    assert len(got.output_grams) == 14
+            assert got.reads[f"{layer}.{name}"] == f"{layer}.{name}"
+    assert len(got.inputs) == 8
+    assert len(got.outputs) == 14
 
 
 def test_cross_attention_of_all_decoder_layers_shares_the_encoders_output() -> None:
     got = gather(t5(), linear_layers, [pairs([5, 2], [4, 3], (5, 4))])
     first = "decoder.block.0.layer.1.EncDecAttention"
     crossing = [f"decoder.block.{block}.layer.1.EncDecAttention.{name}" for block in (0, 1) for name in "kv"]
-    assert {got.inputs[name] for name in crossing} == {f"{first}.k"}
-    assert got.rows[f"{first}.k"] == 7
-    assert got.inputs[f"{first}.q"] == f"{first}.q"
-    assert got.rows[f"{first}.q"] == 7 == 4 + 3
+    assert {got.reads[name] for name in crossing} == {f"{first}.k"}
+    assert got.input_rows(f"{first}.k") == 7
+    assert got.reads[f"{first}.q"] == f"{first}.q"
+    assert got.input_rows(f"{first}.q") == 7 == 4 + 3
 
 
 def test_labels_stand_in_for_the_mask_of_the_decoder() -> None:
     batch = pairs([5, 2], [4, 3], (5, 4))
     labels = batch.pop("decoder_input_ids").masked_fill(batch.pop("decoder_attention_mask") == 0, -100)
     got = gather(t5(), linear_layers, [{**batch, "labels": labels}])
-    assert got.rows["decoder.block.0.layer.0.SelfAttention.q"] == got.gradient_tokens == 7
+    assert got.input_rows("decoder.block.0.layer.0.SelfAttention.q") == got.gradient_tokens == 7
 
 
 def test_a_tensor_that_was_changed_in_place_is_another_input() -> None:
@@ -263,7 +263,7 @@ def test_a_tensor_that_was_changed_in_place_is_another_input() -> None:
             return y + self.two(x)
 
     got = gather(Net(), named("one", "two"), [{"x": torch.randn(10, 6)}])
-    assert got.inputs == {"one": "one", "two": "two"}
+    assert got.reads == {"one": "one", "two": "two"}
     torch.testing.assert_close(got.gram("two"), 4 * got.gram("one"))
 
 
@@ -282,8 +282,8 @@ def test_an_input_that_changes_before_the_backward_pass_has_no_weighted_gram() -
     model, x = Changing(), torch.randn(6, 4)
     modules = named("first", "second")
     steady, changing = (gather(model, modules, [{"x": x, "change": change}]) for change in (False, True))
-    assert list(steady.weighted_grams) == ["second"]
-    assert not changing.weighted_grams
+    assert [name for name, record in steady.inputs.items() if record.weighted is not None] == ["second"]
+    assert all(record.weighted is None for record in changing.inputs.values())
     assert torch.equal(changing.gram("second"), steady.gram("second"))
 
 
@@ -301,8 +301,7 @@ def test_a_module_without_rows_in_one_batch_adds_nothing() -> None:
     torch.manual_seed(0)
     model = Routed()
     first, both = (gather(model, named("expert"), [{"x": x} for x in given]) for given in ([X], [X, -X.abs()]))
-    assert first.rows["expert"] > 0
-    assert both.rows == first.rows
+    assert both.input_rows("expert") == first.input_rows("expert") > 0
     assert torch.equal(both.gram("expert"), first.gram("expert"))
 
 
@@ -334,7 +333,7 @@ def test_constant_channels_have_no_variance_whoever_reads_them_first(constant: f
     torch.manual_seed(0)
     model, x = Sharing(), torch.randn(50, 4)
     got = gather(model, named("first", "k", "v"), [{"x": x[:20]}, {"x": x[20:]}])
-    assert got.inputs["v"] == "k"
+    assert got.reads["v"] == "k"
     with torch.no_grad():
         h = (0.01 * torch.tanh(model.first(x)) + torch.tensor([constant, 0, 0, 0])).double()
     assert relative_error(got.covariance("v"), h.T.cov(correction=0)) < 1e-5
@@ -375,7 +374,7 @@ def test_a_module_that_runs_twice_sees_both_inputs() -> None:
     net, x = Net(), torch.randn(10, 6)
     got = gather(net, named("layer"), [{"x": x}])
     X = torch.cat([x, net.layer(x).relu()]).detach().double()
-    assert got.rows == {"layer": 20} == got.gradient_rows
+    assert got.input_rows("layer") == 20 == got.output_rows("layer")
     assert relative_error(got.gram("layer"), X.mT @ X / 20) < 1e-6
 
 
@@ -401,16 +400,16 @@ def test_experts_see_the_tokens_that_are_routed_to_them() -> None:
     for index in range(3):
         X = flat[chosen == index]
         name = f"experts.{index}.0"
-        assert got.rows[name] == len(X) > 0
+        assert got.input_rows(name) == len(X) > 0
         assert relative_error(got.gram(name), X.mT @ X / len(X)) < 1e-6
-    assert "experts.3.0" not in got.inputs
+    assert "experts.3.0" not in got.reads
 
 
 def test_inputs_of_two_dimensions_are_not_taken_for_padded_ones() -> None:
     model = bert()  # hidden size 48: the input of the pooler is as large as the mask of 48 tokens
     got = gather(model, linear_layers, [text([48, 20], 48)])
-    assert got.rows["bert.pooler.dense"] == 2
-    assert got.rows["bert.encoder.layer.0.attention.self.query"] == 68
+    assert got.input_rows("bert.pooler.dense") == 2
+    assert got.input_rows("bert.encoder.layer.0.attention.self.query") == 68
 
 
 # The split into batches, the seed
@@ -423,16 +422,22 @@ def split(batches: list[Batch], size: int) -> list[Batch]:
     return [{n: v[start : start + size] for n, v in whole.items()} for start in range(0, rows, size)]
 
 
+def sums_of(statistics: Statistics) -> dict[tuple[str, str], Any]:
+    """All sums, tensors and numbers, by the name of the record and of the field."""
+    records = [(f"{part} {n}", r) for part in ("inputs", "outputs") for n, r in getattr(statistics, part).items()]
+    numbers = {(name, key): value for name, r in records for key, value in vars(r).items() if isinstance(value, int)}
+    return {**numbers, **{(name, key): tensor for name, record in records for key, tensor in record.tensors()}}
+
+
 def assert_same(one: Statistics, two: Statistics, tolerance: float = 1e-6) -> None:
-    assert one.inputs == two.inputs
-    assert one.rows == two.rows
-    assert one.gradient_rows == two.gradient_rows
-    assert one.predictions == two.predictions
-    for kind in ("grams", "sums", "weighted_grams", "weighted_sums", "output_grams", "energies"):
-        tensors, others = getattr(one, kind), getattr(two, kind)
-        assert tensors.keys() == others.keys(), kind
-        for name, tensor in tensors.items():
-            assert relative_error(tensor, others[name]) <= tolerance, (kind, name)
+    assert one.reads == two.reads
+    sums, others = sums_of(one), sums_of(two)
+    assert sums.keys() == others.keys()
+    for key, value in sums.items():
+        if isinstance(value, int):
+            assert value == others[key], key
+        else:
+            assert relative_error(value, others[key]) <= tolerance, key
 
 
 SPLITS = {
@@ -475,9 +480,9 @@ def test_without_gradients_there_is_no_backward_pass() -> None:
     batches = [text([8, 5], 8), text([7, 7], 7, seed=1)]
     with_gradients = gather(llama(), linear_layers, batches)
     got = gather(llama(), linear_layers, batches, gradients=False)
-    assert got.grams.keys() == with_gradients.grams.keys()
-    assert all(torch.equal(gram, with_gradients.grams[name]) for name, gram in got.grams.items())
-    assert got.output_grams == got.energies == got.gradient_rows == {}
+    assert got.reads == with_gradients.reads
+    assert all(torch.equal(record.gram, with_gradients.inputs[name].gram) for name, record in got.inputs.items())
+    assert got.outputs == {}
     assert got.gradient_tokens == 0
 
 
@@ -485,7 +490,7 @@ def test_without_gradients_there_is_no_backward_pass() -> None:
 def test_half_precision_models_have_wide_statistics(dtype: torch.dtype) -> None:
     batches = [text([8, 5], 8)]
     got, exact = gather(llama().to(dtype), linear_layers, batches), gather(llama(), linear_layers, batches)
-    for name in exact.inputs:
+    for name in exact.reads:
         assert got.gram(name).dtype == torch.float64
         assert relative_error(got.gram(name), exact.gram(name)) < 0.05, name
 
@@ -517,8 +522,8 @@ def test_models_with_and_without_logits_have_gradients(build: Callable[[], PreTr
     torch.manual_seed(0)
     got = gather(build().eval(), linear_layers, [text([8, 5], 8)])
     assert got.gradient_tokens > 0
-    assert all(gram.any() for gram in got.output_grams.values())
-    assert len(got.output_grams) == len(got.weight_norms)
+    assert all(record.gram.any() for record in got.outputs.values())
+    assert len(got.outputs) == len(got.weight_norms)
 
 
 # What is left behind
@@ -632,7 +637,7 @@ def test_a_generator_is_read_once_and_one_batch_at_a_time() -> None:
     got = gather(model, linear_layers, generator)
     handle.remove()
     assert seen == [1, 2, 3]
-    assert next(iter(got.rows.values())) == 21
+    assert next(iter(got.inputs.values())).rows == 21
     with pytest.raises(ValueError, match="`batches` must hold at least one batch, got none; a generator can be read only once"):
         gather(model, linear_layers, generator)
 

@@ -11,11 +11,11 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ..calibration.statistics import Inputs
+from ..calibration.statistics import Moments
 from ..layers.kinds import layer_kind
 from ..numerics.grams import add_gram, cross_product, mirror, wide_rows
 from ..numerics.metrics import exact
-from .blocks import Call, stream
+from .blocks import Call, main_tensor
 
 
 @dataclass(frozen=True)
@@ -42,36 +42,53 @@ class Anchoring:
 
 
 @dataclass
+class Deviation:
+    """Sums over rows of a deviation d of the compressed part from the original, and of the inputs x̂ (in,) beside it.
+
+    Attributes:
+        cross: Σ d x̂ᵀ, shape (in, in) or (out, in), float64.
+        sum: Σ d, shape (in,) or (out,), float64.
+    """
+
+    cross: Tensor
+    sum: Tensor
+
+    @classmethod
+    def of(cls, D: Tensor, X: Tensor) -> Deviation:
+        """The sums over rows D and X, both in float32 or wider."""
+        return cls(cross_product(D, X).double(), D.sum(0, dtype=torch.float64))
+
+    def __add__(self, other: Deviation) -> Deviation:
+        return Deviation(self.cross + other.cross, self.sum + other.sum)
+
+
+@dataclass
 class Observed:
     """Sums over the rows of a module's inputs: x̂ in the compressed part, x in the original.
 
     Attributes:
         rows: their number.
         gram: Σ x̂ x̂ᵀ, shape (in, in), float64.
-        sums: Σ x̂, shape (in,), float64.
-        drift: Σ (x − x̂) x̂ᵀ, shape (in, in), float64; zero where rows cannot be paired, as those of routed experts.
-        drift_sums: Σ (x − x̂).
-        residuals: module → Σ (h − ĥ) x̂ᵀ, shape (out, in), float64.
-        residual_sums: module → Σ (h − ĥ).
+        sum: Σ x̂, shape (in,), float64.
+        drift: of x − x̂; None where rows cannot be paired, as those of routed experts.
+        residuals: module → of h − ĥ (out,), for those that are added to a residual stream.
     """
 
-    rows: int = 0
-    gram: Tensor | None = None
-    sums: Tensor | None = None
-    drift: Tensor | None = None
-    drift_sums: Tensor | None = None
-    residuals: dict[str, Tensor] = field(default_factory=dict)
-    residual_sums: dict[str, Tensor] = field(default_factory=dict)
+    rows: int
+    gram: Tensor
+    sum: Tensor
+    drift: Deviation | None = None
+    residuals: dict[str, Deviation] = field(default_factory=dict)
 
-    def inputs(self, centred: bool) -> Inputs:
-        """Moments of the inputs in the compressed part."""
-        mean = self.sums / self.rows
+    def moments(self, centred: bool) -> Moments:
+        """Moments of the inputs in the compressed part, with their covariance if `centred`, else with E[x̂ x̂ᵀ]."""
+        mean = self.sum / self.rows
         gram = self.gram / self.rows
         if centred:
             gram = gram - torch.outer(mean, mean)
             # Of constant channels only rounding is left, which may be negative.
             gram.diagonal().clamp_(min=1e-14 * (self.gram.diagonal() / self.rows))
-        return Inputs(gram, mean, self.rows)
+        return Moments(gram, mean, self.rows)
 
 
 def input_groups(block: nn.Module, call: Call, names: Sequence[str]) -> list[list[str]]:
@@ -81,27 +98,36 @@ def input_groups(block: nn.Module, call: Call, names: Sequence[str]) -> list[lis
         block: in eval mode.
         call: what it is called with.
         names: of modules in the block.
+
+    Returns:
+        Groups of names, each of which is in one.
     """
-    leaders: dict[tuple[int, int], list[str]] = {}
+    readers: dict[tuple[int, int], list[str]] = {}
     held: list[Tensor] = []  # so that no identity is used twice
 
     def hook(name: str, x: Tensor) -> None:
         held.append(x)
-        leaders.setdefault((id(x), x._version), []).append(name)
+        readers.setdefault((id(x), x._version), []).append(name)
 
     _run(block, call, dict.fromkeys(names, hook))
-    ordered = [list(dict.fromkeys(group)) for group in leaders.values()]
-    seen: set[str] = set()
-    for group in ordered:  # a module that runs twice belongs where it ran first
-        group[:] = [name for name in group if name not in seen]
-        seen.update(group)
-    return [group for group in ordered if group] + [[name] for name in names if name not in seen]
+    groups = [list(dict.fromkeys(group)) for group in readers.values()]
+    placed: set[str] = set()
+    for group in groups:  # a module that runs twice belongs where it ran first
+        group[:] = [name for name in group if name not in placed]
+        placed.update(group)
+    return [group for group in groups if group] + [[name] for name in names if name not in placed]
 
 
 def residual_sources(block: nn.Module, call: Call, names: Sequence[str]) -> dict[str, str]:
     """Modules whose output is added to a stream → the module whose input that stream is ("" for the block itself).
 
-    They are told by their numbers: an output y and two tensors s and h of the block with s = h + y.
+    They are told by their numbers, since the sum itself is code of the model that no hook sees: an output y and two tensors
+    s and h of the block with s = h + y.
+
+    Args:
+        block: in eval mode.
+        call: what it is called with.
+        names: of modules in the block.
     """
     inputs: list[tuple[str, Tensor]] = []
     outputs: dict[str, tuple[int, Tensor]] = {}
@@ -119,7 +145,7 @@ def residual_sources(block: nn.Module, call: Call, names: Sequence[str]) -> dict
         for name in names:
             stack.callback(block.get_submodule(name).register_forward_hook(after(name)).remove)
         result = _run(block, call, {name: hook for name, _ in block.named_modules()})
-    final = stream(result)
+    final = main_tensor(result)
     sources = {}
     for name, (count, y) in outputs.items():
         later = [s for _, s in inputs[count:] if s.shape == y.shape]
@@ -165,46 +191,43 @@ def observe(
     if kind.one_hot:
         return None
     centred = getattr(module, "bias", None) is not None
-    found = Observed()
-    residual = {name: sources[name] for name in group if name in sources}
+    observed: Observed | None = None
+    streams = {name: sources[name] for name in group if name in sources}
     for call, call_compressed, mask in calls:
-        wanted = [*dict.fromkeys(residual.values()), leader]
-        ours, theirs = _inputs(original, call, wanted), _inputs(compressed, call_compressed, wanted)
-        if leader not in theirs:
+        names = [*dict.fromkeys(streams.values()), leader]
+        inputs, inputs_compressed = _inputs(original, call, names), _inputs(compressed, call_compressed, names)
+        if leader not in inputs_compressed:
             continue
-        x = theirs[leader]
+        x = inputs_compressed[leader]
         rows = mask(x)
         X = wide_rows(kind.rows(module, x), rows)
         if not torch.isfinite(X).all():
             raise ValueError("its inputs in the compressed model are NaN or infinite; raise `keep`.")
         if not len(X):
             continue
+        if observed is None:
+            gram = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=X.device)
+            observed = Observed(rows=0, gram=gram, sum=torch.zeros_like(gram[0]))
         sums = X.sum(0, dtype=torch.float64)
-        totals = {} if found.gram is None else {leader: found.gram}
-        add_gram(totals, leader, X, sums if centred else None)
-        found.gram = totals[leader]
-        found.rows += len(X)
-        found.sums = _sum(found.sums, sums)
-        if leader not in ours or not _paired(ours[leader], x, call_compressed):
+        add_gram(observed.gram, X, sums if centred else None)
+        observed.rows += len(X)
+        observed.sum += sums
+        if leader not in inputs or not _paired(inputs[leader], x, call_compressed):
             continue
-        D = wide_rows(kind.rows(module, ours[leader]), rows) - X
-        found.drift = _sum(found.drift, cross_product(D, X).double())
-        found.drift_sums = _sum(found.drift_sums, D.sum(0, dtype=torch.float64))
-        for name, source in residual.items():
-            H = (kind.gradient_rows(module, ours[source]) - kind.gradient_rows(module, theirs[source])).detach()
-            H = wide_rows(H, rows)
-            if len(H) != len(X):
-                continue
-            found.residuals[name] = _sum(found.residuals.get(name), cross_product(H, X).double())
-            found.residual_sums[name] = _sum(found.residual_sums.get(name), H.sum(0, dtype=torch.float64))
-    if not found.rows:
-        return None
-    mirror(found.gram)
-    return found
+        D = wide_rows(kind.rows(module, inputs[leader]), rows) - X
+        observed.drift = _added(observed.drift, Deviation.of(D, X))
+        for name, source in streams.items():
+            h, h_compressed = (kind.gradient_rows(module, stream[source]) for stream in (inputs, inputs_compressed))
+            H = wide_rows((h - h_compressed).detach(), rows)
+            if len(H) == len(X):
+                observed.residuals[name] = _added(observed.residuals.get(name), Deviation.of(H, X))
+    if observed is not None:
+        mirror(observed.gram)
+    return observed
 
 
 def anchored(
-    W: Tensor, bias: Tensor | None, name: str, seen: Observed, gram: Tensor, anchoring: Anchoring
+    W: Tensor, bias: Tensor | None, name: str, observed: Observed, gram: Tensor, anchoring: Anchoring
 ) -> tuple[Tensor, Tensor | None]:
     """The matrix that takes the place of W, and with a bias the mean of the outputs that are to be fitted.
 
@@ -215,7 +238,7 @@ def anchored(
         W: shape (out, in).
         bias: of the module, shape (out,); None: none that is moved.
         name: of the module within its block.
-        seen: by its group.
+        observed: what the group of the module saw, from `observe`.
         gram: Ĝ, shape (in, in), float64, shrunk, about the mean where there is a bias.
         anchoring: β and γ.
 
@@ -223,17 +246,17 @@ def anchored(
         W̃ (out, in), float64, and E[y] (out,), float64, or None.
     """
     W = exact(W)
-    mean = seen.sums / seen.rows
+    mean = observed.sum / observed.rows
     target = W.new_zeros(W.shape)
     offset = W @ mean
-    for weight, cross, sums, left in (
-        (anchoring.original, seen.drift, seen.drift_sums, W),
-        (anchoring.residual, seen.residuals.get(name), seen.residual_sums.get(name), None),
+    for weight, deviation, left in (
+        (anchoring.original, observed.drift, W),
+        (anchoring.residual, observed.residuals.get(name), None),
     ):
-        if not weight or cross is None:
+        if not weight or deviation is None:
             continue
-        average = sums / seen.rows
-        cross = cross / seen.rows
+        average = deviation.sum / observed.rows
+        cross = deviation.cross / observed.rows
         if bias is not None:
             cross = cross - torch.outer(average, mean)
         target += weight * (cross if left is None else left @ cross)
@@ -267,16 +290,16 @@ def _run(block: nn.Module, call: Call, hooks: Mapping[str, Callable[[str, Tensor
 
 def _inputs(block: nn.Module, call: Call, names: Sequence[str]) -> dict[str, Tensor]:
     """First inputs of modules, the last of which ends the run."""
-    found: dict[str, Tensor] = {}
+    inputs: dict[str, Tensor] = {}
 
     def hook(name: str, x: Tensor) -> None:
-        found[name] = x.detach() if name == names[-1] else x.detach().clone()
+        inputs[name] = x.detach() if name == names[-1] else x.detach().clone()
         if name == names[-1]:
             raise _Stop
 
     with suppress(_Stop):
         _run(block, call, dict.fromkeys(names, hook))
-    return found
+    return inputs
 
 
 def _paired(x: Tensor, other: Tensor, call: Call) -> bool:
@@ -286,5 +309,5 @@ def _paired(x: Tensor, other: Tensor, call: Call) -> bool:
     return x.shape == other.shape and whole
 
 
-def _sum(total: Tensor | None, value: Tensor) -> Tensor:
-    return value if total is None else total + value
+def _added(total: Deviation | None, deviation: Deviation) -> Deviation:
+    return deviation if total is None else total + deviation

@@ -176,7 +176,7 @@ def hollowed(tree: Any) -> Any:
     return tree_map(hollow, tree)
 
 
-def stream(output: Any) -> Tensor:
+def main_tensor(output: Any) -> Tensor:
     """The first floating-point tensor of a block's output."""
     return next(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
 

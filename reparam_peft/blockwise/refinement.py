@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from .blocks import Call, stream
+from .blocks import Call, main_tensor
 
 AUTOCAST = ("bfloat16", "float16")
 LEAST_SIZE = 1e-3  # as of Adafactor, arXiv:1804.04235
@@ -95,7 +95,7 @@ class Task:
         those that are huge in the compressed model only.
         """
         args, kwargs = self.call(batch) if precision is None else _in_precision(self.call(batch), precision)
-        output = stream(block(*args, **kwargs))
+        output = main_tensor(block(*args, **kwargs))
         wide = torch.promote_types(output.dtype, torch.float32)
         target = self.target(batch).to(output.device, wide)
         features = -1 if output.ndim <= 3 else tuple(range(1, output.ndim))  # of a token, or of an image

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
+from dataclasses import fields
 from typing import Any
 
 import torch
@@ -13,13 +14,13 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..layers.kinds import kind_and_layer, matrix_shape, stored_weight
-from ..numerics.grams import mirror
 from ..numerics.metrics import device_of_sums
 from ..runtime.batches import rows_in
 from ..runtime.modules import evaluating, frozen, input_device
 from ..runtime.processes import check_whole, fails_together, processes
 from .recorder import Recorder
 from .statistics import Statistics, weight_norm
+from .sums import InputSums, OutputSums, Sums, WeightedSums
 
 
 def gather_statistics(
@@ -68,62 +69,71 @@ def gather_statistics(
     if gradients and torch.is_inference_mode_enabled():
         raise RuntimeError("calibration needs gradients, which `torch.inference_mode` rules out; leave it, or use `no_grad`.")
     statistics = Statistics(seed=seed, weight_norms={name: weight_norm(module) for name, module in modules.items()})
-    world, own = processes()
+    world, rank = processes()
     check_whole(batches)
     device = input_device(model)
     count = 0
     with fails_together(device), evaluating(model), frozen(model), ExitStack() as stack:
         recorder = Recorder(statistics, modules, gradients)
         stack.enter_context(recorder.hooks(model, set(starts) - set(modules.values())))
-        bar = tqdm(batches, desc="Calibrating", unit="batch", delay=1, disable=None if progress and own == 0 else True)
+        bar = tqdm(batches, desc="Calibrating", unit="batch", delay=1, disable=None if progress and rank == 0 else True)
         for index, batch in enumerate(bar):
             count += 1
             if not isinstance(batch, Mapping):
                 raise ValueError(
                     f"`batches` must hold mappings of keyword arguments, got a {type(batch).__name__} as batch {index}."
                 )
-            if index % world == own:
+            if index % world == rank:
                 recorder.run(model, send_to_device(dict(batch), device), index, first_row, seed)
             first_row += rows_in(batch)
         if count == 0:
             raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
     if gradients:
-        statistics.predictions = dict.fromkeys(modules, recorder.predictions)
+        for name, module in modules.items():
+            if name not in statistics.outputs:  # no gradient came back
+                statistics.outputs[name] = OutputSums.zeros(matrix_shape(module)[0], _device_of_sums(module))
+            statistics.outputs[name].gradient_tokens = recorder.gradient_tokens
     if world > 1:
         _reduce(statistics, modules, gradients)
-    for name in modules.keys() - statistics.output_grams.keys() if gradients else ():  # no gradient came back
-        module = modules[name]
-        size = matrix_shape(module)[0]
-        statistics.output_grams[name], statistics.energies[name] = _zeros(module, size, size), _zeros(module, 2)
-        statistics.gradient_rows[name] = 0
-    for gram in (*statistics.grams.values(), *statistics.weighted_grams.values(), *statistics.output_grams.values()):
-        if gram.ndim == 2:
-            mirror(gram)
+    records: tuple[Sums, ...] = (*statistics.inputs.values(), *statistics.outputs.values())
+    for record in records:
+        record.mirror()
     return statistics
 
 
-def _zeros(module: nn.Module, *shape: int) -> Tensor:
-    return torch.zeros(shape, dtype=torch.float64, device=device_of_sums(stored_weight(module).device))
+def _device_of_sums(module: nn.Module) -> torch.device:
+    return device_of_sums(stored_weight(module).device)
 
 
 def _reduce(statistics: Statistics, modules: Mapping[str, nn.Module], gradients: bool) -> None:
-    """Add up the statistics of all processes, in each of them."""
-    names = list(modules)
+    """Add up the statistics of all processes, in each of them; in place.
+
+    A process whose share of the batches did not reach a module has no record of it, and `all_reduce` needs one in every
+    process, of the same shapes and in the same order: so it takes part with zeros.
+    """
     device = stored_weight(next(iter(modules.values()))).device
+    statistics.reads = _agreed_reads(statistics.reads, list(modules), device)
+    for name in dict.fromkeys(statistics.reads.values()):
+        module = modules[name]
+        size, one_hot, where = matrix_shape(module)[1], kind_and_layer(module)[0].one_hot, _device_of_sums(module)
+        record = statistics.inputs.get(name) or InputSums.zeros(size, where, one_hot)
+        if gradients and not one_hot and record.weighted is None:
+            record.weighted = WeightedSums.zeros(size, where)
+        _all_reduce(record, device)
+        if record.weighted is not None and not record.weighted.weight > 0:
+            record.weighted = None
+        statistics.inputs[name] = record
+    for name in modules if gradients else ():
+        _all_reduce(statistics.outputs[name], device)
 
-    def total(value: Tensor, op: dist.ReduceOp = dist.ReduceOp.SUM) -> Tensor:
-        dist.all_reduce(value, op)
-        return value
 
-    def sum_up(totals: dict[str, Tensor], name: str, *shape: int) -> None:
-        totals[name] = total(totals[name].contiguous() if name in totals else _zeros(modules[name], *shape))
-
-    def count(counts: dict[str, float], name: str, dtype: torch.dtype = torch.int64) -> None:
-        counts[name] = total(torch.tensor(counts.get(name, 0), dtype=dtype, device=device)).item()
-
-    leaders = torch.tensor([names.index(statistics.inputs[n]) if n in statistics.inputs else -1 for n in names], device=device)
-    lowest = total(torch.where(leaders < 0, len(names), leaders), dist.ReduceOp.MIN)
-    highest = total(leaders.clone(), dist.ReduceOp.MAX)
+def _agreed_reads(reads: Mapping[str, str], names: list[str], device: torch.device) -> dict[str, str]:
+    """Which module reads the same input as which, of all processes together; in the order of `names`."""
+    leaders = torch.tensor([names.index(reads[name]) if name in reads else -1 for name in names], device=device)
+    lowest, highest = torch.where(leaders < 0, len(names), leaders), leaders.clone()
+    dist.all_reduce(lowest, dist.ReduceOp.MIN)
+    dist.all_reduce(highest, dist.ReduceOp.MAX)
+    agreed = {}
     for name, low, high in zip(names, lowest.tolist(), highest.tolist(), strict=True):
         if high < 0:
             continue
@@ -131,23 +141,21 @@ def _reduce(statistics: Statistics, modules: Mapping[str, nn.Module], gradients:
             raise ValueError(
                 f"{name}: it shares its input with different modules in different batches; give batches of one kind."
             )
-        statistics.inputs[name] = names[high]
-    for name in dict.fromkeys(statistics.inputs[n] for n in names if n in statistics.inputs):
-        module = modules[name]
-        size, one_hot = matrix_shape(module)[1], kind_and_layer(module)[0].one_hot
-        sum_up(statistics.grams, name, *((size,) if one_hot else (size, size)))
-        sum_up(statistics.sums, name, size)
-        count(statistics.rows, name)
-        if not gradients or one_hot:
-            continue
-        count(statistics.weights, name, torch.float64)
-        sum_up(statistics.weighted_grams, name, size, size)
-        sum_up(statistics.weighted_sums, name, size)
-        if not statistics.weights[name] > 0:
-            del statistics.weights[name], statistics.weighted_grams[name], statistics.weighted_sums[name]
-    for name, module in modules.items() if gradients else ():
-        size = matrix_shape(module)[0]
-        sum_up(statistics.output_grams, name, size, size)
-        sum_up(statistics.energies, name, 2)
-        count(statistics.gradient_rows, name)
-        count(statistics.predictions, name)
+        agreed[name] = names[high]
+    return agreed
+
+
+def _all_reduce(record: Sums, device: torch.device) -> None:
+    """Add up a record's fields over all processes, in place; numbers travel on `device`."""
+    for field in fields(record):
+        value = getattr(record, field.name)
+        if isinstance(value, Sums):
+            _all_reduce(value, device)
+        elif isinstance(value, Tensor):
+            total = value.contiguous()
+            dist.all_reduce(total)
+            setattr(record, field.name, total)
+        elif value is not None:
+            total = torch.tensor(value, dtype=torch.int64 if isinstance(value, int) else torch.float64, device=device)
+            dist.all_reduce(total)
+            setattr(record, field.name, total.item())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
@@ -15,22 +16,52 @@ from ..layers.kinds import LayerKind, kind_and_layer
 from ..numerics.grams import add_gram, wide_rows
 from ..numerics.metrics import exact
 from ..runtime.batches import fitting_mask, padding_masks
+from ..runtime.modules import encoder_of
 from .sampling import sampled_objective
 from .statistics import Statistics
+from .sums import InputSums, OutputSums, WeightedSums
 
 
 class _InputError(ValueError):
     """Of a hook, to be told as it is, and not as one of the model."""
 
 
+@dataclass(frozen=True)
+class _ReadInput:
+    """A tensor that a module has read in the running pass, as it was then."""
+
+    tensor: weakref.ref[Tensor]
+    version: int
+    reader: str
+
+    def is_still(self, x: Tensor) -> bool:
+        """Whether another module reads the same values: the same tensor, not changed in place since."""
+        return self.tensor() is x and self.version == _version(x)
+
+
 class Recorder:
-    """Adds up the statistics in hooks of the modules."""
+    """Adds up the statistics in hooks of the modules.
+
+    Args:
+        statistics: filled in place; lower triangles of Gram matrices are left out.
+        modules: by name, of the known kinds.
+        gradients: whether to add up what a backward pass brings, too.
+
+    Attributes:
+        gradient_tokens: labels sampled so far.
+    """
 
     def __init__(self, statistics: Statistics, modules: Mapping[str, nn.Module], gradients: bool) -> None:
         self.statistics, self.modules, self.gradients = statistics, modules, gradients
-        self.predictions = 0
+        self.gradient_tokens = 0
+        # Where a bias is moved, the covariance E[x xᵀ] − E[x] E[x]ᵀ is wanted, and of a channel of large mean float32 products
+        # would leave rounding only. So Gram matrices are added up about the mean, for which sums are kept along. Who shares
+        # an input is known only while the model runs, so that one module with a bias makes this so for all.
         self.centred = any(getattr(module, "bias", None) is not None for module in modules.values())
-        self.seen: dict[int, tuple[weakref.ref[Tensor], int, str]] = {}  # inputs of the running pass, by identity
+        # By the identity of the tensor, which tells that q, k and v share one, in any model. An identity can go to another
+        # tensor once this one is gone, and a tensor can be changed in place between two readers: the weak reference and
+        # the version tell.
+        self.inputs_read: dict[int, _ReadInput] = {}
         self.source_mask: Tensor | None = None
         self.target_mask: Tensor | None = None
         self.encoder_output: weakref.ref[Tensor] | None = None
@@ -39,7 +70,7 @@ class Recorder:
     @contextmanager
     def hooks(self, model: nn.Module, starts: set[nn.Module]) -> Iterator[None]:
         """Within this block the modules' inputs and gradients are added up; gradients flow on from `starts` too."""
-        encoder = model.get_encoder() if getattr(getattr(model, "config", None), "is_encoder_decoder", False) else None
+        encoder = encoder_of(model)
         handles = []
         try:
             if encoder is not None:
@@ -55,7 +86,7 @@ class Recorder:
 
     def run(self, model: nn.Module, batch: dict[str, Any], index: int, first_row: int, seed: int) -> None:
         """One batch: forward and, for gradients, backward."""
-        self.seen.clear()
+        self.inputs_read.clear()
         self.source_mask, self.target_mask = padding_masks(batch, bool(self.inside_encoder))
         with torch.set_grad_enabled(self.gradients):
             try:
@@ -66,17 +97,17 @@ class Recorder:
                 raise ValueError(f"the model does not accept batch {index} ({sorted(batch)}): {error}") from error
             if self.gradients:
                 rows = self.target_mask if self.inside_encoder else self.source_mask
-                objective, predictions = sampled_objective(model, output, rows, first_row, seed)
-                self.predictions += predictions
+                objective, gradient_tokens = sampled_objective(model, output, rows, first_row, seed)
+                self.gradient_tokens += gradient_tokens
                 if objective.requires_grad:
                     objective.backward()
-        for name, total in self.statistics.sums.items():
-            if not torch.isfinite(total).all():
+        for name, of_input in self.statistics.inputs.items():
+            if not torch.isfinite(of_input.sum).all():
                 raise ValueError(
                     f"{name}: its inputs hold NaN or infinite values in batch {index}; repair the model or its data."
                 )
-        for name, total in self.statistics.energies.items():
-            if not torch.isfinite(total).all():
+        for name, of_output in self.statistics.outputs.items():
+            if not torch.isfinite(of_output.energies).all():
                 raise ValueError(f"{name}: the gradients at its output are NaN or infinite in batch {index}.")
 
     def mask_of(self, module: nn.Module, x: Tensor) -> Tensor | None:
@@ -87,16 +118,14 @@ class Recorder:
         return fitting_mask(mask, x)
 
     def add_input(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, mask: Tensor | None) -> None:
-        """Add an input to its Gram, unless another module has read the same tensor."""
-        statistics = self.statistics
-        reference, version, leader = self.seen.get(id(x), (None, -1, ""))
-        if reference is None or reference() is not x or version != _version(x):
-            leader = name
-            self.seen[id(x)] = (weakref.ref(x), _version(x), name)
-        known = statistics.inputs.setdefault(name, leader)
-        if known != leader:
+        """Add an input to its sums, unless another module has read the same tensor."""
+        read = self.inputs_read.get(id(x))
+        if read is None or not read.is_still(x):
+            read = self.inputs_read[id(x)] = _ReadInput(weakref.ref(x), _version(x), name)
+        leader = self.statistics.reads.setdefault(name, read.reader)
+        if leader != read.reader:
             raise _InputError(
-                f"{name}: it read the same input as {known} in one batch and not in another, so that they cannot share "
+                f"{name}: it read the same input as {leader} in one batch and not in another, so that they cannot share "
                 "statistics. Give batches of one kind, or target the two in separate runs."
             )
         if leader != name:
@@ -104,41 +133,55 @@ class Recorder:
         if kind.one_hot:
             kept = x.flatten() if mask is None else x.flatten()[mask]
             counts = exact(kind.row_counts(module, kept))
-            _add(statistics.grams, name, counts)
-            _add(statistics.sums, name, counts.clone())
-            statistics.rows[name] = statistics.rows.get(name, 0) + kept.numel()
+            record = self._input_sums(name, counts, one_hot=True)
+            record.gram += counts
+            record.sum += counts
+            record.rows += kept.numel()
             return
         X = wide_rows(kind.rows(module, x), mask)
+        record = self._input_sums(name, X)
         sums = X.sum(0, dtype=torch.float64)
-        add_gram(statistics.grams, name, X, sums if self.centred else None)
-        _add(statistics.sums, name, sums)
-        statistics.rows[name] = statistics.rows.get(name, 0) + len(X)
+        add_gram(record.gram, X, sums if self.centred else None)
+        record.sum += sums
+        record.rows += len(X)
         if self.gradients and x.requires_grad:
             x.register_hook(partial(self.add_weighted, name, module, kind, x.detach(), x._version, mask))
+
+    def _input_sums(self, name: str, rows: Tensor, one_hot: bool = False) -> InputSums:
+        """The record of an input, made when its first rows, or their counts, have come."""
+        if name not in self.statistics.inputs:
+            self.statistics.inputs[name] = InputSums.zeros(rows.shape[-1], rows.device, one_hot)
+        return self.statistics.inputs[name]
 
     @torch.no_grad()
     def add_weighted(
         self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, version: int, mask: Tensor | None, h: Tensor
     ) -> None:
-        """Add an input to the Gram in which its rows are weighed by the gradients there."""
+        """Add an input, weighed by the gradients h there, unless it was changed in place since `version`."""
         if x._version != version:
             return
-        statistics = self.statistics
         X, H = (wide_rows(kind.rows(module, tensor), mask) for tensor in (x, h))
+        record = self.statistics.inputs[name]
+        if record.weighted is None:
+            record.weighted = WeightedSums.zeros(X.shape[1], X.device)
         weights = _squares(H).double()
         sums = weights @ X.double()
-        add_gram(statistics.weighted_grams, name, X, sums if self.centred else None, weights)
-        _add(statistics.weighted_sums, name, sums)
-        statistics.weights[name] = statistics.weights.get(name, 0.0) + float(weights.sum())
+        add_gram(record.weighted.gram, X, sums if self.centred else None, weights)
+        record.weighted.sum += sums
+        record.weighted.weight += float(weights.sum())
 
-    def add_gradient(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, mask: Tensor | None, g: Tensor) -> None:
-        """Add a gradient at the output that the module made of x."""
-        statistics = self.statistics
+    def add_gradient(
+        self, name: str, module: nn.Module, kind: LayerKind, squares: Tensor, mask: Tensor | None, g: Tensor
+    ) -> None:
+        """Add a gradient g at the output, which the module made of inputs with these |x|², one for each row."""
         Y = wide_rows(kind.gradient_rows(module, g), None if mask is None else mask.to(g.device))
-        add_gram(statistics.output_grams, name, Y)
-        squares = (x if mask is None else x[mask]).to(Y.device).double()
-        _add(statistics.energies, name, torch.stack([squares @ _squares(Y).double(), squares.sum()]))
-        statistics.gradient_rows[name] = statistics.gradient_rows.get(name, 0) + len(Y)
+        if name not in self.statistics.outputs:
+            self.statistics.outputs[name] = OutputSums.zeros(Y.shape[1], Y.device)
+        record = self.statistics.outputs[name]
+        add_gram(record.gram, Y)
+        squares = (squares if mask is None else squares[mask]).to(Y.device).double()
+        record.energies += torch.stack([squares @ _squares(Y).double(), squares.sum()])
+        record.rows += len(Y)
 
     def _after_encoder(self, module: nn.Module, args: Any, output: Any) -> None:
         self.encoder_output = weakref.ref(output[0])
@@ -174,11 +217,16 @@ class _Hook:
 
 
 def _start(output: Tensor) -> tuple[Tensor, Tensor | None]:
-    """An output that gradients flow back to, and what replaces it in the model: they are needed from the first target on."""
+    """An output that gradients flow back to, and what replaces it in the model; None: the output itself can stay.
+
+    Weights and inputs need no gradients here, so the graph has to begin at the first target: its output becomes a leaf.
+    The model goes on with a copy of the leaf, because what follows may change it in place (`nn.ReLU(inplace=True)`), which
+    autograd forbids for leaves; the hook stays on the leaf, and its gradient is that of the output.
+    """
     if output.requires_grad or not torch.is_grad_enabled():
         return output, None
-    output = output.detach().requires_grad_()
-    return output, output.clone()  # a leaf must not be changed in place by what follows
+    leaf = output.detach().requires_grad_()
+    return leaf, leaf.clone()
 
 
 def _version(x: Tensor) -> int:
@@ -189,10 +237,3 @@ def _version(x: Tensor) -> int:
 def _squares(X: Tensor) -> Tensor:
     """|x|² of each row, in float32 or wider."""
     return torch.linalg.vector_norm(X, dim=1, dtype=torch.promote_types(X.dtype, torch.float32)).square()
-
-
-def _add(totals: dict[str, Tensor], name: str, value: Tensor) -> None:
-    if name in totals:
-        totals[name] += value
-    else:
-        totals[name] = value

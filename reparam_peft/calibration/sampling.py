@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
+from functools import reduce
 from typing import Any
 
 import torch
@@ -24,14 +25,18 @@ def sampled_objective(model: nn.Module, output: Any, mask: Tensor | None, first_
         first_row: number of the batch's first row in the data.
         seed: with the number of a row, it seeds the draws of that row, so that they do not depend on the batch.
 
+    Returns:
+        The objective, in nats, a scalar through which gradients flow; and the number of gradient tokens.
+
     Raises:
         ValueError: the output holds no floating-point tensor.
     """
     config = getattr(model, "config", None)
     problem = getattr(config, "problem_type", None)
     several = problem == "multi_label_classification"
-    objective, count = 0.0, 0
-    for number, (prediction, has_logits) in enumerate(_predictions(output)):
+    objectives: list[Tensor] = []
+    gradient_tokens = 0
+    for number, (prediction, has_logits) in enumerate(_predicting_tensors(output)):
         values = (prediction if prediction.ndim > 1 else prediction[:, None]).float()
         within = mask if mask is not None and values.ndim > 2 and values.shape[:2] == mask.shape else None
         within = None if within is None else within.to(values.device)
@@ -42,17 +47,17 @@ def sampled_objective(model: nn.Module, output: Any, mask: Tensor | None, first_
             cumulative = kept.detach().softmax(-1).cumsum_(-1)
             # The sum differs from 1 by rounding; what lies beyond it would be the last label, however improbable.
             labels = torch.searchsorted(cumulative, uniform.float() * cumulative[:, -1:])[:, 0].clamp(max=kept.shape[-1] - 1)
-            objective = objective + F.cross_entropy(kept, labels, reduction="sum")
+            objectives.append(F.cross_entropy(kept, labels, reduction="sum"))
         elif has_logits and several:
             labels = (uniform < kept.detach().sigmoid()).to(kept.dtype)
-            objective = objective + F.binary_cross_entropy_with_logits(kept, labels, reduction="sum")
+            objectives.append(F.binary_cross_entropy_with_logits(kept, labels, reduction="sum"))
         else:
-            objective = objective - (torch.special.ndtri(uniform).to(kept.dtype) * kept).sum()
-        count += len(kept)
-    return objective, count
+            objectives.append(-(torch.special.ndtri(uniform).to(kept.dtype) * kept).sum())
+        gradient_tokens += len(kept)
+    return reduce(torch.add, objectives), gradient_tokens
 
 
-def _predictions(output: Any) -> list[tuple[Tensor, bool]]:
+def _predicting_tensors(output: Any) -> list[tuple[Tensor, bool]]:
     """The tensors that a model predicts with, and whether they are logits."""
 
     def floating(value: Any) -> bool:

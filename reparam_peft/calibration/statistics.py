@@ -3,85 +3,100 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ..layers.kinds import Wrapper, is_quantized, kind_and_layer, layer_kind
+from ..layers.kinds import Wrapper, is_quantized, kind_and_layer, layer_kind, stored_weight
+from ..runtime.modules import naming
+from .sums import InputSums, OutputSums, Sums, WeightedSums
 
 FORMAT = "reparam_peft statistics 1"
+
+# Parts of the file, each of which holds one field of every record under the record's name.
+_INPUT_PARTS = {"rows": "rows", "grams": "gram", "sums": "sum"}
+_WEIGHTED_PARTS = {"weights": "weight", "weighted_grams": "gram", "weighted_sums": "sum"}
+_OUTPUT_PARTS = {"gradient_rows": "rows", "output_grams": "gram", "energies": "energies", "predictions": "gradient_tokens"}
+_TENSORS = ("grams", "sums", "weighted_grams", "weighted_sums", "output_grams", "energies")
+
+Record = TypeVar("Record", bound=Sums)
+
+
+@dataclass(frozen=True)
+class Moments:
+    """Moments of the rows x (in,) that a module sees.
+
+    Attributes:
+        gram: E[x xᵀ], shape (in, in), or the covariance where a bias is moved; float64; for embeddings its diagonal (in,).
+        mean: E[x], shape (in,), float64.
+        rows: how many they are of.
+    """
+
+    gram: Tensor
+    mean: Tensor
+    rows: int
 
 
 @dataclass
 class Statistics:
     """What calibration knows of a model's modules: sums, not means, so that statistics of several runs add up.
 
-    With the inputs x (in,) and the output gradients g (out,) of a module as rows:
-
     Attributes:
-        inputs: module → the first module that reads the same input; they share the statistics under that name.
-        rows: input → number of rows.
-        grams: input → Σ x xᵀ, shape (in, in), float64; for embeddings, whose rows are one-hot, its diagonal (in,).
-        sums: input → Σ x, shape (in,), float64.
-        weighted_grams: input → Σ |h|² x xᵀ with h the gradient at the input, shape (in, in), float64; none for inputs that no
-            gradient reaches, such as those of the first layers, nor for embeddings.
-        weighted_sums: input → Σ |h|² x, shape (in,), float64.
-        weights: input → Σ |h|².
-        gradient_rows: module → number of gradient rows.
-        output_grams: module → Σ g gᵀ, shape (out, out), float64.
-        energies: module → Σ |x|² |g|² and Σ |x|² over the gradient rows, shape (2,), float64.
-        predictions: module → labels sampled from the model in its passes, one for each position that predicts.
+        reads: module → the first module that reads the same input, by whose name the input goes.
+        inputs: input → `InputSums`: rows, Σ x xᵀ and Σ x of the inputs x, and both weighed by the gradients there.
+        outputs: module → `OutputSums`: rows and Σ g gᵀ of the gradients g at the module's output, and the labels sampled.
         weight_norms: module → ‖W‖_F, by which statistics of another model are told.
         seed: of the sampled labels.
     """
 
-    inputs: dict[str, str] = field(default_factory=dict)
-    rows: dict[str, int] = field(default_factory=dict)
-    grams: dict[str, Tensor] = field(default_factory=dict)
-    sums: dict[str, Tensor] = field(default_factory=dict)
-    weighted_grams: dict[str, Tensor] = field(default_factory=dict)
-    weighted_sums: dict[str, Tensor] = field(default_factory=dict)
-    weights: dict[str, float] = field(default_factory=dict)
-    gradient_rows: dict[str, int] = field(default_factory=dict)
-    output_grams: dict[str, Tensor] = field(default_factory=dict)
-    energies: dict[str, Tensor] = field(default_factory=dict)
-    predictions: dict[str, int] = field(default_factory=dict)
+    reads: dict[str, str] = field(default_factory=dict)
+    inputs: dict[str, InputSums] = field(default_factory=dict)
+    outputs: dict[str, OutputSums] = field(default_factory=dict)
     weight_norms: dict[str, float] = field(default_factory=dict)
     seed: int = 0
 
     @property
     def nbytes(self) -> int:
         """Memory that the tensors take."""
-        return sum(t.numel() * t.element_size() for _, _, t in self._tensors())
+        records: tuple[Sums, ...] = (*self.inputs.values(), *self.outputs.values())
+        return sum(tensor.numel() * tensor.element_size() for record in records for _, tensor in record.tensors())
 
     @property
     def tokens(self) -> int:
         """Rows of the input that had most of them."""
-        return max(self.rows.values(), default=0)
+        return max((record.rows for record in self.inputs.values()), default=0)
 
     @property
     def gradient_tokens(self) -> int:
-        """Labels of the module that had most of them."""
-        return max(self.predictions.values(), default=0)
+        """Labels sampled from the model, in the passes for the module that had most of them."""
+        return max((record.gradient_tokens for record in self.outputs.values()), default=0)
+
+    def input_rows(self, module: str) -> int:
+        """Number of rows of a module's input."""
+        return self.inputs[self.reads[module]].rows
+
+    def output_rows(self, module: str) -> int:
+        """Number of gradients at a module's output."""
+        return self.outputs[module].rows
 
     def gram(self, module: str) -> Tensor:
-        """G = E[x xᵀ] of a module's input."""
-        name = self.inputs[module]
-        return self.grams[name] / self.rows[name]
+        """G = E[x xᵀ] of a module's input, shape (in, in), or its diagonal (in,) for embeddings."""
+        record = self.inputs[self.reads[module]]
+        return record.gram / record.rows
 
     def mean(self, module: str) -> Tensor:
         """E[x] of a module's input, shape (in,)."""
-        name = self.inputs[module]
-        return self.sums[name] / self.rows[name]
+        record = self.inputs[self.reads[module]]
+        return record.sum / record.rows
 
     def covariance(self, module: str) -> Tensor:
-        """E[(x − E[x]) (x − E[x])ᵀ] of a module's input."""
+        """E[(x − E[x]) (x − E[x])ᵀ] of a module's input, shape (in, in)."""
         mean = self.mean(module)
         gram = self.gram(module)
         covariance = gram - torch.outer(mean, mean)
@@ -89,36 +104,46 @@ class Statistics:
         covariance.diagonal().clamp_(min=1e-14 * gram.diagonal())
         return covariance
 
+    def moments(self, module: str, centred: bool) -> Moments:
+        """Moments of a module's input, with its covariance if `centred`, else with E[x xᵀ]."""
+        gram = self.covariance(module) if centred else self.gram(module)
+        return Moments(gram, self.mean(module), self.input_rows(module))
+
     def weighted_gram(self, module: str, centre: Tensor | None = None) -> Tensor | None:
-        """E[|h|² (x − c) (x − c)ᵀ] / E[|h|²] with the gradients h at the input; None where no gradient reaches it."""
-        name = self.inputs[module]
-        total = self.weights.get(name, 0.0)
-        if not total > 0:
+        """E[|h|² (x − c) (x − c)ᵀ] / E[|h|²], shape (in, in), with the gradients h at the input; None where there are none.
+
+        Args:
+            module: name of the module.
+            centre: c, shape (in,), float64; None: zero.
+        """
+        weighted = self.inputs[self.reads[module]].weighted
+        if weighted is None or not weighted.weight > 0:
             return None
-        gram = self.weighted_grams[name] / total
+        gram = weighted.gram / weighted.weight
         if centre is None:
             return gram
-        cross = torch.outer(self.weighted_sums[name] / total, centre)
+        cross = torch.outer(weighted.sum / weighted.weight, centre)
         centred = gram - cross - cross.mT + torch.outer(centre, centre)
         centred.diagonal().clamp_(min=0)
         return centred
 
     def fisher(self, module: str) -> Tensor:
         """F = E[g gᵀ] at a module's output, shape (out, out)."""
-        return self.output_grams[module] / max(self.gradient_rows[module], 1)
+        record = self.outputs[module]
+        return record.gram / max(record.rows, 1)
 
     def loss_scale(self, module: str) -> float:
-        """What ½ tr(F Δ G Δᵀ) is multiplied by to become the predicted increase of the loss, in nats per prediction.
+        """What ½ tr(F Δ G Δᵀ) is multiplied by to become the predicted increase of the loss, in nats per gradient token.
 
-        Two corrections: rows per prediction; and E[|x|² |g|²] / (E[|x|²] E[|g|²]), because the product of F and G takes large
-        inputs and large gradients for independent, and the largest inputs of transformers have the smallest gradients.
+        Two corrections: rows per gradient token; and E[|x|² |g|²] / (E[|x|²] E[|g|²]), because the product of F and G takes
+        large inputs and large gradients for independent, and the largest inputs of transformers have the smallest gradients.
         """
-        rows = self.gradient_rows[module]
-        joint, squares = (float(value) for value in self.energies[module])
-        gradients = float(self.output_grams[module].diagonal().sum())
-        if not (rows and squares > 0 and gradients > 0):
+        record = self.outputs[module]
+        joint, squares = (float(value) for value in record.energies)
+        gradients = float(record.gram.diagonal().sum())
+        if not (record.rows and squares > 0 and gradients > 0):
             return 0.0
-        return joint / (squares * gradients / rows) * rows / max(self.predictions[module], 1)
+        return joint / (squares * gradients / record.rows) * record.rows / max(record.gradient_tokens, 1)
 
     def merge(self, other: Statistics) -> Statistics:
         """The statistics of both runs together, with the seed of this one; neither is changed.
@@ -128,20 +153,19 @@ class Statistics:
         """
         for module in self.weight_norms.keys() & other.weight_norms.keys():
             _check_norm(module, self.weight_norms[module], other.weight_norms[module])
-        for module in self.inputs.keys() & other.inputs.keys():
-            if self.inputs[module] != other.inputs[module]:
+        for module in self.reads.keys() & other.reads.keys():
+            if self.reads[module] != other.reads[module]:
                 raise ValueError(
-                    f"{module}: it shares the input of {self.inputs[module]} in one of the statistics and of "
-                    f"{other.inputs[module]} in the other; calibrate both with the same `target_modules`."
+                    f"{module}: it shares the input of {self.reads[module]} in one of the statistics and of "
+                    f"{other.reads[module]} in the other; calibrate both with the same `target_modules`."
                 )
-        merged = Statistics({**self.inputs, **other.inputs}, seed=self.seed)
-        for name in (*_TENSORS, *_COUNTS):
-            one, two = getattr(self, name), getattr(other, name)
-            both = {key: one[key] + two[key].to(one[key].device) if isinstance(one[key], Tensor) else one[key] + two[key]
-                    for key in one.keys() & two.keys()}  # fmt: skip
-            setattr(merged, name, {**one, **two, **both})
-        merged.weight_norms = {**self.weight_norms, **other.weight_norms}
-        return merged
+        return Statistics(
+            reads={**self.reads, **other.reads},
+            inputs=_united(self.inputs, other.inputs),
+            outputs=_united(self.outputs, other.outputs),
+            weight_norms={**self.weight_norms, **other.weight_norms},
+            seed=self.seed,
+        )
 
     def check(self, modules: Mapping[str, nn.Module], gradients: bool = False) -> None:
         """Raise `ValueError` unless the statistics are of these modules, with these weights, and have gradients if needed."""
@@ -152,20 +176,20 @@ class Statistics:
                 )
             kind, layer = kind_and_layer(module)
             out_features, in_features = kind.shape(layer)
-            gram, fisher = self.grams.get(self.inputs.get(name, "")), self.output_grams.get(name)
-            for tensor, size in ((gram, in_features), (fisher, out_features)):
-                if tensor is not None and tensor.shape[0] != size:
+            of_input, of_output = self.inputs.get(self.reads.get(name, "")), self.outputs.get(name)
+            for record, size in ((of_input, in_features), (of_output, out_features)):
+                if record is not None and len(record.gram) != size:
                     raise ValueError(
-                        f"{name}: the statistics have shape {tuple(tensor.shape)}, and the weight is ({out_features}, "
+                        f"{name}: the statistics have shape {tuple(record.gram.shape)}, and the weight is ({out_features}, "
                         f"{in_features}); they are of another model."
                     )
             # Rounding to bfloat16 changes the norm by less than 1e-5, bitsandbytes' reordering of 4 bits on a CPU by 1e-4.
             _check_norm(name, self.weight_norms[name], weight_norm(module), 1e-3 if is_quantized(module) else 1e-4)
-            if gram is None or not self.rows[self.inputs[name]]:
+            if of_input is None or not of_input.rows:
                 raise ValueError(
                     f"{name}: no batch reached this module. Give batches that use it, or leave it out with `exclude_modules`."
                 )
-            if gradients and fisher is None:
+            if gradients and of_output is None:
                 raise ValueError(
                     f"{name}: the statistics hold no gradients, which `allocation='loss'` and `output_metric` need; gather "
                     "them anew."
@@ -173,8 +197,15 @@ class Statistics:
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file."""
-        tensors = {f"{kind}/{key}": tensor.contiguous().cpu() for kind, key, tensor in self._tensors()}
-        plain = {f.name: getattr(self, f.name) for f in fields(self) if f.name not in _TENSORS}
+        weighted = {name: record.weighted for name, record in self.inputs.items() if record.weighted is not None}
+        parts = {
+            **_parts(self.inputs, _INPUT_PARTS),
+            **_parts(weighted, _WEIGHTED_PARTS),
+            **_parts(self.outputs, _OUTPUT_PARTS),
+        }
+        tensors = {f"{part}/{name}": tensor.contiguous().cpu() for part in _TENSORS for name, tensor in parts[part].items()}
+        numbers = {part: values for part, values in parts.items() if part not in _TENSORS}
+        plain = {"inputs": self.reads, **numbers, "weight_norms": self.weight_norms, "seed": self.seed}
         save_file(tensors, path, metadata={"format": FORMAT, "statistics": json.dumps(plain)})
 
     @classmethod
@@ -193,53 +224,53 @@ class Statistics:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); copy it again, or gather the statistics anew.") from error
         try:
-            statistics = cls(**json.loads(metadata["statistics"]))
+            plain = json.loads(metadata["statistics"])
+            reads, weight_norms, seed = (plain.pop(name) for name in ("inputs", "weight_norms", "seed"))
+            parts: dict[str, dict[str, Any]] = {**plain, **{part: {} for part in _TENSORS}}
             for key, tensor in tensors.items():
-                kind, _, name = key.partition("/")
-                if kind not in _TENSORS:
+                part, _, name = key.partition("/")
+                if part not in _TENSORS:
                     raise ValueError(f"{key!r} is no part of statistics")
-                getattr(statistics, kind)[name] = tensor
+                parts[part][name] = tensor
+            inputs = _records(InputSums, _INPUT_PARTS, parts)
+            for name, weighted in _records(WeightedSums, _WEIGHTED_PARTS, parts).items():
+                inputs[name].weighted = weighted
+            statistics = cls(reads, inputs, _records(OutputSums, _OUTPUT_PARTS, parts), weight_norms, seed)
+            if parts:
+                raise ValueError(f"{', '.join(parts)} are no part of statistics")
             statistics._check_whole()
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} does not hold statistics that are whole: {error}; gather them anew.") from error
         return statistics
 
     def _check_whole(self) -> None:
-        """Raise `ValueError` unless all parts are there, are finite and fit each other."""
-        parts = (("rows", "grams", "sums"), ("weights", "weighted_grams", "weighted_sums"))
-        for names in (*parts, ("gradient_rows", "output_grams", "energies", "predictions")):
-            first, *others = (getattr(self, name).keys() for name in names)
-            if any(other != first for other in others):
-                raise ValueError(f"{', '.join(names)} are not of the same modules")
-        known = self.weight_norms.keys() >= self.inputs.keys() | self.output_grams.keys()
-        if not known or set(self.inputs.values()) != set(self.rows) or not self.rows.keys() >= self.weights.keys():
+        """Raise `ValueError` unless all records are whole, and modules have the inputs that they read and norms."""
+        known = self.weight_norms.keys() >= self.reads.keys() | self.outputs.keys()
+        if not known or set(self.reads.values()) != self.inputs.keys():
             raise ValueError("modules and their inputs do not fit each other")
-        counts = [*self.gradient_rows.values(), *self.predictions.values()]
-        if not all(isinstance(n, int) and n >= 0 for n in counts) or not all(
-            isinstance(n, int) and n > 0 for n in self.rows.values()
-        ):
-            raise ValueError("a number of rows is no count")
-        for kind, key, tensor in self._tensors():
-            if tensor.dtype != torch.float64 or not torch.isfinite(tensor).all():
-                raise ValueError(f"{kind} of {key} holds other than finite float64 numbers")
-            size = {"energies": 2, "output_grams": len(tensor)}.get(kind) or len(self.sums[key])
-            if tuple(tensor.shape) not in _shapes(kind, size):
-                raise ValueError(f"{kind} of {key} has shape {tuple(tensor.shape)}")
-
-    def _tensors(self) -> Iterator[tuple[str, str, Tensor]]:
-        for kind in _TENSORS:
-            for key, tensor in getattr(self, kind).items():
-                yield kind, key, tensor
+        records: tuple[tuple[str, Sums], ...] = (*self.inputs.items(), *self.outputs.items())
+        for name, record in records:
+            with naming(name):
+                record.check()
 
 
-_TENSORS = ("grams", "sums", "weighted_grams", "weighted_sums", "output_grams", "energies")
-_COUNTS = ("rows", "weights", "gradient_rows", "predictions")
+def _united(one: Mapping[str, Record], two: Mapping[str, Record]) -> dict[str, Record]:
+    """The records of both, added up where both have one."""
+    return {**one, **two, **{name: one[name] + two[name] for name in one.keys() & two.keys()}}
 
 
-def _shapes(kind: str, size: int) -> list[tuple[int, ...]]:
-    """What shapes a tensor of statistics may have."""
-    square = [(size, size)] if kind.endswith("grams") else []
-    return square if kind in ("weighted_grams", "output_grams") else [*square, (size,)]
+def _parts(records: Mapping[str, Sums], fields: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Records as parts of the file: part → name of a record → its field."""
+    return {part: {name: getattr(record, field) for name, record in records.items()} for part, field in fields.items()}
+
+
+def _records(make: type[Record], fields: Mapping[str, str], parts: dict[str, dict[str, Any]]) -> dict[str, Record]:
+    """The records that some parts of the file hold, which are taken out of `parts`."""
+    columns = {field: parts.pop(part) for part, field in fields.items()}
+    first, *others = (column.keys() for column in columns.values())
+    if any(other != first for other in others):
+        raise ValueError(f"{', '.join(fields)} are not of the same modules")
+    return {name: make(**{field: column[name] for field, column in columns.items()}) for name in first}
 
 
 def weight_norm(module: nn.Module) -> float:
@@ -247,7 +278,7 @@ def weight_norm(module: nn.Module) -> float:
     if isinstance(module, Wrapper):
         weight = module.computed_matrix()
     else:
-        weight = layer_kind(module).own_matrix(module) if is_quantized(module) else module.weight.detach()
+        weight = layer_kind(module).own_matrix(module) if is_quantized(module) else stored_weight(module).detach()
     return float(torch.linalg.vector_norm(weight, dtype=torch.promote_types(weight.dtype, torch.float32)))
 
 
@@ -260,12 +291,3 @@ def _check_norm(name: str, expected: float, got: float, tolerance: float = 1e-4)
 
 
 Batches: TypeAlias = Iterable[Mapping[str, Any]] | Statistics
-
-
-@dataclass(frozen=True)
-class Inputs:
-    """Moments of what a module sees: E[x xᵀ], or the covariance where a bias is moved; E[x]; and the number of rows."""
-
-    gram: Tensor
-    mean: Tensor
-    rows: int

@@ -20,19 +20,16 @@ def wide_rows(X: Tensor, mask: Tensor | None) -> Tensor:
     return X.to(device_of_sums(X.device), torch.promote_types(X.dtype, torch.float32))
 
 
-def add_gram(
-    totals: dict[str, Tensor], name: str, X: Tensor, sums: Tensor | None = None, weights: Tensor | None = None
-) -> None:
-    """Add Σ w x xᵀ, float64, in the blocks on and above the diagonal; the weights w, shape (rows,), float64, are 1 if None.
+def add_gram(total: Tensor, X: Tensor, sums: Tensor | None = None, weights: Tensor | None = None) -> None:
+    """Add Σ w x xᵀ to a total (in, in), float64, in place, in the blocks on and above the diagonal.
+
+    The weights w, shape (rows,), float64, are 1 if None.
 
     With `sums`, Σ w x in float64, x − c is multiplied, with c near the mean, and the rest added in float64: then the rounding
     of float32 products is relative to the variance of a channel and not to its mean square.
     """
-    if name not in totals:
-        totals[name] = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=X.device)
     if not len(X):
         return
-    total = totals[name]
     if sums is not None:
         # Σ w x xᵀ = Σ w (x − c)(x − c)ᵀ + c sᵀ + s cᵀ + (Σ w) c cᵀ with s = Σ w (x − c), for any c. With c near the mean the
         # float32 product sees small numbers only; the terms in c are float64. Without this, channels of large mean and small

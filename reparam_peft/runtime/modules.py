@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import nn
@@ -42,11 +43,17 @@ def frozen(model: nn.Module) -> Iterator[None]:
             parameter.requires_grad_(True)
 
 
+def encoder_of(model: nn.Module) -> nn.Module | None:
+    """The encoder of a model that has a decoder behind one; None for all others."""
+    host: Any = model  # of transformers, where it has such a config
+    return host.get_encoder() if getattr(getattr(host, "config", None), "is_encoder_decoder", False) else None
+
+
 def predicts_next_token(model: nn.Module) -> bool:
     """Whether the logits at a position are for the next token: a decoder that generates, wrapped by PEFT or not."""
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    config = getattr(base, "config", None)
-    if getattr(config, "is_encoder_decoder", False):
+    host: Any = model
+    base = host.get_base_model() if hasattr(host, "get_base_model") else host
+    if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return False
     return not type(base).__name__.endswith("ForMaskedLM") and hasattr(base, "generate")
 

@@ -206,8 +206,8 @@ def _fingerprint(batches: Batches) -> str:
     """Of what a search is calibrated on."""
     if not isinstance(batches, Statistics):
         return fingerprint_of_batches(batches)
-    sums = {f"energies of {name}": value for name, value in batches.energies.items()}
-    return fingerprint_of_tensors({**sums, **batches.sums})
+    energies = {f"energies of {name}": record.energies for name, record in batches.outputs.items()}
+    return fingerprint_of_tensors({**energies, **{name: record.sum for name, record in batches.inputs.items()}})
 
 
 def _statistics(

@@ -35,15 +35,15 @@ def main() -> None:
     modules = dict(AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).named_modules())
     known = Statistics.load(options.statistics)
     groups: dict[str, list[str]] = defaultdict(list)
-    for name, leader in known.inputs.items():
+    for name, leader in known.reads.items():
         groups[leader].append(name)
     separate: dict[str, list[list[Point]]] = {}
     joint: dict[str, list[Point]] = {}
     for leader, names in groups.items():
         weights = [modules[name].weight.detach() for name in names]
-        gram = shrink(known.gram(leader), input_shrinkage(known.rows[leader], weights[0].shape[1]))
+        gram = shrink(known.gram(leader), input_shrinkage(known.input_rows(leader), weights[0].shape[1]))
         fishers = [
-            shrink(known.fisher(name), output_shrinkage(known.gradient_rows[name], len(weight))) * known.loss_scale(name)
+            shrink(known.fisher(name), output_shrinkage(known.output_rows(name), len(weight))) * known.loss_scale(name)
             for name, weight in zip(names, weights, strict=True)
         ]
         separate[leader] = [curve(weight, gram, fisher) for weight, fisher in zip(weights, fishers, strict=True)]

@@ -1,0 +1,155 @@
+"""Sums over the rows that a module saw. Records of them add up: over batches, processes, and runs."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from ..arguments import is_int, is_number
+from ..numerics.grams import mirror
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
+
+
+@dataclass(eq=False)
+class Sums:
+    """A record whose fields are sums: numbers, float64 tensors, other such records, and None where nothing was added up."""
+
+    def __add__(self, other: Self) -> Self:
+        """The sums over the rows of both, on this one's devices; neither is changed."""
+        added = {f.name: _added(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
+        return type(self)(**added)
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """All tensors with their names, those of a record within this one as `weighted.gram`."""
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if isinstance(value, Sums):
+                yield from ((f"{field.name}.{name}", tensor) for name, tensor in value.tensors())
+            elif isinstance(value, Tensor):
+                yield field.name, value
+
+    def mirror(self) -> None:
+        """Fill in, in place, the lower triangles of Gram matrices, which are left out while they are added up."""
+        for name, tensor in self.tensors():
+            if name.endswith("gram") and tensor.ndim == 2:
+                mirror(tensor)
+
+    def check(self) -> None:
+        """Raise `ValueError` unless counts are counts, and tensors finite, float64, and of shapes that fit each other."""
+        for name, tensor in self.tensors():
+            if tensor.dtype != torch.float64 or not torch.isfinite(tensor).all():
+                raise ValueError(f"{name} holds other than finite float64 numbers")
+
+
+@dataclass(eq=False)
+class WeightedSums(Sums):
+    """Sums over the rows x (in,) of an input, weighed by the gradients h (in,) there.
+
+    Attributes:
+        weight: Σ |h|².
+        gram: Σ |h|² x xᵀ, shape (in, in), float64.
+        sum: Σ |h|² x, shape (in,), float64.
+    """
+
+    weight: float
+    gram: Tensor
+    sum: Tensor
+
+    @classmethod
+    def zeros(cls, size: int, device: torch.device) -> WeightedSums:
+        """Sums over no rows of an input of this size."""
+        return cls(0.0, _zeros(device, size, size), _zeros(device, size))
+
+    def check(self) -> None:
+        super().check()
+        if not is_number(self.weight) or not 0 <= self.weight < math.inf:
+            raise ValueError(f"the weight is {self.weight!r}")
+        _check_shape("weighted sum", self.sum, (len(self.gram),))
+        _check_shape("weighted gram", self.gram, (len(self.gram), len(self.gram)))
+
+
+@dataclass(eq=False)
+class InputSums(Sums):
+    """Sums over the rows x (in,) of an input, padding left out.
+
+    Attributes:
+        rows: their number.
+        gram: Σ x xᵀ, shape (in, in), float64; for embeddings, whose rows are one-hot, its diagonal (in,).
+        sum: Σ x, shape (in,), float64.
+        weighted: the same sums weighed by gradients; None for inputs that no gradient reaches, such as those of the first
+            layers, and for embeddings.
+    """
+
+    rows: int
+    gram: Tensor
+    sum: Tensor
+    weighted: WeightedSums | None = None
+
+    @classmethod
+    def zeros(cls, size: int, device: torch.device, one_hot: bool) -> InputSums:
+        """Sums over no rows of an input of this size."""
+        return cls(0, _zeros(device, size) if one_hot else _zeros(device, size, size), _zeros(device, size))
+
+    def check(self) -> None:
+        super().check()
+        if not is_int(self.rows) or self.rows < 1:
+            raise ValueError(f"the number of rows is {self.rows!r}")
+        size = len(self.sum)
+        _check_shape("sum", self.sum, (size,))
+        _check_shape("gram", self.gram, (size, size) if self.gram.ndim == 2 else (size,))
+        if self.weighted is not None:
+            self.weighted.check()
+            _check_shape("weighted sum", self.weighted.sum, (size,))
+
+
+@dataclass(eq=False)
+class OutputSums(Sums):
+    """Sums over the gradients g (out,) at the output of a module, as rows, and the inputs x (in,) that they belong to.
+
+    Attributes:
+        rows: number of gradients, padding left out.
+        gram: Σ g gᵀ, shape (out, out), float64.
+        energies: Σ |x|² |g|² and Σ |x|², shape (2,), float64.
+        gradient_tokens: labels sampled from the model in the passes that the gradients are of, one for each position that
+            predicts: not the number of rows for a module that sees other rows, such as an expert or a pooler.
+    """
+
+    rows: int
+    gram: Tensor
+    energies: Tensor
+    gradient_tokens: int = 0
+
+    @classmethod
+    def zeros(cls, size: int, device: torch.device) -> OutputSums:
+        """Sums over no gradients at an output of this size."""
+        return cls(0, _zeros(device, size, size), _zeros(device, 2))
+
+    def check(self) -> None:
+        super().check()
+        for count in (self.rows, self.gradient_tokens):
+            if not is_int(count) or count < 0:
+                raise ValueError(f"the number of gradients or labels is {count!r}")
+        _check_shape("gram of gradients", self.gram, (len(self.gram), len(self.gram)))
+        _check_shape("energies", self.energies, (2,))
+
+
+def _added(one: Any, two: Any) -> Any:
+    if one is None or two is None:
+        return two if one is None else one
+    return one + two.to(one.device) if isinstance(one, Tensor) else one + two
+
+
+def _zeros(device: torch.device, *shape: int) -> Tensor:
+    return torch.zeros(shape, dtype=torch.float64, device=device)
+
+
+def _check_shape(name: str, tensor: Tensor, shape: tuple[int, ...]) -> None:
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"{name} has shape {tuple(tensor.shape)} and not {shape}")
