@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from peft import PeftConfig
 
 from reparam_peft import ReparamConfig
+from reparam_peft.numerics.methods import METHODS
 
 INTRODUCTION = """\
 <!-- Made by docs/generate_config.py; do not edit. -->
@@ -72,9 +73,20 @@ def page() -> str:
     """The whole page as Markdown."""
     inherited = {field.name for field in dataclasses.fields(PeftConfig)}
     fields = dataclasses.fields(ReparamConfig)
-    own = section("Fields of this package", (field for field in fields if field.name not in inherited))
+    ours = section("Fields of this package", (field for field in fields if field.name not in inherited))
     peft = section("Fields of every PEFT config", (field for field in fields if field.name in inherited))
-    return "\n".join([INTRODUCTION, own, peft])
+    return "\n".join([INTRODUCTION, methods(), ours, peft])
+
+
+def methods() -> str:
+    """A heading, and a row for each method."""
+    head = "| method | needs data | ranks are nested | it gives | source |\n| --- | --- | --- | --- | --- |\n"
+    rows = (
+        f"| `{method.name}` | {'yes' if method.needs_data else 'no'} | {'yes' if method.nested else 'no'} "
+        f"| {method.summary} | {method.source} |\n"
+        for method in METHODS.values()
+    )
+    return "## Methods\n\n" + head + "".join(rows)
 
 
 def section(title: str, fields: Iterable[dataclasses.Field]) -> str:
