@@ -10,20 +10,11 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from strategies import PROPERTY, keeps, spectrum
+from support.strategies import PROPERTY, decimal_keeps, keeps, sizes, spectrum, storages
 from torch import Tensor
 
 from reparam_peft.numerics.storage import FORMS, Storage, uniform_rank
 from reparam_peft.planning.allocation import RANK_MULTIPLE, Point, allocate, points
-
-sizes = st.integers(1, 20_000)
-
-
-@st.composite
-def decimal_keeps(draw: st.DrawFn) -> Fraction:
-    """A `keep` below 1 as a person writes it: a fraction with a small denominator, which a float holds only roughly."""
-    denominator = draw(st.sampled_from([2, 3, 5, 10, 64, 100]))
-    return Fraction(draw(st.integers(1, denominator - 1)), denominator)
 
 
 @PROPERTY
@@ -86,12 +77,6 @@ def test_keeping_all_keeps_the_matrix(out_features: int, in_features: int) -> No
 def test_saves_parameters_below_the_break_even_rank(rank: int, out_features: int, in_features: int) -> None:
     break_even = Fraction(out_features * in_features, out_features + in_features)
     assert Storage(out_features, in_features).saves(rank) == (rank < break_even)
-
-
-@st.composite
-def storages(draw: st.DrawFn, most: int = 20_000) -> Storage:
-    size = st.integers(1, most)
-    return Storage(draw(size), draw(size), draw(st.sampled_from(FORMS)), draw(st.booleans()))
 
 
 @PROPERTY

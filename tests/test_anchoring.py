@@ -6,8 +6,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close, bert, gpt2, llama, mixture
-from test_calibration import text
+from support.batches import text
+from support.models import bert, gpt2, llama, mixture
+from support.tolerances import assert_close
 from torch import Tensor, nn
 
 from reparam_peft import Anchoring

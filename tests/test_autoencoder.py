@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TOLERANCE, assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import PROPERTY, activation_gram, matrices_and_ranks, matrix_with, metrics, spectrum
+from support.strategies import PROPERTY, activation_gram, matrices_and_ranks, matrix_with, metrics, spectrum
+from support.tolerances import TOLERANCE, assert_close
 from torch import Tensor
 
 from reparam_peft.numerics.autoencoder import STEPS, train_autoencoder

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bert, convnet, gpt2, llama, t5, vit
-from test_calibration import images, pairs, text
+from support.batches import images, pairs, text
+from support.models import Residual, Skipping, bert, convnet, gpt2, llama, skipping, t5, vit
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
@@ -21,38 +21,6 @@ from reparam_peft.runtime.modules import replaced
 TEXT = [text([12, 9, 12, 5], 12), text([10, 10, 3], 10, seed=1)]
 PAIRS = [pairs([8, 3], [6, 2], (8, 6)), pairs([5, 5], [4, 1], (5, 4))]
 ROWS = [{"x": torch.randn(6, 8, generator=torch.Generator().manual_seed(seed))} for seed in (0, 1)]
-
-
-class Residual(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.linear = nn.Linear(8, 8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return x + self.linear(x).tanh()
-
-
-class Skipping(nn.Module):
-    """Four blocks; what happens between them takes outputs of two blocks earlier, too, and changes its input in place."""
-
-    def __init__(self, count: int = 4) -> None:
-        super().__init__()
-        self.stages = nn.ModuleList([Residual() for _ in range(count)])
-
-    def forward(self, x: Tensor) -> Tensor:
-        outputs = [x]
-        for index, stage in enumerate(self.stages):
-            x = stage(x)
-            x.mul_(0.5)
-            if index == 2:
-                x = x + outputs[1]
-            outputs.append(x)
-        return x
-
-
-def skipping() -> Skipping:
-    torch.manual_seed(0)
-    return Skipping().eval()
 
 
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[dict[str, Tensor]], list[str]]] = {

@@ -12,50 +12,19 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate.data_loader import DataLoaderShard
-from conftest import assert_close, bert, convnet, gpt2, llama, mixture, relative_error, t5, vit
+from support.batches import Batch, images, padding, pairs, text, tokens
+from support.gathering import assert_same, gather, linear_layers, named
+from support.model_state import state_of
+from support.models import bert, convnet, gpt2, llama, mixture, t5, vit
+from support.tolerances import assert_close, relative_error
 from torch import Tensor, nn
 from transformers import BertModel, PreTrainedModel
-from transformers.pytorch_utils import Conv1D
 
 from reparam_peft import Statistics
 from reparam_peft.calibration import gather as calibration
-from reparam_peft.calibration.gather import gather_statistics
 from reparam_peft.runtime import processes as distributed
 
-Batch = dict[str, Tensor]
 ROWS_64 = [{"input": torch.randn(200, 64, generator=torch.Generator().manual_seed(0))}]
-
-
-def tokens(rows: int, length: int, seed: int = 0) -> Tensor:
-    return torch.randint(3, 100, (rows, length), generator=torch.Generator().manual_seed(seed))
-
-
-def padding(lengths: list[int], length: int, side: str = "right") -> Tensor:
-    """An attention mask."""
-    kept = torch.arange(length) < torch.tensor(lengths)[:, None]
-    return (kept if side == "right" else kept.flip(1)).long()
-
-
-def text(lengths: list[int], length: int, side: str = "right", seed: int = 0) -> Batch:
-    return {"input_ids": tokens(len(lengths), length, seed), "attention_mask": padding(lengths, length, side)}
-
-
-def pairs(source: list[int], target: list[int], lengths: tuple[int, int], seed: int = 0) -> Batch:
-    decoder = text(target, lengths[1], seed=seed + 1)
-    return {**text(source, lengths[0], seed=seed), **{f"decoder_{name}": value for name, value in decoder.items()}}
-
-
-def images(rows: int, shape: tuple[int, ...], name: str, seed: int = 0) -> Batch:
-    return {name: torch.randn(rows, *shape, generator=torch.Generator().manual_seed(seed))}
-
-
-def linear_layers(model: nn.Module, *leave_out: str) -> dict[str, nn.Module]:
-    kinds = (nn.Linear, Conv1D, nn.Conv2d)
-    return {n: m for n, m in model.named_modules() if isinstance(m, kinds) and not n.endswith(leave_out or ("lm_head",))}
-
-
-def named(*names: str) -> Callable[[nn.Module], dict[str, nn.Module]]:
-    return lambda model: {name: model.get_submodule(name) for name in names}
 
 
 @dataclass
@@ -89,10 +58,6 @@ SETTINGS = [
 @pytest.fixture(params=SETTINGS, ids=lambda setting: setting.name)
 def setting(request: pytest.FixtureRequest) -> Setting:
     return request.param
-
-
-def gather(model: nn.Module, modules: Any, batches: Any, **options: Any) -> Statistics:
-    return gather_statistics(model, modules(model) if callable(modules) else modules, batches, progress=False, **options)
 
 
 # The oracle
@@ -423,18 +388,6 @@ def split(batches: list[Batch], size: int) -> list[Batch]:
     return [{n: v[start : start + size] for n, v in whole.items()} for start in range(0, rows, size)]
 
 
-def assert_same(one: Statistics, two: Statistics, tolerance: float = 1e-6) -> None:
-    assert one.inputs == two.inputs
-    assert one.rows == two.rows
-    assert one.gradient_rows == two.gradient_rows
-    assert one.predictions == two.predictions
-    for kind in ("grams", "sums", "weighted_grams", "weighted_sums", "output_grams", "energies"):
-        tensors, others = getattr(one, kind), getattr(two, kind)
-        assert tensors.keys() == others.keys(), kind
-        for name, tensor in tensors.items():
-            assert relative_error(tensor, others[name]) <= tolerance, (kind, name)
-
-
 SPLITS = {
     "Llama": (llama, linear_layers, [text([8, 5, 8, 1, 3, 8], 8)]),
     "BERT": (bert, linear_layers, [text([8, 5, 8, 1, 3, 8], 8)]),
@@ -522,20 +475,6 @@ def test_models_with_and_without_logits_have_gradients(build: Callable[[], PreTr
 
 
 # What is left behind
-
-
-def state_of(model: nn.Module) -> dict[str, Any]:
-    return {
-        "modes": [module.training for module in model.modules()],
-        "hooks": [
-            len(hooks)
-            for module in model.modules()
-            for hooks in (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-        ],
-        "trained": [parameter.requires_grad for parameter in model.parameters()],
-        "gradients": [parameter.grad is None for parameter in model.parameters()],
-        "versions": [parameter._version for parameter in model.parameters()],
-    }
 
 
 @pytest.mark.parametrize("fails", [None, "forward", "backward", "batches", "keyboard"])

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from test_standalone import saved, small
+from support.standalone import saved, small
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 

@@ -17,9 +17,11 @@ from types import SimpleNamespace
 import pytest
 import torch
 import transformers
-from conftest import assert_close, bert, byte_tokenizer, llama
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.command_line import DATA_FREE, FILES, Run, assert_error, calibrated, quick
+from support.models import bert, byte_tokenizer, llama
+from support.tolerances import assert_close
 from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 
 from reparam_peft import Plan, Record, ReparamConfig, Statistics, perplexity, text_batches
@@ -30,10 +32,6 @@ from reparam_peft.cli import inputs as sources
 from reparam_peft.cli import search as search_command
 from reparam_peft.cli.outputs import PROMPTS
 from reparam_peft.searching import search as searching
-
-Run = Callable[..., SimpleNamespace]
-ADAPTER = {"README.md", "adapter_config.json", "adapter_model.safetensors", "reparam_run.json"}
-FILES = {*ADAPTER, "tokenizer.json", "tokenizer_config.json"}
 
 
 @pytest.fixture(scope="module")
@@ -76,29 +74,6 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> I
     logging.disable(disabled)
     transformers.logging.set_verbosity(verbosity)
     transformers.logging.enable_progress_bar()
-
-
-def assert_error(result: SimpleNamespace, message: str) -> None:
-    """Exit code 1, and the last words on stderr are one line, without a traceback, beginning with "error:"."""
-    assert result.code == 1
-    assert result.out == ""
-    lines = [line for line in result.err.splitlines() if line.startswith("error: ")]
-    assert len(lines) == 1
-    assert result.err.endswith(lines[0] + "\n")
-    assert re.search(message, lines[0]), lines[0]
-    assert "Traceback" not in result.err
-
-
-def quick(models: Path) -> list[object]:
-    return ["--text", models / "text.txt", "--length", 64, "--windows", 4]
-
-
-def calibrated(models: Path) -> list[object]:
-    """Few and short windows to calibrate on, and no evaluation."""
-    return ["--calibration", models / "calibration.txt", "--calibration-windows", 4, "--length", 64, "--no-evaluate"]
-
-
-DATA_FREE = ["--method", "svd", "--no-evaluate"]
 
 
 @pytest.mark.parametrize("method", ["default", "svd"])

@@ -3,80 +3,42 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import (
+from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file
+from support.batches import Batch, images, pairs, read, text
+from support.compressing import ALL, IMAGES, ROWS, TEXT, Q, batches_of, compressed, layers, output_errors, planned, scale_of
+from support.model_state import assert_same_model, state_of
+from support.models import (
     CASES,
     Case,
-    assert_close,
+    Net,
     bert,
     convnet,
     gpt2,
     image_inputs,
     llama,
     mixture,
-    relative_error,
+    net,
+    qwen_moe,
     t5,
     token_inputs,
     vit,
 )
-from peft import LoraConfig, PeftModel, get_peft_model
-from safetensors.torch import load_file
-from test_calibration import Batch, images, pairs, state_of, text
+from support.tolerances import assert_close, relative_error
 from torch import Tensor, multiprocessing, nn
-from transformers import BertModel, Qwen2MoeConfig, Qwen2MoeForCausalLM
+from transformers import BertModel
 
-from reparam_peft import Plan, ReparamConfig, Statistics, calibrate, compress, plan
+from reparam_peft import Plan, ReparamConfig, Statistics, calibrate, compress
 from reparam_peft.layers.kinds import layer_kind
 from reparam_peft.numerics.storage import uniform_rank
-from reparam_peft.tuner.layer import ReparamLayer
 from reparam_peft.tuner.matrices import matrix_storage
-
-TEXT = [text([12, 9, 12, 5], 12), text([10, 10, 3, 7], 10, seed=1)]
-IMAGES = [images(3, (3, 10, 9), "x"), images(2, (3, 10, 9), "x", seed=1)]
-
-
-def batches_of(case: Case) -> list[Batch]:
-    return IMAGES if case.kind == "Conv2d" else TEXT
-
-
-def config_of(**options: Any) -> ReparamConfig:
-    """Small matrices need small steps of rank."""
-    chosen = options.get("allocation") != "uniform" and "r" not in options
-    return ReparamConfig(**{"keep": 0.5, **({"rank_multiple": 2} if chosen else {}), **options})
-
-
-def compressed(
-    model: nn.Module, batches: Any, *, seed: int = 0, arguments: dict[str, Any] | None = None, **options: Any
-) -> PeftModel:
-    return compress(model, config_of(**options), batches, seed=seed, progress=False, **(arguments or {})).eval()
-
-
-def planned(model: nn.Module, batches: Any, *, arguments: dict[str, Any] | None = None, **options: Any) -> Plan:
-    return plan(model, config_of(**options), batches, progress=False, **(arguments or {}))
-
-
-def layers(model: nn.Module) -> dict[str, ReparamLayer]:
-    found = {n: m for n, m in model.named_modules() if isinstance(m, ReparamLayer)}
-    return {name.removeprefix("base_model.model."): layer for name, layer in found.items()}
-
-
-def assert_same_model(one: PeftModel, two: PeftModel, tolerance: float = 0.0) -> None:
-    a, b = one.peft_config["default"], two.peft_config["default"]
-    assert (a.rank_pattern, a.dense_modules, a.stored_parameters) == (b.rank_pattern, b.dense_modules, b.stored_parameters)
-    first, second = one.state_dict(), two.state_dict()
-    assert first.keys() == second.keys()
-    for name, tensor in first.items():
-        if tensor.is_floating_point():
-            assert relative_error(tensor, second[name]) <= tolerance, name
-        else:
-            assert torch.equal(tensor, second[name]), name
-
 
 # The budget
 
@@ -216,25 +178,6 @@ def test_every_variant_runs_and_loads(variant: dict[str, Any], form: str, alloca
     assert got.isfinite().all()
     small.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(bert(), tmp_path)(**token_inputs()).logits, got)
-
-
-def output_errors(small: PeftModel, statistics: Statistics, original: nn.Module) -> dict[str, float]:
-    """E|W x − A B x|² of each module on the calibration data, of the centred rows where there is a bias."""
-    errors = {}
-    for name, layer in layers(small).items():
-        module = original.get_submodule(name)
-        W = layer_kind(module).matrix(module.weight.detach()).double()
-        D = W - layer.dense_matrix("default").double()
-        G = statistics.covariance(name) if getattr(module, "bias", None) is not None else statistics.gram(name)
-        errors[name] = float(((D * G if G.ndim == 1 else D @ G) * D).sum())
-    return errors
-
-
-def scale_of(model: nn.Module, name: str, statistics: Statistics) -> float:
-    """E|W x|² of a module on the calibration data."""
-    module = model.get_submodule(name)
-    W, G = layer_kind(module).matrix(module.weight.detach()).double(), statistics.gram(name)
-    return float(((W * G if G.ndim == 1 else W @ G) * W).sum())
 
 
 def test_whitened_is_the_optimum_and_the_autoencoder_reaches_it(case: Case) -> None:
@@ -436,36 +379,11 @@ def test_several_passes_give_what_one_gives(
 # Models
 
 
-class Net(nn.Module):
-    """A plain model whose output is a tensor; one of its layers is not in use."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.first, self.second, self.unused = nn.Linear(20, 30), nn.Linear(30, 16), nn.Linear(20, 30)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.second(self.first(x).relu())
-
-
-def net() -> Net:
-    torch.manual_seed(0)
-    return Net()
-
-
 def bert_encoder() -> BertModel:
     torch.manual_seed(0)
     return BertModel(bert().config).eval()
 
 
-def qwen_moe() -> Qwen2MoeForCausalLM:
-    """A mixture whose experts are one tensor, which is left alone, beside a shared expert of linear layers."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
-    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
-    return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **heads, num_hidden_layers=2, vocab_size=100)).eval()
-
-
-ROWS = [{"x": torch.randn(40, 20, generator=torch.Generator().manual_seed(seed))} for seed in (0, 1)]
 TOKENS = [{"x": torch.randn(8, 30, 16, generator=torch.Generator().manual_seed(0))}]
 PROJECTIONS = ["q_proj", "k_proj", "v_proj", "o_proj"]
 MODELS: dict[str, tuple[Callable[[], nn.Module], Any, list[Batch]]] = {
@@ -546,13 +464,6 @@ def llama_statistics(**options: Any) -> Statistics:
     return calibrate(llama(**options), ReparamConfig(target_modules=["q_proj"]), TEXT, progress=False)
 
 
-def read(batches: list[Batch]) -> Iterator[Batch]:
-    """A generator that is exhausted."""
-    generator = iter(batches)
-    list(generator)
-    return generator
-
-
 def planned_for(**options: Any) -> dict[str, Any]:
     return {"plan": planned(options.pop("model", llama)(), TEXT, **{"target_modules": ["q_proj"], **options})}
 
@@ -564,8 +475,6 @@ def other_llama() -> nn.Module:
     return model
 
 
-Q = {"target_modules": ["q_proj"]}
-ALL = {"target_modules": "all-linear"}
 NAMES = [f"model.layers.{i}.{part}" for i in (0, 1) for part in ("mlp.gate_proj", "mlp.up_proj", "mlp.down_proj")]
 FAULTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Callable[[], Any], Callable[[], dict[str, Any]], Any, str]] = {
     "no batches": (llama, Q, list, dict, ValueError, "`batches` must hold at least one batch, got none"),

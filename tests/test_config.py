@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from peft import PeftConfig, PeftType, get_peft_config, get_peft_model
 from safetensors.torch import save_file
-from strategies import PROPERTY, configs
+from support.strategies import PROPERTY, configs
 from torch import nn
 
 from reparam_peft import ReparamConfig

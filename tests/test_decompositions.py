@@ -4,10 +4,20 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TOLERANCE
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import DTYPES, METRICS, PROPERTY, activation_gram, matrices, matrices_and_ranks, matrix_with, metrics, spectrum
+from support.strategies import (
+    DTYPES,
+    METRICS,
+    PROPERTY,
+    activation_gram,
+    matrices,
+    matrices_and_ranks,
+    matrix_with,
+    metrics,
+    spectrum,
+)
+from support.tolerances import TOLERANCE
 from torch import Tensor, nn
 
 from reparam_peft import Factors, factorize

@@ -8,9 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import llama, t5
-from test_calibration import text
-from test_healing import BERT, ROWS, classifier, losses, masked_lm, padded, small, stacked, trainer
+from support.batches import text
+from support.healing import BERT, ROWS, losses, padded, small, stacked, trainer
+from support.models import classifier, llama, masked_lm, t5
 from torch import nn
 
 from reparam_peft.healing.losses import Sparse, divergence

@@ -10,11 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import bert, byte_tokenizer, convnet, gpt2, llama
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
-from strategies import PROPERTY
+from support.models import bert, byte_tokenizer, convnet, gpt2, llama
+from support.strategies import PROPERTY
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5ForConditionalGeneration
 

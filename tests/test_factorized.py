@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from conftest import TOLERANCE, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import PROPERTY
+from support.strategies import PROPERTY
+from support.tolerances import TOLERANCE, assert_close
 from torch import Tensor, nn
 from transformers.models.bart.modeling_bart import BartScaledWordEmbedding
 from transformers.models.gemma3.modeling_gemma3 import Gemma3TextScaledWordEmbedding

@@ -10,7 +10,7 @@ import lm_eval.tasks
 import pytest
 import torch
 import yaml
-from conftest import byte_tokenizer, llama
+from support.models import byte_tokenizer, llama
 from torch import nn
 
 import reparam_peft.evaluation.harness

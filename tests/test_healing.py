@@ -5,59 +5,21 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import bert, llama, t5
 from peft import LoraConfig, PeftModel, get_peft_model
-from test_calibration import pairs, text
+from support.batches import pairs, text
+from support.healing import BERT, LENGTH, ROWS, arguments, falls, losses, padded, small, stacked, trainer
+from support.models import bert, classifier, llama, masked_lm, t5
 from torch import Tensor, nn
-from transformers import BertConfig, BertForMaskedLM, Trainer, TrainingArguments
+from transformers import Trainer
 
 from reparam_peft import HealingTrainer, ReparamConfig, compress, perplexity
 from reparam_peft.healing.trained import set_trained
-
-LENGTH = 16
-BERT = {"target_modules": ["query", "key", "value"]}
-ROWS = [{k: v[0] for k, v in text([LENGTH], LENGTH, seed=seed).items()} for seed in range(24)]
-
-
-def small(build: Callable[[], nn.Module] = llama, **options: Any) -> PeftModel:
-    return get_peft_model(build(), ReparamConfig(**{"target_modules": "all-linear", "keep": 0.4, **options}))
-
-
-def arguments(folder: Path, **options: Any) -> TrainingArguments:
-    plain = {"max_steps": 8, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "report_to": "none", "disable_tqdm": True}
-    return TrainingArguments(str(folder), **{**plain, "use_cpu": True, "save_strategy": "no", "logging_steps": 1, **options})
-
-
-def trainer(folder: Path, model: Any = None, rows: Any = ROWS, **options: Any) -> HealingTrainer:
-    own = {"teacher", "distillation", "temperature", "hidden", "trains", "lora", "teacher_cache", "top_k", "eval_dataset"}
-    ours = {key: options.pop(key) for key in own & options.keys()}
-    if model is None:
-        model = small()
-    if "teacher" not in ours:
-        ours["teacher"] = llama()
-    return HealingTrainer(model, arguments(folder, **options), train_dataset=rows, **ours)
-
-
-def losses(made: Trainer) -> list[float]:
-    return [entry["loss"] for entry in made.state.log_history if "loss" in entry]
-
-
-def falls(made: Trainer) -> bool:
-    """Whether the loss of the last third is below that of the first, batches being few and different."""
-    found = losses(made)
-    third = len(found) // 3
-    return sum(found[-third:]) < 0.97 * sum(found[:third])
-
-
-def stacked(rows: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
 
 
 def reference_loss(model: nn.Module, teacher: nn.Module, batch: dict[str, Tensor], temperature: float = 1.0) -> Tensor:
@@ -68,21 +30,6 @@ def reference_loss(model: nn.Module, teacher: nn.Module, batch: dict[str, Tensor
     )
     mask = batch["attention_mask"][:, 1:].bool()
     return temperature**2 * kl.sum(-1)[mask].mean()
-
-
-def masked_lm() -> BertForMaskedLM:
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 48, "intermediate_size": 96, "num_hidden_layers": 2, "num_attention_heads": 4, "vocab_size": 100}
-    quiet = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
-    return BertForMaskedLM(BertConfig(**sizes, **quiet, max_position_embeddings=64)).eval()
-
-
-def classifier() -> nn.Module:
-    model = bert()
-    for module in model.modules():
-        if isinstance(module, nn.Dropout):
-            module.p = 0.0
-    return model
 
 
 def moved(model: PeftModel) -> Tensor:
@@ -111,10 +58,6 @@ def accumulated(tmp_path: Path, build: Any, teacher: Any, rows: list[dict[str, T
     assert results[0].norm() > 0
     for other in results[1:]:
         assert (other - results[0]).norm() < 1e-3 * results[0].norm(), float((other - results[0]).norm() / results[0].norm())
-
-
-def padded(lengths: tuple[int, ...]) -> list[dict[str, Tensor]]:
-    return [{k: v[0] for k, v in text([n], LENGTH, seed=n).items()} for n in lengths]
 
 
 # The loss
@@ -514,7 +457,12 @@ def test_half_precision_is_trained_in_float32(tmp_path: Path) -> None:
 SCRIPT = """
 import sys
 sys.path.insert(0, {tests!r})
-from test_healing import *
+import os
+from pathlib import Path
+import torch
+from support.healing import ROWS, arguments, small
+from support.models import llama
+from reparam_peft import HealingTrainer
 from accelerate import PartialState
 from accelerate.utils import DistributedType
 torch.set_num_threads(1)

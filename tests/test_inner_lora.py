@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import llama, vit
 from peft import LoraConfig, PeftModel
-from test_healing import ROWS, arguments, falls, small, stacked, trainer
+from support.healing import ROWS, arguments, falls, small, stacked, trainer
+from support.models import llama, vit
 from torch import nn
 
 from reparam_peft import HealingTrainer, ReparamConfig, compress

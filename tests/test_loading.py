@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import bert, gpt2, llama, t5, token_inputs, vit
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from support.models import bert, gpt2, llama, t5, token_inputs, vit
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TOLERANCE, assert_close
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import METRICS, PROPERTY, gram_with, metrics
+from support.strategies import METRICS, PROPERTY, gram_with, metrics
+from support.tolerances import TOLERANCE, assert_close
 from torch import Tensor
 
 from reparam_peft.numerics.metrics import Metric, check_metric, shrink

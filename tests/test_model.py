@@ -14,30 +14,18 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ConvNet, assert_close, bert, convnet, gpt2, llama, token_inputs
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.adapters import compress
+from support.model_state import assert_untouched
+from support.models import ConvNet, bert, convnet, gpt2, llama, on_meta, tied, token_inputs
+from support.tolerances import assert_close
 from torch import nn
 
 import reparam_peft.tuner.targets
 from reparam_peft import ReparamConfig, SizeReport, factorize
 from reparam_peft.tuner.layer import ReparamLayer
-
-
-def compress(model: nn.Module, **options: Any) -> PeftModel:
-    return get_peft_model(model, ReparamConfig(**options))
-
-
-def assert_untouched(model: nn.Module, reference: nn.Module) -> None:
-    """Same modules, same tensors, same `requires_grad` as a fresh copy."""
-    assert [type(m) for m in model.modules()] == [type(m) for m in reference.modules()]
-    got, expected = dict(model.named_parameters()), dict(reference.named_parameters())
-    assert got.keys() == expected.keys()
-    for name, value in expected.items():
-        assert torch.equal(got[name].nan_to_num(7), value.nan_to_num(7)), name
-        assert got[name].requires_grad == value.requires_grad, name
-
 
 # Which modules
 
@@ -254,15 +242,6 @@ def grouped() -> ConvNet:
     model = convnet()
     model.conv1 = nn.Conv2d(12, 16, 3, groups=4)
     return model
-
-
-def tied() -> nn.Module:
-    return llama(tie_word_embeddings=True)
-
-
-def on_meta() -> nn.Module:
-    with torch.device("meta"):
-        return type(llama())(llama().config)
 
 
 @pytest.mark.parametrize(

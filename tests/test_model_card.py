@@ -9,9 +9,9 @@ from pathlib import Path
 
 import peft
 import pytest
-from conftest import bert, llama, t5, token_inputs
 from huggingface_hub import ModelCard
 from peft import get_peft_model
+from support.models import bert, llama, t5, token_inputs
 from transformers import PreTrainedModel
 
 from reparam_peft import ReparamConfig, compress

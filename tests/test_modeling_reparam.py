@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import bert, gpt2, llama, t5, token_inputs, vit
-from test_standalone import IDS, STOCK, small
+from support.models import bert, gpt2, llama, t5, token_inputs, vit
+from support.standalone import IDS, STOCK, small
 from torch import nn
 from transformers import PreTrainedModel
 

@@ -11,8 +11,8 @@ import numpy
 import onnxruntime
 import pytest
 import torch
-from conftest import bert, gpt2, llama, t5, vit
 from peft import get_peft_model
+from support.models import bert, gpt2, llama, t5, vit
 from transformers import PreTrainedModel
 
 from reparam_peft import ReparamConfig

@@ -16,9 +16,10 @@ from typing import Any
 import peft
 import pytest
 import torch
-from conftest import CASES, Case, assert_close, bert, gpt2, image_inputs, llama, token_inputs
 from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
+from support.models import CASES, Case, bert, gpt2, image_inputs, llama, token_inputs
+from support.tolerances import assert_close
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import TOLERANCE, relative_error
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import PROPERTY, activation_gram, matrices_and_ranks, matrix_with, spectrum
+from support.strategies import PROPERTY, activation_gram, matrices_and_ranks, matrix_with, spectrum
+from support.tolerances import TOLERANCE, relative_error
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 

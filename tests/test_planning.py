@@ -13,29 +13,16 @@ import pytest
 import torch
 from hypothesis import assume, given, reject
 from hypothesis import strategies as st
-from strategies import PROPERTY, SPECTRA, names, spectrum
+from support.strategies import PROPERTY, Targets, spectrum, targets
 from torch import Tensor
 
 from reparam_peft import ReparamConfig
 from reparam_peft.config.fields import ALLOCATIONS, METHODS
-from reparam_peft.numerics.storage import FORMS, Storage, uniform_rank
+from reparam_peft.numerics.storage import Storage, uniform_rank
 from reparam_peft.planning.plan import FORMAT, ModulePlan, Plan, make_plan
 from reparam_peft.planning.ranks import allocate_ranks, check_budget
 
 Ranks = dict[str, int | None]
-Targets = tuple[dict[str, Storage], dict[str, Tensor]]
-
-
-@st.composite
-def targets(draw: st.DrawFn, most: int = 40) -> Targets:
-    """What the products of a few matrices take, and what their directions cost."""
-    form, size = draw(st.sampled_from(FORMS)), st.integers(1, most)
-    storages, losses = {}, {}
-    for name in draw(st.lists(names, min_size=1, max_size=5, unique=True)):
-        storages[name] = Storage(draw(size), draw(size), form, draw(st.booleans()))
-        length = min(storages[name].out_features, storages[name].in_features)
-        losses[name] = spectrum(draw(st.sampled_from(SPECTRA)), length) * draw(st.sampled_from([1.0, 1e-4]))
-    return storages, losses
 
 
 def stored(ranks: Ranks, storages: dict[str, Storage]) -> int:

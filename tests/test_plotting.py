@@ -10,9 +10,9 @@ from pathlib import Path
 import matplotlib
 import pytest
 import torch
-from conftest import llama
 from matplotlib.figure import Figure
 from peft import get_peft_model
+from support.models import llama
 
 from reparam_peft import (
     Plan,

@@ -6,10 +6,10 @@ import copy
 
 import pytest
 import torch
-from conftest import assert_close
 from hypothesis import given
 from hypothesis import strategies as st
-from strategies import PROPERTY
+from support.strategies import PROPERTY
+from support.tolerances import assert_close
 from torch import Tensor, nn
 
 import reparam_peft.layers.factorized as products_module

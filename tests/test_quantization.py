@@ -9,9 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import bert, gpt2, llama, relative_error, t5, token_inputs
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.models import bert, gpt2, llama, t5, token_inputs
+from support.tolerances import relative_error
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from reparam_peft import ReparamConfig

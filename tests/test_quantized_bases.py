@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import llama, relative_error
 from peft import PeftModel, get_peft_model
+from support.models import llama
+from support.tolerances import relative_error
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import llama
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.models import llama
 
 from reparam_peft import Plan, Record, ReparamConfig, compress, plan, retruncate, search
 from reparam_peft.report.record import RECORD, read_record, record_of_adapter, saving_with

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import llama
+from support.models import llama
 
 from reparam_peft import Plan, Record, ReparamConfig, SearchResult, Trial, plan, write_report
 from reparam_peft.report import page as report

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import llama
-from test_sequential import REFINE, TEXT, WAYS, assert_same_model, by_block
+from support.block_by_block import REFINE, TEXT, WAYS, by_block
+from support.model_state import assert_same_model
+from support.models import llama
 from torch import nn
 
 from reparam_peft.runtime.fingerprints import fingerprint_of_batches, fingerprint_of_model

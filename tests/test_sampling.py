@@ -9,10 +9,10 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import TOLERANCE
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from strategies import PROPERTY
+from support.strategies import PROPERTY
+from support.tolerances import TOLERANCE
 from torch import Tensor, nn
 from transformers.modeling_outputs import BaseModelOutputWithPooling, CausalLMOutput, QuestionAnsweringModelOutput
 

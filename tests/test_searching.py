@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bert, byte_tokenizer, gpt2, llama
 from peft import PeftModel
+from support.models import bert, byte_tokenizer, gpt2, llama
 from torch import nn
 
 import reparam_peft.searching.search

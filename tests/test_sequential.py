@@ -15,20 +15,20 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-from conftest import assert_close, bert, convnet, gpt2, llama, t5, vit
 from peft import AutoPeftModelForCausalLM, PeftModel
-from test_calibration import Batch, images, pairs, state_of, text
-from test_compression import assert_same_model, config_of, layers, qwen_moe
+from support.batches import Batch, images, pairs, text
+from support.block_by_block import ALL, TEXT, WAYS, by_block
+from support.compressing import config_of, layers
+from support.model_state import assert_same_model, state_of
+from support.models import bert, convnet, gpt2, llama, qwen_moe, t5, vit
+from support.tolerances import assert_close
 from torch import Tensor, multiprocessing, nn
 
 from reparam_peft import Anchoring, Refinement, calibrate, compress, plan, retruncate
 from reparam_peft.runtime.run_folder import RunFolder
 
-TEXT = [text([20, 9, 20, 5, 20, 20], 20, seed=seed) for seed in range(6)]
 PAIRS = [pairs([20, 13, 20, 20], [16, 12, 16, 16], (20, 16), seed=seed) for seed in range(8)]
 IMAGES = [images(8, (3, 16, 16), "pixel_values", seed=seed) for seed in range(8)]
-REFINE = Refinement(epochs=3, batch_size=4, learning_rate=2e-3, autocast=None)
-ALL = {"target_modules": "all-linear"}
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[Batch], Any]] = {
     "llama": (llama, TEXT, "all-linear"),
     "gpt2": (gpt2, TEXT, ["c_attn", "c_proj", "c_fc"]),
@@ -38,16 +38,6 @@ MODELS: dict[str, tuple[Callable[[], nn.Module], list[Batch], Any]] = {
     "qwen moe": (qwen_moe, TEXT, ["q_proj", "k_proj", "v_proj", "o_proj", "up_proj", "down_proj"]),
     "embedding, too": (llama, TEXT, ["embed_tokens", "q_proj", "o_proj", "up_proj", "down_proj"]),
 }
-WAYS: dict[str, dict[str, Any]] = {
-    "sequential": {"sequential": True},
-    "residual": {"sequential": Anchoring(1.0, 1.0)},
-    "refined": {"refine": REFINE},
-    "both": {"sequential": True, "refine": REFINE},
-}
-
-
-def by_block(model: nn.Module, batches: Any = TEXT, arguments: dict[str, Any] | None = None, **options: Any) -> PeftModel:
-    return compress(model, config_of(**{**ALL, **options}), batches, progress=False, **(arguments or {})).eval()
 
 
 def outputs(model: nn.Module, batches: list[Batch]) -> list[Tensor]:
@@ -244,7 +234,8 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
 SCRIPT = """
 import sys, torch
 sys.path.insert(0, {tests!r})
-from test_sequential import *
+from support.block_by_block import TEXT, WAYS, by_block
+from support.models import llama
 torch.set_num_threads(1)
 small = by_block(llama(num_hidden_layers=6), TEXT, {{**WAYS["both"], "run_folder": {run!r}}})
 small.save_pretrained({saved!r})

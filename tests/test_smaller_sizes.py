@@ -8,10 +8,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import bert, gpt2, llama, relative_error
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model, set_peft_model_state_dict
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
+from support.models import bert, gpt2, llama
+from support.tolerances import relative_error
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 

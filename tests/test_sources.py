@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import bert, byte_tokenizer, llama
 from peft import PeftModel, get_peft_model
+from support.models import bert, byte_tokenizer, llama
 from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel, LlamaForCausalLM
 

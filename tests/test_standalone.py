@@ -11,8 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import assert_close, bert, byte_tokenizer, gpt2, llama, t5, token_inputs, vit
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.models import bert, byte_tokenizer, gpt2, llama, t5, token_inputs, vit
+from support.standalone import IDS, STOCK, logits, saved, small
+from support.tolerances import assert_close
 from torch import nn
 from transformers import (
     AutoModel,
@@ -28,29 +30,6 @@ from transformers import (
 from reparam_peft import ReparamConfig, compress
 from reparam_peft.layers.factorized import FactorizedModule
 from reparam_peft.standalone.checkpoint import CheckpointLoader
-
-IDS = torch.arange(3, 19).reshape(2, 8)
-STOCK = """
-import sys
-import transformers
-assert "reparam_peft" not in sys.modules
-getattr(transformers, sys.argv[1]).from_pretrained(sys.argv[2])
-"""
-
-
-def small(form: str = "factors", model: PreTrainedModel | None = None, **options: object) -> PeftModel:
-    config = ReparamConfig(**{"target_modules": "all-linear", "keep": 0.6, "form": form, **options})
-    return get_peft_model(llama() if model is None else model, config).eval()
-
-
-def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
-    with torch.no_grad():
-        return model(input_ids=ids).logits
-
-
-def saved(folder: Path, form: str = "factors", **options: object) -> Path:
-    small(form, **options).to_standalone().save_pretrained(folder)
-    return folder
 
 
 @pytest.mark.parametrize("form", ["factors", "pivot"])

@@ -9,10 +9,12 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import bert, gpt2, llama, relative_error
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
-from test_calibration import assert_same, gather, linear_layers, named, text
+from support.batches import text
+from support.gathering import assert_same, gather, linear_layers, named
+from support.models import bert, gpt2, llama
+from support.tolerances import relative_error
 from torch import Tensor, nn
 
 from reparam_peft import Statistics

@@ -10,10 +10,11 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import assert_close, bert, byte_tokenizer, gpt2, llama
 from filelock import FileLock
 from peft import get_peft_model
-from test_standalone import logits
+from support.models import bert, byte_tokenizer, gpt2, llama
+from support.standalone import logits
+from support.tolerances import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 import reparam_peft.compression.streaming

@@ -7,8 +7,8 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import llama
 from peft import get_peft_model
+from support.models import llama
 from torch import nn
 from transformers import (
     AutoConfig,

@@ -10,13 +10,14 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import Case, assert_close, bert, convnet, llama, relative_error, token_inputs
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from strategies import PROPERTY, matrices
-from test_compression import TEXT, batches_of, layers
+from support.compressing import TEXT, batches_of, layers
+from support.models import Case, bert, convnet, llama, token_inputs
+from support.strategies import PROPERTY, matrices
+from support.tolerances import assert_close, relative_error
 from torch import Tensor, nn
 
 from reparam_peft import ReparamConfig, Statistics, compress

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from fractions import Fraction
 from typing import Any
 
 import torch
@@ -12,7 +13,7 @@ from torch import Tensor
 
 from reparam_peft import ReparamConfig
 from reparam_peft.config.fields import ALLOCATIONS, INPUT_METRICS, METHODS, OUTPUT_METRICS
-from reparam_peft.numerics.storage import FORMS
+from reparam_peft.numerics.storage import FORMS, Storage
 
 PROPERTY = settings(deadline=None, derandomize=True, max_examples=60, suppress_health_check=[HealthCheck.too_slow])
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
@@ -155,3 +156,34 @@ def configs(draw: st.DrawFn) -> ReparamConfig:
         **layers,
         **calibration,
     )
+
+
+sizes = st.integers(1, 20_000)
+
+
+@st.composite
+def decimal_keeps(draw: st.DrawFn) -> Fraction:
+    """A `keep` below 1 as a person writes it: a fraction with a small denominator, which a float holds only roughly."""
+    denominator = draw(st.sampled_from([2, 3, 5, 10, 64, 100]))
+    return Fraction(draw(st.integers(1, denominator - 1)), denominator)
+
+
+@st.composite
+def storages(draw: st.DrawFn, most: int = 20_000) -> Storage:
+    size = st.integers(1, most)
+    return Storage(draw(size), draw(size), draw(st.sampled_from(FORMS)), draw(st.booleans()))
+
+
+Targets = tuple[dict[str, Storage], dict[str, Tensor]]
+
+
+@st.composite
+def targets(draw: st.DrawFn, most: int = 40) -> Targets:
+    """What the products of a few matrices take, and what their directions cost."""
+    form, size = draw(st.sampled_from(FORMS)), st.integers(1, most)
+    storages, losses = {}, {}
+    for name in draw(st.lists(names, min_size=1, max_size=5, unique=True)):
+        storages[name] = Storage(draw(size), draw(size), form, draw(st.booleans()))
+        length = min(storages[name].out_features, storages[name].in_features)
+        losses[name] = spectrum(draw(st.sampled_from(SPECTRA)), length) * draw(st.sampled_from([1.0, 1e-4]))
+    return storages, losses
