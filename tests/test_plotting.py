@@ -13,36 +13,24 @@ import torch
 from matplotlib.figure import Figure
 from peft import get_peft_model
 from support.models import llama
+from support.results import plan_of_a_llama, result_of_a_search
 
-from reparam_peft import (
-    Plan,
-    ReparamConfig,
-    SearchResult,
-    Trial,
-    input_angles,
-    plan,
-    plot_effective_ranks,
-    plot_spectra,
-    principal_angles,
-)
+from reparam_peft import Plan, ReparamConfig, SearchResult, input_angles, plot_effective_ranks, plot_spectra, principal_angles
 from reparam_peft.display.axes import place_of
 from reparam_peft.display.tables import table_html
 from reparam_peft.report.plots import plot_angles, plot_blocks, plot_losses, plot_predictions
 
 matplotlib.use("Agg")
-BATCHES = [{"input_ids": torch.arange(3, 51).reshape(2, 24)}]
 
 
 @pytest.fixture(scope="module")
 def made() -> Plan:
-    dense = ["model.layers.1.mlp.up_proj"]
-    return plan(llama(), ReparamConfig(target_modules="all-linear", keep=0.6, dense_modules=dense), BATCHES, progress=False)
+    return plan_of_a_llama()
 
 
 @pytest.fixture
 def result() -> SearchResult:
-    trials = tuple(Trial("whitened", keep, int(1000 * keep), 20 / keep, keep > 0.6, None, 1.0) for keep in (0.5, 0.7, 0.9))
-    return SearchResult(trials, trials[1], "perplexity", 20.0, 1000, 30.0, False)
+    return result_of_a_search()
 
 
 def test_a_plan_is_drawn_as_it_is(made: Plan, tmp_path: Path) -> None:
@@ -155,34 +143,6 @@ def test_without_matplotlib(made: Plan, monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"reparam_peft\[plot\]"):
         made.plot()
-
-
-@pytest.mark.parametrize(
-    ("first", "second", "expected"),
-    [
-        ([[1.0, 0.0, 0.0]], [[0.0, 2.0, 0.0]], [math.pi / 2]),
-        ([[1.0, 0.0, 0.0]], [[1.0, 1.0, 0.0]], [math.pi / 4]),
-        ([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], [[0.0, 5.0, 0.0], [0.0, 0.0, 1.0]], [0.0, math.pi / 2]),
-        ([[1.0, 0.0, 0.0], [0.0, 1.0, 0.0]], [[1.0, 0.0, 1e-9]], [1e-9]),
-    ],
-)
-def test_principal_angles(first: list[list[float]], second: list[list[float]], expected: list[float]) -> None:
-    for one, other in ((first, second), (second, first)):
-        got = principal_angles(torch.tensor(one), torch.tensor(other))
-        torch.testing.assert_close(got, torch.tensor(expected, dtype=torch.float64), atol=1e-12, rtol=1e-6)
-
-
-def test_angles_do_not_depend_on_the_basis() -> None:
-    torch.manual_seed(0)
-    A, B = torch.randn(4, 12, dtype=torch.float64), torch.randn(3, 12, dtype=torch.float64)
-    mixed = torch.randn(4, 4, dtype=torch.float64) @ A
-    torch.testing.assert_close(principal_angles(mixed, B), principal_angles(A, B))
-    assert principal_angles(A, mixed).max() < 1e-7
-
-
-def test_matrices_of_other_widths_are_refused() -> None:
-    with pytest.raises(ValueError, match="same width"):
-        principal_angles(torch.ones(1, 2), torch.ones(1, 3))
 
 
 @pytest.mark.parametrize("form", ["factors", "pivot"])

@@ -10,13 +10,10 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.compressing import TEXT, batches_of, layers
 from support.models import Case, bert, convnet, llama, token_inputs
-from support.strategies import PROPERTY, matrices
 from support.tolerances import assert_close, relative_error
 from torch import Tensor, nn
 
@@ -25,7 +22,6 @@ from reparam_peft.calibration.gather import gather_statistics
 from reparam_peft.calibration.statistics import weight_norm
 from reparam_peft.compression import truncation as truncation
 from reparam_peft.compression.truncation import retruncate
-from reparam_peft.numerics.decompositions import Factors, truncate
 
 
 def trained(model: PeftModel, amount: float = 0.1) -> PeftModel:
@@ -79,26 +75,6 @@ def output_error(model: PeftModel, outputs: list[Tensor]) -> float:
 
 
 # Without data
-
-
-@PROPERTY
-@given(matrices(least=2, most=12, dtypes=(torch.float32, torch.float64)), st.data())
-def test_truncation_is_that_of_the_product(weight: Tensor, data: st.DataObject) -> None:
-    present = data.draw(st.integers(1, min(weight.shape)))
-    rank = data.draw(st.integers(1, present))
-    A, B = weight[:, :present], weight[:present].double()
-    B = B / B.abs().max().clamp(min=1e-30)
-    M = A.double() @ B.double()
-    values = torch.linalg.svdvals(M)
-    got = truncate(Factors(A, B), rank)
-    assert (got.A.shape, got.B.shape, got.A.dtype) == ((len(A), rank), (rank, B.shape[1]), torch.float64)
-    assert abs(float((M - got.A @ got.B).norm() - values[rank:].norm())) <= 1e-10 * float(values.norm())
-
-
-@pytest.mark.parametrize(("rank", "message"), [(0, r"in \[1, 2\]"), (3, r"in \[1, 2\]")])
-def test_rank_out_of_range(rank: int, message: str) -> None:
-    with pytest.raises(ValueError, match=message):
-        truncate(Factors(torch.eye(4, 2), torch.eye(2, 4)), rank)
 
 
 @pytest.mark.parametrize("form", ["factors", "pivot"])

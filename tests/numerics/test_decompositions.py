@@ -21,7 +21,7 @@ from support.tolerances import TOLERANCE
 from torch import Tensor, nn
 
 from reparam_peft import Factors, factorize
-from reparam_peft.numerics.decompositions import _leading_left_singular_vectors, direction_losses, random_factors
+from reparam_peft.numerics.decompositions import _leading_left_singular_vectors, direction_losses, random_factors, truncate
 
 SHAPES = [(200, 320), (320, 200), (256, 256)]
 
@@ -484,3 +484,23 @@ def test_refuses_what_is_no_metric_of_the_weight(metric: Tensor, message: str) -
         for function, arguments in ((factorize, (weight, 2)), (direction_losses, (weight,))):
             with pytest.raises(ValueError, match=f"`{name}` {message}"):
                 function(*arguments, *pair)
+
+
+@PROPERTY
+@given(matrices(least=2, most=12, dtypes=(torch.float32, torch.float64)), st.data())
+def test_truncation_is_that_of_the_product(weight: Tensor, data: st.DataObject) -> None:
+    present = data.draw(st.integers(1, min(weight.shape)))
+    rank = data.draw(st.integers(1, present))
+    A, B = weight[:, :present], weight[:present].double()
+    B = B / B.abs().max().clamp(min=1e-30)
+    M = A.double() @ B.double()
+    values = torch.linalg.svdvals(M)
+    got = truncate(Factors(A, B), rank)
+    assert (got.A.shape, got.B.shape, got.A.dtype) == ((len(A), rank), (rank, B.shape[1]), torch.float64)
+    assert abs(float((M - got.A @ got.B).norm() - values[rank:].norm())) <= 1e-10 * float(values.norm())
+
+
+@pytest.mark.parametrize(("rank", "message"), [(0, r"in \[1, 2\]"), (3, r"in \[1, 2\]")])
+def test_rank_out_of_range(rank: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        truncate(Factors(torch.eye(4, 2), torch.eye(2, 4)), rank)
