@@ -15,14 +15,10 @@ from torch.utils._pytree import tree_flatten
 
 from reparam_peft.blockwise.activations import Activations
 from reparam_peft.blockwise.blocks import Replay, find_blocks, hollowed, stream
-from reparam_peft.runtime.batches import split_rows
-from reparam_peft.runtime.modules import replaced
 
 TEXT = [text([12, 9, 12, 5], 12), text([10, 10, 3], 10, seed=1)]
 PAIRS = [pairs([8, 3], [6, 2], (8, 6)), pairs([5, 5], [4, 1], (5, 4))]
 ROWS = [{"x": torch.randn(6, 8, generator=torch.Generator().manual_seed(seed))} for seed in (0, 1)]
-
-
 MODELS: dict[str, tuple[Callable[[], nn.Module], list[dict[str, Tensor]], list[str]]] = {
     "llama": (llama, TEXT, ["model.layers.0", "model.layers.1"]),
     "gpt2": (gpt2, TEXT, ["transformer.h.0", "transformer.h.1"]),
@@ -168,16 +164,6 @@ def test_activations_are_kept_until_they_are_dropped(on_disk: bool, tmp_path: Pa
     assert not list(tmp_path.rglob("activations-*"))
 
 
-def test_batches_are_split_by_rows_where_their_tensors_agree() -> None:
-    batch = {"a": torch.arange(6).view(3, 2), "b": torch.arange(3), "c": torch.tensor(1.0), "d": "text"}
-    parts = split_rows(batch, 2)
-    assert [part["a"].tolist() for part in parts] == [[[0, 1], [2, 3]], [[4, 5]]]
-    assert [part["b"].tolist() for part in parts] == [[0, 1], [2]]
-    assert all(part["c"] == 1 and part["d"] == "text" for part in parts)
-    other = {"a": torch.ones(3), "pixels": torch.ones(7, 2)}
-    assert split_rows(other, 1) == [other]
-
-
 def test_hollow_outputs_have_shapes_and_no_numbers() -> None:
     output = hollowed((torch.ones(2, 3), torch.ones(4, dtype=torch.int64), "text"))
     assert output[0].isnan().all()
@@ -186,13 +172,3 @@ def test_hollow_outputs_have_shapes_and_no_numbers() -> None:
     assert output[1].tolist() == [0, 0, 0, 0]
     assert output[2] == "text"
     assert stream((output[1], output[0])) is output[0]
-
-
-def test_modules_are_replaced_for_a_while() -> None:
-    model = skipping()
-    before, other = model.stages[1], Residual()
-    with replaced(model, {"stages.1": other}):
-        assert model.stages[1] is other
-        with pytest.raises(AttributeError), replaced(model, {"stages.0": other, "stages.9": other}):
-            pass
-    assert model.stages[1] is before

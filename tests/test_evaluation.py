@@ -13,7 +13,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from peft import get_peft_model
-from support.models import bert, byte_tokenizer, convnet, gpt2, llama
+from support.models import bert, byte_tokenizer, gpt2, llama
 from support.strategies import PROPERTY
 from torch import Tensor, nn
 from transformers import BertConfig, BertForMaskedLM, BertModel, T5Config, T5ForConditionalGeneration
@@ -177,12 +177,6 @@ def test_a_masked_language_model_predicts_labels_in_place() -> None:
     assert perplexity(model, [{"input_ids": ids, "labels": labels}]) == pytest.approx(math.exp(loss), rel=1e-5)
     with pytest.raises(ValueError, match="batch 0 has no `labels`, which a model that does not predict its own input needs"):
         perplexity(model, [{"input_ids": ids}])
-
-
-def test_which_models_predict_the_next_token() -> None:
-    wrapped = get_peft_model(llama(), ReparamConfig(target_modules="all-linear", r=4))
-    assert all(predicts_next_token(model) for model in (llama(), gpt2(), wrapped))
-    assert not any(predicts_next_token(model) for model in (t5(), masked_bert(), bert(), convnet()))
 
 
 def exhausted() -> Iterator[dict[str, Tensor]]:
