@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import sys
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,7 +16,6 @@ from support.results import plan_of_a_llama, result_of_a_search
 
 from reparam_peft import Plan, ReparamConfig, SearchResult, input_angles, plot_effective_ranks, plot_spectra, principal_angles
 from reparam_peft.display.axes import place_of
-from reparam_peft.display.tables import table_html
 from reparam_peft.report.plots import plot_angles, plot_blocks, plot_losses, plot_predictions
 
 matplotlib.use("Agg")
@@ -77,14 +75,6 @@ def test_many_kinds_and_one_kind_fit(made: Plan) -> None:
     assert len([axes for axes in plot_spectra(replace(made, modules=many)).axes if axes.get_title()]) == 16
 
 
-def test_encoder_and_decoder_are_kinds_of_their_own(made: Plan) -> None:
-    names = ("encoder.block.0.q", "encoder.block.1.q", "decoder.block.0.q", "decoder.block.1.q")
-    both = replace(made, modules=tuple(replace(made.modules[0], name=name) for name in names))
-    kinds = [label.get_text() for label in both.plot().get_yticklabels()]
-    assert kinds == ["encoder.block.q", "decoder.block.q"]
-    assert [len(axes.lines[0].get_xdata()) for axes in plot_spectra(both).axes if axes.get_title()] == [2, 2]
-
-
 def test_predictions_blocks_angles_and_losses_are_drawn() -> None:
     axes = plot_predictions([("a", 0.1, 0.2), ("b", 0.3, 0.1)])
     assert [tuple(line.get_xydata()[0]) for line in axes.lines[:2]] == [(0.1, 0.2), (0.3, 0.1)]
@@ -128,21 +118,6 @@ def test_what_is_not_finite_is_left_out(result: SearchResult) -> None:
     broken = replace(result.trials[0], metric=math.inf)
     axes = replace(result, trials=(broken, *result.trials[1:])).plot()
     assert all(math.isfinite(y) for line in axes.lines for y in line.get_ydata())
-
-
-def test_tables_for_notebooks(made: Plan, result: SearchResult) -> None:
-    assert made._repr_html_().count("<tr>") == len(made.modules) + 1
-    assert "model.layers.1.mlp.up_proj" in made._repr_html_()
-    assert "perplexity at most 30 was asked for" in result._repr_html_()
-    assert table_html([("a",), ("<script>",)], "<b>") == (
-        "<table><thead><tr><th>a</th></tr></thead><tbody><tr><td>&lt;script&gt;</td></tr></tbody></table><p>&lt;b&gt;</p>"
-    )
-
-
-def test_without_matplotlib(made: Plan, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib", None)
-    with pytest.raises(ImportError, match=r"reparam_peft\[plot\]"):
-        made.plot()
 
 
 @pytest.mark.parametrize("form", ["factors", "pivot"])
