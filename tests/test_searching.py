@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import json
 import math
-import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import PeftModel
-from support.models import bert, byte_tokenizer, gpt2, llama
+from support.models import bert, gpt2, llama
 from torch import nn
 
 import reparam_peft.searching.search
 from reparam_peft import ReparamConfig, Statistics, calibrate, compress, perplexity, search
-from reparam_peft.evaluation.measures import Measure, Tolerance, measure_named
 from reparam_peft.evaluation.perplexity import accuracy
 from reparam_peft.searching.family import Family
 from reparam_peft.searching.result import SearchResult, Trial
@@ -262,30 +260,6 @@ def test_a_metric_must_be_a_name_or_a_function(model: nn.Module) -> None:
         run(model, metric=3)
     with pytest.raises(TypeError, match="must return a number"):
         run(model, metric=lambda model: "good")
-
-
-def test_rounding_decides_nothing() -> None:
-    score = Measure("accuracy", lambda model: 0.0, True)
-    limit = score.limit(0.55, Tolerance.of(0.1))
-    assert limit > 0.45
-    assert score.within(0.45, limit)
-    assert not score.within(0.449, limit)
-    assert not Measure("loss", lambda model: 0.0, False).within(math.inf, 1.0)
-
-
-def test_a_metric_that_is_not_finite_is_the_worst() -> None:
-    def broken(model: nn.Module) -> float:
-        raise FloatingPointError
-
-    assert Measure("loss", broken, False).of(nn.Linear(1, 1)) == math.inf
-    assert Measure("perplexity", lambda model: math.exp(1000), False).of(nn.Linear(1, 1)) == math.inf
-    assert Measure("score", lambda model: math.nan, True).of(nn.Linear(1, 1)) == -math.inf
-
-
-def test_the_harness_is_asked_for_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
-    with pytest.raises(ImportError, match="reparam_peft\\[harness\\]"):
-        measure_named("hellaswag", None, byte_tokenizer(), None)
 
 
 def test_statistics_serve_a_search(model: nn.Module) -> None:
