@@ -31,22 +31,6 @@ def result() -> SearchResult:
     return result_of_a_search()
 
 
-def test_a_plan_is_drawn_as_it_is(made: Plan, tmp_path: Path) -> None:
-    axes = made.plot()
-    cells = axes.images[0].get_array()
-    assert cells.shape == (7, 2)
-    kinds = [label.get_text() for label in axes.get_yticklabels()]
-    for module in made.modules:
-        kind, depth = place_of(module.name)
-        assert cells[kinds.index(kind), depth] == pytest.approx(module.stored_parameters / module.dense_parameters)
-    marked = {text.get_position() for text in axes.texts}
-    places = [place_of(name) for name in made.dense_modules]
-    assert (1, kinds.index("mlp.up_proj")) in marked == {(depth, kinds.index(kind)) for kind, depth in places}
-    axes.figure.savefig(tmp_path / "plan.png")
-    assert (tmp_path / "plan.png").stat().st_size > 1000
-    assert made.plot(axes) is axes
-
-
 def test_effective_ranks_are_drawn(made: Plan) -> None:
     cells = plot_effective_ranks(made).images[0].get_array()
     values = {module.effective_rank / min(module.shape) for module in made.modules}
@@ -90,19 +74,6 @@ def test_a_plan_without_spectra_says_so(made: Plan) -> None:
         plot_effective_ranks(bare)
     with pytest.raises(ValueError, match="no spectra"):
         plot_spectra(bare)
-
-
-def test_effective_rank_and_energy(made: Plan) -> None:
-    module = made.modules[0]
-    assert replace(module, spectrum=(1.0,) * 8).effective_rank == pytest.approx(8)
-    assert replace(module, spectrum=(3.0, 0.0, 0.0)).effective_rank == pytest.approx(1)
-    assert replace(module, spectrum=()).effective_rank == 0
-    assert replace(module, spectrum=(3.0, 1.0)).energy(1) == 0.75
-    assert replace(module, spectrum=(0.0, 0.0)).energy(1) == 1
-    assert made.modules[0].energy(10**6) == pytest.approx(1)
-    hardest = made.resistant(3)
-    parts = [module.effective_rank / min(module.shape) for module in made.modules]
-    assert [m.effective_rank / min(m.shape) for m in hardest] == sorted(parts, reverse=True)[:3]
 
 
 def test_a_search_is_drawn(result: SearchResult, tmp_path: Path) -> None:

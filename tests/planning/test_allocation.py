@@ -1,4 +1,4 @@
-"""Ranks that fit a budget, checked against exact rational arithmetic and against every other choice."""
+"""Ranks that fit a budget, checked against every other choice."""
 
 from __future__ import annotations
 
