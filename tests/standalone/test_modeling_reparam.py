@@ -85,12 +85,6 @@ def test_without_trust_it_fails(tmp_path: Path) -> None:
     assert subprocess.run(command, capture_output=True, check=False).returncode != 0
 
 
-def test_dense_models_are_refused(tmp_path: Path) -> None:
-    with pytest.raises(ValueError, match="to_standalone"):
-        save_self_contained(llama(), tmp_path / "out")
-    assert not (tmp_path / "out").exists()
-
-
 def test_the_reader_needs_torch_and_transformers_only() -> None:
     from reparam_peft.standalone import modeling_reparam
 
