@@ -1,9 +1,11 @@
-"""Perplexity against values known by hand or from transformers; windows of text; size arithmetic; the benchmark's contract."""
+"""Sizes of one matrix, of a report and of a model: parameters and bytes before and after."""
 
 from __future__ import annotations
 
+import pytest
 from peft import get_peft_model
-from support.models import llama
+from support.adapters import compress
+from support.models import bert, gpt2, llama
 from torch import nn
 
 from reparam_peft import MatrixSize, ReparamConfig, SizeReport
@@ -63,3 +65,26 @@ def test_size_report_without_targets() -> None:
     empty = SizeReport([], other_parameters=0, other_bytes=0)
     assert empty.keep == 1.0
     assert "0 matrices factorised, 0 left dense" in str(empty)
+
+
+@pytest.mark.parametrize("keep", [0.1, 0.3, 0.5, 0.8, 0.95])
+def test_stored_parameters_stay_within_keep(keep: float) -> None:
+    report = compress(llama(), target_modules="all-linear", keep=keep).size_report()
+    assert 0.5 * keep < report.keep <= keep
+
+
+def test_size_report_counts_a_kept_base_and_tied_weights_once() -> None:
+    for build in (llama, gpt2, bert):
+        total = sum(parameter.numel() for parameter in build().parameters())
+        for keep_base in (False, True):
+            report = compress(build(), keep=0.5, keep_base=keep_base).size_report()
+            assert isinstance(report, SizeReport)
+            assert report.to_dict()["model"]["dense_parameters"] == total
+    with pytest.raises(ValueError, match=r"`adapter_name` must be one of \['default'\], got 'other'"):
+        compress(llama()).size_report("other")
+
+
+def test_size_report_counts_modules_to_save_once() -> None:
+    total = sum(parameter.numel() for parameter in bert().parameters())
+    report = compress(bert(), target_modules=["query"], r=4, task_type="SEQ_CLS").size_report()
+    assert report.to_dict()["model"]["dense_parameters"] == total
