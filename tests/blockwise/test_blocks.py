@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,6 @@ from support.models import Residual, Skipping, bert, convnet, gpt2, llama, skipp
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from reparam_peft.blockwise.activations import Activations
 from reparam_peft.blockwise.blocks import Replay, find_blocks, hollowed, stream
 
 TEXT = [text([12, 9, 12, 5], 12), text([10, 10, 3], 10, seed=1)]
@@ -140,28 +138,6 @@ def test_what_happens_at_random_between_blocks_is_refused() -> None:
     model = Noisy(2)
     with pytest.raises(ValueError, match=r"stages\.1: the inputs of this block are not reproduced"):
         Replay(model, find_blocks(model), ROWS)
-
-
-@pytest.mark.parametrize("on_disk", [False, True])
-def test_activations_are_kept_until_they_are_dropped(on_disk: bool, tmp_path: Path) -> None:
-    tree = (torch.arange(6.0).view(2, 3), {"mask": torch.tensor([True]), "none": None, "half": torch.ones(2).bfloat16()})
-    with Activations(tmp_path / "off" if on_disk else None) as store:
-        store.put(("a", 0), tree)
-        assert len(list(tmp_path.rglob("*.safetensors"))) == on_disk
-        for _ in range(2):  # what is taken out may be changed
-            first, rest = store.get(("a", 0))
-            assert torch.equal(first, tree[0])
-            assert rest["none"] is None
-            assert torch.equal(rest["mask"], tree[1]["mask"])
-            assert rest["half"].dtype == torch.bfloat16
-            first.zero_()
-        store.drop(("a", 0))
-        store.drop(("never there",))
-        assert not list(tmp_path.rglob("*.safetensors"))
-        with pytest.raises(KeyError):
-            store.get(("a", 0))
-        store.put(("b", 1), tree)
-    assert not list(tmp_path.rglob("activations-*"))
 
 
 def test_hollow_outputs_have_shapes_and_no_numbers() -> None:
