@@ -244,7 +244,7 @@ small.save_pretrained({saved!r})
 
 def test_a_process_that_is_killed_at_any_moment(tmp_path: Path) -> None:
     def script(name: str) -> list[str]:
-        tests, run, saved = (str(path) for path in (Path(__file__).parent, tmp_path / name, tmp_path / f"{name}-saved"))
+        tests, run, saved = (str(path) for path in (Path(__file__).parents[1], tmp_path / name, tmp_path / f"{name}-saved"))
         return [sys.executable, "-c", SCRIPT.format(tests=tests, run=run, saved=saved)]
 
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}

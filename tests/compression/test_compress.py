@@ -1,4 +1,4 @@
-"""`compress`, `plan` and `calibrate`: every method on every layer kind, the budget, the processes, and what is refused."""
+"""`compress`: every method on every layer kind, the budget, and what is refused."""
 
 from __future__ import annotations
 
@@ -9,33 +9,17 @@ from typing import Any
 
 import pytest
 import torch
-import torch.distributed as dist
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
-from support.batches import Batch, images, pairs, read, text
-from support.compressing import ALL, IMAGES, ROWS, TEXT, Q, batches_of, compressed, layers, output_errors, planned, scale_of
+from support.batches import Batch, images, pairs, read
+from support.compressing import ALL, IMAGES, ROWS, TEXT, Q, batches_of, compressed, output_errors, planned, scale_of
 from support.model_state import assert_same_model, state_of
-from support.models import (
-    CASES,
-    Case,
-    Net,
-    bert,
-    convnet,
-    gpt2,
-    image_inputs,
-    llama,
-    mixture,
-    net,
-    qwen_moe,
-    t5,
-    token_inputs,
-    vit,
-)
-from support.tolerances import assert_close, relative_error
-from torch import Tensor, multiprocessing, nn
+from support.models import Case, bert, convnet, gpt2, image_inputs, llama, mixture, net, qwen_moe, t5, token_inputs, vit
+from support.tolerances import assert_close
+from torch import Tensor, nn
 from transformers import BertModel
 
-from reparam_peft import Plan, ReparamConfig, Statistics, calibrate, compress
+from reparam_peft import ReparamConfig, Statistics, calibrate, compress
 from reparam_peft.layers.kinds import layer_kind
 from reparam_peft.numerics.storage import uniform_rank
 from reparam_peft.tuner.matrices import matrix_storage
@@ -181,86 +165,6 @@ def test_every_variant_runs_and_loads(variant: dict[str, Any], form: str, alloca
     assert torch.equal(PeftModel.from_pretrained(bert(), tmp_path)(**token_inputs()).logits, got)
 
 
-def test_whitened_is_the_optimum_and_the_autoencoder_reaches_it(case: Case) -> None:
-    options = {"target_modules": case.target_modules, "allocation": "uniform", "form": "factors", "keep": 0.4}
-    exact = {"output_metric": "none", "shrinkage": 0.0}
-    statistics = calibrate(case.model(), ReparamConfig(target_modules=case.target_modules), batches_of(case), progress=False)
-    svd, whitened, trained = (
-        output_errors(compressed(case.model(), statistics, **options, **more), statistics, case.model())
-        for more in ({"method": "svd"}, {"method": "whitened", **exact}, {"method": "autoencoder", **exact})
-    )
-    assert whitened.keys() == trained.keys() <= svd.keys()  # biases that are moved may cost a small matrix its saving
-    if all(svd[name] > 0 for name in whitened) and case.kind != "Linear with bias":
-        assert sum(whitened.values()) < sum(svd[name] for name in whitened)
-    for name in whitened:
-        scale = scale_of(case.model(), name, statistics)
-        assert trained[name] <= 1.02 * whitened[name] + 1e-5 * scale, name
-        assert whitened[name] <= 1.001 * trained[name] + 1e-6 * scale, name
-
-
-@pytest.mark.parametrize("metric", ["gram", "diagonal", "none"])
-def test_the_autoencoder_is_trained_in_the_metric_that_the_config_names(metric: str) -> None:
-    options = {"target_modules": ["q_proj"], "allocation": "uniform", "form": "factors"}
-    options |= {"input_metric": metric, "output_metric": "none"}
-    whitened, trained = (compressed(llama(), TEXT, method=method, **options) for method in ("whitened", "autoencoder"))
-    for name, layer in layers(whitened).items():
-        got = layers(trained)[name].dense_matrix("default")
-        assert relative_error(got, layer.dense_matrix("default")) < 0.02, name
-
-
-@pytest.mark.parametrize("form", ["factors", "pivot"])
-@pytest.mark.parametrize(
-    ("method", "dtype"), [("whitened", torch.float32), ("whitened", torch.bfloat16), ("autoencoder", torch.float32)]
-)
-def test_moved_biases_leave_the_mean_output_as_it_was(method: str, dtype: torch.dtype, form: str) -> None:
-    for build, targets, batches in (
-        (bert, ["query", "dense"], TEXT),
-        (gpt2, ["c_attn", "c_fc"], TEXT),
-        (convnet, ["conv0"], [{"x": batch["x"].to(dtype)} for batch in IMAGES]),
-    ):
-        model = build().to(dtype)
-        statistics = calibrate(model, ReparamConfig(target_modules=targets), batches, progress=False)
-        small = compressed(model, statistics, target_modules=targets, form=form, method=method, keep=0.4)
-        original = build().to(dtype)
-        assert layers(small)
-        for name, layer in layers(small).items():
-            module, mean = original.get_submodule(name), statistics.mean(name)
-            before = layer_kind(module).matrix(module.weight).double() @ mean + module.bias.double()
-            factors = layer.reparam_factors["default"]
-            A, B = (factor.double() for factor in factors.factors)
-            after = A @ (B @ mean) + factors.bias.double()
-            assert_close(after, before, dtype)
-            spread = statistics.covariance(name).trace().sqrt()
-            assert (after - before).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * max(spread, before.norm())
-            assert torch.equal(layer.base_layer.bias, module.bias)
-
-
-def test_svd_moves_no_bias_and_needs_no_gradients() -> None:
-    small = compressed(bert(), TEXT, target_modules=["query"], method="svd", allocation="uniform", form="factors")
-    expected = get_peft_model(bert(), ReparamConfig(target_modules=["query"], keep=0.5)).eval()
-    assert torch.equal(small(**token_inputs()).logits, expected(**token_inputs()).logits)
-    assert not any("bias" in name for layer in layers(small).values() for name in layer.reparam_factors.state_dict())
-
-
-@pytest.mark.parametrize("case", [c for c in CASES if c.kind != "Embedding"], ids=lambda c: c.kind)
-def test_every_ingredient_lowers_the_predicted_loss(case: Case) -> None:
-    statistics = calibrate(case.model(), ReparamConfig(target_modules=case.target_modules), batches_of(case), progress=False)
-
-    def loss(**options: Any) -> float:
-        made = planned(case.model(), statistics, target_modules=case.target_modules, keep=0.5, **options)
-        assert made.predicted_loss == pytest.approx(sum(module.predicted_loss for module in made.modules))
-        return made.predicted_loss
-
-    plain = loss(input_metric="none", output_metric="diagonal", allocation="uniform", form="factors")
-    two_sided = loss(allocation="uniform", form="factors")
-    pivoted = loss(allocation="uniform", form="pivot")
-    allocated = loss(allocation="loss", form="pivot")
-    assert 0 <= allocated <= pivoted <= two_sided
-    assert allocated < pivoted or case.kind == "Conv2d"
-    if case.kind in ("Linear", "Conv1D"):
-        assert two_sided < plain
-
-
 def test_predicted_loss_falls_with_keep() -> None:
     statistics = calibrate(llama(), ReparamConfig(target_modules="all-linear"), TEXT, progress=False)
     losses = [
@@ -293,88 +197,6 @@ def test_compression_is_reproducible_and_follows_the_seed() -> None:
     assert_same_model(one, two)
     with pytest.raises(AssertionError):
         assert_same_model(one, three)
-
-
-@pytest.mark.parametrize("allocation", ["uniform", "loss"])
-@pytest.mark.parametrize("form", ["factors", "pivot"])
-def test_a_plan_gives_the_model_that_was_planned(case: Case, form: str, allocation: str, tmp_path: Path) -> None:
-    options = {"target_modules": case.target_modules, "form": form, "allocation": allocation}
-    model = case.model()
-    before = {name: value.clone() for name, value in model.state_dict().items()}
-    made = planned(model, batches_of(case), **options)
-    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    assert not layers(model)
-    made.save(tmp_path / "plan.json")
-    loaded = Plan.load(tmp_path / "plan.json")
-    assert loaded == made
-    assert str(loaded) == str(made)
-    expected = compressed(case.model(), batches_of(case), **options)
-    for one in (made, loaded):
-        assert_same_model(compressed(case.model(), batches_of(case), arguments={"plan": one}, **options), expected)
-    config = expected.peft_config["default"]
-    assert made.ranks == config.rank_pattern
-    assert sorted(made.dense_modules) == config.dense_modules
-    assert made.stored_parameters == config.stored_parameters
-    assert made.dense_parameters == config.dense_parameters
-    assert made.predicted_loss == pytest.approx(config.predicted_loss)
-    for module in made.modules:
-        assert len(module.spectrum) == min(module.shape)
-        assert module.predicted_loss == pytest.approx(sum(module.spectrum[module.rank :]) if module.rank else 0.0, abs=1e-12)
-        assert f"{module.stored_parameters:,}" in str(made)
-
-
-def test_a_plan_that_was_changed_by_hand_is_obeyed() -> None:
-    made = planned(llama(), TEXT, target_modules=["q_proj", "v_proj"])
-    fields = made.to_dict()
-    fields["modules"] = [{**entry, "rank": 5} for entry in fields["modules"]]
-    small = compressed(llama(), TEXT, target_modules=["q_proj", "v_proj"], arguments={"plan": Plan.from_dict(fields)})
-    assert set(small.peft_config["default"].rank_pattern.values()) == {5}
-    assert {layer.r["default"] for layer in layers(small).values()} == {5}
-
-
-def test_a_plan_fills_in_what_the_config_leaves_open() -> None:
-    made = planned(llama(), TEXT, **Q, method="svd", allocation="uniform", form="factors", keep=0.4)
-    small = compress(llama(), ReparamConfig(**Q), TEXT, plan=made, progress=False)
-    config = small.peft_config["default"]
-    assert (config.method, config.allocation, config.form, config.keep) == ("svd", "uniform", "factors", 0.4)
-    assert config.rank_pattern == made.ranks
-
-
-def test_uniform_ranks_without_gradients_are_planned_without_reading_the_data() -> None:
-    made = planned(llama(), read(TEXT), **Q, allocation="uniform", output_metric="none")
-    assert (made.calibration_tokens, made.gradient_tokens, made.predicted_loss) == (0, 0, None)
-    assert made.ranks
-
-
-@pytest.mark.parametrize(
-    ("build", "targets", "batches", "memory"),
-    [
-        (llama, "all-linear", TEXT, 8 * (2 * 160**2 + 160**2)),
-        (bert, ["query", "key", "value", "dense"], TEXT, 8 * (2 * 96**2 + 2 * 96**2)),
-        (t5, ["q", "k", "v", "o", "wi_0", "wi_1", "wo"], [pairs([8, 3], [6, 2], (8, 6))], 8 * (3 * 48**2)),
-        (convnet, ["conv0", "conv1"], IMAGES, 8 * (2 * 72**2 + 16**2)),
-    ],
-    ids=["Llama", "BERT", "T5", "Conv2d"],
-)
-def test_several_passes_give_what_one_gives(
-    build: Callable[[], nn.Module], targets: Any, batches: list[Batch], memory: int
-) -> None:
-    whole = compressed(build(), iter(batches), target_modules=targets)
-    model = build()
-    calls: list[int] = []
-    handle = model.register_forward_hook(lambda *_: calls.append(1))
-    parts = compressed(model, iter(batches), target_modules=targets, arguments={"max_memory": memory})
-    handle.remove()
-    assert len(calls) >= 2 * len(batches)
-    assert_same_model(parts, whole, tolerance=1e-6)
-    one = {k: v for k, v in vars(whole.peft_config["default"]).items() if k not in ("predicted_loss",)}
-    assert {k: v for k, v in vars(parts.peft_config["default"]).items() if k not in ("predicted_loss",)} == one
-    first, second = (
-        planned(build(), batches, target_modules=targets),
-        planned(build(), batches, target_modules=targets, arguments={"max_memory": memory}),
-    )
-    assert first.ranks == second.ranks
-    assert first.predicted_loss == pytest.approx(second.predicted_loss)
 
 
 # Models
@@ -596,25 +418,6 @@ def test_wrapped_models_are_refused(wrap: Any, inner: bool) -> None:
     assert all(torch.equal(value, before[name]) for name, value in wrapped.state_dict().items())
 
 
-def test_an_error_while_factorising_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    import reparam_peft.compression.run as module
-
-    real, count = module.factorize, iter(range(100))
-
-    def fails(*args: Any) -> Any:
-        if next(count) == 5:
-            raise ValueError("no memory left")
-        return real(*args)
-
-    monkeypatch.setattr(module, "factorize", fails)
-    model = llama()
-    before = state_of(model)
-    with pytest.raises(ValueError, match=r"model\.layers\.\d.*_proj: no memory left"):
-        compressed(model, TEXT, **ALL)
-    assert state_of(model) == before
-    assert not layers(model)
-
-
 def test_the_config_of_the_caller_is_not_changed() -> None:
     config = ReparamConfig(**ALL, keep=0.5)
     before = dict(vars(config))
@@ -623,72 +426,7 @@ def test_the_config_of_the_caller_is_not_changed() -> None:
     assert_same_model(one, two)
 
 
-def test_a_target_that_no_gradient_reaches_gets_a_uniform_rank() -> None:
-    class Two(Net):
-        def forward(self, x: Tensor) -> dict[str, Tensor]:
-            return {"logits": super().forward(x), "other": self.unused(x)}
-
-    torch.manual_seed(0)
-    with pytest.warns(UserWarning, match="unused: no gradient reaches its output, so that its rank is uniform"):
-        small = compressed(Two(), ROWS, target_modules=["first", "second", "unused"])
-    ranks = small.peft_config["default"].rank_pattern
-    assert ranks["unused"] == uniform_rank(0.5, matrix_storage(Two().unused, small.peft_config["default"]))
-    assert small.size_report().keep <= 0.5
-
-
 # Two processes
-
-
-SHARED: dict[str, tuple[Callable[[], nn.Module], list[Batch], dict[str, Any]]] = {
-    "pivot": (llama, [*TEXT, text([6, 6], 6, seed=3)], ALL),
-    "factors": (bert, TEXT, {"target_modules": ["query", "key", "value", "dense"], "form": "factors"}),
-    "uniform": (gpt2, TEXT, {"target_modules": ["c_attn", "c_fc"], "allocation": "uniform", "output_metric": "none"}),
-    "autoencoder": (net, ROWS, {"target_modules": ["first", "second"], "method": "autoencoder"}),
-    "embedding": (llama, TEXT, {"target_modules": ["embed_tokens"]}),
-    "many sizes": (gpt2, TEXT, {"target_modules": ["c_attn", "c_fc"], "form": "factors", "ceiling": 0.99, "keep": 0.9}),
-    "fewer batches": (llama, TEXT[:1], ALL),
-}
-
-
-def run_process(rank: int, folder: str) -> None:
-    """What each of two processes does: every entry of `SHARED`, its state and its plan written to files."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    for key, (build, batches, options) in SHARED.items():
-        torch.manual_seed(rank)
-        made = planned(build(), batches, **options)
-        small = compressed(build(), iter(batches), **options)
-        torch.save((small.state_dict(), small.peft_config["default"].to_dict(), made.to_dict()), f"{folder}/{key}.{rank}")
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(run_process, (str(folder),), nprocs=2)
-    return folder
-
-
-@pytest.mark.parametrize("key", SHARED)
-def test_two_processes_give_what_one_gives(key: str, shared: Path) -> None:
-    build, batches, options = SHARED[key]
-    small, made = compressed(build(), batches, **options), planned(build(), batches, **options)
-    (state, config, first), (other, config_of_other, second) = (
-        torch.load(shared / f"{key}.{rank}", weights_only=False) for rank in (0, 1)
-    )
-    assert config == config_of_other
-    assert first == second
-    assert state.keys() == other.keys() == small.state_dict().keys()
-    for name, tensor in small.state_dict().items():
-        assert torch.equal(state[name], other[name]), name
-        if tensor.is_floating_point():
-            assert relative_error(state[name], tensor) < 1e-6, name
-        else:
-            assert torch.equal(state[name], tensor), name
-    assert Plan.from_dict(first).ranks == made.ranks == small.peft_config["default"].rank_pattern
-    if options.get("output_metric") != "none":  # which needs no gradients
-        assert Plan.from_dict(first).predicted_loss == pytest.approx(made.predicted_loss, rel=1e-6)
-    assert config["calibration_tokens"] == small.peft_config["default"].calibration_tokens
 
 
 def test_inputs_of_the_cases_are_accepted(case: Case) -> None:
