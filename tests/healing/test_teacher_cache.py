@@ -1,4 +1,4 @@
-"""The divergence from a teacher, and the teacher's answers kept on disk."""
+"""The teacher's answers, kept on disk."""
 
 from __future__ import annotations
 
@@ -12,56 +12,6 @@ from support.batches import text
 from support.healing import BERT, ROWS, losses, padded, small, stacked, trainer
 from support.models import classifier, llama, masked_lm, t5
 from torch import nn
-
-from reparam_peft.healing.losses import Sparse, divergence
-
-# The divergence
-
-
-@pytest.mark.parametrize("temperature", [1.0, 3.0])
-@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_divergence_is_torchs(dtype: torch.dtype, temperature: float, monkeypatch: Any) -> None:
-    monkeypatch.setattr("reparam_peft.healing.losses.CHUNK", {"cpu": 50})
-    torch.manual_seed(0)
-    student, teacher = (torch.randn(3, 7, 20, dtype=torch.float64).to(dtype) for _ in range(2))
-    student.requires_grad_()
-    mask = torch.rand(3, 7) < 0.6
-    ours = 2.5 * divergence(student, teacher, mask, temperature)
-    (grad,) = torch.autograd.grad(ours, student)
-    wide = student.detach().double().requires_grad_()
-    kl = F.kl_div(
-        (wide / temperature).log_softmax(-1),
-        (teacher.double() / temperature).log_softmax(-1),
-        log_target=True,
-        reduction="none",
-    ).sum(-1)
-    expected = 2.5 * temperature**2 * kl[mask].sum()
-    (wanted,) = torch.autograd.grad(expected, wide)
-    assert float(ours) == pytest.approx(float(expected), rel=1e-10 if dtype == torch.float64 else 1e-5)
-    assert (grad.double() - wanted).norm() <= (1e-10 if dtype == torch.float64 else 1e-2) * wanted.norm()
-
-
-def test_sparse_divergence_is_over_the_k_and_the_rest() -> None:
-    torch.manual_seed(0)
-    student = torch.randn(6, 20, dtype=torch.float64, requires_grad=True)
-    log_p, indices = torch.randn(6, 20, dtype=torch.float64).log_softmax(-1).topk(4)
-    ours = divergence(student, Sparse(indices, log_p))
-    log_q = student.log_softmax(-1)
-    chosen = log_q.gather(-1, indices)
-    rest_p, rest_q = 1 - log_p.exp().sum(-1), 1 - chosen.exp().sum(-1)
-    expected = (log_p.exp() * (log_p - chosen)).sum() + (rest_p * (rest_p.log() - rest_q.log())).sum()
-    assert float(ours) == pytest.approx(float(expected), rel=1e-10)
-    one, two = (torch.autograd.grad(x, student, retain_graph=True)[0] for x in (ours, expected))
-    assert (one - two).norm() <= 1e-10 * two.norm()
-
-
-def test_a_student_that_diverges_does_not_look_healed() -> None:
-    student = torch.full((3, 5), torch.nan)
-    assert torch.isnan(divergence(student, torch.randn(3, 5)))
-    assert torch.isnan(divergence(torch.randn(3, 5), student))
-
-
-# What is kept
 
 
 @pytest.fixture
