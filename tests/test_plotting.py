@@ -12,9 +12,9 @@ import torch
 from matplotlib.figure import Figure
 from peft import get_peft_model
 from support.models import llama
-from support.results import plan_of_a_llama, result_of_a_search
+from support.results import plan_of_a_llama
 
-from reparam_peft import Plan, ReparamConfig, SearchResult, input_angles, plot_effective_ranks, plot_spectra, principal_angles
+from reparam_peft import Plan, ReparamConfig, input_angles, plot_effective_ranks, plot_spectra, principal_angles
 from reparam_peft.display.axes import place_of
 from reparam_peft.report.plots import plot_angles, plot_blocks, plot_losses, plot_predictions
 
@@ -24,11 +24,6 @@ matplotlib.use("Agg")
 @pytest.fixture(scope="module")
 def made() -> Plan:
     return plan_of_a_llama()
-
-
-@pytest.fixture
-def result() -> SearchResult:
-    return result_of_a_search()
 
 
 def test_effective_ranks_are_drawn(made: Plan) -> None:
@@ -74,21 +69,6 @@ def test_a_plan_without_spectra_says_so(made: Plan) -> None:
         plot_effective_ranks(bare)
     with pytest.raises(ValueError, match="no spectra"):
         plot_spectra(bare)
-
-
-def test_a_search_is_drawn(result: SearchResult, tmp_path: Path) -> None:
-    axes = result.plot()
-    points = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-    assert points["whitened"] == [[0.5, 40.0], [0.7, pytest.approx(20 / 0.7)], [0.9, pytest.approx(20 / 0.9)]]
-    assert points["dense"] == [[1.0, 20.0]]
-    assert points["chosen"] == [[0.7, pytest.approx(20 / 0.7)]]
-    axes.figure.savefig(tmp_path / "search.png")
-
-
-def test_what_is_not_finite_is_left_out(result: SearchResult) -> None:
-    broken = replace(result.trials[0], metric=math.inf)
-    axes = replace(result, trials=(broken, *result.trials[1:])).plot()
-    assert all(math.isfinite(y) for line in axes.lines for y in line.get_ydata())
 
 
 @pytest.mark.parametrize("form", ["factors", "pivot"])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ import reparam_peft.searching.search
 from reparam_peft import ReparamConfig, Statistics, calibrate, compress, perplexity, search
 from reparam_peft.evaluation.perplexity import accuracy
 from reparam_peft.searching.family import Family
-from reparam_peft.searching.result import SearchResult, Trial
+from reparam_peft.searching.result import SearchResult
 
 BATCHES = [{"input_ids": torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(i))} for i in range(3)]
 UNSEEN = [{"input_ids": torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(9))}]
@@ -212,20 +211,6 @@ def test_a_search_that_was_killed_goes_on(model: nn.Module, tmp_path: Path) -> N
     for other in (BATCHES[:2], calibrate(model, config(), BATCHES[:2], progress=False)):
         with pytest.raises(ValueError, match="another `calibration`"):
             run(model, metric=loss, tolerance="30%", run_folder=tmp_path / "run", build=False, batches=other)
-
-
-def test_the_front_and_the_table() -> None:
-    def trial(stored: int, metric: float) -> Trial:
-        return Trial("whitened", stored / 100, stored, metric, metric <= 2, None, 1.0)
-
-    trials = (trial(50, 2.0), trial(30, 5.0), trial(40, 6.0), trial(60, 2.0))
-    result = SearchResult(trials, trials[0], "loss", 1.0, 100, 2.0, False)
-    assert result.front == [trials[1], trials[0]]
-    assert [row[0] for row in result.rows()] == ["", "dense", "within", "chosen", "", ""]
-    assert "loss at most 2 was asked for" in str(result)
-    assert json.loads(json.dumps(result.to_dict()))["chosen"]["keep"] == 0.5
-    endless = SearchResult((trial(50, math.inf),), None, "loss", 1.0, 100, 2.0, False)
-    assert endless.to_dict()["trials"][0]["metric"] is None
 
 
 @pytest.mark.parametrize(
