@@ -1,4 +1,4 @@
-"""Pictures and tables of plans and searches, and the numbers in them."""
+"""Pictures of plans and runs, and the numbers in them."""
 
 from __future__ import annotations
 
@@ -8,13 +8,10 @@ from pathlib import Path
 
 import matplotlib
 import pytest
-import torch
 from matplotlib.figure import Figure
-from peft import get_peft_model
-from support.models import llama
 from support.results import plan_of_a_llama
 
-from reparam_peft import Plan, ReparamConfig, input_angles, plot_effective_ranks, plot_spectra, principal_angles
+from reparam_peft import Plan, plot_effective_ranks, plot_spectra
 from reparam_peft.display.axes import place_of
 from reparam_peft.report.plots import plot_angles, plot_blocks, plot_losses, plot_predictions
 
@@ -69,14 +66,3 @@ def test_a_plan_without_spectra_says_so(made: Plan) -> None:
         plot_effective_ranks(bare)
     with pytest.raises(ValueError, match="no spectra"):
         plot_spectra(bare)
-
-
-@pytest.mark.parametrize("form", ["factors", "pivot"])
-def test_angles_of_a_model(form: str) -> None:
-    model = get_peft_model(llama(), ReparamConfig(target_modules="all-linear", keep=0.5, form=form))
-    angles = input_angles(model)
-    assert set(angles) == {f"self_attn.{x}_proj" for x in "qkvo"} | {f"mlp.{x}_proj" for x in ("gate", "up", "down")}
-    factors = [layer.self_attn.q_proj.reparam_factors["default"].factors.B for layer in model.base_model.model.model.layers]
-    torch.testing.assert_close(angles["self_attn.q_proj"][0], principal_angles(*factors))
-    with pytest.raises(ValueError, match="no factorised layers"):
-        input_angles(llama())
