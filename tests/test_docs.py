@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 import torch
 import typer.main
-from conftest import byte_tokenizer, llama
+from support.models import byte_tokenizer, llama
 from transformers import BertConfig, BertForSequenceClassification
 
 import reparam_peft

@@ -21,9 +21,9 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import torch
-from conftest import bert, convnet, llama, token_inputs
 from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
+from support.models import bert, convnet, llama, token_inputs
 from torch import nn
 
 from reparam_peft import ReparamConfig, benchmark, factorize, perplexity

@@ -2,8 +2,8 @@
 
     python tests/benchmarks/contract_matrix.py
 
-Runs tests/test_peft_conformance.py and counts passed cases (over all variants of a behaviour: load routes, base dropped or
-kept, dtypes). Behaviours that need a whole transformers model are listed below the table with their counts.
+Runs tests/tuner/test_peft_conformance.py and counts passed cases (over all variants of a behaviour: load routes, base dropped
+or kept, dtypes). Behaviours that need a whole transformers model are listed below the table with their counts.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ KINDS = ["Linear", "Linear with bias", "Conv1D", "Conv2d", "Embedding"]
 
 def main() -> None:
     """Run the tests and print the table."""
-    suite = Path(__file__).parents[1] / "test_peft_conformance.py"
+    suite = Path(__file__).parents[1] / "tuner" / "test_peft_conformance.py"
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder, "report.xml")
         subprocess.run([sys.executable, "-m", "pytest", "-q", str(suite), f"--junit-xml={report}"], stdout=subprocess.DEVNULL)

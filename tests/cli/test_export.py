@@ -1,0 +1,81 @@
+"""`reparam export`: standalone, dense, quantised and ONNX."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel
+from support.command_line import Run, assert_error
+from support.models import llama
+from support.tolerances import assert_close
+from transformers import AutoModelForCausalLM
+
+
+@pytest.mark.parametrize("kind", ["standalone", "dense"])
+def test_export(run: Run, models: Path, tmp_path: Path, kind: str) -> None:
+    assert run("compress", models / "llama", tmp_path / "small", "--rank", 4, "--method", "svd", "--no-evaluate").code == 0
+    result = run("export", tmp_path / "small", tmp_path / "out", "--to", kind, "--json")
+    assert result.code == 0, result.err
+    written = json.loads(result.out)
+    assert written["bytes"] == (tmp_path / "out/model.safetensors").stat().st_size
+    one = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    other = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(models / "llama"), tmp_path / "small")
+    assert one.num_parameters() < llama(vocab_size=259).num_parameters() or kind == "dense"
+    tokens = torch.arange(24).view(2, 12)
+    with torch.no_grad():
+        assert_close(one(tokens).logits, other(tokens).logits)
+    evaluated = run("evaluate", tmp_path / "out", "--text", models / "calibration.txt", "--length", 64, "--json")
+    assert json.loads(evaluated.out)["parameters"] == one.num_parameters()
+    assert (tmp_path / "out/README.md").exists() == (kind == "standalone")
+
+
+def test_export_quantises(run: Run, models: Path, tmp_path: Path) -> None:
+    assert run("compress", models / "llama", tmp_path / "small", "--rank", 24, "--method", "svd", "--no-evaluate").code == 0
+    sizes = {}
+    for bits in ("int8", "int4", None):
+        options = ["--quantize", bits] if bits else []
+        result = run("export", tmp_path / "small", tmp_path / f"out-{bits}", *options, "--json")
+        assert result.code == 0, result.err
+        written = json.loads(result.out)
+        assert written["quantize"] == bits
+        sizes[bits] = written["bytes"]
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / f"out-{bits}")
+        assert model(torch.arange(24).view(2, 12)).logits.isfinite().all()
+        text = ["--text", models / "calibration.txt", "--length", 64, "--windows", 1]
+        evaluated = json.loads(run("evaluate", tmp_path / f"out-{bits}", *text, "--json").out)
+        assert 0.8 * written["bytes"] < evaluated["bytes"] <= written["bytes"]  # the file has a header
+    assert sizes["int4"] < sizes["int8"] < sizes[None]
+    out = tmp_path / "other"
+    assert_error(run("export", tmp_path / "small", out, "--quantize", "int8", "--self-contained"), "not quantised")
+    assert_error(run("export", tmp_path / "small", out, "--quantize", "int8", "--to", "dense"), "is for standalone checkpoints")
+    assert not out.exists()
+
+
+def test_export_to_onnx(run: Run, models: Path, tmp_path: Path) -> None:
+    pytest.importorskip("transformers.exporters.runners", reason="ONNX files need transformers 5.23")
+    assert run("compress", models / "llama", tmp_path / "small", "--rank", 4, "--method", "svd", "--no-evaluate").code == 0
+    result = run("export", tmp_path / "small", tmp_path / "out", "--to", "onnx", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.onnx*"))
+    assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == {"prefill.onnx", "decode.onnx"}
+    assert run("export", tmp_path / "small", tmp_path / "out", "--to", "onnx", "--overwrite").code == 0
+
+
+def test_export_replaces_standalone_checkpoints_only(run: Run, models: Path, tmp_path: Path) -> None:
+    assert run("compress", models / "llama", tmp_path / "small", "--rank", 4, "--method", "svd", "--no-evaluate").code == 0
+    assert run("export", tmp_path / "small", tmp_path / "out").code == 0
+    assert_error(run("export", tmp_path / "small", tmp_path / "out"), "already exists")
+    assert run("export", tmp_path / "small", tmp_path / "out", "--self-contained", "--overwrite").code == 0
+    assert (tmp_path / "out/modeling_reparam.py").exists()
+    assert run("export", tmp_path / "small", tmp_path / "out", "--overwrite").code == 0
+    assert not (tmp_path / "out/modeling_reparam.py").exists()
+    assert_error(run("export", tmp_path / "small", models / "llama", "--overwrite"), "holds no compressed model")
+    assert_error(run("export", models / "llama", tmp_path / "other"), "is no compressed adapter")
+    assert_error(
+        run("export", tmp_path / "small", tmp_path / "other", "--to", "dense", "--self-contained"), "is for standalone"
+    )
+    assert_error(run("compress", tmp_path / "out", tmp_path / "other"), "is compressed already")
+    assert not (tmp_path / "other").exists()

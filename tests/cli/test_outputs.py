@@ -1,0 +1,77 @@
+"""Folders that the command line writes: replaced on request only, and whole or as they were."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+from support.command_line import DATA_FREE, Run, assert_error
+from transformers import PreTrainedTokenizerBase
+
+
+def test_an_existing_folder_is_replaced_only_on_request(run: Run, models: Path, tmp_path: Path) -> None:
+    output = tmp_path / "out"
+    output.mkdir()  # empty: nothing to lose
+    arguments = ["compress", models / "llama", output, *DATA_FREE]
+    assert run(*arguments, "--rank", 4).code == 0
+    (output / "mine.txt").write_text("mine")
+    assert_error(run(*arguments, "--rank", 8), "out already exists; choose another folder or add --overwrite")
+    assert (output / "mine.txt").exists()
+    assert set(json.loads((output / "adapter_config.json").read_text())["rank_pattern"].values()) == {4}
+    assert run(*arguments, "--rank", 8, "--overwrite").code == 0
+    assert set(json.loads((output / "adapter_config.json").read_text())["rank_pattern"].values()) == {8}
+    assert not (output / "mine.txt").exists()
+    file = tmp_path / "file"
+    file.write_text("mine")
+    assert_error(run("compress", models / "llama", file, "--no-evaluate"), "file already exists")
+    assert file.read_text() == "mine"
+
+
+@pytest.mark.parametrize("inside", [False, True])
+def test_never_overwrites_the_model_that_it_compresses(run: Run, models: Path, tmp_path: Path, inside: bool) -> None:
+    model = shutil.copytree(models / "llama", tmp_path / "folder" / "llama")
+    before = {path.name: path.read_bytes() for path in model.iterdir()}
+    result = run("compress", model, model.parent if inside else model, "--no-evaluate", "--overwrite")
+    assert_error(result, "overwrite")
+    assert {path.name: path.read_bytes() for path in model.iterdir()} == before
+
+
+def test_replaces_only_an_earlier_result(run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    arguments = ["compress", models / "llama"]
+    output = tmp_path / "out"
+    for _ in range(2):
+        assert run(*arguments, output, *DATA_FREE, "--overwrite").code == 0
+    precious = tmp_path / "precious"
+    precious.mkdir()
+    (precious / "thesis.txt").write_text("years")
+    assert_error(run(*arguments, precious, "--overwrite"), "holds no compressed model but other files")
+    assert_error(run(*arguments, precious / "thesis.txt", "--overwrite"), "is a file; OUT must be a folder")
+    (tmp_path / "empty" / "inner").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "empty" / "inner")
+    for place in (".", "..", "../.."):
+        assert_error(run(*arguments, place, "--overwrite"), "is or holds the current folder")
+    assert (precious / "thesis.txt").read_text() == "years"
+    assert (output / "adapter_config.json").exists()
+
+
+def test_a_failure_while_writing_leaves_what_was_there(
+    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output = tmp_path / "out"
+    arguments = ["compress", models / "llama", output, *DATA_FREE]
+
+    def fail(*args: object, **kwargs: object) -> None:
+        raise OSError("No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PreTrainedTokenizerBase, "save_pretrained", fail)
+        assert_error(run(*arguments), "No space left on device")
+        assert list(tmp_path.iterdir()) == []
+        output.mkdir()
+        (output / "mine.txt").write_text("mine")
+        (output / "adapter_config.json").write_text("{}")
+        assert_error(run(*arguments, "--overwrite"), "No space left on device")
+    assert [path.name for path in tmp_path.iterdir()] == ["out"]
+    assert (output / "mine.txt").read_text() == "mine"

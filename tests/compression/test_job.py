@@ -1,0 +1,187 @@
+"""One call of `compress` or `plan`: its plan, its passes over the data, its processes, and errors in the middle."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from support.batches import Batch, pairs, read, text
+from support.compressing import ALL, IMAGES, ROWS, TEXT, Q, batches_of, compressed, layers, planned
+from support.model_state import assert_same_model, state_of
+from support.models import Case, Net, bert, convnet, gpt2, llama, net, t5
+from support.tolerances import relative_error
+from torch import Tensor, multiprocessing, nn
+
+from reparam_peft import Plan, ReparamConfig, compress
+from reparam_peft.numerics.storage import uniform_rank
+from reparam_peft.tuner.matrices import matrix_storage
+
+
+@pytest.mark.parametrize("allocation", ["uniform", "loss"])
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_a_plan_gives_the_model_that_was_planned(case: Case, form: str, allocation: str, tmp_path: Path) -> None:
+    options = {"target_modules": case.target_modules, "form": form, "allocation": allocation}
+    model = case.model()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    made = planned(model, batches_of(case), **options)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    assert not layers(model)
+    made.save(tmp_path / "plan.json")
+    loaded = Plan.load(tmp_path / "plan.json")
+    assert loaded == made
+    assert str(loaded) == str(made)
+    expected = compressed(case.model(), batches_of(case), **options)
+    for one in (made, loaded):
+        assert_same_model(compressed(case.model(), batches_of(case), arguments={"plan": one}, **options), expected)
+    config = expected.peft_config["default"]
+    assert made.ranks == config.rank_pattern
+    assert sorted(made.dense_modules) == config.dense_modules
+    assert made.stored_parameters == config.stored_parameters
+    assert made.dense_parameters == config.dense_parameters
+    assert made.predicted_loss == pytest.approx(config.predicted_loss)
+    for module in made.modules:
+        assert len(module.spectrum) == min(module.shape)
+        assert module.predicted_loss == pytest.approx(sum(module.spectrum[module.rank :]) if module.rank else 0.0, abs=1e-12)
+        assert f"{module.stored_parameters:,}" in str(made)
+
+
+def test_a_plan_that_was_changed_by_hand_is_obeyed() -> None:
+    made = planned(llama(), TEXT, target_modules=["q_proj", "v_proj"])
+    fields = made.to_dict()
+    fields["modules"] = [{**entry, "rank": 5} for entry in fields["modules"]]
+    small = compressed(llama(), TEXT, target_modules=["q_proj", "v_proj"], arguments={"plan": Plan.from_dict(fields)})
+    assert set(small.peft_config["default"].rank_pattern.values()) == {5}
+    assert {layer.r["default"] for layer in layers(small).values()} == {5}
+
+
+def test_a_plan_fills_in_what_the_config_leaves_open() -> None:
+    made = planned(llama(), TEXT, **Q, method="svd", allocation="uniform", form="factors", keep=0.4)
+    small = compress(llama(), ReparamConfig(**Q), TEXT, plan=made, progress=False)
+    config = small.peft_config["default"]
+    assert (config.method, config.allocation, config.form, config.keep) == ("svd", "uniform", "factors", 0.4)
+    assert config.rank_pattern == made.ranks
+
+
+def test_uniform_ranks_without_gradients_are_planned_without_reading_the_data() -> None:
+    made = planned(llama(), read(TEXT), **Q, allocation="uniform", output_metric="none")
+    assert (made.calibration_tokens, made.gradient_tokens, made.predicted_loss) == (0, 0, None)
+    assert made.ranks
+
+
+@pytest.mark.parametrize(
+    ("build", "targets", "batches", "memory"),
+    [
+        (llama, "all-linear", TEXT, 8 * (2 * 160**2 + 160**2)),
+        (bert, ["query", "key", "value", "dense"], TEXT, 8 * (2 * 96**2 + 2 * 96**2)),
+        (t5, ["q", "k", "v", "o", "wi_0", "wi_1", "wo"], [pairs([8, 3], [6, 2], (8, 6))], 8 * (3 * 48**2)),
+        (convnet, ["conv0", "conv1"], IMAGES, 8 * (2 * 72**2 + 16**2)),
+    ],
+    ids=["Llama", "BERT", "T5", "Conv2d"],
+)
+def test_several_passes_give_what_one_gives(
+    build: Callable[[], nn.Module], targets: Any, batches: list[Batch], memory: int
+) -> None:
+    whole = compressed(build(), iter(batches), target_modules=targets)
+    model = build()
+    calls: list[int] = []
+    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    parts = compressed(model, iter(batches), target_modules=targets, arguments={"max_memory": memory})
+    handle.remove()
+    assert len(calls) >= 2 * len(batches)
+    assert_same_model(parts, whole, tolerance=1e-6)
+    one = {k: v for k, v in vars(whole.peft_config["default"]).items() if k not in ("predicted_loss",)}
+    assert {k: v for k, v in vars(parts.peft_config["default"]).items() if k not in ("predicted_loss",)} == one
+    first, second = (
+        planned(build(), batches, target_modules=targets),
+        planned(build(), batches, target_modules=targets, arguments={"max_memory": memory}),
+    )
+    assert first.ranks == second.ranks
+    assert first.predicted_loss == pytest.approx(second.predicted_loss)
+
+
+def test_an_error_while_factorising_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    import reparam_peft.numerics.methods as module
+
+    real, count = module.factorize, iter(range(100))
+
+    def fails(*args: Any) -> Any:
+        if next(count) == 5:
+            raise ValueError("no memory left")
+        return real(*args)
+
+    monkeypatch.setattr(module, "factorize", fails)
+    model = llama()
+    before = state_of(model)
+    with pytest.raises(ValueError, match=r"model\.layers\.\d.*_proj: no memory left"):
+        compressed(model, TEXT, **ALL)
+    assert state_of(model) == before
+    assert not layers(model)
+
+
+def test_a_target_that_no_gradient_reaches_gets_a_uniform_rank() -> None:
+    class Two(Net):
+        def forward(self, x: Tensor) -> dict[str, Tensor]:
+            return {"logits": super().forward(x), "other": self.unused(x)}
+
+    torch.manual_seed(0)
+    with pytest.warns(UserWarning, match="unused: no gradient reaches its output, so that its rank is uniform"):
+        small = compressed(Two(), ROWS, target_modules=["first", "second", "unused"])
+    ranks = small.peft_config["default"].rank_pattern
+    assert ranks["unused"] == uniform_rank(0.5, matrix_storage(Two().unused, small.peft_config["default"]))
+    assert small.size_report().keep <= 0.5
+
+
+SHARED: dict[str, tuple[Callable[[], nn.Module], list[Batch], dict[str, Any]]] = {
+    "pivot": (llama, [*TEXT, text([6, 6], 6, seed=3)], ALL),
+    "factors": (bert, TEXT, {"target_modules": ["query", "key", "value", "dense"], "form": "factors"}),
+    "uniform": (gpt2, TEXT, {"target_modules": ["c_attn", "c_fc"], "allocation": "uniform", "output_metric": "none"}),
+    "autoencoder": (net, ROWS, {"target_modules": ["first", "second"], "method": "autoencoder"}),
+    "embedding": (llama, TEXT, {"target_modules": ["embed_tokens"]}),
+    "many sizes": (gpt2, TEXT, {"target_modules": ["c_attn", "c_fc"], "form": "factors", "ceiling": 0.99, "keep": 0.9}),
+    "fewer batches": (llama, TEXT[:1], ALL),
+}
+
+
+def run_process(rank: int, folder: str) -> None:
+    """What each of two processes does: every entry of `SHARED`, its state and its plan written to files."""
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    for key, (build, batches, options) in SHARED.items():
+        torch.manual_seed(rank)
+        made = planned(build(), batches, **options)
+        small = compressed(build(), iter(batches), **options)
+        torch.save((small.state_dict(), small.peft_config["default"].to_dict(), made.to_dict()), f"{folder}/{key}.{rank}")
+    dist.destroy_process_group()
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("processes")
+    multiprocessing.spawn(run_process, (str(folder),), nprocs=2)
+    return folder
+
+
+@pytest.mark.parametrize("key", SHARED)
+def test_two_processes_give_what_one_gives(key: str, shared: Path) -> None:
+    build, batches, options = SHARED[key]
+    small, made = compressed(build(), batches, **options), planned(build(), batches, **options)
+    (state, config, first), (other, config_of_other, second) = (
+        torch.load(shared / f"{key}.{rank}", weights_only=False) for rank in (0, 1)
+    )
+    assert config == config_of_other
+    assert first == second
+    assert state.keys() == other.keys() == small.state_dict().keys()
+    for name, tensor in small.state_dict().items():
+        assert torch.equal(state[name], other[name]), name
+        if tensor.is_floating_point():
+            assert relative_error(state[name], tensor) < 1e-6, name
+        else:
+            assert torch.equal(state[name], tensor), name
+    assert Plan.from_dict(first).ranks == made.ranks == small.peft_config["default"].rank_pattern
+    if options.get("output_metric") != "none":  # which needs no gradients
+        assert Plan.from_dict(first).predicted_loss == pytest.approx(made.predicted_loss, rel=1e-6)
+    assert config["calibration_tokens"] == small.peft_config["default"].calibration_tokens

@@ -1,0 +1,233 @@
+"""Checkpoints compressed block by block: the same as in memory, whole or absent, and taken up where they were killed."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from filelock import FileLock
+from peft import get_peft_model
+from support.models import bert, byte_tokenizer, gpt2, llama
+from support.standalone import logits
+from support.tolerances import assert_close
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
+
+import reparam_peft.compression.streaming
+from reparam_peft import ReparamConfig, compress, compress_checkpoint
+
+CONFIG: dict[str, Any] = {"target_modules": "all-linear", "keep": 0.6}
+BATCHES = [{"input_ids": torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(i))} for i in range(4)]
+
+
+def source(folder: Path, model: PreTrainedModel | None = None, **options: Any) -> Path:
+    (model or llama(**options)).save_pretrained(folder / "dense", max_shard_size="100KB")
+    byte_tokenizer().save_pretrained(folder / "dense")
+    return folder / "dense"
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+@pytest.mark.parametrize("make", [llama, gpt2, bert], ids=lambda make: make.__name__)
+def test_the_same_bytes_as_in_memory(make: Any, form: str, tmp_path: Path) -> None:
+    dense = source(tmp_path, make())
+    config = ReparamConfig(**CONFIG, form=form)
+    report = compress_checkpoint(dense, tmp_path / "small", config, progress=False)
+    assert report.keep <= 0.6
+    get_peft_model(make(), config).to_standalone().save_pretrained(tmp_path / "memory")
+    assert (tmp_path / "small/model.safetensors").read_bytes() == (tmp_path / "memory/model.safetensors").read_bytes()
+    auto = AutoModelForSequenceClassification if make is bert else AutoModelForCausalLM
+    assert_close(logits(auto.from_pretrained(tmp_path / "small")), logits(auto.from_pretrained(tmp_path / "memory")))
+    assert (tmp_path / "small/tokenizer.json").read_bytes() == (dense / "tokenizer.json").read_bytes()
+    assert f"from transformers import {auto.__name__}" in (tmp_path / "small/README.md").read_text(encoding="utf-8")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "memory", "small"]
+
+
+@pytest.mark.parametrize("options", [{}, {"refine": True}], ids=["sequential", "refined"])
+def test_calibrated(options: dict[str, Any], tmp_path: Path) -> None:
+    compress_checkpoint(source(tmp_path), tmp_path / "small", ReparamConfig(**CONFIG), BATCHES, progress=False, **options)
+    expected = compress(llama(), ReparamConfig(**CONFIG), BATCHES, sequential=True, progress=False, **options).eval()
+    assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "small")), logits(expected))
+
+
+def test_half_precision_stays(tmp_path: Path) -> None:
+    compress_checkpoint(source(tmp_path, llama().bfloat16()), tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", dtype="auto")
+    assert {parameter.dtype for parameter in loaded.parameters()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("batches", [None, BATCHES], ids=["data-free", "calibrated"])
+def test_half_precision_is_never_widened(
+    batches: list[dict[str, torch.Tensor]] | None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Factors of a checkpoint larger than memory stay in their files: PEFT would copy them to float32, to be trained."""
+    dense = source(tmp_path, llama().bfloat16())
+    widened = []
+    made = reparam_peft.compression.streaming.PeftModel.__init__
+
+    def counted(self: Any, *args: Any, **kwargs: Any) -> None:
+        made(self, *args, **kwargs)
+        widened.extend(name for name, p in self.named_parameters() if p.dtype != torch.bfloat16)
+
+    monkeypatch.setattr(reparam_peft.compression.streaming.PeftModel, "__init__", counted)
+    compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), batches, progress=False)
+    assert not widened
+
+
+FULL_DISK = """
+import resource, signal, sys
+from reparam_peft import ReparamConfig, compress_checkpoint
+signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails as on a full disk
+resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
+try:
+    compress_checkpoint(sys.argv[1], sys.argv[2], ReparamConfig(target_modules="all-linear", keep=0.6), progress=False)
+except OSError as error:
+    assert "cannot be written" in str(error) and "call again" in str(error), error
+    sys.exit(3)
+"""
+
+
+@pytest.mark.parametrize("limit", [100, 20_000, 150_000], ids=["settings", "block", "checkpoint"])
+def test_a_full_disk_loses_nothing(limit: int, tmp_path: Path) -> None:
+    dense = source(tmp_path)
+    before = {path.name: path.read_bytes() for path in dense.iterdir()}
+    run = subprocess.run(
+        [sys.executable, "-c", FULL_DISK, dense, tmp_path / "small", str(limit)], capture_output=True, text=True
+    )
+    assert run.returncode == 3, run.stderr
+    assert not (tmp_path / "small").exists()
+    assert {path.name: path.read_bytes() for path in dense.iterdir()} == before
+    compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
+    compress_checkpoint(dense, tmp_path / "other", ReparamConfig(**CONFIG), progress=False)
+    for path in (tmp_path / "other").iterdir():
+        assert path.read_bytes() == (tmp_path / "small" / path.name).read_bytes()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "other", "small"]
+
+
+def test_a_folder_that_cannot_be_written_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x", encoding="utf-8")
+    with pytest.raises(OSError, match="file cannot be written"):
+        compress_checkpoint(source(tmp_path), tmp_path / "file/small", ReparamConfig(**CONFIG), progress=False)
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "x"
+
+
+@pytest.mark.parametrize("batches", [None, BATCHES], ids=["data-free", "calibrated"])
+def test_nan_in_a_weight_is_named_and_nothing_is_written(batches: list[dict[str, torch.Tensor]] | None, tmp_path: Path) -> None:
+    model = llama()
+    model.model.layers[1].mlp.up_proj.weight.data[0, 0] = torch.nan
+    with pytest.raises(ValueError, match=r"model\.layers\.1\.mlp\.up_proj: .*NaN"):
+        compress_checkpoint(source(tmp_path, model), tmp_path / "small", ReparamConfig(**CONFIG), batches, progress=False)
+    assert not (tmp_path / "small").exists()
+
+
+@pytest.mark.parametrize("options", [{"keep_base": True}, {"modules_to_save": ["lm_head"]}])
+def test_what_only_adapters_have_is_refused(options: dict[str, Any], tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="has an effect on adapters only"):
+        compress_checkpoint(source(tmp_path), tmp_path / "small", ReparamConfig(**CONFIG, **options), progress=False)
+
+
+def test_an_error_in_the_middle_leaves_nothing_and_is_taken_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = source(tmp_path)
+    compress_checkpoint(dense, tmp_path / "whole", ReparamConfig(**CONFIG), progress=False)
+    done = []
+    original = reparam_peft.compression.streaming.factorize_targets
+
+    def fails(targets: Any, *args: Any, **kwargs: Any) -> Any:
+        if len(done) == 1:
+            raise OSError(28, "No space left on device")
+        done.append([*targets])
+        return original(targets, *args, **kwargs)
+
+    monkeypatch.setattr(reparam_peft.compression.streaming, "factorize_targets", fails)
+    with pytest.raises(OSError, match="No space left"):
+        compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
+    assert not (tmp_path / "small").exists()
+    with pytest.raises(ValueError, match="another `config`"):
+        compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**{**CONFIG, "keep": 0.5}), progress=False)
+    first = done.pop()
+    monkeypatch.setattr(
+        reparam_peft.compression.streaming, "factorize_targets", lambda t, *a, **k: done.append([*t]) or original(t, *a, **k)
+    )
+    compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
+    assert first not in done
+    assert (tmp_path / "small/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
+
+
+KILLS = """
+import multiprocessing, random, shutil, sys, time
+from pathlib import Path
+from reparam_peft import ReparamConfig, compress_checkpoint
+folder = Path(sys.argv[1])
+dense, whole, small = folder / "dense", folder / "whole", folder / "small"
+config = ReparamConfig(target_modules="all-linear", keep=0.6)
+start = time.perf_counter()
+compress_checkpoint(dense, whole, config, progress=False)
+seconds = time.perf_counter() - start
+moments, kills, finished = random.Random(0), 0, 0
+files = {path.name: path.read_bytes() for path in whole.iterdir()}
+for _ in range(200):
+    running = multiprocessing.get_context("fork").Process(
+        target=compress_checkpoint, args=(dense, small, config), kwargs={"progress": False}
+    )
+    running.start()
+    running.join(moments.uniform(0, seconds) if kills < 20 else None)
+    if running.is_alive():
+        running.kill()
+        running.join()
+        kills += 1
+    else:
+        assert running.exitcode == 0
+    if small.exists():
+        assert {path.name: path.read_bytes() for path in small.iterdir()} == files
+        if not (folder / ".small.run").exists():
+            shutil.rmtree(small)
+            finished += 1
+    if kills == 20 and finished:
+        break
+assert kills == 20 and finished
+"""
+
+
+def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
+    source(tmp_path, num_hidden_layers=8)
+    # One thread: a process that has started threads cannot be forked.
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", KILLS, str(tmp_path)]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_killed_before_the_last_clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    dense = source(tmp_path)
+    with monkeypatch.context() as patch:
+        patch.setattr(reparam_peft.compression.streaming.shutil, "rmtree", lambda *args, **kwargs: None)
+        compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
+    assert (tmp_path / ".small.run").exists()
+    before = (tmp_path / "small/model.safetensors").stat().st_mtime_ns
+    assert compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False).keep <= 0.6
+    assert not (tmp_path / ".small.run").exists()
+    assert (tmp_path / "small/model.safetensors").stat().st_mtime_ns == before
+
+
+def test_what_is_refused(tmp_path: Path) -> None:
+    dense = source(tmp_path)
+    before = {path.name: path.read_bytes() for path in dense.iterdir()}
+    (tmp_path / "there").mkdir()
+    with pytest.raises(FileExistsError, match=r"`destination` .*there exists"):
+        compress_checkpoint(dense, tmp_path / "there", ReparamConfig(**CONFIG))
+    with FileLock(tmp_path / ".small.lock"), pytest.raises(ValueError, match=r"another run into .*small is under way"):
+        compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG))
+    with pytest.raises(ValueError, match="`max_memory` has an effect with `batches` only"):
+        compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), max_memory=1)
+    with pytest.raises(ValueError, match="needs calibration data"):
+        compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG, method="whitened"))
+    with pytest.raises(ValueError, match=r"holds no \*\.safetensors"):
+        compress_checkpoint(tmp_path / "there", tmp_path / "small", ReparamConfig(**CONFIG))
+    compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
+    with pytest.raises(ValueError, match="is a checkpoint of LlamaForCausalLM, not of a plain model"):
+        compress_checkpoint(tmp_path / "small", tmp_path / "smaller", ReparamConfig(**CONFIG))
+    assert {path.name: path.read_bytes() for path in dense.iterdir()} == before
+    assert not (tmp_path / "smaller").exists()

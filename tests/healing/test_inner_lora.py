@@ -1,0 +1,90 @@
+"""A LoRA on the factors: trained, merged, resumed."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel
+from support.healing import ROWS, arguments, falls, small, stacked, trainer
+from support.models import llama, vit
+from torch import nn
+
+from reparam_peft import HealingTrainer, ReparamConfig, compress
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_a_lora_is_merged_into_the_factors(form: str, tmp_path: Path) -> None:
+    model = small(form=form)
+    ranks = dict(model.peft_config["default"].rank_pattern)
+    made = trainer(tmp_path, model, lora=LoraConfig(r=4, lora_alpha=8), trains=["factors"], max_steps=45)
+    made.train()
+    assert falls(made)
+    assert not any("lora" in name for name, _ in model.named_modules())
+    model.eval()
+    model.save_pretrained(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "saved").eval()
+    assert loaded.peft_config["default"].rank_pattern == ranks
+    batch = stacked(ROWS[:4])
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+    original = small(form=form)
+    for (name, one), (_, two) in zip(model.named_modules(), original.named_modules(), strict=True):
+        if isinstance(one, nn.Linear) and "reparam_factors" in name:
+            change = (one.weight - two.weight).detach()
+            assert 0 < torch.linalg.matrix_rank(change, rtol=1e-4) <= 4, name
+
+
+@pytest.mark.parametrize("where", ["same trainer", "loaded checkpoint", "fresh"])
+def test_a_lora_resumes_from_whatever_the_factors_are_now(where: str, tmp_path: Path) -> None:
+    def made(model: PeftModel) -> HealingTrainer:
+        return trainer(tmp_path, model, save_strategy="steps", save_steps=3, seed=3, max_steps=6, lora=LoraConfig(r=4))
+
+    first = made(small())
+    first.train()
+    whole = {name: p.detach().clone() for name, p in first.model.named_parameters()}
+    if where == "same trainer":
+        again = first
+    elif where == "fresh":
+        again = made(small())
+    else:
+        again = made(PeftModel.from_pretrained(llama(), tmp_path / "checkpoint-3", is_trainable=True))
+    again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    for name, p in again.model.named_parameters():
+        assert (p - whole[name]).norm() <= 1e-6 * whole[name].norm(), name
+
+
+def test_a_trainer_with_a_lora_trains_twice(tmp_path: Path) -> None:
+    made = trainer(tmp_path, lora=LoraConfig(r=4), max_steps=3)
+    made.train()
+    between = {name: p.detach().clone() for name, p in made.model.named_parameters() if "reparam_factors" in name}
+    made.train()
+    assert any(not torch.equal(p, between[name]) for name, p in made.model.named_parameters() if name in between)
+
+
+def test_lora_beside_biases(tmp_path: Path) -> None:
+    model = compress(
+        llama(attention_bias=True), ReparamConfig(target_modules="all-linear", keep=0.5), [stacked(ROWS)], progress=False
+    )
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    trainer(tmp_path, model, teacher=llama(attention_bias=True), lora=LoraConfig(r=2), max_steps=3).train()
+    assert any(
+        n.endswith("reparam_factors.default.bias") and not torch.equal(p, before[n])
+        for n, p in model.named_parameters()
+        if n in before
+    )
+
+
+def test_a_lora_needs_linear_factors(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="`lora` needs factors that are linear layers"):
+        trainer(tmp_path, small(vit, target_modules=["projection"]), teacher=vit(), lora=LoraConfig(r=4))
+
+
+def test_an_optimizer_cannot_hold_a_lora(tmp_path: Path) -> None:
+    model = small()
+    optimizers = (torch.optim.SGD(model.parameters()), None)
+    with pytest.raises(ValueError, match="`optimizers` cannot hold what `lora` adds when training begins"):
+        HealingTrainer(
+            model, arguments(tmp_path), train_dataset=ROWS, teacher=llama(), lora=LoraConfig(), optimizers=optimizers
+        )

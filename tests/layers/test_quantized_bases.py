@@ -1,0 +1,148 @@
+"""Base models that arrive quantised: their weights are dequantised one by one, and factors take their place."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from support.models import llama
+from support.tolerances import relative_error
+from torch import nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
+
+from reparam_peft import ReparamConfig, compress
+from reparam_peft.layers.kinds import dequantized, is_quantized
+
+IDS = torch.arange(3, 67).reshape(2, 32)
+
+
+def nf4(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, device_map="cpu", dtype=dtype)
+
+
+def eight_bits(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    how = BitsAndBytesConfig(load_in_8bit=True)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, device_map="cpu", dtype=dtype)
+
+
+def torchao(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    how = TorchAoConfig(Int8WeightOnlyConfig())
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, device_map="cpu", dtype=dtype)
+
+
+def hqq(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    quantize = pytest.importorskip("hqq.core.quantize")
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype)
+    options = quantize.BaseQuantizeConfig(nbits=8, group_size=32)
+    for layer in model.model.layers:
+        for name, linear in [(n, m) for n, m in layer.named_modules() if isinstance(m, nn.Linear)]:
+            parent, _, child = name.rpartition(".")
+            setattr(layer.get_submodule(parent), child, quantize.HQQLinear(linear, options, compute_dtype=dtype, device="cpu"))
+    return model
+
+
+Load = Callable[[Path, torch.dtype], PreTrainedModel]
+BASES = pytest.mark.parametrize("load", [nf4, eight_bits, torchao, hqq])
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("dense")
+    llama(intermediate_size=128).save_pretrained(path)  # bitsandbytes' 4 bits on a CPU take multiples of 64 only
+    return path
+
+
+def logits(model: nn.Module) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=IDS).logits
+
+
+@BASES
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("computed_before", [False, True], ids=["fresh", "after a forward pass"])
+def test_at_full_rank_the_dequantised_model_comes_back(
+    load: Load, dtype: torch.dtype, computed_before: bool, folder: Path
+) -> None:
+    model = load(folder, dtype)
+    expected = logits(load(folder, dtype))
+    if computed_before:
+        logits(model)
+    small = get_peft_model(model, ReparamConfig(target_modules=TARGETS, r="full"), autocast_adapter_dtype=False)
+    assert not any(is_quantized(module) for module in small.modules())
+    assert {p.dtype for p in small.parameters()} == {dtype}
+    # Eight bits of bitsandbytes round the inputs too; bfloat16 rounds the factors.
+    assert relative_error(logits(small).float(), expected.float()) < (2e-2 if dtype == torch.bfloat16 else 1e-2)
+
+
+@BASES
+def test_nothing_of_the_quantised_weights_stays(load: Load, folder: Path) -> None:
+    small = get_peft_model(load(folder, torch.float32), ReparamConfig(target_modules=TARGETS, keep=0.5))
+    assert all(parameter.is_floating_point() for parameter in small.base_model.model.model.layers.parameters())
+    report = small.size_report()
+    assert report.keep <= 0.5
+    assert sum(parameter.numel() for parameter in small.parameters()) == report.to_dict()["model"]["stored_parameters"]
+
+
+@BASES
+def test_save_load_merge_and_standalone(load: Load, folder: Path, tmp_path: Path) -> None:
+    small = get_peft_model(load(folder, torch.float32), ReparamConfig(target_modules=TARGETS, keep=0.6, form="pivot"))
+    expected = logits(small)
+    small.save_pretrained(tmp_path / "adapter")
+    assert torch.equal(logits(PeftModel.from_pretrained(load(folder, torch.float32), tmp_path / "adapter")), expected)
+    plain = small.to_standalone()
+    assert torch.equal(logits(plain), expected)
+    plain.save_pretrained(tmp_path / "standalone")
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "standalone")), expected)
+    merged = small.merge_and_unload(safe_merge=True)
+    assert type(merged.model.layers[0].mlp.up_proj) is nn.Linear
+    assert relative_error(logits(merged), expected) < 1e-5
+
+
+@BASES
+def test_calibrated_compression_with_dense_matrices(load: Load, folder: Path, tmp_path: Path) -> None:
+    model = load(folder, torch.float32)
+    before = logits(model)
+    dense = "model.layers.0.mlp.up_proj"
+    config = ReparamConfig(target_modules=TARGETS, keep=0.8, dense_modules=[dense])
+    small = compress(model, config, [{"input_ids": IDS}], progress=False)
+    expected = logits(small)
+    assert relative_error(expected, before) < 0.2
+    plain = small.to_standalone()
+    assert type(plain.get_submodule(dense)) is nn.Linear
+    assert relative_error(logits(plain), expected) < 2e-2  # what stays dense is dequantised
+    assert not plain.is_quantized
+    plain.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(plain))
+    assert torch.equal(logits(small), expected), "the PEFT model stays as it is"
+
+
+@BASES
+def test_dequantising_is_exact_before_and_after_computing(load: Load, folder: Path) -> None:
+    layer = load(folder, torch.float32).model.layers[0].mlp.up_proj
+    x = torch.randn(5, 64)
+    plain = dequantized(layer)
+    with torch.no_grad():
+        assert relative_error(plain(x), layer(x)) < 1e-2
+        assert relative_error(dequantized(layer)(x), plain(x)) < 1e-2
+        assert relative_error(layer(x), plain(x)) < 1e-2
+
+
+@pytest.mark.parametrize("ways", [{"sequential": True}, {"refine": True}])
+def test_what_changes_dense_weights_is_refused(ways: dict[str, bool], folder: Path) -> None:
+    model = load = nf4(folder, torch.float32)
+    before = logits(load)
+    with pytest.raises(ValueError, match="these are quantised"):
+        compress(model, ReparamConfig(target_modules=TARGETS), [{"input_ids": IDS}], **ways, progress=False)
+    assert torch.equal(logits(model), before)
+
+
+def test_a_quantised_weight_is_not_kept(folder: Path) -> None:
+    with pytest.raises(ValueError, match="`keep_base=True` cannot be honoured"):
+        get_peft_model(nf4(folder, torch.float32), ReparamConfig(target_modules=TARGETS, keep_base=True))

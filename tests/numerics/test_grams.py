@@ -1,0 +1,57 @@
+"""Grams are summed in full precision, whatever the caller and the model compute with."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from support.batches import text
+from support.gathering import gather, linear_layers, named
+from support.models import llama
+from support.tolerances import assert_close, relative_error
+from torch import nn
+
+ROWS_64 = [{"input": torch.randn(200, 64, generator=torch.Generator().manual_seed(0))}]
+
+
+def test_precision_set_for_one_backend_is_put_back() -> None:
+    backend = getattr(torch.backends.mkldnn, "matmul", None)
+    if not hasattr(backend, "fp32_precision"):
+        pytest.skip("this PyTorch has no precision by backend")
+    expected, before = gather(nn.Linear(64, 8), named(""), ROWS_64), backend.fp32_precision
+    backend.fp32_precision = "bf16"
+    try:
+        got = gather(nn.Linear(64, 8), named(""), ROWS_64)
+        assert backend.fp32_precision == "bf16"
+    finally:
+        backend.fp32_precision = before
+    assert torch.equal(got.gram(""), expected.gram(""))
+
+
+@pytest.mark.parametrize("precision", ["high", "medium"])
+def test_products_are_float32_whatever_the_caller_allows(precision: str) -> None:
+    expected = gather(nn.Linear(64, 8), named(""), ROWS_64)
+    torch.set_float32_matmul_precision(precision)
+    try:
+        got = gather(nn.Linear(64, 8), named(""), ROWS_64)
+        assert torch.get_float32_matmul_precision() == precision
+    finally:
+        torch.set_float32_matmul_precision("highest")
+    assert torch.equal(got.gram(""), expected.gram(""))
+
+
+@pytest.mark.parametrize("size", [1, 7, 64])
+def test_the_variance_of_nearly_constant_channels_is_exact(size: int) -> None:
+    X = torch.randn(64, 5, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 1e-2, 1e-1, 1, 1])
+    X += torch.tensor([0.0, 30.0, 1000.0, -500.0, 0.1])
+    got = gather(nn.Linear(5, 3), named(""), [{"input": rows} for rows in X.split(size)]).covariance("")
+    assert relative_error(got, X.double().T.cov(correction=0)) < 1e-6
+    assert_close(got.diagonal().sqrt(), X.double().std(0, correction=0), torch.float32)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_half_precision_models_have_wide_statistics(dtype: torch.dtype) -> None:
+    batches = [text([8, 5], 8)]
+    got, exact = gather(llama().to(dtype), linear_layers, batches), gather(llama(), linear_layers, batches)
+    for name in exact.reads:
+        assert got.gram(name).dtype == torch.float64
+        assert relative_error(got.gram(name), exact.gram(name)) < 0.05, name

@@ -1,0 +1,126 @@
+"""What a product takes, and the largest rank within a budget, checked against exact rational arithmetic."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+
+import pytest
+from hypothesis import assume, given
+from hypothesis import strategies as st
+from support.strategies import PROPERTY, decimal_keeps, keeps, sizes, storages
+
+from reparam_peft.numerics.storage import FORMS, Storage, uniform_rank
+
+
+@PROPERTY
+@given(decimal_keeps(), sizes, sizes)
+def test_is_the_largest_rank_within_the_budget(keep: Fraction, out_features: int, in_features: int) -> None:
+    budget = keep * out_features * in_features
+    largest = budget // (out_features + in_features)
+    rank = uniform_rank(float(keep), Storage(out_features, in_features))
+    if largest >= 1:
+        assert rank == largest
+        assert Storage(out_features, in_features).parameters(rank) <= budget
+        assert Storage(out_features, in_features).parameters(rank + 1) > budget
+    elif rank is not None:
+        assert rank == 1
+
+
+@pytest.mark.parametrize(("keep", "shape", "rank"), [(0.7, (96, 30), 16), (0.36, (10, 50), 3), (0.57, (50, 64), 16)])
+def test_a_whole_product_is_not_floored_by_the_rounding_of_keep(keep: float, shape: tuple[int, int], rank: int) -> None:
+    assert uniform_rank(keep, Storage(*shape)) == rank
+
+
+@PROPERTY
+@given(keeps, sizes, sizes)
+def test_stores_no_more_than_asked_for(keep: float, out_features: int, in_features: int) -> None:
+    budget = Fraction(keep) * out_features * in_features
+    assume(budget >= out_features + in_features)
+    rank = uniform_rank(keep, Storage(out_features, in_features))
+    assume(rank is not None)
+    assert Storage(out_features, in_features).parameters(rank) <= budget * (1 + Fraction(1, 10**11))
+
+
+@PROPERTY
+@given(keeps, keeps, sizes, sizes)
+def test_grows_with_keep(one: float, other: float, out_features: int, in_features: int) -> None:
+    low, high = (uniform_rank(keep, Storage(out_features, in_features)) for keep in sorted((one, other)))
+    dense = max(out_features, in_features) + 1
+    assert (low or dense) <= (high or dense)
+
+
+@PROPERTY
+@given(keeps.filter(lambda keep: keep < 1), sizes | st.integers(1, 4), sizes | st.integers(1, 4))
+def test_dense_exactly_where_no_rank_makes_it_smaller(keep: float, out_features: int, in_features: int) -> None:
+    rank = uniform_rank(keep, Storage(out_features, in_features))
+    rank_one_is_no_smaller = out_features + in_features >= out_features * in_features
+    assert (rank is None) == rank_one_is_no_smaller
+    if rank is not None:
+        assert Storage(out_features, in_features).saves(rank)
+        assert 1 <= rank < min(out_features, in_features)
+
+
+@PROPERTY
+@given(sizes, sizes)
+def test_keeping_all_keeps_the_matrix(out_features: int, in_features: int) -> None:
+    assert uniform_rank(1.0, Storage(out_features, in_features)) is None
+    assert uniform_rank(1, Storage(out_features, in_features)) is None
+
+
+@PROPERTY
+@given(st.integers(1, 20_000), sizes, sizes)
+def test_saves_parameters_below_the_break_even_rank(rank: int, out_features: int, in_features: int) -> None:
+    break_even = Fraction(out_features * in_features, out_features + in_features)
+    assert Storage(out_features, in_features).saves(rank) == (rank < break_even)
+
+
+@PROPERTY
+@given(storages(), st.data())
+def test_counts_what_a_checkpoint_holds(storage: Storage, data: st.DataObject) -> None:
+    out_features, in_features = storage.out_features, storage.in_features
+    rank = data.draw(st.integers(1, min(out_features, in_features)))
+    if storage.form == "pivot":
+        expected = rank * in_features + (out_features - rank) * rank + (out_features + 7) // 8
+    else:
+        expected = out_features * rank + rank * in_features
+    assert storage.parameters(rank) == expected + (out_features if storage.bias else 0)
+    assert storage.dense == out_features * in_features
+    assert storage.saves(rank) == (storage.parameters(rank) < storage.dense)
+
+
+@PROPERTY
+@given(st.integers(1, 2000), st.integers(1, 2000), st.booleans(), st.data())
+def test_the_pivot_form_never_takes_more_than_the_factors_but_for_its_mask(
+    out_features: int, in_features: int, bias: bool, data: st.DataObject
+) -> None:
+    rank = data.draw(st.integers(1, min(out_features, in_features)))
+    factors, pivot = (Storage(out_features, in_features, form, bias) for form in FORMS)
+    assert pivot.parameters(rank) == factors.parameters(rank) - rank**2 + pivot.mask
+    without = Storage(out_features, in_features, "pivot").parameters(rank) - pivot.mask
+    assert without <= pivot.dense, "as many numbers as a matrix of this rank has degrees of freedom"
+
+
+@PROPERTY
+@given(storages(300_000), st.data())
+def test_the_largest_rank_is_the_inverse_of_the_parameters(storage: Storage, data: st.DataObject) -> None:
+    limit = min(storage.out_features, storage.in_features)
+    rank = data.draw(st.integers(1, limit) | st.integers(1, min(limit, 9)))
+    exact = storage.parameters(rank)
+    assert storage.largest_rank(exact) == rank
+    assert storage.largest_rank(exact - 1) == rank - 1
+    assert storage.largest_rank(storage.overhead) == 0
+    assert storage.largest_rank(10 * storage.dense + storage.overhead) == limit
+
+
+@PROPERTY
+@given(decimal_keeps(), storages())
+def test_in_either_form_it_is_the_largest_rank_within_the_budget(keep: Fraction, storage: Storage) -> None:
+    budget = keep * storage.dense
+    rank = uniform_rank(float(keep), storage)
+    if rank is None:
+        assert not storage.saves(1) or storage.largest_rank(float(budget)) >= 1
+    elif storage.parameters(rank) <= budget:
+        assert storage.parameters(rank + 1) > budget
+    else:
+        assert rank == 1, "the least there is"
+    assert rank is None or storage.saves(rank)

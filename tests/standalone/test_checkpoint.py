@@ -1,0 +1,101 @@
+"""Damaged and hostile standalone checkpoints: refused, with the file and the tensor, and nothing half loaded."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from support.standalone import saved, small
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from reparam_peft.standalone.checkpoint import CheckpointConfig
+
+LAYER = "model.layers.1.mlp.up_proj"
+GOOD = {"rank": 4, "form": "factors", "bias": False}
+
+
+def change_tensors(folder: Path, change: Callable[[dict[str, Tensor]], object]) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    change(tensors)
+    save_file(tensors, folder / "model.safetensors", {"format": "pt"})
+
+
+def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    path = folder / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    change(config["quantization_config"])
+    path.write_text(json.dumps(config), encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{LAYER}.A.K.weight"), rf"model\.safetensors: tensor '{LAYER}.A.K.weight' is missing"),
+        (lambda t: t.pop("model.norm.weight"), r"model\.safetensors: tensor 'model.norm.weight' is missing"),
+        (lambda t: t.pop(f"{LAYER}.weight"), rf"tensor '{LAYER}.weight' is missing"),
+        (lambda t: t.update({f"{LAYER}.B.bias": torch.zeros(1)}), rf"model\.safetensors: tensor '{LAYER}.B.bias' does not"),
+        (lambda t: t.update({f"{LAYER}.B.weight": torch.zeros(2, 64)}), rf"tensor '{LAYER}.B.weight' has shape \[2, 64\], not"),
+        (lambda t: t[f"{LAYER}.B.weight"][0, 0].fill_(torch.nan), rf"{LAYER}.B.weight: .* NaN"),
+        (lambda t: t[f"{LAYER}.A.K.weight"][0, 0].fill_(torch.inf), rf"{LAYER}.A.K.weight: .* NaN or infinite"),
+        (lambda t: t[f"{LAYER}.A.mask"].zero_(), rf"{LAYER}: the mask of the pivot form has 0 bits set"),
+    ],
+)
+def test_changed_tensors(change: Callable[[dict[str, Tensor]], object], message: str, tmp_path: Path) -> None:
+    change_tensors(saved(tmp_path, "pivot"), change)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("length", [0, 5, 3000, -1])
+def test_truncated_files(length: int, tmp_path: Path) -> None:
+    path = saved(tmp_path) / "model.safetensors"
+    path.write_bytes(path.read_bytes()[:length])
+    with pytest.raises(Exception, match=r"safetensors|[Hh]eader|incomplete"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda c: c.update(format_version=2), r"`format_version` of the checkpoint is 2, .* reads 1\. Upgrade"),
+        (lambda c: c.update(format_version="1"), r"`format_version` of the checkpoint is '1'"),
+        (lambda c: c.update(run="os.system"), r"unknown fields \['run'\]"),
+        (lambda c: c.update(layers=[1]), r"`layers` in config\.json"),
+        (lambda c: c.update(layers={}), r"`layers` in config\.json"),
+        (lambda c: c["layers"].update({"": GOOD}), "layer '' in config.json"),
+        (lambda c: c["layers"].update({"model.layers.9.mlp.up_proj": GOOD}), "model.layers.9.mlp.up_proj: .* there is none"),
+        (lambda c: c["layers"].update({"model.norm": GOOD}), "model.norm: .* cannot be factorised"),
+        (lambda c: c["layers"].update({"model.__class__": GOOD}), "model.__class__: .* there is none"),
+        (lambda c: c["layers"][LAYER].update(rank=10**9), f"{LAYER}: `rank` in config.json is 1000000000, of a matrix"),
+        (lambda c: c["layers"][LAYER].update(rank=5), rf"tensor '{LAYER}.* has shape"),
+        (lambda c: c["layers"][LAYER].update(rank=0), f"layer '{LAYER}' in config.json must have a `rank` of at least 1"),
+        (lambda c: c["layers"][LAYER].update(rank=True), f"layer '{LAYER}' in config.json"),
+        (lambda c: c["layers"][LAYER].update(form="exec"), f"layer '{LAYER}' in config.json"),
+        (lambda c: c["layers"][LAYER].update(form="pivot"), f"tensor '{LAYER}.A.mask' is missing"),
+        (lambda c: c["layers"][LAYER].update(bias=True), f"tensor '{LAYER}.bias' is missing"),
+        (lambda c: c["layers"][LAYER].pop("bias"), f"layer '{LAYER}' in config.json"),
+        (lambda c: c["layers"].pop(LAYER), f"the layer of '{LAYER}.weight' is factorised, but not among"),
+    ],
+)
+def test_changed_config(change: Callable[[dict[str, Any]], object], message: str, tmp_path: Path) -> None:
+    change_config(saved(tmp_path), change)
+    with pytest.raises((ValueError, RuntimeError), match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
+    small().to_standalone().save_pretrained(tmp_path, max_shard_size="50KB")
+    [*tmp_path.glob("model-*.safetensors")][1].unlink()
+    with pytest.raises(ValueError, match=r"model-0000\d-of-0000\d\.safetensors is not a whole safetensors file"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_the_config_survives_json() -> None:
+    config = CheckpointConfig({"a.b": GOOD})
+    assert CheckpointConfig(**json.loads(config.to_json_string())).to_dict() == config.to_dict()

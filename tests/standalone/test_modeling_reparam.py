@@ -1,0 +1,94 @@
+"""Self-contained checkpoints: read by torch and transformers alone, with the code that they bring."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+from support.models import bert, gpt2, llama, t5, token_inputs, vit
+from support.standalone import IDS, STOCK, small
+from torch import nn
+from transformers import PreTrainedModel
+
+from reparam_peft.standalone.self_contained import save_self_contained
+
+READER = """
+import sys
+import torch
+import transformers
+auto, folder, inputs, outputs = sys.argv[1:]
+model = getattr(transformers, auto).from_pretrained(folder, trust_remote_code=True)
+assert not [name for name in sys.modules if name.split(".")[0] in ("reparam_peft", "peft")]
+with torch.no_grad():
+    result = model(**torch.load(inputs, weights_only=True))
+torch.save(result[0], outputs)
+model.save_pretrained(folder + "/again")
+again = getattr(transformers, auto).from_pretrained(folder + "/again", trust_remote_code=True)
+with torch.no_grad():
+    assert torch.equal(again(**torch.load(inputs, weights_only=True))[0], result[0])
+"""
+
+
+def read(auto: str, folder: Path, batch: dict[str, torch.Tensor]) -> torch.Tensor:
+    """What a model computes in a process of its own, without this package."""
+    torch.save(batch, folder / "inputs.pt")
+    paths = [folder, folder / "inputs.pt", folder / "outputs.pt"]
+    command = [sys.executable, "-c", READER, auto, *map(str, paths)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return torch.load(folder / "outputs.pt", weights_only=True)
+
+
+CASES: dict[str, tuple[Callable[[], PreTrainedModel], str, dict[str, object]]] = {
+    "linear": (llama, "AutoModelForCausalLM", {}),
+    "bias": (bert, "AutoModelForSequenceClassification", {}),
+    "Conv1D": (gpt2, "AutoModelForCausalLM", {}),
+    "encoder-decoder": (t5, "AutoModelForSeq2SeqLM", {}),
+    "convolution": (vit, "AutoModelForImageClassification", {"target_modules": ["projection", "up_proj"]}),
+    "embedding": (llama, "AutoModelForCausalLM", {"target_modules": ["embed_tokens", "q_proj"]}),
+}
+
+
+@pytest.mark.parametrize(("name", "form"), [("linear", "factors"), *((name, "pivot") for name in CASES)])
+def test_the_reader_computes_the_same(name: str, form: str, tmp_path: Path) -> None:
+    make, auto, options = CASES[name]
+    batch = {"pixel_values": torch.rand(2, 3, 16, 16)} if make is vit else token_inputs()
+    if make is t5:
+        batch["decoder_input_ids"] = IDS
+    plain = small(form, make(), **options).to_standalone()
+    with torch.no_grad():
+        expected = plain(**batch).logits
+    save_self_contained(plain, tmp_path)
+    torch.testing.assert_close(read(auto, tmp_path, batch), expected)
+    assert plain.config.quantization_config is plain.hf_quantizer.quantization_config, "the model stays as it was"
+
+
+def test_the_base_model_from_the_same_checkpoint(tmp_path: Path) -> None:
+    plain = small("pivot").to_standalone()
+    with torch.no_grad():
+        expected = plain.model(IDS).last_hidden_state
+    save_self_contained(plain, tmp_path)
+    torch.testing.assert_close(read("AutoModel", tmp_path, {"input_ids": IDS}), expected)
+    described = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert "quantization_config" not in described
+    assert described["auto_map"]["AutoModelForCausalLM"] == "modeling_reparam.ReparamLlamaForCausalLM"
+
+
+def test_without_trust_it_fails(tmp_path: Path) -> None:
+    save_self_contained(small("pivot").to_standalone(), tmp_path)
+    command = [sys.executable, "-c", STOCK, "AutoModelForCausalLM", str(tmp_path)]
+    assert subprocess.run(command, capture_output=True, check=False).returncode != 0
+
+
+def test_the_reader_needs_torch_and_transformers_only() -> None:
+    from reparam_peft.standalone import modeling_reparam
+
+    assert isinstance(modeling_reparam.Factorized(nn.Linear(4, 3), 2, "factors", False), nn.Module)
+    lines = Path(modeling_reparam.__file__).read_text(encoding="utf-8").splitlines()
+    imported = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
+    assert imported == {"__future__", "typing", "torch", "transformers"}

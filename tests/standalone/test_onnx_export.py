@@ -1,0 +1,113 @@
+"""ONNX files of standalone models: what ONNX Runtime computes from them, beside PyTorch."""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy
+import onnxruntime
+import pytest
+import torch
+from peft import get_peft_model
+from support.models import bert, gpt2, llama, t5, vit
+from transformers import PreTrainedModel
+
+from reparam_peft import ReparamConfig
+from reparam_peft.standalone import onnx_export as onnx_export
+from reparam_peft.standalone.onnx_export import save_onnx
+
+pytest.importorskip("transformers.exporters.runners", reason="ONNX files need transformers 5.23")
+TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
+
+
+def standalone(make: Callable[[], PreTrainedModel], form: str = "pivot", quantize: str | None = None) -> PreTrainedModel:
+    targets = ["projection", "query", "up_proj"] if make is vit else "all-linear"
+    return get_peft_model(make(), ReparamConfig(target_modules=targets, keep=0.6, form=form)).to_standalone(quantize).eval()
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_a_classifier(form: str, tmp_path: Path) -> None:
+    model = standalone(bert, form)
+    save_onnx(model, tmp_path)
+    session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
+    for rows, length in ((1, 5), (4, 16)):
+        tokens = torch.arange(rows * length).view(rows, length) % 50
+        mask = torch.ones_like(tokens)
+        mask[0, -2:] = 0
+        (got,) = session.run(["logits"], {"input_ids": tokens.numpy(), "attention_mask": mask.numpy()})
+        with torch.no_grad():
+            expected = model(input_ids=tokens, attention_mask=mask).logits
+        torch.testing.assert_close(torch.from_numpy(got), expected, **TOLERANCE)
+
+
+def test_an_image_classifier(tmp_path: Path) -> None:
+    model = standalone(vit)
+    save_onnx(model, tmp_path)
+    images = torch.rand(5, 3, 16, 16)
+    (got,) = onnxruntime.InferenceSession(tmp_path / "model.onnx").run(["logits"], {"pixel_values": images.numpy()})
+    with torch.no_grad():
+        torch.testing.assert_close(torch.from_numpy(got), model(images).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_a_decoder_continues_from_its_past(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    """Greedy decoding of a padded batch by the two graphs, against `generate`."""
+    model = standalone(make)
+    save_onnx(model, tmp_path)
+    tokens = torch.tensor([[0, 0, 7, 8, 9], [3, 4, 5, 6, 7]])
+    mask = (tokens > 0).long()
+    expected = model.generate(tokens, attention_mask=mask, max_new_tokens=6, min_new_tokens=6, do_sample=False, pad_token_id=0)
+    prefill, decode = (onnxruntime.InferenceSession(tmp_path / f"{name}.onnx") for name in ("prefill", "decode"))
+    state = {
+        "input_ids": tokens.numpy(),
+        "attention_mask": mask.numpy(),
+        "position_ids": (mask.cumsum(1) - 1).clamp(min=0).numpy(),
+    }
+    session, made = prefill, []
+    for _ in range(6):
+        wanted = [value.name for value in session.get_inputs()]
+        names = [value.name for value in session.get_outputs()]
+        results = dict(zip(names, session.run(names, {key: state[key] for key in wanted}), strict=True))
+        logits = results["logits"][:, -1]
+        logits[:, model.generation_config.eos_token_id] = -numpy.inf
+        state["input_ids"] = logits.argmax(-1)[:, None]
+        made.append(state["input_ids"])
+        state["attention_mask"] = numpy.pad(state["attention_mask"], ((0, 0), (0, 1)), constant_values=1)
+        state["position_ids"] = state["position_ids"][:, -1:] + 1
+        past = {key: value for key, value in results.items() if "past_key_values" in key}
+        state |= {"input." + key.removeprefix("output."): value for key, value in past.items()}
+        session = decode
+    assert numpy.concatenate(made, 1).tolist() == expected[:, 5:].tolist()
+
+
+@pytest.mark.parametrize("make", [t5, llama])
+def test_transformers_reads_it_back(make: Callable[[], PreTrainedModel], tmp_path: Path) -> None:
+    from transformers.exporters.base import ExportedModel
+
+    model = standalone(make)
+    save_onnx(model, tmp_path)
+    assert [*ExportedModel.from_pretrained(tmp_path).components] == ["prefill", "decode"]
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert config["reparam_layers"] == model.config.quantization_config.layers
+    assert "quantization_config" not in config
+
+
+def test_what_computes_something_else_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(onnx_export, "LARGEST_DIFFERENCE", 1e-12)
+    with pytest.raises(ValueError, match=r"model\.onnx computes something else"):
+        save_onnx(standalone(bert), tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_quantised_factors_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no ONNX form"):
+        save_onnx(standalone(llama, quantize="int8"), tmp_path / "out")
+
+
+def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setitem(sys.modules, "onnxruntime", None)
+    with pytest.raises(ImportError, match=r"pip install 'reparam_peft\[onnx\]'"):
+        save_onnx(standalone(bert), tmp_path)

@@ -1,0 +1,36 @@
+"""Standalone models and their checkpoints, and a reader that knows transformers alone."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from peft import PeftModel, get_peft_model
+from torch import nn
+from transformers import PreTrainedModel
+
+from reparam_peft import ReparamConfig
+from support.models import llama
+
+IDS = torch.arange(3, 19).reshape(2, 8)
+STOCK = """
+import sys
+import transformers
+assert "reparam_peft" not in sys.modules
+getattr(transformers, sys.argv[1]).from_pretrained(sys.argv[2])
+"""
+
+
+def small(form: str = "factors", model: PreTrainedModel | None = None, **options: object) -> PeftModel:
+    config = ReparamConfig(**{"target_modules": "all-linear", "keep": 0.6, "form": form, **options})
+    return get_peft_model(llama() if model is None else model, config).eval()
+
+
+def logits(model: nn.Module, ids: torch.Tensor = IDS) -> torch.Tensor:
+    with torch.no_grad():
+        return model(input_ids=ids).logits
+
+
+def saved(folder: Path, form: str = "factors", **options: object) -> Path:
+    small(form, **options).to_standalone().save_pretrained(folder)
+    return folder

@@ -1,0 +1,195 @@
+"""Adapters in their files: what is written, and damaged ones, which leave the base as it was."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file, save_file
+from support.adapters import compress
+from support.model_state import assert_untouched
+from support.models import llama, token_inputs
+
+from reparam_peft.tuner.layer import ReparamLayer
+
+
+def test_after_a_failed_load_another_adapter_drops_the_weight(tmp_path: Path) -> None:
+    for name in ("good", "bad"):
+        compress(llama(), target_modules=["q_proj"], keep=0.5).save_pretrained(tmp_path / name)
+    edit_tensors(lambda t: t[KEY].fill_(torch.nan))(tmp_path / "bad")
+    base = llama()
+    with pytest.raises(ValueError, match="contains NaN"):
+        PeftModel.from_pretrained(base, tmp_path / "bad")
+    assert not hasattr(base, "peft_config")
+    loaded = PeftModel.from_pretrained(base, tmp_path / "good", adapter_name="good")
+    assert all(layer.base_weight_dropped for layer in loaded.modules() if isinstance(layer, ReparamLayer))
+
+
+def test_a_checkpoint_with_missing_factors_does_not_resume(tmp_path: Path) -> None:
+    small = compress(llama(), target_modules=["q_proj"], keep=0.5)
+    small.save_pretrained(tmp_path)
+    edit_tensors(lambda t: t.pop(KEY))(tmp_path)
+    with pytest.raises(ValueError, match="the checkpoint has no such tensor"):
+        small.load_adapter(tmp_path, "default", is_trainable=True)
+
+
+def test_nothing_is_loaded_into_a_merged_adapter(tmp_path: Path) -> None:
+    small = compress(llama(), target_modules=["q_proj"], keep=0.5)
+    small.save_pretrained(tmp_path)
+    small.merge_adapter()
+    with pytest.raises(ValueError, match="adapter 'default' is merged; unmerge it"):
+        small.load_adapter(tmp_path, "default")
+
+
+@pytest.mark.parametrize("keep_base", [False, True])
+@pytest.mark.parametrize("merged", [False, True])
+def test_checkpoint_of_an_embedding_holds_the_factors_alone(keep_base: bool, merged: bool, tmp_path: Path) -> None:
+    options = {"target_modules": ["embed_tokens", "lm_head"], "keep": 0.5, "keep_base": keep_base}
+    small = compress(llama(), **options).eval()
+    expected = small(**token_inputs()).logits
+    if merged:
+        small.merge_adapter()
+    small.save_pretrained(tmp_path)
+    assert all("reparam_factors" in key for key in load_file(tmp_path / "adapter_model.safetensors"))
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert torch.equal(loaded(**token_inputs()).logits, expected)
+    if keep_base:
+        with loaded.disable_adapter():
+            assert torch.equal(loaded(**token_inputs()).logits, llama()(**token_inputs()).logits)
+
+
+def test_factors_that_overflow_the_checkpoints_dtype_are_not_saved(tmp_path: Path) -> None:
+    small = compress(llama().half(), target_modules=["q_proj"], keep=0.5)
+    small.model.model.layers[0].self_attn.q_proj.reparam_factors["default"].A.weight.data[0, 0] = 1e6
+    with pytest.raises(ValueError, match=r"overflows torch\.float16 in which it is saved"):
+        small.save_pretrained(tmp_path)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def truncate(folder: Path) -> None:
+    path = folder / "adapter_model.safetensors"
+    path.write_bytes(path.read_bytes()[:-1000])
+
+
+def edit_tensors(edit: Callable[[dict[str, torch.Tensor]], Any]) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        tensors = load_file(folder / "adapter_model.safetensors")
+        edit(tensors)
+        save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+    return damage
+
+
+def edit_config(**fields: Any) -> Callable[[Path], None]:
+    def damage(folder: Path) -> None:
+        path = folder / "adapter_config.json"
+        path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+    return damage
+
+
+def huge_header(folder: Path) -> None:
+    (folder / "adapter_model.safetensors").write_bytes(struct.pack("<Q", 2**60) + b"{}")
+
+
+KEY = "base_model.model.model.layers.1.self_attn.q_proj.reparam_factors.A.weight"
+Q1 = "model.layers.1.self_attn.q_proj"
+SEEN_BEFOREHAND = [
+    (truncate, "is damaged .*copy or download it again"),
+    (huge_header, "is damaged"),
+    (lambda folder: (folder / "adapter_model.safetensors").write_bytes(b""), "is damaged"),
+    (lambda folder: (folder / "adapter_config.json").write_text("{"), "Expecting"),
+    (edit_tensors(lambda t: t.pop(KEY)), r"has no factor A of model\.layers\.1\.self_attn\.q_proj"),
+    (
+        edit_tensors(lambda t: t.update({KEY: t[KEY][:, :-1].clone()})),
+        r"factor A of shape \(64, 15\) .* its config says rank 16",
+    ),
+    (edit_config(rank_pattern={Q1: 5}), "the two do not belong together"),
+    (edit_config(rank_pattern={Q1: -5}), "ranks of at least 1"),
+    (edit_config(rank_pattern=[1, 2]), "`rank_pattern` must be a dict"),
+    (edit_config(method="magic"), "`method` must be one of"),
+    (edit_config(stored_parameters="many"), "`stored_parameters` is filled in"),
+]
+SEEN_WHILE_LOADING = [
+    (lambda folder: (folder / "adapter_model.safetensors").unlink(), "adapter_model|[Rr]epo id"),
+    (edit_tensors(lambda t: t[KEY].fill_(torch.nan)), "contains NaN or infinite values; the checkpoint is damaged"),
+    (edit_tensors(lambda t: t[KEY][0, 0].fill_(torch.inf)), "contains NaN or infinite values; the checkpoint is damaged"),
+    (edit_tensors(lambda t: t.update({KEY: t[KEY][:-1].clone()})), r"q_proj.*: the checkpoint has shape \(63, 16\)"),
+]
+
+
+@pytest.mark.parametrize(("damage", "match"), SEEN_BEFOREHAND + SEEN_WHILE_LOADING)
+def test_damaged_checkpoint_raises_and_the_base_loses_nothing(
+    damage: Callable[[Path], Any], match: str, tmp_path: Path
+) -> None:
+    compress(llama(), target_modules=["q_proj"], keep=0.5).save_pretrained(tmp_path / "good")
+    shutil.copytree(tmp_path / "good", tmp_path / "bad")
+    damage(tmp_path / "bad")
+    base = llama()
+    with pytest.raises((ValueError, TypeError), match=match):
+        PeftModel.from_pretrained(base, str(tmp_path / "bad"))
+    if any(damage is seen for seen, _ in SEEN_BEFOREHAND):
+        assert_untouched(base, llama())
+    elif "adapter_model" not in match:  # seen while loading: the modules are put back, but PEFT has frozen them by then
+        assert_untouched(base.requires_grad_(), llama())
+    else:  # PEFT looks for the file last; what it leaves says so
+        with pytest.raises(RuntimeError, match="were never loaded"):
+            base(**token_inputs())
+    for got, expected in zip(base.model.layers, llama().model.layers, strict=True):
+        assert torch.equal(got.self_attn.q_proj.weight, expected.self_attn.q_proj.weight), "the original weight is gone"
+
+
+def test_damaged_second_adapter_leaves_the_first(tmp_path: Path) -> None:
+    for name in ("first", "second"):
+        compress(llama(), target_modules=["q_proj"], keep=0.5).save_pretrained(tmp_path / name)
+    edit_tensors(lambda t: t[KEY].fill_(torch.nan))(tmp_path / "second")
+    small = PeftModel.from_pretrained(llama(), tmp_path / "first")
+    expected, state = small(**token_inputs()).logits, list(small.state_dict())
+    with pytest.raises(ValueError, match="contains NaN"):
+        small.load_adapter(tmp_path / "second", adapter_name="second")
+    assert list(small.peft_config) == ["default"]
+    assert list(small.state_dict()) == state
+    assert torch.equal(small(**token_inputs()).logits, expected)
+    with pytest.raises(ValueError, match="contains NaN"):
+        small.load_adapter(tmp_path / "second", adapter_name="default")
+    assert torch.equal(small(**token_inputs()).logits, expected)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        edit_tensors(lambda t: t[KEY].fill_(torch.nan)),
+        edit_tensors(lambda t: t[KEY][0, 0].fill_(torch.nan)),
+        edit_tensors(lambda t: t[KEY][0, 0].fill_(torch.inf)),
+        edit_tensors(lambda t: t.pop(KEY)),
+    ],
+    ids=["all NaN", "one NaN", "one inf", "missing"],
+)
+def test_transformers_load_adapter_of_a_damaged_checkpoint_does_not_pass_silently(
+    damage: Callable[[Path], Any], tmp_path: Path
+) -> None:
+    compress(llama(), target_modules=["q_proj"], keep=0.5).save_pretrained(tmp_path)
+    damage(tmp_path)
+
+    def load_and_run() -> None:
+        model = llama()
+        model.load_adapter(str(tmp_path))
+        model(**token_inputs())
+
+    with pytest.raises((ValueError, RuntimeError), match="damaged"):
+        load_and_run()
+
+
+def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
+    compress(llama(), target_modules=["up_proj"], keep=0.5).save_pretrained(tmp_path)
+    base = llama(intermediate_size=96)
+    with pytest.raises(ValueError, match="the checkpoint has shape"):
+        PeftModel.from_pretrained(base, tmp_path)
+    assert torch.equal(base.model.layers[0].mlp.up_proj.weight, llama(intermediate_size=96).model.layers[0].mlp.up_proj.weight)

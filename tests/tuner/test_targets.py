@@ -1,0 +1,141 @@
+"""Which modules are targets, at which rank, and which are refused before anything is changed."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from support.adapters import compress
+from support.model_state import assert_untouched
+from support.models import ConvNet, bert, convnet, gpt2, llama, on_meta, tied, token_inputs
+from torch import nn
+
+from reparam_peft import ReparamConfig
+from reparam_peft.tuner.layer import ReparamLayer
+
+
+def test_default_targets_are_the_projections_of_the_blocks() -> None:
+    names = compress(llama()).targeted_module_names
+    assert {name.rsplit(".", 1)[-1] for name in names} == {
+        "q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj",
+    }  # fmt: skip
+    assert len(names) == 14
+    assert len(compress(gpt2()).targeted_module_names) == 8
+    assert not any("pooler" in name or "classifier" in name for name in compress(bert()).targeted_module_names)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({"target_modules": "all-linear"}, 14),
+        ({"target_modules": r".*layers\.1\..*(q|k)_proj"}, 2),
+        ({"target_modules": ["q_proj", "up_proj"]}, 4),
+        ({"target_modules": "all-linear", "exclude_modules": ["down_proj"]}, 12),
+        ({"target_modules": "all-linear", "exclude_modules": r".*layers\.0.*"}, 7),
+        ({"target_modules": ["q_proj"], "layers_to_transform": [1]}, 1),
+        ({"target_modules": ["q_proj"], "layers_to_transform": 0, "layers_pattern": "layers"}, 1),
+        ({"target_modules": ["model.layers.0.self_attn.q_proj"]}, 1),
+    ],
+)
+def test_target_selection(options: dict[str, Any], expected: int) -> None:
+    small = compress(llama(), keep=0.5, **options)
+    assert len(small.peft_config["default"].rank_pattern) == expected
+    assert sum(isinstance(m, ReparamLayer) for m in small.modules()) == expected
+
+
+def test_unknown_architecture_needs_target_modules() -> None:
+    with pytest.raises(ValueError, match="Please specify `target_modules`"):
+        compress(convnet())
+
+
+def test_ranks_follow_pattern_then_r_then_keep() -> None:
+    small = compress(
+        llama(),
+        target_modules="all-linear",
+        r=8,
+        rank_pattern={"model.layers.0.self_attn.q_proj": 3, "v_proj": 5, r"1\..*\.k_proj": 7},
+    )
+    ranks = small.peft_config["default"].rank_pattern
+    assert ranks["model.layers.0.self_attn.q_proj"] == 3
+    assert ranks["model.layers.1.self_attn.q_proj"] == 8
+    assert ranks["model.layers.1.self_attn.v_proj"] == 5
+    assert (ranks["model.layers.0.self_attn.k_proj"], ranks["model.layers.1.self_attn.k_proj"]) == (8, 7)
+
+
+def grouped() -> ConvNet:
+    model = convnet()
+    model.conv1 = nn.Conv2d(12, 16, 3, groups=4)
+    return model
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "error", "match"),
+    [
+        (grouped, {"target_modules": ["conv0", "conv1"]}, ValueError, r"conv1: `groups` of a Conv2d must be 1, got 4"),
+        (llama, {"target_modules": ["norm"]}, TypeError, r"model\.norm: a LlamaRMSNorm cannot be factorised, only Linear"),
+        (llama, {"target_modules": ["q_proj", "mlp"]}, TypeError, r"layers\.0\.mlp: a LlamaMLP cannot be factorised"),
+        (
+            tied,
+            {"target_modules": ["lm_head"]},
+            ValueError,
+            r"lm_head: the weight is shared \(.*embed_tokens.*\).*untie it first",
+        ),
+        (tied, {"target_modules": ["embed_tokens"]}, ValueError, r"embed_tokens: the weight is shared"),
+        (llama, {"target_modules": ["nothing"]}, ValueError, r"Target modules {'nothing'} not found"),
+        (llama, {"target_modules": ["q_proj"], "rank_pattern": {"q_proj": 65}}, ValueError, r"`rank` must be in \[1, 64\].*65"),
+        (on_meta, {"target_modules": ["q_proj"]}, ValueError, r"q_proj: the weight is on the meta device"),
+    ],
+)
+def test_bad_targets_raise_before_anything_is_changed(
+    build: Callable[[], nn.Module], options: dict[str, Any], error: type[Exception], match: str
+) -> None:
+    model = build()
+    with pytest.raises(error, match=match):
+        compress(model, **options)
+    if build is not on_meta:
+        assert_untouched(model, build())
+    else:
+        assert type(model.model.layers[0].self_attn.q_proj) is nn.Linear
+
+
+def test_tied_weights_can_be_factorised_where_the_base_is_kept() -> None:
+    small = compress(tied(), target_modules=["lm_head"], keep=0.5, keep_base=True)
+    with small.disable_adapter():
+        assert torch.equal(small(**token_inputs()).logits, tied()(**token_inputs()).logits)
+
+
+def test_unknown_dense_module_warns() -> None:
+    with pytest.warns(RuntimeWarning, match=r"`dense_modules` \['nowhere'\] are not targeted"):
+        compress(llama(), target_modules=["q_proj"], dense_modules=["nowhere"])
+
+
+def test_a_patched_forward_is_refused_and_hooks_are_told_of() -> None:
+    model = llama()
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.register_forward_hook(lambda module, inputs, output: 3 * output)
+    with pytest.warns(UserWarning, match=r"forward hooks of model\.layers\.0\.self_attn\.q_proj do not run"):
+        compress(model, target_modules=["q_proj"], keep=0.5)
+    model = llama()
+    projection = model.model.layers[0].self_attn.q_proj
+    projection.forward = lambda x: 3 * nn.Linear.forward(projection, x)
+    with pytest.raises(TypeError, match="a Linear computes differently from Linear"):
+        compress(model, target_modules=["q_proj"], keep=0.5)
+
+
+def test_layers_whose_weights_torch_reads_itself_are_refused() -> None:
+    model = nn.Sequential(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True))
+    with pytest.raises(ValueError, match=r"0\.linear1: nn\.TransformerEncoderLayer reads the weights of its layers itself"):
+        compress(model, target_modules=["linear1", "linear2"])
+
+
+def test_layers_of_another_method_are_refused() -> None:
+    model = llama()
+    model.add_adapter(LoraConfig(target_modules=["q_proj"]), "lora")
+    before = [type(module) for module in model.modules()]
+    with pytest.raises(TypeError, match=r"q_proj: the module is wrapped by another PEFT method already \(peft\.tuners\.lora"):
+        model.add_adapter(ReparamConfig(target_modules=["q_proj"], keep=0.5), "reparam")
+    assert list(model.peft_config) == ["lora"]
+    assert [type(module) for module in model.modules()] == before
