@@ -19,8 +19,8 @@ import torch
 from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import reparam_peft.numerics.methods
 import reparam_peft.tuner.layer
-import reparam_peft.tuner.targets
 from reparam_peft import ReparamConfig, factorize
 from reparam_peft.cli.demo import demo_folder
 
@@ -93,7 +93,7 @@ def main() -> None:
         for name, load in routes.items():
             counter = mock.Mock(side_effect=factorize)
             with (
-                mock.patch.object(reparam_peft.tuner.data_free, "factorize", counter),
+                mock.patch.object(reparam_peft.numerics.methods, "factorize", counter),
                 mock.patch.object(reparam_peft.tuner.layer, "factorize", counter),
             ):
                 loaded = load()

@@ -13,9 +13,10 @@ from support.models import llama, token_inputs
 from support.tolerances import assert_close
 from torch import nn
 
-import reparam_peft.tuner.targets
+import reparam_peft.numerics.methods
 from reparam_peft import ReparamConfig, factorize
-from reparam_peft.config.fields import ALLOCATIONS, METHODS
+from reparam_peft.config.fields import ALLOCATIONS
+from reparam_peft.numerics.methods import METHODS
 from reparam_peft.numerics.storage import FORMS
 
 # What `get_peft_model`, which gets no data, refuses; all of them are valid in a config.
@@ -89,7 +90,7 @@ def test_failure_midway_leaves_the_model_as_it_was(error: type[BaseException], m
             raise error("did not converge")
         return factorize(weight, rank)
 
-    monkeypatch.setattr(reparam_peft.tuner.data_free, "factorize", fails)
+    monkeypatch.setattr(reparam_peft.numerics.methods, "factorize", fails)
     model = llama()
     with pytest.raises(error):
         compress(model, target_modules="all-linear")
@@ -103,7 +104,7 @@ def test_failure_while_adding_an_adapter_leaves_the_others(monkeypatch: pytest.M
     def fails(weight: torch.Tensor, rank: int) -> Any:
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr(reparam_peft.tuner.data_free, "factorize", fails)
+    monkeypatch.setattr(reparam_peft.numerics.methods, "factorize", fails)
     with pytest.raises(torch.linalg.LinAlgError, match=r"q_proj: did not converge"):
         small.add_adapter("other", ReparamConfig(target_modules="all-linear", keep=0.2, keep_base=True))
     assert list(small.peft_config) == ["default"]
