@@ -26,7 +26,7 @@ from reparam_peft import (
     principal_angles,
 )
 from reparam_peft.display.axes import place_of
-from reparam_peft.display.tables import table_html
+from reparam_peft.display.tables import html_table
 from reparam_peft.report.plots import plot_angles, plot_blocks, plot_losses, plot_predictions
 
 matplotlib.use("Agg")
@@ -146,7 +146,7 @@ def test_tables_for_notebooks(made: Plan, result: SearchResult) -> None:
     assert made._repr_html_().count("<tr>") == len(made.modules) + 1
     assert "model.layers.1.mlp.up_proj" in made._repr_html_()
     assert "perplexity at most 30 was asked for" in result._repr_html_()
-    assert table_html([("a",), ("<script>",)], "<b>") == (
+    assert html_table([("a",), ("<script>",)], "<b>") == (
         "<table><thead><tr><th>a</th></tr></thead><tbody><tr><td>&lt;script&gt;</td></tr></tbody></table><p>&lt;b&gt;</p>"
     )
 
