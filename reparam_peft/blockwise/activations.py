@@ -12,7 +12,11 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
 
 class Activations:
-    """Outputs of blocks by key, in memory or as files of a temporary folder within `folder`."""
+    """Outputs of blocks by key, in memory or as files of a temporary folder, which is deleted when the `with` block ends.
+
+    Args:
+        folder: where the temporary folder is made; made itself where it does not exist; None: memory.
+    """
 
     def __init__(self, folder: str | Path | None = None) -> None:
         if folder is not None:
@@ -30,7 +34,7 @@ class Activations:
             self.folder.cleanup()
 
     def put(self, key: tuple[Any, ...], tree: Any) -> None:
-        """Keep a tree of tensors and others; tensors must not be changed by the caller afterwards."""
+        """Keep a tree of tensors and others in place of what is kept under the key; the caller must not change its tensors."""
         self.drop(key)
         if self.folder is None:
             self.kept[key] = tree
@@ -43,7 +47,11 @@ class Activations:
         self.kept[key] = ([None if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
     def get(self, key: tuple[Any, ...]) -> Any:
-        """What was kept, in tensors that may be changed."""
+        """What was kept under a key, in tensors that may be changed.
+
+        Raises:
+            KeyError: nothing is kept under it.
+        """
         if key not in self.files:
             return tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, self.kept[key])
         leaves, structure = self.kept[key]

@@ -110,12 +110,12 @@ def input_groups(block: nn.Module, call: Call, names: Sequence[str]) -> list[lis
         readers.setdefault((id(x), x._version), []).append(name)
 
     _run(block, call, dict.fromkeys(names, hook))
-    groups = [list(dict.fromkeys(group)) for group in readers.values()]
+    in_order = [list(dict.fromkeys(group)) for group in readers.values()]
     placed: set[str] = set()
-    for group in groups:  # a module that runs twice belongs where it ran first
+    for group in in_order:  # a module that runs twice belongs where it ran first
         group[:] = [name for name in group if name not in placed]
         placed.update(group)
-    return [group for group in groups if group] + [[name] for name in names if name not in placed]
+    return [group for group in in_order if group] + [[name] for name in names if name not in placed]
 
 
 def residual_sources(block: nn.Module, call: Call, names: Sequence[str]) -> dict[str, str]:

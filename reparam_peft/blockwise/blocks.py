@@ -24,13 +24,16 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
         model: a transformers model, whose `_no_split_modules` names classes, or any other that repeats a class of modules in
             an `nn.ModuleList` or `nn.Sequential`. Blocks inside of blocks do not count.
 
+    Returns:
+        Name → module, in the order of `named_modules`.
+
     Raises:
         ValueError: there are none.
     """
-    named = set(getattr(model, "_no_split_modules", None) or ())
-    found = _outermost({name: module for name, module in model.named_modules() if type(module).__name__ in named})
-    if not found:
-        found = _outermost(
+    classes = set(getattr(model, "_no_split_modules", None) or ())
+    blocks = _outermost({name: module for name, module in model.named_modules() if type(module).__name__ in classes})
+    if not blocks:
+        blocks = _outermost(
             {
                 f"{prefix}{'.' if prefix else ''}{name}": child
                 for prefix, parent in model.named_modules()
@@ -39,12 +42,12 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
                 if sum(type(other) is type(child) for other in parent) > 1 and any(True for _ in child.children())
             }
         )
-    if not found:
+    if not blocks:
         raise ValueError(
             f"a {type(model).__name__} has no blocks: it names none in `_no_split_modules`, and repeats no class of modules in "
             "an nn.ModuleList. Leave out `sequential` and `refine`, which go block by block."
         )
-    return found
+    return blocks
 
 
 def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
@@ -61,9 +64,10 @@ class _Reached(Exception):
 class Replay:
     """The inputs of each block, given the outputs of the blocks before it.
 
-    The model itself is run, with players of recorded outputs in place of its blocks, up to the block in question: masks,
-    positions, embeddings, and whatever happens between blocks are those of the model's own code. Which earlier outputs a
-    block's inputs depend on is found by leaving them out, with the first batch; all other outputs need not be kept.
+    What a block is called with is the output of the one before it, and masks, positions and more besides, which every
+    architecture makes in its own way. So nothing of that is imitated: the model itself is run, with players of recorded outputs
+    in place of its blocks, up to the block in question, where the run ends. Which earlier outputs a block's inputs depend
+    on is found by leaving them out, with the first batch; all other outputs need not be kept.
 
     Args:
         model: in eval mode.
@@ -86,7 +90,10 @@ class Replay:
         self.depends: dict[int, set[int]] = {}
         self.changes_in_place = False  # what blocks return, for which hollow outputs need memory of their own
         self._find_dependencies()
-        self.last_use = {j: max((k for k in self.depends if j in self.depends[k]), default=j) for j in range(len(self.order))}
+        self.last_use = {
+            earlier: max((position for position in self.depends if earlier in self.depends[position]), default=earlier)
+            for earlier in range(len(self.order))
+        }
 
     def inputs(self, position: int, batch: int, outputs: Mapping[int, Any]) -> Call:
         """Arguments that a block is called with.
@@ -94,7 +101,13 @@ class Replay:
         Args:
             position: of the block in `order`.
             batch: number of the batch.
-            outputs: outputs of all earlier blocks, or `hollow` ones of those that this one does not depend on.
+            outputs: outputs of all earlier blocks, or `hollowed` ones of those that this one does not depend on.
+
+        Returns:
+            Positional and keyword arguments.
+
+        Raises:
+            ValueError: the model does not accept the batch, or the block is not reached.
         """
         if self.changes_in_place:
             outputs = {j: _cloned(outputs[j]) for j in range(position)}
@@ -141,23 +154,26 @@ class Replay:
             self._run(0)
         for name in self.blocks.keys() - set(self.order):
             raise ValueError(f"{name}: no batch reaches this block. Give batches that use it, or target none of its modules.")
+        # An output that is left out is played as a hollow one: right in shape, so that the model's code runs, and NaN, so that
+        # whatever is computed from it is NaN, which equals nothing. Inputs that come out equal do not depend on it.
         hollow = {position: hollowed(output) for position, output in outputs.items()}
 
         def reproduces(position: int, kept: set[int]) -> bool:
-            given = {j: _cloned(outputs[j]) if j in kept else hollow[j] for j in range(position)}
+            """Whether a block's inputs are the recorded ones where only these earlier outputs are played."""
+            played = {j: _cloned(outputs[j]) if j in kept else hollow[j] for j in range(position)}
             try:
-                got = self.inputs(position, 0, given)
-            except RuntimeError:
+                call = self.inputs(position, 0, played)
+            except RuntimeError:  # a hollow output is one number in memory, which cannot be changed in place
                 self.changes_in_place = True
-                got = self.inputs(position, 0, given)
-            return _same(got, calls[position])
+                call = self.inputs(position, 0, played)
+            return _same(call, calls[position])
 
         for position in range(len(self.order)):
-            everything = set(range(position))
-            if reproduces(position, everything & {position - 1}):
-                self.depends[position] = everything & {position - 1}
-            elif reproduces(position, everything):
-                self.depends[position] = {j for j in everything if not reproduces(position, everything - {j})}
+            earlier = set(range(position))
+            if reproduces(position, earlier & {position - 1}):
+                self.depends[position] = earlier & {position - 1}
+            elif reproduces(position, earlier):
+                self.depends[position] = {j for j in earlier if not reproduces(position, earlier - {j})}
             else:
                 raise ValueError(
                     f"{self.order[position]}: the inputs of this block are not reproduced from the outputs of those before "
@@ -166,7 +182,10 @@ class Replay:
 
 
 def hollowed(tree: Any) -> Any:
-    """The same shapes, full of NaN (zero where the dtype has none), in no memory."""
+    """A tree whose tensors have the shapes and dtypes of this one's, and hold NaN, or zero where the dtype has none.
+
+    Each is one number, expanded: a stand-in for an output that is not kept takes no memory.
+    """
 
     def hollow(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
@@ -177,7 +196,7 @@ def hollowed(tree: Any) -> Any:
 
 
 def main_tensor(output: Any) -> Tensor:
-    """The first floating-point tensor of a block's output."""
+    """The first floating-point tensor of a block's output, which goes on to the next block."""
     return next(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
 
 
@@ -199,32 +218,32 @@ def _cloned(tree: Any) -> Any:
 
 def _same(one: Any, other: Any) -> bool:
     """Whether tensors are equal, NaN being equal to nothing; other leaves are not compared."""
-    ours, theirs = (tree_flatten(tree) for tree in (one, other))
-    if len(ours[0]) != len(theirs[0]):
+    leaves, other_leaves = (tree_flatten(tree)[0] for tree in (one, other))
+    if len(leaves) != len(other_leaves):
         return False
-    pairs = [(a, b) for a, b in zip(ours[0], theirs[0], strict=True) if isinstance(a, Tensor) or isinstance(b, Tensor)]
+    pairs = [(a, b) for a, b in zip(leaves, other_leaves, strict=True) if isinstance(a, Tensor) or isinstance(b, Tensor)]
     return all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
 
 
 @contextmanager
 def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
     """Within this block a module computes something else."""
-    own = vars(module).get("forward")
+    replaced = vars(module).get("forward")  # of the instance, as accelerate's hooks put there
     module.forward = forward
     try:
         yield
     finally:
-        if own is None:
+        if replaced is None:
             del module.forward
         else:
-            module.forward = own
+            module.forward = replaced
 
 
 @contextmanager
 def _without_cache(model: nn.Module) -> Iterator[None]:
     """Within this block the model keeps no keys and values, which every replay of a block would add to."""
-    configs = [module.config for module in model.modules() if getattr(getattr(module, "config", None), "use_cache", False)]
-    distinct = list({id(config): config for config in configs}.values())
+    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
+    distinct = list({id(config): config for config in configs if getattr(config, "use_cache", False)}.values())
     for config in distinct:
         config.use_cache = False
     with evaluating(model):

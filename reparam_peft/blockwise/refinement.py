@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
+from ..arguments import check_count
 from .blocks import Call, main_tensor
 
 AUTOCAST = ("bfloat16", "float16")
@@ -51,12 +52,10 @@ class Refinement:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("patience", 1), ("seed", 0)):
-            value = getattr(self, name)
-            if value is None and name == "patience":
-                continue
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+            check_count(name, getattr(self, name), least)
+        if self.patience is not None:
+            check_count("patience", self.patience)
         for name in ("learning_rate", "max_grad_norm"):
             if not 0 < getattr(self, name) < math.inf:
                 raise ValueError(f"`{name}` must be positive and finite, got {getattr(self, name)!r}.")
@@ -79,7 +78,7 @@ class Task:
     """What a block is to reproduce.
 
     Attributes:
-        call: number of a batch → what the block is called with.
+        call: number of a batch → what the block is called with, positional and keyword arguments.
         target: number of a batch → what the first tensor of its output should be.
         mask: number of a batch and an output → which positions of it are no padding, bool, flattened; None: all.
     """
@@ -89,10 +88,15 @@ class Task:
     mask: Callable[[int, Tensor], Tensor | None]
 
     def loss(self, block: nn.Module, batch: int, precision: torch.dtype | None = None) -> Tensor:
-        """Mean of log(1 + |error|² / |target|²) over tokens (or images).
+        """Mean of log(1 + |error|² / |target|²) over tokens (or images), a scalar in float32 or wider.
 
         Relative to the target, so that the few tokens of huge norm do not drown the others; the logarithm, so that neither do
         those that are huge in the compressed model only.
+
+        Args:
+            block: the original, or what takes its place.
+            batch: number of the batch.
+            precision: dtype that floating-point arguments of the block are cast to; None: they stay.
         """
         args, kwargs = self.call(batch) if precision is None else _in_precision(self.call(batch), precision)
         output = main_tensor(block(*args, **kwargs))
@@ -106,7 +110,7 @@ class Task:
 
     @torch.no_grad()
     def error(self, block: nn.Module, batches: Sequence[int]) -> float:
-        """The mean loss over some batches, in the block's own precision."""
+        """The mean loss over batches of these numbers, in the block's own precision."""
         return sum(float(self.loss(block, batch)) for batch in batches) / len(batches)
 
 
@@ -150,8 +154,8 @@ def refine_block(
     # Half precision would lose small updates: a float32 copy is trained, and rounded for each check.
     precision = torch.promote_types(start[0].dtype, torch.float32)
     master = block if all(p.dtype == precision for p in block.parameters()) else copy.deepcopy(block).to(precision)
-    own = {id(parameter): name for name, parameter in block.named_parameters()}
-    trained = [master.get_parameter(own[id(parameter)]) for parameter in parameters]
+    names = {id(parameter): name for name, parameter in block.named_parameters()}
+    trained = [master.get_parameter(names[id(parameter)]) for parameter in parameters]
     best = start
     for parameter in trained:
         parameter.requires_grad_(True)
@@ -161,7 +165,7 @@ def refine_block(
         steps = options.epochs * len(train)
         schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: _learning_rate(step, steps, options.warmup))
         generator = torch.Generator().manual_seed(options.seed)
-        since = 0
+        epochs_without = 0  # improvement
         for _ in range(options.epochs):
             before_epoch()
             for index in torch.randperm(len(train), generator=generator).tolist():
@@ -174,10 +178,10 @@ def refine_block(
                 schedule.step()
             _assign(parameters, trained)
             errors.append(task.error(block, held))
-            since += 1
+            epochs_without += 1
             if errors[-1] < min(errors[:-1]):
-                best, since = [parameter.detach().clone() for parameter in parameters], 0
-            if options.patience is not None and since >= options.patience:
+                best, epochs_without = [parameter.detach().clone() for parameter in parameters], 0
+            if options.patience is not None and epochs_without >= options.patience:
                 break
     finally:
         for parameter in trained:
@@ -187,7 +191,7 @@ def refine_block(
 
 
 def _size(parameter: Tensor) -> float:
-    """Root mean square, but at least that of a small bias."""
+    """Root mean square of a parameter, but at least that of a small bias."""
     return max(LEAST_SIZE, float(parameter.detach().float().square().mean().sqrt()))
 
 
@@ -203,7 +207,7 @@ def _in_precision(call: Call, precision: torch.dtype) -> Call:
 
 
 def _autocast(dtype: str | None, device: torch.device) -> AbstractContextManager[Any]:
-    return torch.autocast(device.type, dtype=dtype and getattr(torch, dtype), enabled=dtype is not None)
+    return torch.autocast(device.type, dtype=None if dtype is None else getattr(torch, dtype), enabled=dtype is not None)
 
 
 def _learning_rate(step: int, steps: int, warmup: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 
@@ -19,7 +19,7 @@ def place_of(name: str) -> tuple[str, int]:
 
 
 def places_of(names: Sequence[str]) -> dict[str, tuple[str, int]]:
-    """Kind and depth of each module, as `place_of` gives them; kinds with what is before the number, where two would be one.
+    """Kind and depth of each module, by `place_of`; kinds with what is before the number, where two modules had one place.
 
     >>> places_of(["encoder.0.q", "decoder.0.q"])
     {'encoder.0.q': ('encoder.q', 0), 'decoder.0.q': ('decoder.q', 0)}
@@ -32,19 +32,32 @@ def places_of(names: Sequence[str]) -> dict[str, tuple[str, int]]:
     return places
 
 
-def grid_of(modules: Sequence[Any]) -> tuple[dict[str, tuple[str, int]], list[str], list[int]]:
-    """The place of each module, all kinds, and all depths."""
-    places = places_of([module.name for module in modules])
+def grid_of(names: Iterable[str]) -> tuple[dict[str, tuple[str, int]], list[str], list[int]]:
+    """The place of each module, by `places_of`; all kinds, in the order of the names; and all depths, ascending."""
+    places = places_of(list(names))
     return places, list(dict.fromkeys(kind for kind, _ in places.values())), sorted({depth for _, depth in places.values()})
 
 
-def heat_map(plan: Any, value: Callable[[Any], float], label: str, most: float | None, axes: Any) -> Any:
-    """A heat map of a value of each module, its kind over its depth; returns the axes."""
-    places, kinds, depths = grid_of(plan.modules)
+def heat_map(values: Mapping[str, float], label: str, most: float | None = None, axes: Any = None) -> Any:
+    """A heat map of numbers of modules, their kinds over their depth, from 0 on.
+
+    Args:
+        values: name of a module → number. The name says kind and depth, as for `places_of`.
+        label: of the colours.
+        most: the number of the last colour; None: the largest of the values.
+        axes: matplotlib's, to draw on; None: new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+    """
+    places, kinds, depths = grid_of(values)
     cells = [[math.nan] * len(depths) for _ in kinds]
-    for module in plan.modules:
-        kind, depth = places[module.name]
-        cells[kinds.index(kind)][depths.index(depth)] = value(module)
+    for name, value in values.items():
+        kind, depth = places[name]
+        cells[kinds.index(kind)][depths.index(depth)] = value
     axes = new_axes(2 + 0.3 * len(depths), 1.5 + 0.35 * len(kinds)) if axes is None else axes
     image = axes.imshow(cells, aspect="auto", vmin=0.0, vmax=most)
     axes.set(xlabel="depth", yticks=range(len(kinds)), yticklabels=kinds)

@@ -14,7 +14,7 @@ import torch
 import yaml
 from torch import nn
 
-from ..runtime.modules import evaluating
+from ..runtime.modules import evaluating, input_device
 from ..runtime.processes import processes
 
 
@@ -24,7 +24,7 @@ class HarnessTask:
 
     Attributes:
         task: the harness's object.
-        metric: its name.
+        metric: name of the metric.
         higher_is_better: as the task has it; None: it does not say.
         details: fingerprint of what the task's description holds, and of the documents.
         tokenizer: of the models to evaluate.
@@ -44,27 +44,34 @@ class HarnessTask:
         return f"{_name(self.task)}:{self.metric}"
 
     @classmethod
-    def named(cls, given: str, tokenizer: Any, documents: int | None) -> HarnessTask:
+    def named(cls, metric: str, tokenizer: Any, documents: int | None) -> HarnessTask:
         """The task of a name or of a YAML file, with its data, and its first metric, or the one after a `:`.
+
+        Args:
+            metric: the name, such as `hellaswag` or `hellaswag:acc_norm`, or the path of the file.
+            tokenizer: of the models to evaluate.
+            documents: the most of each task, at least 1; None: all.
 
         Raises:
             ValueError: there is no such task or metric, it cannot be loaded, or a causal language model cannot do it.
             ImportError: lm-evaluation-harness is not installed.
         """
         if tokenizer is None:
-            raise ValueError(f"`metric={given!r}` is taken for a task of lm-evaluation-harness, which needs a `tokenizer`.")
+            raise ValueError(f"`metric={metric!r}` is taken for a task of lm-evaluation-harness, which needs a `tokenizer`.")
         if processes()[0] > 1:
-            raise ValueError(f"`metric={given!r}`: the harness gives its figures to one process only; search in a single one.")
+            raise ValueError(f"`metric={metric!r}`: the harness gives its figures to one process only; search in a single one.")
         try:
             from lm_eval.tasks import TaskManager
         except ImportError as error:
-            raise ImportError(f"`metric={given!r}` needs lm-evaluation-harness: pip install 'reparam_peft[harness]'") from error
-        name, _, metric = (given, "", "") if Path(given).is_file() else given.partition(":")
+            raise ImportError(
+                f"`metric={metric!r}` needs lm-evaluation-harness: pip install 'reparam_peft[harness]'"
+            ) from error
+        name, _, of_task = (metric, "", "") if Path(metric).is_file() else metric.partition(":")
         in_file = Path(name).is_file()
         manager = TaskManager(include_defaults=not in_file)  # to know the thousands of them takes seconds
         if not in_file and name not in manager.all_tasks:
             raise ValueError(
-                f"`metric={given!r}` is neither 'perplexity', 'accuracy', a task of lm-evaluation-harness, nor a file of one."
+                f"`metric={metric!r}` is neither 'perplexity', 'accuracy', a task of lm-evaluation-harness, nor a file of one."
             )
         try:
             loaded = manager.load([name])
@@ -73,21 +80,22 @@ class HarnessTask:
             raise ValueError(f"{name} cannot be loaded as a task of lm-evaluation-harness: {error}.{rule}") from error
         tasks, grouped = list(loaded["tasks"].values()), list(loaded["groups"].values())
         if len(tasks) > 1 and not grouped:
-            raise ValueError(f"`metric={given!r}` stands for several tasks; name one: {', '.join(loaded['tasks'])}.")
+            raise ValueError(f"`metric={metric!r}` stands for several tasks; name one: {', '.join(loaded['tasks'])}.")
         for task in tasks:
             if getattr(task, "UNSAFE_CODE", False) or getattr(task, "MULTIMODAL", False):
                 raise ValueError(f"{task.task_name} runs generated code, or needs more than text; measure it by a function.")
-        directions = {own: up for task in tasks for own, up in task.higher_is_better().items()}
+        directions = {key: up for task in tasks for key, up in task.higher_is_better().items()}
         if grouped:
-            directions = {own.metric: directions.get(own.metric) for own in grouped[0].aggregate_metric_list or ()}
+            aggregates = [aggregate.metric for aggregate in grouped[0].aggregate_metric_list or ()]
+            directions = {key: directions.get(key) for key in aggregates}
         if not directions:
             raise ValueError(f"{name} has no metrics of its own; name one of its tasks: {', '.join(loaded['tasks'])}.")
-        metric = metric or next(iter(directions))
-        if metric not in directions:
-            raise ValueError(f"{name} has no metric {metric!r}, only {', '.join(directions)}.")
+        of_task = of_task or next(iter(directions))
+        if of_task not in directions:
+            raise ValueError(f"{name} has no metric {of_task!r}, only {', '.join(directions)}.")
         described = json.dumps([[task.dump_config(), list(task.eval_docs)] for task in tasks], sort_keys=True, default=str)
         details = hashlib.sha256(f"{re.sub(' at 0x[0-9a-f]+', '', described)} {documents}".encode()).hexdigest()
-        return cls((grouped or tasks)[0], metric, directions[metric], details, tokenizer, documents)
+        return cls((grouped or tasks)[0], of_task, directions[of_task], details, tokenizer, documents)
 
     def of(self, model: nn.Module) -> float:
         """The metric of a model. Of several filters of the answers, the first that the harness reports counts.
@@ -99,7 +107,8 @@ class HarnessTask:
         from lm_eval.models.huggingface import HFLM
         from lm_eval.tasks import TaskManager
 
-        devices = [model.device] if model.device.type == "cuda" else []
+        device = input_device(model)
+        devices = [device] if device.type == "cuda" else []
         with evaluating(model), torch.random.fork_rng(devices):  # which both of these set
             wrapped = HFLM(pretrained=model, tokenizer=copy.deepcopy(self.tokenizer))  # it adds a token for padding
             results = lm_eval.simple_evaluate(
@@ -113,11 +122,11 @@ class HarnessTask:
                 numpy_random_seed=None,
             )
         figures = results["results"][_name(self.task)]
-        found = [value for key, value in figures.items() if key.partition(",")[0] == self.metric]
-        if not found:
+        values = [value for key, value in figures.items() if key.partition(",")[0] == self.metric]
+        if not values:
             reported = ", ".join(key for key in figures if "," in key)
             raise ValueError(f"{self.name}: the task names this metric, and reports only {reported}; measure it by a function.")
-        return found[0]
+        return values[0]
 
 
 def _name(task: Any) -> str:

@@ -1,4 +1,4 @@
-"""What a search measures: a name or a function, which way is up, and how much worse is still good enough."""
+"""How good a model is, as a search asks: a name or a function, which way is up, and how much worse is still good enough."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..arguments import check_count
 from .harness import HarnessTask
 from .perplexity import accuracy, perplexity
 
@@ -27,19 +28,20 @@ class Tolerance:
     relative: bool
 
     @classmethod
-    def of(cls, given: float | str) -> Tolerance:
+    def of(cls, tolerance: float | str) -> Tolerance:
         """What a number or a percentage, such as "5%", says.
 
         Raises:
             ValueError: it is neither, or negative.
         """
-        relative = isinstance(given, str) and given.strip().endswith("%")
+        percentage = tolerance.strip() if isinstance(tolerance, str) else ""
+        relative = percentage.endswith("%")
         try:
-            amount = float(given.strip().removesuffix("%")) / 100 if relative else float(given)
+            amount = float(percentage.removesuffix("%")) / 100 if relative else float(tolerance)
         except (TypeError, ValueError):
             amount = math.nan
         if not 0 <= amount < math.inf:
-            raise ValueError(f'`tolerance` must be a number of at least 0, or a percentage such as "5%", got {given!r}.')
+            raise ValueError(f'`tolerance` must be a number of at least 0, or a percentage such as "5%", got {tolerance!r}.')
         return cls(amount, relative)
 
 
@@ -108,24 +110,24 @@ def measure_named(
         TypeError, ValueError: it is neither, or what it needs is missing.
         ImportError: lm-evaluation-harness is not installed.
     """
-    task = isinstance(metric, str) and metric not in ("perplexity", "accuracy")
-    if documents is not None and not task:
+    is_task = isinstance(metric, str) and metric not in ("perplexity", "accuracy")
+    if documents is not None and not is_task:
         raise ValueError(f"`documents={documents!r}` is for a task of lm-evaluation-harness, and `metric` is none.")
-    if documents is not None and (isinstance(documents, bool) or not isinstance(documents, int) or documents < 1):
-        raise ValueError(f"`documents` must be a whole number of at least 1, got {documents!r}.")
+    if documents is not None:
+        check_count("documents", documents)
     if callable(metric):
         return Measure(getattr(metric, "__name__", type(metric).__name__), metric, bool(higher_is_better))
     if not isinstance(metric, str):
         raise TypeError(f"`metric` must be a name or a function of a model, got {metric!r}.")
-    if task:
-        found = HarnessTask.named(metric, tokenizer, documents)
-        higher = found.higher_is_better if higher_is_better is None else higher_is_better
+    if is_task:
+        task = HarnessTask.named(metric, tokenizer, documents)
+        higher = task.higher_is_better if higher_is_better is None else higher_is_better
         if higher is None:
             raise ValueError(
-                f"{found.name}: the task does not say whether higher is better. Add `higher_is_better` to its `metric_list`, "
+                f"{task.name}: the task does not say whether higher is better. Add `higher_is_better` to its `metric_list`, "
                 "or to the arguments."
             )
-        return Measure(found.name, found.of, higher, found.details)
+        return Measure(task.name, task.of, higher, task.details)
     if not evaluation:
         raise ValueError(f"`metric={metric!r}` needs batches to evaluate on; give them as `evaluation`.")
     batches = list(evaluation)

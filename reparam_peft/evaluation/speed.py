@@ -5,11 +5,11 @@ from __future__ import annotations
 import statistics
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 import torch
@@ -20,7 +20,7 @@ from ..runtime.modules import evaluating, input_device, predicts_next_token
 
 @dataclass(frozen=True)
 class Benchmark:
-    """Latency and memory of a model, and of a baseline in the same run.
+    """Latency and memory of a model, and of a baseline at the same time.
 
     Attributes:
         prefill_ms: median milliseconds of a forward pass over the prompt.
@@ -77,41 +77,54 @@ def benchmark(
         if value < 1:
             raise ValueError(f"`{name}` must be at least 1, got {value}.")
     models = [model] if baseline is None else [model, baseline]
-    for given in models:
-        config = getattr(given, "config", None)
+    for timed in models:
+        config = getattr(timed, "config", None)
         if config is None or config.is_encoder_decoder:
             raise ValueError(
-                f"`benchmark` takes transformers models that are encoders or decoders, got a {type(given).__name__}"
+                f"`benchmark` takes transformers models that are encoders or decoders, got a {type(timed).__name__}"
                 f"{' without a config' if config is None else ', which is both'}."
             )
-    runs: list[list[tuple[float, float | None, int]]] = [[] for _ in models]
+    timings: list[list[Timing]] = [[] for _ in models]
     for repeat in range(repeats + 1):
-        for timed, own in zip(models, runs, strict=True):
+        for timed, of_model in zip(models, timings, strict=True):
             with evaluating(timed):
-                run = _time_once(timed, prompt_length, new_tokens, batch_size)
+                timing = _time_once(timed, prompt_length, new_tokens, batch_size)
             if repeat:
-                own.append(run)
-    results = [
-        Benchmark(
-            prefill_ms=statistics.median(run[0] for run in own),
-            decode_ms=None if own[0][1] is None else statistics.median(run[1] for run in own),
-            peak_bytes=max(run[2] for run in own),
-        )
-        for own in runs
-    ]
-    if baseline is None:
-        return results[0]
-    own, other = results
+                of_model.append(timing)
+    result, *results = map(_median, timings)
+    if not results:
+        return result
+    (of_baseline,) = results
     return replace(
-        own,
-        prefill_speedup=other.prefill_ms / own.prefill_ms,
-        decode_speedup=None if own.decode_ms is None or other.decode_ms is None else other.decode_ms / own.decode_ms,
-        baseline=other,
+        result,
+        prefill_speedup=of_baseline.prefill_ms / result.prefill_ms,
+        decode_speedup=(
+            None if result.decode_ms is None or of_baseline.decode_ms is None else of_baseline.decode_ms / result.decode_ms
+        ),
+        baseline=of_baseline,
+    )
+
+
+class Timing(NamedTuple):
+    """One run: milliseconds of the prefill, milliseconds per decoded token, None without a cache, and peak bytes."""
+
+    prefill_ms: float
+    decode_ms: float | None
+    peak_bytes: int
+
+
+def _median(timings: Sequence[Timing]) -> Benchmark:
+    """The figures of a model that was timed several times."""
+    decoding = [timing.decode_ms for timing in timings if timing.decode_ms is not None]
+    return Benchmark(
+        prefill_ms=statistics.median(timing.prefill_ms for timing in timings),
+        decode_ms=statistics.median(decoding) if decoding else None,
+        peak_bytes=max(timing.peak_bytes for timing in timings),
     )
 
 
 def flush_caches(device: torch.device) -> None:
-    """Evict weights from the caches by writing more than any cache holds (256 MiB)."""
+    """Evict weights from the processor's caches by writing more than any of them holds (256 MiB)."""
     _flush_buffer(device).add_(1)
     _synchronize(device)
 
@@ -122,8 +135,8 @@ def _flush_buffer(device: torch.device) -> Tensor:
     return torch.zeros(64 * 2**20, device=device)
 
 
-def _time_once(model: nn.Module, prompt_length: int, new_tokens: int, batch_size: int) -> tuple[float, float | None, int]:
-    """Milliseconds of the prefill, milliseconds per decoded token, and peak bytes."""
+def _time_once(model: Any, prompt_length: int, new_tokens: int, batch_size: int) -> Timing:
+    """Time a forward pass over a prompt, and the decoding after it."""
     device = input_device(model)
     vocabulary = model.config.get_text_config().vocab_size
     tokens = torch.arange(batch_size * prompt_length, device=device).view(batch_size, -1) % vocabulary
@@ -146,7 +159,7 @@ def _time_once(model: nn.Module, prompt_length: int, new_tokens: int, batch_size
             tokens, cache = output.logits[:, -1:].argmax(-1), output.past_key_values
             step_ms, output = timed(lambda: model(input_ids=tokens, past_key_values=cache, use_cache=True))  # noqa: B023
             steps.append(step_ms)
-    return prefill_ms, statistics.median(steps) if steps else None, peak[0]
+    return Timing(prefill_ms, statistics.median(steps) if steps else None, peak[0])
 
 
 @contextmanager

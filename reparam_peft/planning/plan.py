@@ -14,7 +14,7 @@ from torch import Tensor
 from ..arguments import is_int
 from ..config.reparam_config import ReparamConfig
 from ..display.axes import grid_of, heat_map
-from ..display.tables import table_html
+from ..display.tables import html_table
 from ..numerics.storage import Storage
 
 FORMAT = "reparam_peft plan 1"
@@ -213,7 +213,7 @@ class Plan:
     def _repr_html_(self) -> str:
         head = ("module", "shape", "rank", "stored", "kept", "predicted loss", "effective rank")
         rows = [head, *((m.name, *_cells(m)) for m in self.modules)]
-        return table_html(rows, str(self).rpartition("\n")[2])
+        return html_table(rows, str(self).rpartition("\n")[2])
 
     def __str__(self) -> str:
         width = max([len(module.name) for module in self.modules] + [6])
@@ -317,8 +317,9 @@ def plot_plan(plan: Plan, axes: Any = None) -> Any:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    axes = heat_map(plan, lambda module: module.stored_parameters / module.dense_parameters, "stored / dense", 1.0, axes)
-    places, kinds, depths = grid_of(plan.modules)
+    kept = {module.name: module.stored_parameters / module.dense_parameters for module in plan.modules}
+    axes = heat_map(kept, "stored / dense", 1.0, axes)
+    places, kinds, depths = grid_of(kept)
     for module in plan.modules:
         if module.rank is None:
             kind, depth = places[module.name]

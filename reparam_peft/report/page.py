@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-from ..display.tables import table_html
+from ..display.tables import html_table
 from ..planning.plan import Plan, plot_plan
 from ..runtime.files import write_whole, writing
 from ..searching.result import plot_search
@@ -121,12 +121,12 @@ def _page(record: Record, figures: dict[str, str]) -> str:
         f"<h1>{_text(record.model or 'Low-rank reparameterisation')}</h1>",
         f"<p>{_text(_summary(record))}</p>",
         "<h2>What was done</h2>",
-        table_html([("setting", "value"), *_settings(record)]),
+        html_table([("setting", "value"), *_settings(record)]),
         "<h2>Size, quality, speed</h2>",
-        table_html([("", "dense", "compressed", "compressed / dense"), *_figures(record)]),
+        html_table([("", "dense", "compressed", "compressed / dense"), *_figures(record)]),
     ]
     if record.search is not None:
-        parts += ["<h2>Search</h2>", picture("search"), table_html(record.search.rows(), record.search.request)]
+        parts += ["<h2>Search</h2>", picture("search"), html_table(record.search.rows(), record.search.request)]
     if "ranks" in figures:
         parts += ["<h2>Ranks</h2>", picture("ranks")]
     if "predictions" in figures:
@@ -139,13 +139,13 @@ def _page(record: Record, figures: dict[str, str]) -> str:
     if _has_spectra(plan):
         hardest = [(m.name, f"{m.effective_rank:.0f} of {min(m.shape)}", *_kept(m)) for m in plan.resistant(10)]
         head = ("resists compression most", "effective rank", "rank", "energy kept")
-        parts += [picture("spectra", "effective_ranks"), table_html([head, *hardest])]
+        parts += [picture("spectra", "effective_ranks"), html_table([head, *hardest])]
     else:
         parts.append('<p class="note">No spectra: the ranks were not chosen with statistics of gradients.</p>')
     parts.append(picture("angles"))
     if record.samples:
         rows = [("text", "dense", "compressed"), *((s["prompt"], s["dense"], s["compressed"]) for s in record.samples)]
-        parts += ["<h2>Samples</h2>", f'<div class="samples">{table_html(rows)}</div>']
+        parts += ["<h2>Samples</h2>", f'<div class="samples">{html_table(rows)}</div>']
     parts += ["<h2>Every matrix</h2>", f'<details><summary>{len(plan.modules)} matrices</summary><div class="wide">']
     parts += [plan._repr_html_(), "</div></details>"]
     body = "\n".join(parts)

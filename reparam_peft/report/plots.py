@@ -18,7 +18,8 @@ def plot_effective_ranks(plan: Plan, axes: Any = None) -> Any:
     Args, Returns, Raises: as for `plot_plan`; and `ValueError` where the plan was made without statistics.
     """
     _check_spectra(plan)
-    axes = heat_map(plan, lambda module: module.effective_rank / min(module.shape), "effective rank / full rank", None, axes)
+    fractions = {module.name: module.effective_rank / min(module.shape) for module in plan.modules}
+    axes = heat_map(fractions, "effective rank / full rank", None, axes)
     axes.set_title("directions that count")
     return axes
 
@@ -41,7 +42,7 @@ def plot_spectra(plan: Plan, figure: Any = None) -> Any:
         ValueError: the plan was made without statistics.
     """
     _check_spectra(plan)
-    place, kinds, depths = grid_of(plan.modules)
+    place, kinds, depths = grid_of(module.name for module in plan.modules)
     shown = kinds[:16]
     columns = min(4, len(shown))
     rows = math.ceil(len(shown) / columns)

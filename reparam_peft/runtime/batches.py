@@ -9,10 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Batch: TypeAlias = Mapping[str, Any]
+IGNORED = -100  # transformers' label of positions that do not count
 
 
 def split_rows(batch: Batch, size: int) -> list[Batch]:
-    """A batch in parts of at most so many rows; whole where its tensors do not agree on the number of rows."""
+    """A batch in parts of at most `size` rows (sequences); whole where its tensors do not agree on the number of rows."""
     lengths = {len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim}
     if len(lengths) != 1:
         return [batch]
@@ -24,23 +25,38 @@ def split_rows(batch: Batch, size: int) -> list[Batch]:
 
 
 def fitting_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
-    """A mask (sequences, positions), flattened, where an input has these positions; else None."""
+    """A mask (sequences, positions), flattened, on the device of an input that has these positions; else None: all count.
+
+    Args:
+        mask: bool, which positions count; None: all.
+        x: hidden states (…, features), or whole numbers such as token ids, one for each position.
+    """
     positions = x.shape[:-1] if x.is_floating_point() else x.shape
-    fits = mask is not None and tuple(positions) in (tuple(mask.shape), (mask.numel(),))
-    return mask.flatten().to(x.device) if fits else None
+    if mask is None or tuple(positions) not in (tuple(mask.shape), (mask.numel(),)):
+        return None
+    return mask.flatten().to(x.device)
 
 
 def padding_masks(batch: Mapping[str, Any], encoder_decoder: bool) -> tuple[Tensor | None, Tensor | None]:
-    """What is no padding in the inputs of the model, or of its encoder, and in those of its decoder; None: all."""
+    """What is no padding in the inputs of the model, or of its encoder, and in those of its decoder; None: all.
+
+    Args:
+        batch: keywords of the model.
+        encoder_decoder: whether it has a decoder behind an encoder, whose labels then stand in for a mask that is not there.
+
+    Returns:
+        Two masks (sequences, positions), bool, True for what counts; the second for a decoder behind an encoder only.
+    """
 
     def as_bool(name: str) -> Tensor | None:
         mask = batch.get(name)
         return mask != 0 if isinstance(mask, Tensor) and mask.ndim == 2 else None
 
+    source = as_bool("attention_mask")
     target = as_bool("decoder_attention_mask") if encoder_decoder else None
     if encoder_decoder and target is None and isinstance(batch.get("labels"), Tensor):
-        target = batch["labels"] != -100
-    source, target = (None if mask is None or mask.all() else mask for mask in (as_bool("attention_mask"), target))
+        target = batch["labels"] != IGNORED
+    source, target = (None if mask is None or mask.all() else mask for mask in (source, target))
     return source, target
 
 
@@ -49,11 +65,20 @@ def rows_in(batch: Mapping[str, Any]) -> int:
     return next((len(value) for value in batch.values() if isinstance(value, Tensor) and value.ndim), 1)
 
 
-IGNORED = -100  # transformers' label of positions that do not count
-
-
 def labels_of(batch: Mapping[str, Tensor], shifts: bool, index: int) -> Tensor:
-    """The tokens to predict, with padding ignored."""
+    """The tokens to predict, with padding ignored.
+
+    Args:
+        batch: keywords of the model, with `labels`, or with `input_ids` that are predicted.
+        shifts: whether each position predicts the next token, so that the input itself can be predicted.
+        index: number of the batch, for the message of an error.
+
+    Returns:
+        Labels (sequences, positions), int64, not yet shifted; `IGNORED` where nothing is predicted.
+
+    Raises:
+        ValueError: there are no labels, and the model does not predict its own input.
+    """
     labels = batch.get("labels")
     if labels is None:
         if not shifts or "input_ids" not in batch:

@@ -12,10 +12,13 @@ from safetensors import SafetensorError
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Say what can be done where a disk is full or a folder cannot be written.
+    """Within this block a disk that is full, or a folder that cannot be written, is told with what can be done.
+
+    Args:
+        path: what is written, for the message.
 
     Raises:
-        OSError
+        OSError: writing failed.
     """
     try:
         yield
@@ -27,15 +30,15 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def set_aside(path: Path) -> Path:
-    """Where a file is written before it takes its place."""
+    """Where a file is written before it takes its place, in the same folder, so that renaming cannot fail halfway."""
     return path.with_suffix(f"{path.suffix}.tmp")
 
 
 def write_whole(path: Path, content: str | bytes) -> None:
-    """Write aside, then rename: the file is whole or as it was.
+    """Write aside, then rename, so that whoever reads meanwhile, or after a crash, finds the file whole or as it was.
 
     Raises:
-        OSError
+        OSError: writing failed.
     """
     with writing(path):
         set_aside(path).write_bytes(content.encode() if isinstance(content, str) else content)

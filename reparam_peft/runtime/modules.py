@@ -25,7 +25,7 @@ def replaced(model: nn.Module, modules: Mapping[str, nn.Module]) -> Iterator[Non
 
 
 def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
-    """Put a module in place of that of this name."""
+    """Put a module in place of the one of this name, in place."""
     parent, _, child = name.rpartition(".")
     setattr(model.get_submodule(parent), child, module)
 
@@ -78,7 +78,7 @@ def input_device(model: nn.Module) -> torch.device:
 
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     """The names of each parameter, by its id: more than one for a weight that is shared."""
-    owners = defaultdict(list)
+    owners: defaultdict[int, list[str]] = defaultdict(list)
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].append(name)
     return owners

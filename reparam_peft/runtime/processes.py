@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
 import torch.distributed as dist
 from accelerate.data_loader import DataLoaderDispatcher, DataLoaderShard
+from torch import Tensor
+from tqdm.auto import tqdm
+
+from .modules import naming
 
 
 def processes() -> tuple[int, int]:
@@ -47,3 +51,48 @@ def fails_together(device: torch.device) -> Iterator[None]:
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             if flag and not failed:
                 raise RuntimeError("another process of this run failed; its own message says why.")
+
+
+def share_out(
+    names: Iterable[str],
+    what: str,
+    compute: Callable[[str], list[Tensor]],
+    parts: Callable[[str], list[Tensor]],
+    device_of: Callable[[str], torch.device],
+    progress: bool,
+) -> dict[str, list[Tensor]]:
+    """What `compute` makes of each name; in a distributed run, each is computed by one process and handed to all.
+
+    Of n processes, process i takes every n-th name from the i-th on. Matrices cost more to factorise than to send, so that the
+    work divides by n. One result at a time is broadcast, by the process that has it, into memory that the others make.
+
+    Args:
+        names: the same in every process, in the same order.
+        what: the label of the progress bar, which the first process shows.
+        compute: name → tensors. An error gets the name before its message, and all processes fail with it.
+        parts: name → tensors of the shapes and dtypes of `compute(name)`, whose values do not matter: memory to receive it.
+        device_of: name → where its results are, in a run of several processes.
+        progress: whether to show a progress bar.
+
+    Returns:
+        Name → tensors, in the order of `names`.
+
+    Raises:
+        RuntimeError: another process failed.
+    """
+    names = list(names)
+    if not names:
+        return {}
+    world, rank = processes()
+    results: dict[str, list[Tensor]] = {}
+    bar = tqdm(names[rank::world], desc=what, unit="matrix", delay=1, disable=None if progress and rank == 0 else True)
+    with fails_together(device_of(names[0])):
+        for name in bar:
+            with naming(name):
+                results[name] = compute(name)
+    for index, name in enumerate(names if world > 1 else ()):
+        device = device_of(name)
+        results[name] = [part.to(device) for part in results.get(name) or parts(name)]
+        for tensor in results[name]:
+            dist.broadcast(tensor, index % world)
+    return {name: results[name] for name in names}

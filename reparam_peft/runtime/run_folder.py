@@ -57,20 +57,27 @@ class RunFolder:
         self._write_log()
 
     @property
+    def _kept(self) -> Path:
+        """The folder, of a run that has one."""
+        if self.folder is None:
+            raise RuntimeError("this run has no folder, so that nothing of it was kept.")
+        return self.folder
+
+    @property
     def writes(self) -> bool:
         """Whether this process writes to the folder."""
         return self.folder is not None and processes()[1] == 0
 
     @property
     def plan(self) -> dict[str, Any] | None:
-        """The plan that the run made."""
+        """The plan that the run made, as JSON; None: none yet."""
         path = None if self.folder is None else self.folder / PLAN
         return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else None
 
     def begin(self, plan: Mapping[str, Any]) -> None:
-        """Keep the plan."""
+        """Keep the plan, as JSON."""
         if self.writes:
-            write_whole(self.folder / PLAN, json.dumps(plan))
+            write_whole(self._kept / PLAN, json.dumps(plan))
 
     def finish(self, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Keep a finished block: its line of the log, and its tensors."""
@@ -84,10 +91,10 @@ class RunFolder:
         self._write_log()
 
     def tensors(self, position: int) -> dict[str, Tensor]:
-        """The tensors of a finished block."""
+        """The tensors of a finished block, by its position in `finished`."""
         with safe_open(self._path(position), framework="pt") as file:
-            found = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
-        return found if self.mapped else {key: tensor.clone() for key, tensor in found.items()}
+            tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        return tensors if self.mapped else {key: tensor.clone() for key, tensor in tensors.items()}
 
     def _entry(self, position: int) -> dict[str, Any] | None:
         """The log's line of a finished block; None where it is not finished, or its file is damaged."""
@@ -101,17 +108,17 @@ class RunFolder:
             return None
 
     def _path(self, position: int) -> Path:
-        return self.folder / f"block-{position:04}.safetensors"
+        return self._kept / f"block-{position:04}.safetensors"
 
     def _write_log(self) -> None:
         if self.writes:
-            write_whole(self.folder / LOG, "".join(json.dumps(entry) + "\n" for entry in self.finished))
+            write_whole(self._kept / LOG, "".join(json.dumps(entry) + "\n" for entry in self.finished))
 
-    def _check_settings(self, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
-        for key in sorted({*found, *wanted}):
-            if found.get(key) != wanted.get(key):
+    def _check_settings(self, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
+        for key in sorted({*kept, *wanted}):
+            if kept.get(key) != wanted.get(key):
                 raise ValueError(
-                    f"`run_folder` {self.folder} holds a run with another `{key}`: {_brief(found.get(key))}, and this one has "
+                    f"`run_folder` {self.folder} holds a run with another `{key}`: {_brief(kept.get(key))}, and this one has "
                     f"{_brief(wanted.get(key))}. Give another folder, or delete it."
                 )
 

@@ -10,7 +10,7 @@ from typing import Any
 from peft import PeftModel
 
 from ..display.axes import new_axes
-from ..display.tables import table_html
+from ..display.tables import html_table
 from ..planning.plan import Plan
 
 
@@ -154,7 +154,7 @@ class SearchResult:
         return plot_search(self, axes)
 
     def _repr_html_(self) -> str:
-        return table_html(self.rows(), self.request)
+        return html_table(self.rows(), self.request)
 
     def _goodness(self, trial: Trial) -> float:
         return trial.metric if self.higher_is_better else -trial.metric

@@ -7,7 +7,7 @@ import pytest
 from support.results import plan_of_a_llama, result_of_a_search
 
 from reparam_peft import Plan, SearchResult
-from reparam_peft.display.tables import table_html
+from reparam_peft.display.tables import html_table
 
 matplotlib.use("Agg")
 
@@ -26,6 +26,6 @@ def test_tables_for_notebooks(made: Plan, result: SearchResult) -> None:
     assert made._repr_html_().count("<tr>") == len(made.modules) + 1
     assert "model.layers.1.mlp.up_proj" in made._repr_html_()
     assert "perplexity at most 30 was asked for" in result._repr_html_()
-    assert table_html([("a",), ("<script>",)], "<b>") == (
+    assert html_table([("a",), ("<script>",)], "<b>") == (
         "<table><thead><tr><th>a</th></tr></thead><tbody><tr><td>&lt;script&gt;</td></tr></tbody></table><p>&lt;b&gt;</p>"
     )

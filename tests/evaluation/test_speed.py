@@ -55,10 +55,10 @@ def test_benchmark_times_each_model_repeatedly_and_in_turn(monkeypatch: pytest.M
     calls = []
     milliseconds = itertools.count(1)
 
-    def once(model: nn.Module, *sizes: int) -> tuple[float, float, int]:
+    def once(model: nn.Module, *sizes: int) -> speed.Timing:
         calls.append((model, sizes, model.training))
         time = float(next(milliseconds))
-        return time, 10 * time, int(time)
+        return speed.Timing(time, 10 * time, int(time))
 
     monkeypatch.setattr(speed, "_time_once", once)
     model, baseline = nn.Linear(1, 1), nn.Linear(1, 1)

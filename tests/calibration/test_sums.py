@@ -1,0 +1,141 @@
+"""Records of sums: they add up as the rows that they are of do, and tell what does not belong into them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, multiprocessing, nn
+from torch import distributed as dist
+
+from reparam_peft.calibration.gather import gather_statistics
+from reparam_peft.calibration.sums import InputSums, OutputSums, WeightedSums
+from reparam_peft.numerics.grams import add_gram
+
+CPU = torch.device("cpu")
+INPUT, OUTPUT, WEIGHTED = InputSums.zeros(3, CPU, False), OutputSums.zeros(2, CPU), WeightedSums.zeros(3, CPU)
+
+
+def sums_of(X: Tensor, weights: Tensor | None = None) -> InputSums:
+    """The sums over rows, by their definition."""
+    X = X.double()
+    weighted = None
+    if weights is not None:
+        weighted = WeightedSums(float(weights.sum()), (X * weights[:, None]).mT @ X, weights @ X)
+    return InputSums(len(X), X.mT @ X, X.sum(0), weighted)
+
+
+def assert_equal(one: InputSums, two: InputSums) -> None:
+    assert one.rows == two.rows
+    expected = dict(two.tensors())
+    assert dict(one.tensors()).keys() == expected.keys()
+    for name, tensor in one.tensors():
+        torch.testing.assert_close(tensor, expected[name])
+
+
+def test_records_of_parts_add_up_to_that_of_the_whole_and_stay() -> None:
+    X, weights = torch.randn(7, 3), torch.rand(7, dtype=torch.float64)
+    one, two = sums_of(X[:4], weights[:4]), sums_of(X[4:], weights[4:])
+    before = [tensor.clone() for _, tensor in one.tensors()]
+    whole = sums_of(X, weights)
+    assert_equal(one + two, whole)
+    assert (one + two).weighted.weight == pytest.approx(whole.weighted.weight)
+    assert all(torch.equal(tensor, old) for (_, tensor), old in zip(one.tensors(), before, strict=True))
+    assert_equal(InputSums.zeros(3, CPU, False) + one, one)
+
+
+def test_weighted_sums_of_one_part_only_are_those_of_the_whole() -> None:
+    X, weights = torch.randn(7, 3), torch.rand(4, dtype=torch.float64)
+    one, two = sums_of(X[:4], weights), sums_of(X[4:])
+    for added in (one + two, two + one):
+        assert torch.equal(added.weighted.gram, one.weighted.gram)
+    assert (two + two).weighted is None
+
+
+def test_mirroring_fills_in_what_adding_up_leaves_out() -> None:
+    X = torch.randn(20, 300, dtype=torch.float64)  # more columns than are computed at a time
+    record = InputSums.zeros(300, CPU, False)
+    add_gram(record.gram, X)
+    record.mirror()
+    torch.testing.assert_close(record.gram, X.mT @ X)
+    diagonal = InputSums.zeros(300, CPU, one_hot=True)
+    diagonal.mirror()
+    assert diagonal.gram.shape == (300,)
+
+
+@pytest.mark.parametrize(
+    "record",
+    [
+        replace(INPUT, rows=0),
+        replace(INPUT, rows=1.0),
+        replace(INPUT, rows=1, gram=torch.zeros(3, 2, dtype=torch.float64)),
+        replace(INPUT, rows=1, gram=torch.zeros(3, 3)),
+        replace(INPUT, rows=1, sum=torch.full((3,), torch.nan, dtype=torch.float64)),
+        replace(INPUT, rows=1, weighted=WeightedSums.zeros(4, CPU)),
+        replace(INPUT, rows=1, weighted=replace(WEIGHTED, weight=-1.0)),
+        replace(INPUT, rows=1, weighted=replace(WEIGHTED, weight=float("nan"))),
+        replace(OUTPUT, rows=-1),
+        replace(OUTPUT, gradient_tokens=True),
+        replace(OUTPUT, energies=torch.zeros(3, dtype=torch.float64)),
+        replace(OUTPUT, gram=torch.zeros(2, dtype=torch.float64)),
+    ],
+)
+def test_what_does_not_fit_is_told(record: InputSums | OutputSums) -> None:
+    with pytest.raises(ValueError, match=r" is -?\d| is True| is 1\.0| is nan|shape|float64"):
+        record.check()
+
+
+@pytest.mark.parametrize("record", [replace(INPUT, rows=1, weighted=WEIGHTED), OUTPUT])
+def test_what_fits_is_let_pass(record: InputSums | OutputSums) -> None:
+    record.check()
+
+
+# Two processes
+
+
+class Routed(nn.Module):
+    """A model that takes one of two experts for a batch, so that the batches of a process may never reach the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.experts = nn.Linear(4, 4), nn.ModuleList(nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x)
+        return self.experts[int(x[0, 0] > 0)](h) + h
+
+
+def gather(model: nn.Module) -> dict[str, Tensor]:
+    """All sums of four batches, of which those of even and of odd numbers take other experts."""
+    generator = torch.Generator().manual_seed(1)
+    batches = [{"x": torch.randn(5, 4, generator=generator)} for _ in range(4)]
+    for index, batch in enumerate(batches):
+        batch["x"][0, 0] = (-1.0) ** index
+    modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+    statistics = gather_statistics(model, modules, batches, progress=False)
+    records = {**{f"in {k}": v for k, v in statistics.inputs.items()}, **{f"out {k}": v for k, v in statistics.outputs.items()}}
+    numbers = {f"{name} rows": torch.tensor(record.rows) for name, record in records.items()}
+    tokens = {f"{name} tokens": torch.tensor(record.gradient_tokens) for name, record in statistics.outputs.items()}
+    return {**numbers, **tokens, **{f"{name} {key}": t for name, record in records.items() for key, t in record.tensors()}}
+
+
+def run_process(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
+    torch.save(gather(Routed()), f"{folder}/{rank}")
+    dist.destroy_process_group()
+
+
+def test_a_process_without_a_record_takes_part_with_zeros(tmp_path: Path) -> None:
+    multiprocessing.spawn(run_process, (str(tmp_path),), nprocs=2)
+    expected = gather(Routed())
+    assert "in experts.0 gram" in expected
+    assert "in experts.2 gram" not in expected
+    for rank in (0, 1):
+        got = torch.load(tmp_path / str(rank))
+        assert got.keys() == expected.keys()
+        for key, tensor in got.items():
+            torch.testing.assert_close(tensor, expected[key])
