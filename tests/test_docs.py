@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import inspect
+import operator
 import os
 import pkgutil
 import re
@@ -25,8 +26,10 @@ import reparam_peft
 from reparam_peft.cli.app import app
 
 ROOT = Path(__file__).parents[1]
+PACKAGE = Path(reparam_peft.__file__).parent
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-MARKDOWN = [*PAGES, ROOT / "CHANGELOG.md"]
+BENCHMARKS = ROOT / "tests" / "benchmarks" / "README.md"
+MARKDOWN = [*PAGES, ROOT / "CHANGELOG.md", BENCHMARKS]
 FENCE = re.compile(r"^```(\w*)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 
 
@@ -115,10 +118,37 @@ def test_quickstart_has_every_command_and_option() -> None:
 
 def test_readme_has_every_package_and_page() -> None:
     text = (ROOT / "README.md").read_text(encoding="utf-8")
-    packages = [path.parent.name for path in (ROOT / "reparam_peft").glob("*/__init__.py")]
+    packages = [path.parent.name for path in PACKAGE.glob("*/__init__.py")]
+    assert packages
     assert [name for name in packages if f"\n  {name}/ " not in text] == []
     links = re.findall(r"\]\((docs/[^)#]+)", text)
     assert {relative(page) for page in PAGES if page.parent.name == "docs"} == set(links)
+
+
+def test_readme_is_short() -> None:
+    assert len((ROOT / "README.md").read_bytes()) < 6000
+
+
+def test_table_of_benchmarks_has_every_script() -> None:
+    text = BENCHMARKS.read_text(encoding="utf-8")
+    assert [script.name for script in BENCHMARKS.parent.glob("*.py") if f"\n| `{script.name}` |" not in text] == []
+
+
+@pytest.mark.parametrize("page", MARKDOWN, ids=relative)
+def test_files_and_names_of_the_text_exist(page: Path) -> None:
+    """`config/fields.py`, from the root or the package on, and `config/fields.py: METHODS`."""
+    text = FENCE.sub("", page.read_text(encoding="utf-8"))
+    missing = []
+    for file, name in re.findall(r"`([\w.]+(?:/[\w.]+)+\.py)(?:: ([\w.]+))?`", text):
+        if not any((folder / file).is_file() for folder in (ROOT, PACKAGE.parent, PACKAGE)):
+            missing.append(file)
+        elif name:
+            module = importlib.import_module(f"reparam_peft.{file.removesuffix('.py').replace('/', '.')}")
+            try:
+                operator.attrgetter(name)(module)
+            except AttributeError:
+                missing.append(f"{file}: {name}")
+    assert missing == []
 
 
 def anchors(path: Path) -> set[str]:
