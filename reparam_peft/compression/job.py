@@ -59,7 +59,7 @@ class Job:
         chooser: of the ranks.
         matrix_of: gives the matrix (out, in) that a target is factorised from.
         bias_of: gives the bias that is moved with a target's product; None where none is.
-        groups: names of the targets whose statistics are gathered together; targets in no group are not factorised.
+        passes: names of the targets whose statistics are gathered together; targets in none are not factorised.
         modules: what statistics are gathered of, by name; None: the modules of the targets.
     """
 
@@ -74,7 +74,7 @@ class Job:
         chooser: RankChooser,
         matrix_of: Callable[[str], Tensor],
         bias_of: Callable[[str], Tensor | None],
-        groups: Sequence[Sequence[str]],
+        passes: Sequence[Sequence[str]],
         modules: Mapping[str, nn.Module] | None = None,
     ) -> None:
         self.model, self.config, self.targets, self.options, self.chooser = model, config, targets, options, chooser
@@ -82,10 +82,10 @@ class Job:
         self.modules = {name: target.module for name, target in targets.items()} if modules is None else dict(modules)
         self.storages = {name: target.storage for name, target in targets.items()}
         self.weigher, self.factorizer = Weigher.of(config), Factorizer.of(config)
-        self.groups = [list(group) for group in groups]
+        self.passes = [list(group) for group in passes]
         check_whole(batches)
         # Batches are read once for each group.
-        self.batches: Batches = batches if isinstance(batches, Statistics) or len(self.groups) <= 1 else list(batches)
+        self.batches: Batches = batches if isinstance(batches, Statistics) or len(self.passes) <= 1 else list(batches)
         self.seed = options.seed
         self.calibration_tokens = self.gradient_tokens = 0
         self._at_hand: tuple[list[str], Statistics] | None = None
@@ -132,7 +132,7 @@ class Job:
             chooser=chooser,
             matrix_of=lambda name: source_matrix(targets[name].module),
             bias_of=lambda name: own_bias(targets[name].module) if targets[name].storage.bias else None,
-            groups=[list(targets)] if max_memory is None else groups_within(targets, max_memory, blocks),
+            passes=[list(targets)] if max_memory is None else passes_within(targets, max_memory, blocks),
         )
         if plan is None:
             chooser.check()
@@ -149,7 +149,7 @@ class Job:
     def losses(self) -> dict[str, Tensor]:
         """What each direction of each target is predicted to cost; empty where gradients are not asked for."""
         losses: dict[str, Tensor] = {}
-        for group in self.groups if self.weigher.gradients else ():
+        for group in self.passes if self.weigher.gradients else ():
             statistics = self.statistics(group)
 
             def compute(name: str, statistics: Statistics = statistics) -> list[Tensor]:
@@ -186,7 +186,7 @@ class Job:
         """The products of those targets that do not stay dense, factorised one-shot."""
         products: dict[str, Product] = {}
         ranks = {name: target.rank for name, target in targets.items() if target.rank is not None}
-        for group in self.groups:
+        for group in self.passes:
             names = [name for name in group if name in ranks]
             if not names:
                 continue
@@ -214,13 +214,13 @@ class Job:
 
     def weighing(self, name: str, moments: Moments | None = None) -> Weighing:
         """What a target's factorisation weighs errors by; with `moments`, of these in place of the inputs calibration saw."""
-        return self._weighing(name, self.statistics(next(group for group in self.groups if name in group)), moments)
+        return self._weighing(name, self.statistics(next(group for group in self.passes if name in group)), moments)
 
     def resume(self, plan: Plan, finished: Container[str]) -> None:
         """Go on with a plan that this job made earlier; no statistics are gathered any more of targets that are finished."""
         self.calibration_tokens, self.gradient_tokens, self.seed = plan.calibration_tokens, plan.gradient_tokens, plan.seed
-        unfinished = ([name for name in group if name not in finished] for group in self.groups)
-        self.groups = [group for group in unfinished if group]
+        unfinished = ([name for name in group if name not in finished] for group in self.passes)
+        self.passes = [group for group in unfinished if group]
 
     def statistics(self, group: list[str]) -> Statistics:
         """The statistics of a group of targets; those of the last group are at hand."""
@@ -295,7 +295,7 @@ def with_defaults(config: ReparamConfig, plan: Plan | None = None, moves_bias: b
     return config
 
 
-def groups_within(targets: Mapping[str, Target], max_memory: int, blocks: Sequence[str]) -> list[list[str]]:
+def passes_within(targets: Mapping[str, Target], max_memory: int, blocks: Sequence[str]) -> list[list[str]]:
     """Targets in order, in groups whose statistics take at most so many bytes even where they share no inputs.
 
     Raises:

@@ -196,7 +196,7 @@ def _job(
         chooser=chooser,
         matrix_of=matrix_of,
         bias_of=lambda name: modules[name].bias,
-        groups=[list(layers)],
+        passes=[list(layers)],
         modules={name: layers.get(name, target.module) for name, target in targets.items()},
     )
 
