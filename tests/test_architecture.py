@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import re
 from pathlib import Path
 
 import pytest
@@ -133,6 +134,41 @@ def test_what_no_file_holds(module: str) -> None:
     assert not called(tree) & {"torch.load", "torch.save", "eval", "exec", "os.system"}
     assert "trust_remote_code" not in {node.arg for node in ast.walk(tree) if isinstance(node, ast.keyword)}
     assert ast.get_docstring(tree), "says what it is for"
+
+
+TESTS = Path(__file__).parent
+MIRRORS = sorted(
+    path.relative_to(TESTS).as_posix() for path in TESTS.glob("*/*.py") if path.parent.name not in ("support", "benchmarks")
+)
+SEVERAL_FILES = {
+    "compression/test_job.py",  # of compression/run.py
+    "layers/test_quantized_bases.py",
+    "tuner/test_nested.py",
+    "tuner/test_peft_conformance.py",
+}
+# In the scripts that some tests hand to other processes, too.
+IMPORTS_A_TEST = re.compile(r"^\s*(?:from|import)\s+(?:\w+\.)*(?:test_\w+|conftest)\b", re.MULTILINE)
+
+
+def test_no_file_imports_from_a_test() -> None:
+    """What tests share stands in tests/support, and fixtures in a conftest.py, which pytest finds by itself."""
+    files = sorted(TESTS.rglob("*.py"))
+    assert [file.name for file in files if IMPORTS_A_TEST.search(file.read_text(encoding="utf-8"))] == []
+
+
+def test_folders_of_tests_are_packages() -> None:
+    assert {path.split("/")[0] for path in MIRRORS} <= {room(module) for module in MODULES if "." in module}
+
+
+def test_files_of_tests_are_those_of_the_package() -> None:
+    files = {f"{folder}/test_{file}.py" for folder, _, file in (module.partition(".") for module in MODULES)}
+    assert [path for path in MIRRORS if not path.endswith("/conftest.py") and path not in files | SEVERAL_FILES] == []
+
+
+@pytest.mark.parametrize("line", ["from test_x import y", "    import conftest", "from tests.cli.test_x import y"])
+def test_the_check_itself_sees_imports_from_tests(line: str) -> None:
+    assert IMPORTS_A_TEST.search(f"x = 1\n{line}\n")
+    assert not IMPORTS_A_TEST.search("from support.models import test_case  # conftest\n")
 
 
 KNOWN = {"__init__", "config", "config.fields", "tuner", "tuner.layer", "cli", "cli.app"}
