@@ -24,7 +24,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArg
 
 from reparam_peft import ReparamConfig, Statistics, calibrate, compress
 from reparam_peft.numerics import decompositions as decompositions
-from reparam_peft.tuner import data_free, layer
+from reparam_peft.tuner import arrivals, data_free
 from reparam_peft.tuner.layer import ReparamLayer
 
 ROUTES = {
@@ -102,7 +102,7 @@ def decompositions_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]
         shapes.append(tuple(weight.shape))
         return decompositions.factorize(weight, *args)
 
-    for module in (layer, data_free):
+    for module in (arrivals, data_free):
         monkeypatch.setattr(module, "factorize", counted)
     for name in ("svd", "eigh", "eigvalsh", "qr", "svdvals", "cholesky_ex", "lu_factor"):
         original = getattr(torch.linalg, name)

@@ -111,7 +111,9 @@ def retruncate(
     emptied = dict.fromkeys(("r", "evaluation", "smaller_keeps", "smaller_ranks"))
     for field, value in {"keep": keep, **emptied, **how}.items():
         setattr(model.peft_config[adapter_name], field, value)
-    model.base_model._fill_in(adapter_name, {name: replace(target, rank=ranks[name]) for name, target in targets.items()})
+    model.base_model.record_resolved(
+        adapter_name, {name: replace(target, rank=ranks[name]) for name, target in targets.items()}
+    )
     return model
 
 
@@ -203,10 +205,10 @@ def _check_model(model: PeftModel, keep: float, adapter_name: str | None, with_d
     for name, layer in reparam_layers(model.get_base_model()):
         if layer.merged:
             raise ValueError(f"{name}: adapters {layer.merged_adapters} are merged; call `model.unmerge_adapter()` first.")
-        layer.receive_arrived()
-        if layer.awaited:
+        layer.arrivals.accept_arrived()
+        if layer.arrivals.awaited:
             raise ValueError(
-                f"{name}: the factors of adapter {min(layer.awaited)!r} were never loaded; load them with "
+                f"{name}: the factors of adapter {min(layer.arrivals.awaited)!r} were never loaded; load them with "
                 "`PeftModel.from_pretrained` or `load_adapter`."
             )
         if with_data and (active != [adapter_name] or layer.disable_adapters):

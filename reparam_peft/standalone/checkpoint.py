@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..layers.factorized import FactorizedModule
+from ..layers.factorized import FactorizedModule, weight_of
 from ..layers.kinds import layer_kind
 from ..numerics.storage import FORMS
 from ..runtime.modules import set_module
@@ -71,7 +71,7 @@ class CheckpointConfig(QuantizationConfigMixin):
             _check_specification(name, layer)
         self.layers = {name: dict(layer) for name, layer in layers.items()}
         self.format_version = format_version
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]  # an enum, which no other library can add to
         if quantization is not None:  # else config.json says nothing of it
             if quantization not in SCHEMES:
                 raise ValueError(
@@ -96,9 +96,14 @@ class CheckpointLoader(HfQuantizer):
     is_trainable = is_compileable = True
 
     @property
+    def described(self) -> CheckpointConfig:
+        """What config.json says of the factorised layers."""
+        return cast(CheckpointConfig, self.quantization_config)
+
+    @property
     def is_qat_trainable(self) -> bool:
         """Whether the factors themselves can be trained: else a LoRA on them."""
-        return self.quantization_config.quantization is None
+        return self.described.quantization is None
 
     def is_serializable(self) -> bool:
         return True
@@ -106,7 +111,7 @@ class CheckpointLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        layers, scheme = self.quantization_config.layers, self.quantization_config.quantization
+        layers, scheme = self.described.layers, self.described.quantization
         check_scheme(scheme)
         names = {name: _name_in(model, name) for name in layers}
         here = {own: layers[name] for name, own in names.items() if own is not None}
@@ -119,11 +124,11 @@ class CheckpointLoader(HfQuantizer):
             set_module(model, name, module)
         if checkpoint_files is not None:
             _check_files(checkpoint_files, model)
-        self.quantization_config.layers = here  # under this model's names, for when it is saved
+        self.described.layers = here  # under this model's names, for when it is saved
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _align(model)
-        scheme = self.quantization_config.quantization
+        scheme = self.described.quantization
         for name, module in list(model.named_modules()):
             if isinstance(module, FactorizedModule):
                 _check_content(name, module)
@@ -134,7 +139,7 @@ class CheckpointLoader(HfQuantizer):
             mark_unquantized(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        scheme = self.quantization_config.quantization
+        scheme = self.described.quantization
         return (None if scheme is None else state_dict(model, scheme)), {}
 
 
@@ -161,7 +166,7 @@ def mark_unquantized(model: PreTrainedModel) -> None:
             vars(module.config).pop("_is_quantized", None)
     for name in ("quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
         vars(model).pop(name, None)
-    model.is_quantized = False
+    vars(model)["is_quantized"] = False
 
 
 def mark(module: FactorizedModule) -> FactorizedModule:
@@ -170,7 +175,7 @@ def mark(module: FactorizedModule) -> FactorizedModule:
     A program that does not know the format finds a tensor of another shape there and fails, rather than to make up the
     weights that it misses. Models read its dtype and device, as those of T5 do.
     """
-    module.register_buffer(MARKER, module.B.weight.detach().new_zeros(1))
+    module.register_buffer(MARKER, weight_of(module.B).detach().new_zeros(1))
     return module
 
 
@@ -189,7 +194,7 @@ def _module(name: str, layer: nn.Module, specification: Mapping[str, Any]) -> Fa
         raise ValueError(
             f"{name}: `rank` in config.json is {specification['rank']}, of a matrix {kind.shape(layer)}; {DAMAGED}."
         )
-    return mark(kind.factorized(layer, **specification, device=torch.device("meta"), dtype=layer.weight.dtype))
+    return mark(kind.factorized(layer, **specification, device=torch.device("meta"), dtype=weight_of(layer).dtype))
 
 
 def _name_in(model: PreTrainedModel, name: str) -> str | None:

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -44,8 +45,7 @@ def check_data_free(config: ReparamConfig) -> None:
                 f"`{name}={getattr(config, name)!r}` needs calibration data, which `get_peft_model` has no way to pass; use "
                 "`reparam_peft.compress(model, config, batches)`."
             )
-    given = ("input_metric", "output_metric", "shrinkage", "output_shrinkage", "rank_multiple", "floor", "ceiling")
-    for name in given:
+    for name in ("input_metric", "output_metric", "shrinkage", "output_shrinkage", "rank_multiple", "floor", "ceiling"):
         if getattr(config, name) is not None:
             raise ValueError(
                 f"`{name}` has an effect with calibration data only; leave it out, or use `reparam_peft.compress`."
@@ -71,7 +71,7 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progres
     computed = _computed.get()
     if computed is None:
         check_data_free(config)
-    sources = set()
+    sources: set[str] = set()
     done = dict(targets)
     todo = [(name, target) for name, target in targets.items() if target.rank is not None]
     hidden = None if progress and computed is None else True
@@ -80,10 +80,11 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progres
             done[name] = replace(target, product=computed[name])
             continue
         layer = target.module
-        sources |= {layer.source} - {None} if isinstance(layer, ReparamLayer) else set()
+        if isinstance(layer, ReparamLayer) and layer.source is not None:
+            sources.add(layer.source)
         bias = None
         if target.storage.bias:
-            bias = layer.source_bias() if isinstance(layer, ReparamLayer) else layer.bias.detach()
+            bias = layer.source_bias() if isinstance(layer, ReparamLayer) else cast(Tensor, layer.bias).detach()
         with naming(name):
             factors = data_free_factors(source_matrix(layer), target, config)
         done[name] = replace(target, product=Product(factors, bias))
@@ -97,10 +98,16 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progres
 
 
 def data_free_factors(matrix: Tensor, target: Target, config: ReparamConfig) -> Factors | PivotFactors:
-    """The product of a target's matrix (out, in) in the form of a config: its truncated SVD, or random."""
+    """The product of a target's matrix (out, in) in the form of a config: its truncated SVD, or random.
+
+    Raises:
+        ValueError: the target stays dense.
+    """
+    if target.rank is None:
+        raise ValueError("a target that stays dense has no factors.")
     compute = factorize if config.init_weights else random_factors
     if target.storage.form != "pivot":
         return compute(matrix, target.rank)
-    # Rounded once, after the conversion.
+    # Factors that are rounded before the conversion to the pivot form would be rounded again after it.
     exact = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
     return pivot(compute(exact, target.rank), dtype=matrix.dtype)

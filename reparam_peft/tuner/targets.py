@@ -69,7 +69,7 @@ def resolve_rank(config: ReparamConfig, name: str, storage: Storage) -> int | No
     if config.r is None:
         return uniform_rank(config.keep, storage)
     largest = min(storage.out_features, storage.in_features)
-    if config.r == "full":
+    if isinstance(config.r, str):  # "full"
         return largest
     return config.r if config.r <= largest and storage.saves(config.r) else None
 
