@@ -48,7 +48,8 @@ class FactorizedConv2d(FactorizedModule):
     def __init__(
         self, layer: nn.Conv2d, rank: int, form: str = "factors", bias: bool = False, device: Device = None, dtype: Dtype = None
     ) -> None:
-        geometry: Any = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)  # typed as tuples of any length
+        # torch types what it keeps as tuples of any length.
+        geometry: tuple[Any, Any, Any, Any] = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         B = nn.Conv2d(
             layer.in_channels, rank, *geometry, bias=False, padding_mode=layer.padding_mode, device=device, dtype=dtype
         )

@@ -81,9 +81,9 @@ class CheckpointConfig(QuantizationConfigMixin):
 
 
 def _check_specification(name: Any, layer: Any) -> None:
-    right = isinstance(layer, Mapping) and layer.keys() == SPECIFICATION.keys()
-    right = right and all(type(layer[key]) is kind for key, kind in SPECIFICATION.items())
-    if not right or not isinstance(name, str) or not name or layer["rank"] < 1 or layer["form"] not in FORMS:
+    is_complete = isinstance(layer, Mapping) and layer.keys() == SPECIFICATION.keys()
+    is_typed = is_complete and all(type(layer[key]) is expected for key, expected in SPECIFICATION.items())
+    if not is_typed or not isinstance(name, str) or not name or layer["rank"] < 1 or layer["form"] not in FORMS:
         raise ValueError(
             f"layer {name!r} in config.json must have a `rank` of at least 1, a `form` in {FORMS} and a `bias` that is true or "
             f"false, got {layer!r}; {DAMAGED}."
@@ -113,18 +113,18 @@ class CheckpointLoader(HfQuantizer):
     ) -> None:
         layers, scheme = self.described.layers, self.described.quantization
         check_scheme(scheme)
-        names = {name: _name_in(model, name) for name in layers}
-        here = {own: layers[name] for name, own in names.items() if own is not None}
-        if not here:
+        names_here = {name: _name_in(model, name) for name in layers}
+        layers_here = {here: layers[name] for name, here in names_here.items() if here is not None}
+        if not layers_here:
             raise ValueError(f"a {type(model).__name__} has none of the factorised layers {list(layers)[:3]} …; {DAMAGED}.")
-        for name, specification in here.items():
+        for name, specification in layers_here.items():
             module = _module(name, model.get_submodule(name), specification)
             if scheme is not None:
                 prepare(module, scheme)
             set_module(model, name, module)
         if checkpoint_files is not None:
             _check_files(checkpoint_files, model)
-        self.described.layers = here  # under this model's names, for when it is saved
+        self.described.layers = layers_here  # under this model's names, for when it is saved
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _align(model)
@@ -220,37 +220,38 @@ def _check_files(files: Sequence[str], model: PreTrainedModel) -> None:
 
     Of the model that was saved, not another one with the same base, no other tensor may be missing either.
     """
-    found = {key: (*kind, file) for file in files for key, *kind in _headers(file)}
+    in_files = {key: (shape, dtype, file) for file in files for key, shape, dtype in _headers(file)}
     where = str(Path(files[0]).parent) if len(files) > 1 else files[0]
     factorized = [f"{name}." for name, module in model.named_modules() if isinstance(module, FactorizedModule)]
     state = model.state_dict()
     # Under the names that transformers gives them in files.
-    ours = revert_weight_conversion(model, {key: state[key] for key in state if key.startswith(tuple(factorized))})
-    same = getattr(model.config, "architectures", None) == [type(model).__name__]
+    factors = revert_weight_conversion(model, {key: state[key] for key in state if key.startswith(tuple(factorized))})
+    # Every tensor of the model that was saved, and not of one with another head.
+    is_whole = getattr(model.config, "architectures", None) == [type(model).__name__]
     expected = revert_weight_conversion(model, state)
     prefix = f"{model.base_model_prefix}."
-    known = set()
+    of_factors: set[str] = set()
     for name, value in expected.items():
-        key = next((key for key in (name, prefix + name, name.removeprefix(prefix)) if key in found), name)
-        if key not in found:
-            if name not in model.all_tied_weights_keys and (same or name in ours):
+        key = next((key for key in (name, prefix + name, name.removeprefix(prefix)) if key in in_files), name)
+        if key not in in_files:
+            if name not in model.all_tied_weights_keys and (is_whole or name in factors):
                 raise ValueError(f"{where}: tensor {key!r} is missing; {DAMAGED}.")
             continue
-        shape, dtype, file = found[key]
-        if name not in ours:
+        shape, dtype, file = in_files[key]
+        if name not in factors:
             if shape == [1] != list(value.shape):  # transformers before 5.23 would take it
                 raise ValueError(
                     f"{file}: the layer of {key!r} is factorised, but not among `layers` of config.json; {DAMAGED}."
                 )
         else:
-            known.add(key)
+            of_factors.add(key)
             if shape != list(value.shape):
                 raise ValueError(f"{file}: tensor {key!r} has shape {shape}, not {list(value.shape)}; {DAMAGED}.")
             if dtype != INTEGERS[value.dtype] if value.dtype in INTEGERS else "F" not in dtype:
                 raise ValueError(f"{file}: tensor {key!r} has dtype {dtype}, where {value.dtype} should be; {DAMAGED}.")
-    layers = tuple(key.removesuffix(MARKER) for key in known if key.endswith(f".{MARKER}"))
-    for key, (*_, file) in found.items():
-        if key.startswith(layers) and key not in known:
+    layers = tuple(key.removesuffix(MARKER) for key in of_factors if key.endswith(f".{MARKER}"))
+    for key, (*_, file) in in_files.items():
+        if key.startswith(layers) and key not in of_factors:
             raise ValueError(f"{file}: tensor {key!r} does not belong to the factorised layer; {DAMAGED}.")
 
 
