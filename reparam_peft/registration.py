@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from typing import Any
 
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
@@ -17,7 +18,7 @@ def extend_peft_types(name: str) -> None:
     """
     if name in PeftType.__members__:
         return
-    member = str.__new__(PeftType, name)
+    member: Any = str.__new__(PeftType, name)  # Any: its types are made for class bodies
     member._name_ = member._value_ = name
     member.__objclass__ = PeftType
     member._sort_order_ = len(PeftType.__members__)
@@ -39,7 +40,7 @@ def register() -> None:
 
     register_checkpoints()
     register_loading()
-    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType.REPARAM)
+    registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME.upper()])
     if registered is None:
         register_peft_method(name=NAME, config_cls=ReparamConfig, model_cls=ReparamModel)
     elif registered.__module__ != ReparamConfig.__module__:

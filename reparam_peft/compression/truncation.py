@@ -218,10 +218,10 @@ def _check_model(model: PeftModel, keep: float, adapter_name: str | None, with_d
     for name, layer in reparam_layers(model.get_base_model()):
         if layer.merged:
             raise ValueError(f"{name}: adapters {layer.merged_adapters} are merged; call `model.unmerge_adapter()` first.")
-        layer.receive_arrived()
-        if layer.awaited:
+        layer.arrivals.accept_arrived()
+        if layer.arrivals.awaited:
             raise ValueError(
-                f"{name}: the factors of adapter {min(layer.awaited)!r} were never loaded; load them with "
+                f"{name}: the factors of adapter {min(layer.arrivals.awaited)!r} were never loaded; load them with "
                 "`PeftModel.from_pretrained` or `load_adapter`."
             )
         if with_data and (active != [adapter_name] or layer.disable_adapters):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -13,6 +13,7 @@ from ..numerics.decompositions import Factors
 from ..numerics.pivoting import PivotFactors, pivot
 from ..numerics.storage import mask_size
 
+Dtype: TypeAlias = torch.dtype | None
 # The operator that PyTorch's compiler emits for linear layers on a CPU; None in builds without oneDNN.
 SINGLE_ROW_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 SINGLE_ROW_LEAST = 2**18  # parameters below which starting the operator costs more than it saves
@@ -130,7 +131,7 @@ class FactorizedModule(nn.Module):
         bias: bool = False,
         dim: int = -1,
         device: Device = None,
-        dtype: torch.dtype | None = None,
+        dtype: Dtype = None,
     ) -> None:
         super().__init__()
         self.B, self.rank = B, rank

@@ -19,7 +19,7 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.types import Device
 from transformers.pytorch_utils import Conv1D
 
-from .factorized import FactorizedModule, FactorLinear, weight_of
+from .factorized import Dtype, FactorizedModule, FactorLinear, weight_of
 
 Layer = TypeVar("Layer", bound=nn.Module)
 
@@ -35,7 +35,7 @@ class FactorizedLinear(FactorizedModule):
         form: str = "factors",
         bias: bool = False,
         device: Device = None,
-        dtype: torch.dtype | None = None,
+        dtype: Dtype = None,
     ) -> None:
         B = FactorLinear(in_features, rank, bias=False, device=device, dtype=dtype)
         expand = partial(FactorLinear, rank, bias=False, device=device, dtype=dtype)
@@ -46,25 +46,12 @@ class FactorizedConv2d(FactorizedModule):
     """`nn.Conv2d` of a product: B is the convolution with r output channels, A a 1 × 1 convolution."""
 
     def __init__(
-        self,
-        layer: nn.Conv2d,
-        rank: int,
-        form: str = "factors",
-        bias: bool = False,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        self, layer: nn.Conv2d, rank: int, form: str = "factors", bias: bool = False, device: Device = None, dtype: Dtype = None
     ) -> None:
+        # torch types what it keeps as tuples of any length.
+        geometry: tuple[Any, Any, Any, Any] = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
         B = nn.Conv2d(
-            layer.in_channels,
-            rank,
-            layer.kernel_size,  # type: ignore[arg-type]  # torch types geometry that it keeps as tuples of any length
-            layer.stride,  # type: ignore[arg-type]
-            layer.padding,  # type: ignore[arg-type]
-            layer.dilation,  # type: ignore[arg-type]
-            bias=False,
-            padding_mode=layer.padding_mode,
-            device=device,
-            dtype=dtype,
+            layer.in_channels, rank, *geometry, bias=False, padding_mode=layer.padding_mode, device=device, dtype=dtype
         )
         expand = partial(nn.Conv2d, rank, kernel_size=1, bias=False, device=device, dtype=dtype)
         super().__init__(B, expand, rank, layer.out_channels, form, bias, dim=-3, device=device, dtype=dtype)
@@ -83,7 +70,7 @@ class FactorizedEmbedding(FactorizedModule):
         form: str = "factors",
         bias: bool = False,
         device: Device = None,
-        dtype: torch.dtype | None = None,
+        dtype: Dtype = None,
     ) -> None:
         B = nn.Embedding(
             layer.num_embeddings,
@@ -188,13 +175,7 @@ class LayerKind(ABC, Generic[Layer]):
 
     @abstractmethod
     def factorized(
-        self,
-        layer: Layer,
-        rank: int,
-        form: str = "factors",
-        bias: bool = False,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        self, layer: Layer, rank: int, form: str = "factors", bias: bool = False, device: Device = None, dtype: Dtype = None
     ) -> FactorizedModule:
         """The factorised module with parameters of arbitrary content, in a form, with or without a bias of its own."""
 
@@ -232,13 +213,7 @@ class LinearKind(LayerKind[Any]):
         return inputs.reshape(-1, inputs.shape[-1])
 
     def factorized(
-        self,
-        layer: Any,
-        rank: int,
-        form: str = "factors",
-        bias: bool = False,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        self, layer: Any, rank: int, form: str = "factors", bias: bool = False, device: Device = None, dtype: Dtype = None
     ) -> FactorizedLinear:
         out_features, in_features = self.shape(layer)
         return FactorizedLinear(in_features, out_features, rank, form, bias, device=device, dtype=dtype)
@@ -336,13 +311,7 @@ class Conv2dKind(LayerKind[nn.Conv2d]):
         return gradients.flatten(-2).mT.flatten(0, -2)
 
     def factorized(
-        self,
-        layer: nn.Conv2d,
-        rank: int,
-        form: str = "factors",
-        bias: bool = False,
-        device: Device = None,
-        dtype: torch.dtype | None = None,
+        self, layer: nn.Conv2d, rank: int, form: str = "factors", bias: bool = False, device: Device = None, dtype: Dtype = None
     ) -> FactorizedConv2d:
         return FactorizedConv2d(layer, rank, form, bias, device=device, dtype=dtype)
 
@@ -390,7 +359,7 @@ class EmbeddingKind(LayerKind[nn.Embedding]):
         form: str = "factors",
         bias: bool = False,
         device: Device = None,
-        dtype: torch.dtype | None = None,
+        dtype: Dtype = None,
     ) -> FactorizedEmbedding:
         return FactorizedEmbedding(layer, rank, form, bias, device=device, dtype=dtype)
 

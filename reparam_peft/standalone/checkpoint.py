@@ -9,7 +9,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -20,7 +20,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..layers.factorized import FactorizedModule
+from ..layers.factorized import FactorizedModule, weight_of
 from ..layers.kinds import layer_kind
 from ..numerics.storage import FORMS
 from ..runtime.modules import set_module
@@ -71,7 +71,7 @@ class CheckpointConfig(QuantizationConfigMixin):
             _check_specification(name, layer)
         self.layers = {name: dict(layer) for name, layer in layers.items()}
         self.format_version = format_version
-        self.quant_method = quant_method
+        self.quant_method = quant_method  # type: ignore[assignment]  # an enum, which no other library can add to
         if quantization is not None:  # else config.json says nothing of it
             if quantization not in SCHEMES:
                 raise ValueError(
@@ -81,9 +81,9 @@ class CheckpointConfig(QuantizationConfigMixin):
 
 
 def _check_specification(name: Any, layer: Any) -> None:
-    right = isinstance(layer, Mapping) and layer.keys() == SPECIFICATION.keys()
-    right = right and all(type(layer[key]) is kind for key, kind in SPECIFICATION.items())
-    if not right or not isinstance(name, str) or not name or layer["rank"] < 1 or layer["form"] not in FORMS:
+    is_complete = isinstance(layer, Mapping) and layer.keys() == SPECIFICATION.keys()
+    is_typed = is_complete and all(type(layer[key]) is expected for key, expected in SPECIFICATION.items())
+    if not is_typed or not isinstance(name, str) or not name or layer["rank"] < 1 or layer["form"] not in FORMS:
         raise ValueError(
             f"layer {name!r} in config.json must have a `rank` of at least 1, a `form` in {FORMS} and a `bias` that is true or "
             f"false, got {layer!r}; {DAMAGED}."
@@ -96,9 +96,14 @@ class CheckpointLoader(HfQuantizer):
     is_trainable = is_compileable = True
 
     @property
+    def described(self) -> CheckpointConfig:
+        """What config.json says of the factorised layers."""
+        return cast(CheckpointConfig, self.quantization_config)
+
+    @property
     def is_qat_trainable(self) -> bool:
         """Whether the factors themselves can be trained: else a LoRA on them."""
-        return self.quantization_config.quantization is None
+        return self.described.quantization is None
 
     def is_serializable(self) -> bool:
         return True
@@ -106,24 +111,24 @@ class CheckpointLoader(HfQuantizer):
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
-        layers, scheme = self.quantization_config.layers, self.quantization_config.quantization
+        layers, scheme = self.described.layers, self.described.quantization
         check_scheme(scheme)
-        names = {name: _name_in(model, name) for name in layers}
-        here = {own: layers[name] for name, own in names.items() if own is not None}
-        if not here:
+        names_here = {name: _name_in(model, name) for name in layers}
+        layers_here = {here: layers[name] for name, here in names_here.items() if here is not None}
+        if not layers_here:
             raise ValueError(f"a {type(model).__name__} has none of the factorised layers {list(layers)[:3]} …; {DAMAGED}.")
-        for name, specification in here.items():
+        for name, specification in layers_here.items():
             module = _module(name, model.get_submodule(name), specification)
             if scheme is not None:
                 prepare(module, scheme)
             set_module(model, name, module)
         if checkpoint_files is not None:
             _check_files(checkpoint_files, model)
-        self.quantization_config.layers = here  # under this model's names, for when it is saved
+        self.described.layers = layers_here  # under this model's names, for when it is saved
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _align(model)
-        scheme = self.quantization_config.quantization
+        scheme = self.described.quantization
         for name, module in list(model.named_modules()):
             if isinstance(module, FactorizedModule):
                 _check_content(name, module)
@@ -134,7 +139,7 @@ class CheckpointLoader(HfQuantizer):
             mark_unquantized(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
-        scheme = self.quantization_config.quantization
+        scheme = self.described.quantization
         return (None if scheme is None else state_dict(model, scheme)), {}
 
 
@@ -161,7 +166,7 @@ def mark_unquantized(model: PreTrainedModel) -> None:
             vars(module.config).pop("_is_quantized", None)
     for name in ("quantization_method", "is_loaded_in_8bit", "is_loaded_in_4bit"):
         vars(model).pop(name, None)
-    model.is_quantized = False
+    vars(model)["is_quantized"] = False
 
 
 def mark(module: FactorizedModule) -> FactorizedModule:
@@ -170,7 +175,7 @@ def mark(module: FactorizedModule) -> FactorizedModule:
     A program that does not know the format finds a tensor of another shape there and fails, rather than to make up the
     weights that it misses. Models read its dtype and device, as those of T5 do.
     """
-    module.register_buffer(MARKER, module.B.weight.detach().new_zeros(1))
+    module.register_buffer(MARKER, weight_of(module.B).detach().new_zeros(1))
     return module
 
 
@@ -189,7 +194,7 @@ def _module(name: str, layer: nn.Module, specification: Mapping[str, Any]) -> Fa
         raise ValueError(
             f"{name}: `rank` in config.json is {specification['rank']}, of a matrix {kind.shape(layer)}; {DAMAGED}."
         )
-    return mark(kind.factorized(layer, **specification, device=torch.device("meta"), dtype=layer.weight.dtype))
+    return mark(kind.factorized(layer, **specification, device=torch.device("meta"), dtype=weight_of(layer).dtype))
 
 
 def _name_in(model: PreTrainedModel, name: str) -> str | None:
@@ -215,37 +220,38 @@ def _check_files(files: Sequence[str], model: PreTrainedModel) -> None:
 
     Of the model that was saved, not another one with the same base, no other tensor may be missing either.
     """
-    found = {key: (*kind, file) for file in files for key, *kind in _headers(file)}
+    in_files = {key: (shape, dtype, file) for file in files for key, shape, dtype in _headers(file)}
     where = str(Path(files[0]).parent) if len(files) > 1 else files[0]
     factorized = [f"{name}." for name, module in model.named_modules() if isinstance(module, FactorizedModule)]
     state = model.state_dict()
     # Under the names that transformers gives them in files.
-    ours = revert_weight_conversion(model, {key: state[key] for key in state if key.startswith(tuple(factorized))})
-    same = getattr(model.config, "architectures", None) == [type(model).__name__]
+    factors = revert_weight_conversion(model, {key: state[key] for key in state if key.startswith(tuple(factorized))})
+    # Every tensor of the model that was saved, and not of one with another head.
+    is_whole = getattr(model.config, "architectures", None) == [type(model).__name__]
     expected = revert_weight_conversion(model, state)
     prefix = f"{model.base_model_prefix}."
-    known = set()
+    of_factors: set[str] = set()
     for name, value in expected.items():
-        key = next((key for key in (name, prefix + name, name.removeprefix(prefix)) if key in found), name)
-        if key not in found:
-            if name not in model.all_tied_weights_keys and (same or name in ours):
+        key = next((key for key in (name, prefix + name, name.removeprefix(prefix)) if key in in_files), name)
+        if key not in in_files:
+            if name not in model.all_tied_weights_keys and (is_whole or name in factors):
                 raise ValueError(f"{where}: tensor {key!r} is missing; {DAMAGED}.")
             continue
-        shape, dtype, file = found[key]
-        if name not in ours:
+        shape, dtype, file = in_files[key]
+        if name not in factors:
             if shape == [1] != list(value.shape):  # transformers before 5.23 would take it
                 raise ValueError(
                     f"{file}: the layer of {key!r} is factorised, but not among `layers` of config.json; {DAMAGED}."
                 )
         else:
-            known.add(key)
+            of_factors.add(key)
             if shape != list(value.shape):
                 raise ValueError(f"{file}: tensor {key!r} has shape {shape}, not {list(value.shape)}; {DAMAGED}.")
             if dtype != INTEGERS[value.dtype] if value.dtype in INTEGERS else "F" not in dtype:
                 raise ValueError(f"{file}: tensor {key!r} has dtype {dtype}, where {value.dtype} should be; {DAMAGED}.")
-    layers = tuple(key.removesuffix(MARKER) for key in known if key.endswith(f".{MARKER}"))
-    for key, (*_, file) in found.items():
-        if key.startswith(layers) and key not in known:
+    layers = tuple(key.removesuffix(MARKER) for key in of_factors if key.endswith(f".{MARKER}"))
+    for key, (*_, file) in in_files.items():
+        if key.startswith(layers) and key not in of_factors:
             raise ValueError(f"{file}: tensor {key!r} does not belong to the factorised layer; {DAMAGED}.")
 
 

@@ -64,7 +64,7 @@ def save_onnx(model: PreTrainedModel, folder: str | Path) -> None:
     exported.save_pretrained(folder)
 
 
-def _inputs(model: PreTrainedModel, rows: int, length: int) -> dict[str, Tensor]:
+def _inputs(model: PreTrainedModel, rows: int, length: int) -> dict[str, Any]:
     """Something that the model computes; one row of tokens is padded, so that the mask is not left out of the graph."""
     if model.main_input_name == "pixel_values":
         size = model.config.image_size

@@ -64,13 +64,13 @@ class Int8(Scheme):
             }
 
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
-        found = self._classes().Int8Tensor.from_hp(weight.detach(), self._classes().PerRow())
-        return {"weight": found.qdata, "weight_scale": found.scale}
+        quantized = self._classes().Int8Tensor.from_hp(weight.detach(), self._classes().PerRow())
+        return {"weight": quantized.qdata, "weight_scale": quantized.scale}
 
     def linear(self, plain: nn.Linear, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Linear:
         numbers = tensors["weight"]
-        own = self._classes().Int8Tensor(numbers, tensors["weight_scale"], [1, numbers.shape[1]], dtype)
-        plain.weight = nn.Parameter(own, requires_grad=False)
+        quantized = self._classes().Int8Tensor(numbers, tensors["weight_scale"], [1, numbers.shape[1]], dtype)
+        plain.weight = nn.Parameter(quantized, requires_grad=False)
         return plain
 
     def tensors(self, linear: nn.Linear) -> dict[str, Tensor]:
@@ -102,18 +102,29 @@ class Int4(Scheme):
 
     def linear(self, plain: nn.Linear, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Linear:
         library = self.imported()
-        shape = (plain.out_features, plain.in_features)
         with torch.device("meta"):
-            linear = library.nn.Linear4bit(shape[1], shape[0], bias=False, quant_type="nf4", compress_statistics=False)
+            linear = library.nn.Linear4bit(
+                plain.in_features, plain.out_features, bias=False, quant_type="nf4", compress_statistics=False
+            )
         # Its faster order of the numbers on some CPUs takes only certain shapes, and changes what would be saved.
         linear.support_avx512bf16_for_cpu = False
-        options = {"blocksize": NF4_BLOCK, "quant_type": "nf4"}
         code = library.functional.get_4bit_type("nf4", device=tensors["weight"].device)
         state = library.functional.QuantState(
-            absmax=tensors["weight_absmax"], shape=torch.Size(shape), code=code, dtype=dtype, **options
+            absmax=tensors["weight_absmax"],
+            shape=torch.Size((plain.out_features, plain.in_features)),
+            code=code,
+            blocksize=NF4_BLOCK,
+            quant_type="nf4",
+            dtype=dtype,
         )
         linear.weight = library.nn.Params4bit(
-            tensors["weight"], quant_state=state, compress_statistics=False, bnb_quantized=True, module=linear, **options
+            tensors["weight"],
+            quant_state=state,
+            blocksize=NF4_BLOCK,
+            compress_statistics=False,
+            quant_type="nf4",
+            module=linear,
+            bnb_quantized=True,
         )
         linear.quant_state = state
         return linear.train(plain.training)

@@ -1,11 +1,17 @@
-"""The factors of an adapter in a checkpoint: their keys, their first columns and rows, and whether they fit the model."""
+"""The factors of an adapter in a checkpoint: their keys, their dtype, their first columns and rows, and whether they fit."""
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor
+from typing import Any
 
-from .layer import DAMAGED, ReparamLayer
+import torch
+from peft import PeftModel
+from torch import Tensor, nn
+
+from ..config.reparam_config import ReparamConfig
+from ..runtime.modules import set_module
+from .arrivals import DAMAGED
+from .layer import ReparamLayer, reparam_layers
 
 
 def factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str, Tensor]:
@@ -13,8 +19,68 @@ def factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str, 
     if adapter_name not in layer.reparam_factors:
         return {}
     prefix = f"{name}." if name else ""
-    factors = layer.reparam_factors[adapter_name]
-    return {f"{prefix}reparam_factors.{adapter_name}.{key}": own for key, own in factors.state_dict(keep_vars=True).items()}
+    state = layer.factorized(adapter_name).state_dict(keep_vars=True)
+    return {f"{prefix}reparam_factors.{adapter_name}.{key}": tensor for key, tensor in state.items()}
+
+
+def cast_to_base(name: str, layer: ReparamLayer, adapter_name: str, state: dict[str, Tensor]) -> None:
+    """Bring the factors of a layer in a state dict, which may train in float32, to the base model's dtype.
+
+    Raises:
+        RuntimeError: they were never loaded.
+        ValueError: one is not finite, or not in that dtype.
+    """
+    if adapter_name in layer.arrivals.awaited:
+        raise RuntimeError(f"{name}: the factors of adapter {adapter_name!r} were never loaded; run the model once first.")
+    for key in factor_keys(name, layer, adapter_name):
+        if key in state and state[key].is_floating_point():
+            state[key] = state[key].to(layer.base_dtype)
+            if not torch.isfinite(state[key]).all():
+                raise ValueError(
+                    f"{key}: the factor holds NaN or inf, or overflows {layer.base_dtype} in which it is saved; "
+                    "it was not saved. Lower the learning rate, or use a base model in a wider dtype."
+                )
+
+
+def fit_to_model(model: nn.Module, config: ReparamConfig, adapter_name: str, loaded: dict[str, Tensor]) -> dict[str, Tensor]:
+    """The tensors of a checkpoint that the model has a place for, checked and cut to its ranks; changes `loaded` for this.
+
+    Where they do not fit, an adapter that waits for them is taken out of the model again.
+
+    Raises:
+        ValueError: the checkpoint lacks factors, holds NaN or inf, or their shapes are not those of the config; or the adapter
+            is merged.
+    """
+    try:
+        for name, layer in reparam_layers(model):
+            rank_in_file = config.ranks_in_file.get(name.removeprefix("base_model.model."))
+            if rank_in_file is not None and adapter_name in layer.r:
+                cut(name, layer, adapter_name, rank_in_file, loaded)
+            for key, present in factor_keys(name, layer, adapter_name).items():
+                check_loaded_tensor(key, loaded.get(key), present, layer.r[adapter_name], layer.out_features)
+            if adapter_name in layer.merged_adapters:
+                raise ValueError(f"{name}: adapter {adapter_name!r} is merged; unmerge it before loading others into it.")
+    except ValueError:
+        withdraw(model, adapter_name)
+        raise
+    # A config for a lower size may leave targets dense whose factors are in the file.
+    dense = config.ranks_in_file.keys() - config.rank_pattern.keys()
+    owners = {key: key.removeprefix("base_model.model.").partition(".reparam_factors.")[0] for key in loaded}
+    return {key: tensor for key, tensor in loaded.items() if owners[key] not in dense}
+
+
+def withdraw(model: nn.Module, adapter_name: str) -> None:
+    """Take an adapter whose factors did not arrive out of the model again, and its layers where it was their only one."""
+    awaiting = [(name, layer) for name, layer in reparam_layers(model) if adapter_name in layer.arrivals.awaited]
+    for name, layer in awaiting:
+        layer.delete_adapter(adapter_name)
+        if not layer.reparam_factors:
+            set_module(model, name, layer.base_layer)
+    holder: Any = model  # of the configs; one dict, which PEFT's model and the model in it share
+    if awaiting and len(holder.peft_config) > 1:
+        del holder.peft_config[adapter_name]
+    elif awaiting:
+        del (holder.base_model.model if isinstance(model, PeftModel) else holder).peft_config
 
 
 def cut(name: str, layer: ReparamLayer, adapter_name: str, rank_in_file: int, loaded: dict[str, Tensor]) -> None:
@@ -25,40 +91,40 @@ def cut(name: str, layer: ReparamLayer, adapter_name: str, rank_in_file: int, lo
     Raises:
         ValueError: the checkpoint has a bias, and no mean of the features B x that fits.
     """
-    rank, own = layer.r[adapter_name], factor_keys(name, layer, adapter_name)
-    for key in [key for key in own if key.endswith(".bias") and key in loaded]:
+    rank, present = layer.r[adapter_name], factor_keys(name, layer, adapter_name)
+    for key in [key for key in present if key.endswith(".bias") and key in loaded]:
         # The model has no such tensor at this size, so that PEFT has left the key as it is in the file.
         key_of_mean = key.removesuffix(f"{adapter_name}.bias") + "feature_mean"
-        found = [loaded.pop(f"{prefix}{key_of_mean}", None) for prefix in ("", "base_model.model.")]
-        A, mean = loaded.get(key.removesuffix("bias") + "A.weight"), next((t for t in found if t is not None), None)
+        means = [loaded.pop(f"{prefix}{key_of_mean}", None) for prefix in ("", "base_model.model.")]
+        A, mean = loaded.get(key.removesuffix("bias") + "A.weight"), next((mean for mean in means if mean is not None), None)
         if A is None or mean is None or mean.shape != (rank_in_file,) or A.shape[:2] != (len(loaded[key]), rank_in_file):
             raise ValueError(f"{key_of_mean}: the checkpoint has no such tensor that fits; {DAMAGED}.")
         lost = A.flatten(1)[:, rank:].float() @ mean[rank:].float()
         loaded[key] = (loaded[key].float() + lost).to(loaded[key].dtype)
-    for key in own.keys() & loaded.keys():
-        loaded[key] = _first(loaded[key], own[key], rank_in_file, rank)
+    for key in present.keys() & loaded.keys():
+        loaded[key] = _first(loaded[key], present[key].shape, rank_in_file, rank)
 
 
-def _first(tensor: Tensor, own: Tensor, rank_in_file: int, rank: int) -> Tensor:
-    """Of a factor in a checkpoint the first columns or rows, where its own rank is lower; anything else as it is."""
-    if tensor.ndim != own.ndim or tensor.shape == own.shape:
+def _first(tensor: Tensor, shape: torch.Size, rank_in_file: int, rank: int) -> Tensor:
+    """Of a factor in a checkpoint the first columns or rows, where its rank is lower in the model; anything else as it is."""
+    if tensor.ndim != len(shape) or tensor.shape == shape:
         return tensor
-    for dim, (size, wanted) in enumerate(zip(tensor.shape, own.shape, strict=True)):
+    for dim, (size, wanted) in enumerate(zip(tensor.shape, shape, strict=True)):
         if (size, wanted) == (rank_in_file, rank):
             tensor = tensor.narrow(dim, 0, rank)
     return tensor.clone()  # without the memory of what is left out
 
 
-def check_loaded_tensor(key: str, tensor: Tensor | None, own: Tensor, rank: int, out_features: int) -> None:
+def check_loaded_tensor(key: str, tensor: Tensor | None, present: Tensor, rank: int, out_features: int) -> None:
     """Raise `ValueError` where a tensor of a checkpoint is missing, misshapen or not finite, or a mask is not of the rank."""
     name = key.removeprefix("base_model.model.")
     if tensor is None:
         raise ValueError(f"{name}: the checkpoint has no such tensor; {DAMAGED}.")
-    is_mask = not own.is_floating_point()
-    if tensor.shape != own.shape or tensor.is_floating_point() == is_mask or (is_mask and tensor.dtype != own.dtype):
+    is_mask = not present.is_floating_point()
+    if tensor.shape != present.shape or tensor.is_floating_point() == is_mask or (is_mask and tensor.dtype != present.dtype):
         raise ValueError(
             f"{name}: the checkpoint has shape {tuple(tensor.shape)}, {tensor.dtype}, and its config on this model says "
-            f"{tuple(own.shape)}, {own.dtype}; the two do not belong together."
+            f"{tuple(present.shape)}, {present.dtype}; the two do not belong together."
         )
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: the checkpoint contains NaN or infinite values; {DAMAGED}.")

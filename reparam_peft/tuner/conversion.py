@@ -43,10 +43,10 @@ def standalone_model(model: nn.Module, quantize: str | None = None) -> PreTraine
             memo[id(module)] = dequantized(module)
         if not _is_wrapper(module):
             continue
-        plain = _factorized(name, module) if isinstance(module, ReparamLayer) else _unwrapped(name, module)
-        factorized = isinstance(plain, FactorizedModule)
-        memo[id(module)] = plain.train(model.training) if factorized else copy.deepcopy(plain, memo)
-    plain = copy.deepcopy(model, memo)
+        replacement = _factorized(name, module) if isinstance(module, ReparamLayer) else _unwrapped(name, module)
+        is_new = isinstance(replacement, FactorizedModule)
+        memo[id(module)] = replacement.train(model.training) if is_new else copy.deepcopy(replacement, memo)
+    plain: Any = copy.deepcopy(model, memo)  # Any: what transformers sets on its models, its types do not know
     vars(plain).pop("peft_config", None)
     layers = {name: specification_of(module) for name, module in plain.named_modules() if isinstance(module, FactorizedModule)}
     if not layers:
@@ -76,18 +76,24 @@ def _factorized(name: str, layer: ReparamLayer) -> nn.Module:
     """What computes the same as a layer of ours, and shares its tensors."""
     if layer.merged:
         raise ValueError(f"{name}: adapter {layer.merged_adapters} is merged; call `unmerge_adapter` first.")
-    layer.check_loaded()
+    layer.arrivals.check_complete()
     active = [adapter for adapter in layer.active_adapters if adapter in layer.reparam_factors]
     layer.check_active(active)
     if len(active) > 1:
         raise ValueError(f"{name}: adapters {active} are active; activate one of them with `set_adapter`.")
     if layer.disable_adapters or not active:
         return layer.base_layer
-    factors = layer.reparam_factors[active[0]]
-    bias = getattr(layer.base_layer, "bias", None) if factors.bias is None else factors.bias
-    like = {"device": torch.device("meta"), "dtype": layer.base_dtype}
-    module = layer.kind.factorized(layer.base_layer, layer.r[active[0]], factors.form, bias is not None, **like)
-    module.set_factors(factors.stored)
+    present = layer.factorized(active[0])
+    bias = getattr(layer.base_layer, "bias", None) if present.bias is None else present.bias
+    module = layer.kind.factorized(
+        layer.base_layer,
+        layer.r[active[0]],
+        present.form,
+        bias is not None,
+        device=torch.device("meta"),
+        dtype=layer.base_dtype,
+    )
+    module.set_factors(present.stored)
     if bias is not None:
         module.set_bias(bias)
     return mark(module)

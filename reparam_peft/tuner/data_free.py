@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -71,7 +72,7 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progres
     computed = _computed.get()
     if computed is None:
         check_data_free(config)
-    sources = set()
+    sources: set[str] = set()
     done = dict(targets)
     todo = [(name, target) for name, target in targets.items() if target.rank is not None]
     hidden = None if progress and computed is None else True
@@ -80,10 +81,11 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progres
             done[name] = replace(target, product=computed[name])
             continue
         layer = target.module
-        sources |= {layer.source} - {None} if isinstance(layer, ReparamLayer) else set()
+        if isinstance(layer, ReparamLayer) and layer.source is not None:
+            sources.add(layer.source)
         bias = None
         if target.storage.bias:
-            bias = layer.source_bias() if isinstance(layer, ReparamLayer) else layer.bias.detach()
+            bias = layer.source_bias() if isinstance(layer, ReparamLayer) else cast(Tensor, layer.bias).detach()
         with naming(name):
             factors = data_free_factors(source_matrix(layer), target, config)
         done[name] = replace(target, product=Product(factors, bias))
@@ -97,9 +99,15 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progres
 
 
 def data_free_factors(matrix: Tensor, target: Target, config: ReparamConfig) -> Factors | PivotFactors:
-    """The product of a target's matrix (out, in) in the form of a config: its truncated SVD, or random."""
+    """The product of a target's matrix (out, in) in the form of a config: by the config's method, or random.
+
+    Raises:
+        ValueError: the target stays dense.
+    """
+    if target.rank is None:
+        raise ValueError("a target that stays dense has no factors.")
     pivots = target.storage.form == "pivot"
-    # Rounded once, after the conversion to the pivot form.
+    # Factors that are rounded before the conversion to the pivot form would be rounded again after it.
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32)) if pivots else matrix
     start = None if config.init_weights else random_factors(wide, target.rank)
     method = METHODS[config.method or DATA_FREE["method"]]

@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
-from typing import Any
+from functools import cache
+from typing import Any, cast
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from ..layers.kinds import Wrapper, layer_kind
+from ..layers.factorized import FactorizedModule, weight_of
+from ..layers.kinds import KINDS, Wrapper, layer_kind
 from ..layers.product import Product
-from ..numerics.decompositions import factorize
+from .arrivals import Arrivals
 
 BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"  # PEFT's words, which its users match
 W_IS_GONE = "the original weight was dropped when it was factorised"
-DAMAGED = "the checkpoint is damaged or of another model"
 REMEDY = "create the model with `keep_base=True`, or reload the base model"
 
 
@@ -27,11 +28,22 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
     is there, the layer is additive, as PEFT's other layers: with adapters i active it computes W + Σ (A_i B_i − W).
 
     Args:
-        base_layer: a layer of one of the kinds of `factorized.KINDS`.
+        base_layer: a layer of one of `layers.kinds.KINDS`.
+
+    Attributes:
+        kind: of the base layer.
+        reparam_factors: the factorised modules by adapter.
+        r: their ranks.
+        arrivals: which of them a loader has yet to fill in.
+        base_weight_dropped: whether W is gone.
+        weight_shape: shape of the base layer's weight.
     """
 
     adapter_layer_names = ("reparam_factors",)
     other_param_names = ("r",)
+    placeholder: Tensor
+    unmerged_weight: Tensor | None
+    unmerged_bias: Tensor | None
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -42,16 +54,21 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         self.r: dict[str, int] = {}
         self.merged_adapters: list[str] = []
         self.base_weight_dropped = False
-        # Adapters whose factors a loader has yet to fill in, and whether W goes when the last of them has arrived.
-        self.awaited: set[str] = set()
-        self.drop_when_loaded = False
-        weight = base_layer.weight
+        self.arrivals = Arrivals(self.reparam_factors)
+        weight = weight_of(base_layer)
+        # A hollow model, on meta, is about to be filled in by a loader. Loaders fill in what checkpoints hold, and `.to()` can
+        # copy nothing out of meta: the placeholder, which is in no checkpoint, has its number from the start.
         device = torch.device("cpu") if weight.device.type == "meta" else weight.device
         # Follows `.to()` and tells device and dtype when W is gone. Not a parameter: PEFT and its users count those.
         self.register_buffer("placeholder", torch.full((), torch.nan, dtype=weight.dtype, device=device), persistent=False)
         self.register_buffer("unmerged_weight", None, persistent=False)
         self.register_buffer("unmerged_bias", None, persistent=False)
         self.weight_shape = weight.shape
+
+    def factorized(self, adapter_name: str) -> FactorizedModule:
+        """The factorised module of an adapter."""
+        # No check at run time: FSDP puts a module of its own around it, which hands attributes through.
+        return cast(FactorizedModule, self.reparam_factors[adapter_name])
 
     @property
     def base_dtype(self) -> torch.dtype:
@@ -65,13 +82,14 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         transformers reads `weight.dtype` and `weight.device` of some layers in each forward pass. For the values use
         `dense_matrix`.
         """
+        # The placeholder is one number, and strides of 0 make it (out, in): what is read is NaN, which no result hides.
         weight = self.base_layer.weight
         return self.placeholder.expand(self.weight_shape) if weight is None else weight
 
     def dense_matrix(self, adapter_name: str) -> Tensor:
         """A B of an adapter, shape (out, in), in the base dtype; computed anew at each call."""
-        self.check_loaded()
-        A, B = self.reparam_factors[adapter_name].factors
+        self.arrivals.check_complete()
+        A, B = self.factorized(adapter_name).factors
         precision = torch.promote_types(A.dtype, torch.float32)
         return (A.to(precision) @ B.to(precision)).to(self.base_dtype)
 
@@ -91,7 +109,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
     @property
     def source_has_bias(self) -> bool:
         """Whether what a further adapter starts from has a bias in place of the base layer's."""
-        return self.source is not None and self.reparam_factors[self.source].bias is not None
+        return self.source is not None and self.factorized(self.source).bias is not None
 
     def source_matrix(self) -> Tensor:
         """What a further adapter factorises: W or, once W is gone, the product of `source`."""
@@ -99,7 +117,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
 
     def source_bias(self) -> Tensor | None:
         """The bias that a further adapter starts from."""
-        return self._bias(self.source) if self.source_has_bias else self._base_bias()
+        return self._base_bias() if self.source is None else self._bias(self.source)
 
     def update_layer(
         self,
@@ -126,18 +144,16 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         device = self.placeholder.device if product is None else torch.device("meta")
         module = self.kind.factorized(self.base_layer, rank, form, bias, device=device, dtype=self.base_dtype)
         if product is None:
-            # Parameters that were never filled in must not look like weights.
-            with torch.no_grad():
-                for parameter in module.parameters():
-                    parameter.fill_(torch.nan)
-                if nested:
-                    module.feature_mean = torch.full((rank,), torch.nan, device=device, dtype=self.base_dtype)
-            self.awaited.add(adapter_name)
-        else:
-            module.set_factors(product.factors)
-            if bias:
-                module.set_bias(product.bias)
             if nested:
+                module.feature_mean = torch.full((rank,), torch.nan, device=device, dtype=self.base_dtype)
+            self.arrivals.expect(adapter_name, module)
+        else:
+            if (bias and product.bias is None) or (nested and product.feature_mean is None):
+                raise ValueError("`product` lacks the bias, or the mean of the features, that the adapter is to have.")
+            module.set_factors(product.factors)
+            if bias and product.bias is not None:
+                module.set_bias(product.bias)
+            if nested and product.feature_mean is not None:
                 module.feature_mean = product.feature_mean.to(module.dtype)
         self.r[adapter_name] = rank
         self.reparam_factors[adapter_name] = module.train(self.training)
@@ -145,65 +161,19 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
 
     def drop_base_weight(self) -> None:
         """Forget W; with factors still on their way, as soon as they have arrived."""
-        if self.awaited:
-            self.drop_when_loaded = True
+        if self.arrivals.awaited:
+            self.arrivals.postpone(self.drop_base_weight)
         elif not self.base_weight_dropped:
+            # The layer stays as a shell: its bias and its geometry are read, and the state dict has no key for a None.
             self.base_layer.weight = None
             self.base_weight_dropped = True
 
-    def has_arrived(self, adapter_name: str) -> bool:
-        """Whether a loader has filled in the factors: they are not on meta, nor still the NaN of `update_layer`."""
-        parameters = self.reparam_factors[adapter_name].parameters()
-        return all(parameter.device.type != "meta" and not parameter.isnan().all() for parameter in parameters)
-
-    def receive(self, adapter_name: str) -> None:
-        """Take the factors that a loader has filled in.
-
-        Raises:
-            ValueError: they hold NaN or inf, or a mask of the pivot form does not fit the rank.
-        """
-        module = self.reparam_factors[adapter_name]
-        module.refresh()
-        means = [] if module.feature_mean is None else [module.feature_mean]
-        if not all(tensor.isfinite().all() for tensor in [*module.parameters(), *means]):
-            raise ValueError(f"the loaded factors of adapter {adapter_name!r} contain NaN or infinite values; {DAMAGED}.")
-        self.release(adapter_name)
-
-    def receive_arrived(self) -> None:
-        """Take the factors of every adapter that has stopped waiting for them."""
-        for adapter_name in sorted(self.awaited):
-            if self.has_arrived(adapter_name):
-                self.receive(adapter_name)
-
-    def release(self, adapter_name: str) -> None:
-        """Stop waiting for an adapter's factors; W goes with the last of them."""
-        self.awaited.discard(adapter_name)
-        if self.drop_when_loaded and not self.awaited:
-            self.drop_when_loaded = False
-            self.drop_base_weight()
-
-    def check_loaded(self) -> None:
-        """Raise `RuntimeError` where an adapter still waits for its factors; take those that have arrived."""
-        self.receive_arrived()
-        if self.awaited:
-            raise RuntimeError(
-                f"the factors of adapter {min(self.awaited)!r} were never loaded: {DAMAGED}, or it was not loaded at all. Load "
-                "a whole one with `PeftModel.from_pretrained` or `load_adapter`, onto a fresh base model."
-            )
-
     def factorize_base(self, adapter_name: str) -> None:
-        """Fill in factors that no loader has brought, from W; the parameters stay the same objects."""
-        module = self.reparam_factors[adapter_name]
-        module.set_factors(factorize(self._base_matrix(), self.r[adapter_name]))
-        if module.bias is not None:
-            module.set_bias(self._base_bias())
-        if module.feature_mean is not None:
-            module.feature_mean = torch.zeros_like(module.feature_mean)  # the bias is that of W at every rank
-        self.receive(adapter_name)
+        """Fill in factors that no loader has brought, from W."""
+        self.arrivals.factorize(adapter_name, self._base_matrix(), self._base_bias())
 
     def train(self, mode: bool = True) -> ReparamLayer:
-        # Every loader ends with `eval()`: the moment to see which factors have arrived, so that W can go.
-        self.receive_arrived()
+        self.arrivals.accept_arrived()  # loaders end with `eval()`
         return super().train(mode)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -211,8 +181,8 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
             self.unmerge()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
-        if self.awaited:
-            self.check_loaded()
+        if self.arrivals.awaited:
+            self.arrivals.check_complete()
         active = [name for name in self.active_adapters if name in self.reparam_factors]
         if len(active) == 1:
             return self._product(active[0], x)
@@ -238,8 +208,9 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         matrix = _combined([self.dense_matrix(name) for name in names], self._base_matrix)
         weight = self.kind.weight(matrix, self.weight_shape)
         bias = self._base_bias()
-        if any(self.reparam_factors[name].bias is not None for name in names):
-            merged_bias = _combined([self._bias(name) for name in names], self._base_bias)
+        moved = [self.factorized(name).bias for name in names]
+        if bias is not None and any(vector is not None for vector in moved):
+            merged_bias = _combined([bias if vector is None else vector.detach() for vector in moved], lambda: bias)
             if self.unmerged_bias is None:
                 self.unmerged_bias = bias
             self.base_layer.bias.data = merged_bias.to(bias.dtype).clone()
@@ -292,7 +263,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
     def delete_adapter(self, adapter_name: str) -> None:
         if list(self.reparam_factors) == [adapter_name]:
             self.check_base_weight(f"adapter {adapter_name!r} is the last one and cannot be deleted")
-        self.awaited.discard(adapter_name)
+        self.arrivals.forget(adapter_name)
         super().delete_adapter(adapter_name)
 
     def check_base_weight(self, what: str) -> None:
@@ -311,7 +282,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
 
     def _product(self, adapter_name: str, x: Tensor) -> Tensor:
         """A B x + b in the dtype that the base layer would return."""
-        factors = self.reparam_factors[adapter_name]
+        factors = self.factorized(adapter_name)
         bias = getattr(self.base_layer, "bias", None)
         if not x.is_floating_point():
             return factors(x, bias).to(self.base_dtype)
@@ -330,8 +301,8 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
 
     def _bias(self, adapter_name: str) -> Tensor | None:
         """The bias that an adapter computes with."""
-        own = self.reparam_factors[adapter_name].bias
-        return self._base_bias() if own is None else own.detach()
+        bias = self.factorized(adapter_name).bias
+        return self._base_bias() if bias is None else bias.detach()
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:
         return self.placeholder.device, self.base_dtype
@@ -348,26 +319,29 @@ def _combined(products: list[Tensor], base: Callable[[], Tensor]) -> Tensor:
     return sum((product - original for product in products), start=original)
 
 
-class Linear(ReparamLayer):
-    """`ReparamLayer` of an `nn.Linear` or a `Conv1D`; PEFT's "all-linear" finds it by its name."""
+@cache
+def wrapper_class(name: str) -> type[ReparamLayer]:
+    """The class of layers around those of a kind of this name, and an attribute of this module.
+
+    It differs from `ReparamLayer` by its name, which is what PEFT's `"all-linear"` goes by and what users see in a printed
+    model. It is made of the kind's name, so that a new kind needs no line here; pickle finds it under its name in this module.
+    """
+    made = type(name, (ReparamLayer,), {"__doc__": f"`ReparamLayer` of a layer of kind {name}.", "__module__": __name__})
+    globals()[name] = made
+    return made
 
 
-class Conv2d(ReparamLayer):
-    """`ReparamLayer` of an `nn.Conv2d`."""
-
-
-class Embedding(ReparamLayer):
-    """`ReparamLayer` of an `nn.Embedding`."""
+for _kind in KINDS:
+    wrapper_class(_kind.name)  # what another process has pickled is there before the first layer is made
 
 
 def reparam_layer(module: nn.Module) -> ReparamLayer:
     """The layer around a module of a known kind.
 
     Raises:
-        TypeError, ValueError: as for `factorized.layer_kind`.
+        TypeError, ValueError: as for `layers.kinds.layer_kind`.
     """
-    classes = {nn.Conv2d: Conv2d, nn.Embedding: Embedding}
-    return classes.get(layer_kind(module).layer_class, Linear)(module)
+    return wrapper_class(layer_kind(module).name)(module)
 
 
 def reparam_layers(model: nn.Module) -> Iterator[tuple[str, ReparamLayer]]:

@@ -1,4 +1,4 @@
-"""The matrix of a target, wrapped or not."""
+"""The matrix of a target, its dtype and what its product takes, whether an adapter is around the layer or not."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from ..config.fields import DATA_FREE
 from ..config.reparam_config import ReparamConfig
+from ..layers.factorized import weight_of
 from ..layers.kinds import is_quantized, layer_kind, matrix_shape
 from ..numerics.storage import Storage
 from .layer import ReparamLayer
@@ -29,7 +30,7 @@ def base_dtype(module: nn.Module) -> torch.dtype:
     """The dtype of a target's weight, wrapped or not, and of its factors in a checkpoint."""
     if isinstance(module, ReparamLayer):
         return module.base_dtype
-    return layer_kind(module).dtype(module) if is_quantized(module) else module.weight.dtype
+    return layer_kind(module).dtype(module) if is_quantized(module) else weight_of(module).dtype
 
 
 def matrix_storage(module: nn.Module, config: ReparamConfig) -> Storage:

@@ -8,9 +8,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
-import torch
 from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
 from peft.utils import ModulesToSaveWrapper
@@ -20,14 +19,12 @@ from transformers import PreTrainedModel
 from ..config.fields import DATA_FREE
 from ..config.model_card import upload_with_section
 from ..config.reparam_config import ReparamConfig
-from ..layers.kinds import stored_weight
 from ..runtime.modules import naming, parameter_owners
-from .adapter_state import check_loaded_tensor, cut, factor_keys
+from .adapter_state import cast_to_base, fit_to_model
 from .conversion import standalone_model
 from .data_free import factorize_targets
 from .layer import W_IS_GONE, ReparamLayer, reparam_layer, reparam_layers
-from .matrices import unwrapped
-from .sizes import SizeReport, matrix_size
+from .sizes import SizeReport, size_report
 from .target_modules import TARGET_MODULES
 from .targets import Target, check_targets, find_targets
 
@@ -41,7 +38,10 @@ class ReparamModel(BaseTuner):
     prefix = "reparam_"
     tuner_layer_cls = ReparamLayer
     target_module_mapping = TARGET_MODULES
-    _awaits_factors = False
+    # Of the injection that is under way: adapter, whether a loader is to bring the factors, and PEFT's state dict.
+    _injection: tuple[str, bool, dict[str, Tensor] | None]
+    _targets: dict[str, Target]
+    _awaits_factors = False  # whether a loader may have brought none, which the next forward pass finds out
 
     def inject_adapter(
         self,
@@ -58,7 +58,7 @@ class ReparamModel(BaseTuner):
             ValueError: a weight is tied, holds no data, or holds NaN or inf; a rank is out of range; or the adapter cannot
                 stand beside the ones that are there.
         """
-        config = self.peft_config[adapter_name]
+        config = self._config(adapter_name)
         loading = low_cpu_mem_usage or config.loading or _parameters_start_on_meta()
         if not loading:
             # What is resolved below belongs to this model, not to a config that may be used for another one too.
@@ -77,10 +77,11 @@ class ReparamModel(BaseTuner):
         self.record_resolved(adapter_name, targets)
         self._drop_base_weights(model)
 
-    def _prepare_model(self, peft_config: ReparamConfig, model: nn.Module) -> None:
+    # PEFT's own tuners narrow the type of the config, too.
+    def _prepare_model(self, peft_config: ReparamConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Check and factorise all targets; PEFT calls this before it replaces the first."""
         adapter_name, loading, state_dict = self._injection
-        peft_config = _maybe_include_all_linear_layers(peft_config, model)
+        _maybe_include_all_linear_layers(peft_config, model)  # in place
         if not loading:
             # A further adapter that starts from a product takes the bias that goes with it.
             peft_config.moved_bias |= any(layer.source_has_bias for _, layer in reparam_layers(model))
@@ -92,7 +93,7 @@ class ReparamModel(BaseTuner):
         check_targets(targets, peft_config, model, adapter_name, loading)
         self._targets = targets if loading else factorize_targets(targets, peft_config)
 
-    def _create_and_replace(
+    def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: ReparamConfig,
         adapter_name: str,
@@ -107,9 +108,15 @@ class ReparamModel(BaseTuner):
             return
         layer = target if isinstance(target, ReparamLayer) else reparam_layer(target)
         self._targets[current_key] = replace(planned, product=None)  # the layer is its only owner now
-        storage = planned.storage
-        kind = {"form": storage.form, "bias": storage.bias, "nested": storage.bias and peft_config.smaller_keeps is not None}
-        layer.update_layer(adapter_name, planned.rank, planned.product, peft_config.inference_mode, **kind)
+        layer.update_layer(
+            adapter_name,
+            planned.rank,
+            planned.product,
+            peft_config.inference_mode,
+            form=planned.storage.form,
+            bias=planned.storage.bias,
+            nested=planned.storage.bias and peft_config.smaller_keeps is not None,
+        )
         if layer is not target:
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
@@ -121,23 +128,35 @@ class ReparamModel(BaseTuner):
 
     def _drop_base_weights(self, model: nn.Module) -> None:
         """Drop W where every adapter of the model has factors and none asks to keep it."""
-        # A model of transformers may hold adapters of other methods too.
-        configs = {name: config for name, config in self.peft_config.items() if isinstance(config, ReparamConfig)}
+        configs = self._configs
         if any(config.keep_base for config in configs.values()):
             return
         for _, layer in reparam_layers(model):
             if set(layer.reparam_factors) == set(configs):
                 layer.drop_base_weight()
 
+    @property
+    def _configs(self) -> dict[str, ReparamConfig]:
+        """The configs of this method's adapters; a model of transformers may hold adapters of other methods too."""
+        return {name: config for name, config in self.peft_config.items() if isinstance(config, ReparamConfig)}
+
+    def _config(self, adapter_name: str) -> ReparamConfig:
+        return cast(ReparamConfig, self.peft_config[adapter_name])  # PEFT injects adapters of this class's method only
+
     def record_resolved(self, adapter_name: str, targets: dict[str, Target]) -> None:
-        """Write what was resolved into the config, so that a checkpoint loads without computing anything."""
-        config = self.peft_config[adapter_name]
+        """Write what was resolved into an adapter's config, so that a checkpoint loads without computing anything.
+
+        Args:
+            adapter_name: the adapter.
+            targets: each with the rank that it has got, or None where it stays dense.
+        """
+        config = self._config(adapter_name)
         for field, value in DATA_FREE.items():
             setattr(config, field, getattr(config, field) or value)
         config.rank_pattern = {name: target.rank for name, target in targets.items() if target.rank is not None}
         config.dense_modules = sorted(name for name, target in targets.items() if target.rank is None)
-        for field, value in self.size_report(adapter_name).to_dict()["targets"].items():
-            setattr(config, field, value)
+        for field, size in size_report(self.model, config).to_dict()["targets"].items():
+            setattr(config, field, size)
 
     def size_report(self, adapter_name: str | None = None) -> SizeReport:
         """Parameters and bytes of the targets and of the whole model, before and after.
@@ -151,25 +170,9 @@ class ReparamModel(BaseTuner):
             ValueError: there is no such adapter.
         """
         adapter_name = adapter_name or self.active_adapters[0]
-        if adapter_name not in self.peft_config:
-            raise ValueError(f"`adapter_name` must be one of {list(self.peft_config)}, got {adapter_name!r}.")
-        config = self.peft_config[adapter_name]
-        modules = dict(self.model.named_modules())
-        sizes = [matrix_size(name, modules[name], rank, config) for name, rank in config.rank_pattern.items()]
-        dense = {name: unwrapped(modules[name]) for name in config.dense_modules or []}
-        sizes += [matrix_size(name, module, None, config) for name, module in dense.items()]
-        inside = {id(p) for _, layer in reparam_layers(self.model) for p in layer.reparam_factors.parameters()}
-        # A module that is saved whole beside the factors has copies for each adapter; it counts once.
-        copies = [m.modules_to_save for m in self.model.modules() if isinstance(m, ModulesToSaveWrapper)]
-        inside |= {id(p) for module in copies for p in module.parameters()}
-        kept = {id(layer.base_layer.weight) for _, layer in reparam_layers(self.model) if layer.base_layer.weight is not None}
-        kept |= {id(stored_weight(module)) for module in dense.values()}
-        rest = [p for p in self.model.parameters() if id(p) not in inside | kept]
-        return SizeReport(
-            matrices=sizes,
-            other_parameters=sum(p.numel() for p in rest),
-            other_bytes=sum(p.numel() * p.element_size() for p in rest),
-        )
+        if adapter_name not in self._configs:
+            raise ValueError(f"`adapter_name` must be one of {list(self._configs)}, got {adapter_name!r}.")
+        return size_report(self.model, self._configs[adapter_name])
 
     def to_standalone(self, quantize: str | None = None) -> PreTrainedModel:
         """A plain transformers model of the same class with factorised layers, that computes as this one does.
@@ -227,7 +230,7 @@ class ReparamModel(BaseTuner):
         self._check_mergeable(adapter_names, safe_merge)
         super().merge_adapter(adapter_names, safe_merge)
 
-    def _unload_and_optionally_merge(
+    def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT says None, and returns the model
         self,
         merge: bool = True,
         progressbar: bool = False,
@@ -236,7 +239,9 @@ class ReparamModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(merge, progressbar, safe_merge, adapter_names)
+        return super()._unload_and_optionally_merge(  # type: ignore[return-value]
+            merge, progressbar, safe_merge, adapter_names
+        )
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raise before the first layer is merged where a later one could not be."""
@@ -273,9 +278,10 @@ class ReparamModel(BaseTuner):
 
     def _factorize_awaited(self) -> None:
         """Factorise W where a config out of a checkpoint was used without its weights, so that none of them has arrived."""
-        awaited = [(name, layer, adapter) for name, layer in reparam_layers(self.model) for adapter in sorted(layer.awaited)]
+        layers = list(reparam_layers(self.model))
+        awaited = [(name, layer, adapter) for name, layer in layers for adapter in sorted(layer.arrivals.awaited)]
         on_meta = any(layer.base_layer.weight.is_meta for _, layer, _ in awaited)
-        if not on_meta and not any(layer.has_arrived(adapter) for _, layer, adapter in awaited):
+        if not on_meta and not any(layer.arrivals.has_arrived(adapter) for _, layer, adapter in awaited):
             for name, layer, adapter in awaited:
                 with naming(name):
                     layer.factorize_base(adapter)
@@ -287,7 +293,7 @@ class ReparamModel(BaseTuner):
         super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype and trains)
 
     @classmethod
-    def _get_adapter_state_dict(
+    def _get_adapter_state_dict(  # type: ignore[override]
         cls,
         model: nn.Module,
         config: ReparamConfig,
@@ -298,23 +304,12 @@ class ReparamModel(BaseTuner):
         """The adapter's tensors, factors in the base model's dtype: what a checkpoint holds."""
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, layer in reparam_layers(model):
-            if adapter_name in layer.awaited:
-                raise RuntimeError(
-                    f"{name}: the factors of adapter {adapter_name!r} were never loaded; run the model once first."
-                )
-            for key in factor_keys(name, layer, adapter_name):
-                if key in selected and selected[key].is_floating_point():
-                    selected[key] = selected[key].to(layer.base_dtype)
-                    if not torch.isfinite(selected[key]).all():
-                        raise ValueError(
-                            f"{key}: the factor holds NaN or inf, or overflows {layer.base_dtype} in which it is saved; "
-                            "it was not saved. Lower the learning rate, or use a base model in a wider dtype."
-                        )
+            cast_to_base(name, layer, adapter_name, selected)
             # PEFT adds the base weight of targeted embeddings, which the factors stand in for.
             state_dict.pop(f"{name}.base_layer.weight", None)
         if isinstance(model, PeftModel):
             # `push_to_hub` saves, then puts the repository's own card over the saved one, then calls this.
-            model._upload_modified_files = partial(upload_with_section, model)
+            model._upload_modified_files = partial(upload_with_section, model)  # type: ignore[method-assign]
         return selected
 
     @classmethod
@@ -322,7 +317,7 @@ class ReparamModel(BaseTuner):
         return re.sub(rf"(\breparam_factors)\.{re.escape(adapter_name)}(?=\.)", r"\1", key, count=1)
 
     @classmethod
-    def _remap_adapter_state_dict_for_load(
+    def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: ReparamConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
         """PEFT's renaming, plus a check that every factor is there and fits, before the first is loaded or W goes.
@@ -331,23 +326,11 @@ class ReparamModel(BaseTuner):
             ValueError: the checkpoint lacks factors, holds NaN or inf, or their shapes are not those of the config.
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        try:
-            for name, layer in reparam_layers(model):
-                in_file = config.ranks_in_file.get(name.removeprefix("base_model.model."))
-                if in_file is not None and adapter_name in layer.r:
-                    cut(name, layer, adapter_name, in_file, remapped)
-                for key, own in factor_keys(name, layer, adapter_name).items():
-                    check_loaded_tensor(key, remapped.get(key), own, layer.r[adapter_name], layer.out_features)
-                if adapter_name in layer.merged_adapters:
-                    raise ValueError(f"{name}: adapter {adapter_name!r} is merged; unmerge it before loading others into it.")
-        except ValueError:
-            _withdraw(model, adapter_name)
-            raise
+        fitting = fit_to_model(model, config, adapter_name, remapped)
+        # PEFT loads them now. What was checked as a whole need not be looked for in every layer.
         for _, layer in reparam_layers(model):
-            layer.release(adapter_name)
-        dense = config.ranks_in_file.keys() - config.rank_pattern.keys()
-        owners = {key: key.removeprefix("base_model.model.").partition(".reparam_factors.")[0] for key in remapped}
-        return {key: tensor for key, tensor in remapped.items() if owners[key] not in dense}
+            layer.arrivals.stop_waiting(adapter_name)
+        return fitting
 
 
 def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, loading: bool = False) -> dict[str, Target]:
@@ -360,27 +343,13 @@ def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, l
     """
     config = copy.deepcopy(config)
     tuner = ReparamModel.__new__(ReparamModel)
-    config = tuner._prepare_adapter_config(config, BaseTuner.get_model_config(model))
-    config = _maybe_include_all_linear_layers(config, model)
+    tuner._prepare_adapter_config(config, BaseTuner.get_model_config(model))  # in place, as the next line
+    _maybe_include_all_linear_layers(config, model)
     targets = find_targets(config, model, partial(ReparamModel._check_target_module_exists, config))
     if not targets:
         raise ValueError(f"`target_modules` {config.target_modules!r} match no module of the model; check the names.")
     check_targets(targets, config, model, adapter_name, loading)
     return targets
-
-
-def _withdraw(model: nn.Module, adapter_name: str) -> None:
-    """Take an adapter whose factors did not arrive out of the model again, and its layers where it was their only one."""
-    awaiting = [(name, layer) for name, layer in reparam_layers(model) if adapter_name in layer.awaited]
-    for name, layer in awaiting:
-        layer.delete_adapter(adapter_name)
-        if not layer.reparam_factors:
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, layer.base_layer)
-    if awaiting and len(model.peft_config) > 1:
-        del model.peft_config[adapter_name]
-    elif awaiting:
-        del (model.base_model.model if isinstance(model, PeftModel) else model).peft_config
 
 
 def _parameters_start_on_meta() -> bool:

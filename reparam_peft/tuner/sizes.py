@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..config.reparam_config import ReparamConfig
-from .matrices import base_dtype, matrix_storage
+from ..layers.kinds import stored_weight
+from .layer import reparam_layers
+from .matrices import base_dtype, matrix_storage, unwrapped
 
 
 @dataclass(frozen=True)
@@ -100,3 +103,29 @@ def matrix_size(name: str, module: nn.Module, rank: int | None, config: ReparamC
     storage = matrix_storage(module, config)
     shape = (storage.out_features, storage.in_features)
     return MatrixSize(name, shape, rank, storage.stored(rank), base_dtype(module).itemsize, 0 if rank is None else storage.mask)
+
+
+def size_report(model: nn.Module, config: ReparamConfig) -> SizeReport:
+    """Parameters and bytes of an adapter's targets and of the whole model.
+
+    Args:
+        model: that holds the adapter, without PEFT's models around it.
+        config: of the adapter, with ranks and dense modules resolved.
+    """
+    modules = dict(model.named_modules())
+    dense = {name: unwrapped(modules[name]) for name in config.dense_modules or ()}
+    matrices = [matrix_size(name, modules[name], rank, config) for name, rank in config.rank_pattern.items()]
+    matrices += [matrix_size(name, module, None, config) for name, module in dense.items()]
+    # Every other parameter counts once: not those of factors or matrices, which are counted above, and of a module that is
+    # saved whole beside the factors only its original, though there is a copy for each adapter.
+    copies = [module.modules_to_save for module in model.modules() if isinstance(module, ModulesToSaveWrapper)]
+    layers = [layer for _, layer in reparam_layers(model)]
+    counted = {id(p) for module in [*copies, *(layer.reparam_factors for layer in layers)] for p in module.parameters()}
+    counted |= {id(layer.base_layer.weight) for layer in layers if layer.base_layer.weight is not None}
+    counted |= {id(stored_weight(module)) for module in dense.values()}
+    others = [parameter for parameter in model.parameters() if id(parameter) not in counted]
+    return SizeReport(
+        matrices=matrices,
+        other_parameters=sum(parameter.numel() for parameter in others),
+        other_bytes=sum(parameter.numel() * parameter.element_size() for parameter in others),
+    )

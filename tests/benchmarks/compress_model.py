@@ -20,7 +20,7 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import reparam_peft.numerics.methods
-import reparam_peft.tuner.layer
+import reparam_peft.tuner.arrivals
 from reparam_peft import ReparamConfig, factorize
 from reparam_peft.cli.demo import demo_folder
 
@@ -94,7 +94,7 @@ def main() -> None:
             counter = mock.Mock(side_effect=factorize)
             with (
                 mock.patch.object(reparam_peft.numerics.methods, "factorize", counter),
-                mock.patch.object(reparam_peft.tuner.layer, "factorize", counter),
+                mock.patch.object(reparam_peft.tuner.arrivals, "factorize", counter),
             ):
                 loaded = load()
                 difference = "–"

@@ -278,3 +278,14 @@ def test_single_rows_take_the_fast_product_only_where_it_is_safe(monkeypatch: py
         assert calls == []
         layer(x)
     assert calls == [1]
+
+
+def test_the_pivot_form_is_not_turned_back() -> None:
+    product = pivot(random_factors(torch.randn(9, 5), 3))
+    with pytest.raises(TypeError, match=r"in pivot form.*`factors\.factors\(\)`"):
+        linear(5, 9, 3, "factors").set_factors(product)
+
+
+def test_a_bias_needs_a_place() -> None:
+    with pytest.raises(ValueError, match="`bias=True`"):
+        linear(5, 9, 3, "factors").set_bias(torch.ones(9))

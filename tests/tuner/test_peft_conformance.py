@@ -26,7 +26,7 @@ from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArg
 from reparam_peft import ReparamConfig, Statistics, calibrate, compress
 from reparam_peft.numerics import decompositions as decompositions
 from reparam_peft.numerics import methods
-from reparam_peft.tuner import layer
+from reparam_peft.tuner import arrivals
 from reparam_peft.tuner.layer import ReparamLayer
 
 ROUTES = {
@@ -104,7 +104,7 @@ def decompositions_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]
         shapes.append(tuple(weight.shape))
         return decompositions.factorize(weight, *args)
 
-    for module in (layer, methods):
+    for module in (arrivals, methods):
         monkeypatch.setattr(module, "factorize", counted)
     for name in ("svd", "eigh", "eigvalsh", "qr", "svdvals", "cholesky_ex", "lu_factor"):
         original = getattr(torch.linalg, name)
