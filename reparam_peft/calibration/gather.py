@@ -53,13 +53,13 @@ def gather_statistics(
         gradients: whether to gather second moments of the output gradients too, by a backward pass.
         seed: of the sampled labels, which depend on it and the position in the data only, not on the split into batches.
         progress: whether to show a progress bar.
-        starts: modules from whose outputs on gradients flow, beside `modules`: with the same, passes over parts of the
-            modules give what one pass over all gives.
+        starts: modules from whose outputs on gradients flow, beside `modules`. Passes over parts of some modules, each with
+            all of them as `starts`, give what one pass over all gives.
         first_row: number of the first row (sequence) of the batches in the whole of the data, where these are a part of it:
             then the statistics of the parts add up to those of the whole.
 
     Returns:
-        The `Statistics`.
+        The `Statistics`; of modules that no batch reaches, the norms and, with gradients, zeros only.
 
     Raises:
         ValueError: there are no batches, the model does not accept one, or a module's inputs or gradients are NaN or infinite;

@@ -245,8 +245,8 @@ class Statistics:
 
     def _check_whole(self) -> None:
         """Raise `ValueError` unless all records are whole, and modules have the inputs that they read and norms."""
-        known = self.weight_norms.keys() >= self.reads.keys() | self.outputs.keys()
-        if not known or set(self.reads.values()) != self.inputs.keys():
+        have_norms = self.weight_norms.keys() >= self.reads.keys() | self.outputs.keys()
+        if not have_norms or set(self.reads.values()) != self.inputs.keys():
             raise ValueError("modules and their inputs do not fit each other")
         records: tuple[tuple[str, Sums], ...] = (*self.inputs.items(), *self.outputs.items())
         for name, record in records:

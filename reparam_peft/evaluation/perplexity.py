@@ -1,4 +1,4 @@
-"""How good, how large and how fast a model is."""
+"""How well a model predicts: perplexity and accuracy."""
 
 from __future__ import annotations
 
@@ -41,7 +41,10 @@ def perplexity(model: nn.Module, batches: Iterable[Mapping[str, Tensor]], *, pro
     bar = tqdm(batches, desc="Evaluating", unit="batch", delay=1, disable=None if progress else True)
     with evaluating(model), bar:
         for index, batch in enumerate(bar):
-            batch = _to_device(batch, model, index)
+            if not isinstance(batch, Mapping) or not ("input_ids" in batch or "inputs_embeds" in batch):
+                held = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
+                raise ValueError(f"`batches` must hold dicts with `input_ids`, got {held} as batch {index}.")
+            batch = _to_device(batch, model)
             labels = labels_of(batch, shifts, index)
             logits, labels = _predictions(model, batch, labels, shifts)
             losses = F.cross_entropy(logits.flatten(0, 1).float(), labels.flatten(), ignore_index=IGNORED, reduction="sum")
@@ -76,8 +79,7 @@ def accuracy(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float
     right = count = 0
     with evaluating(model):
         for index, batch in enumerate(batches):
-            device = input_device(model)
-            batch = {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
+            batch = _to_device(batch, model)
             labels = labels_of(batch, shifts, index)
             logits, labels = _predictions(model, batch, labels, shifts)
             if logits.shape[:-1] != labels.shape:
@@ -92,10 +94,8 @@ def accuracy(model: nn.Module, batches: Iterable[Mapping[str, Tensor]]) -> float
     return right / count
 
 
-def _to_device(batch: Mapping[str, Tensor], model: nn.Module, index: int) -> dict[str, Any]:
-    if not isinstance(batch, Mapping) or not ("input_ids" in batch or "inputs_embeds" in batch):
-        kind = sorted(batch) if isinstance(batch, Mapping) else type(batch).__name__
-        raise ValueError(f"`batches` must hold dicts with `input_ids`, got {kind} as batch {index}.")
+def _to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
+    """A batch with its tensors where the model takes them."""
     device = input_device(model)
     return {key: value.to(device) if isinstance(value, Tensor) else value for key, value in batch.items()}
 

@@ -32,12 +32,12 @@ def text_batches(
     for name, value, least in (("length", length, 2), ("batch_size", batch_size, 1), ("limit", limit, 1)):
         if value is not None and value < least:
             raise ValueError(f"`{name}` must be at least {least}, got {value}.")
-    stream = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
+    tokens = tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
     starts_with = tokenizer("a")["input_ids"][:1]
     bos = starts_with if tokenizer.bos_token_id is not None and starts_with == [tokenizer.bos_token_id] else []
     step = length - len(bos)
-    windows = [bos + stream[i : i + step] for i in range(0, len(stream) - step + 1, step)][:limit]
+    windows = [bos + tokens[i : i + step] for i in range(0, len(tokens) - step + 1, step)][:limit]
     if not windows:
-        raise ValueError(f"`text` must hold at least one window of {step} tokens, got {len(stream)}; use a smaller `length`.")
+        raise ValueError(f"`text` must hold at least one window of {step} tokens, got {len(tokens)}; use a smaller `length`.")
     rows = torch.tensor(windows)
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(batch_size)]

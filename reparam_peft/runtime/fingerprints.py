@@ -20,7 +20,9 @@ def fingerprint_of_model(model: nn.Module) -> str:
 def fingerprint_of_batches(batches: Sequence[Mapping[str, Any]]) -> str:
     """SHA-256 of all tensors in batches, and of where they stand."""
     leaves = (
-        (f"{i}{keystr(path)}", leaf) for i, batch in enumerate(batches) for path, leaf in tree_leaves_with_path(dict(batch))
+        (f"{index}{keystr(path)}", leaf)
+        for index, batch in enumerate(batches)
+        for path, leaf in tree_leaves_with_path(dict(batch))
     )
     return _sha256((name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor))
 

@@ -38,6 +38,9 @@ def together() -> None:
 def fails_together(device: torch.device) -> Iterator[None]:
     """Where this block fails in one process of a distributed run, it fails in all, so that none waits for the others.
 
+    Args:
+        device: of a number that the processes exchange at the end of the block; one that their backend works on.
+
     Raises:
         RuntimeError: in the processes that did not fail themselves.
     """
