@@ -117,7 +117,7 @@ class Recorder:
         mask = self.source_mask if encodes else self.target_mask
         return fitting_mask(mask, x)
 
-    def add_input(self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, mask: Tensor | None) -> None:
+    def add_input(self, name: str, module: nn.Module, kind: LayerKind[Any], x: Tensor, mask: Tensor | None) -> None:
         """Add an input to its sums, unless another module has read the same tensor."""
         read = self.inputs_read.get(id(x))
         if read is None or not read.is_still(x):
@@ -155,7 +155,7 @@ class Recorder:
 
     @torch.no_grad()
     def add_weighted(
-        self, name: str, module: nn.Module, kind: LayerKind, x: Tensor, version: int, mask: Tensor | None, h: Tensor
+        self, name: str, module: nn.Module, kind: LayerKind[Any], x: Tensor, version: int, mask: Tensor | None, h: Tensor
     ) -> None:
         """Add an input, weighed by the gradients h there, unless it was changed in place since `version`."""
         if x._version != version:
@@ -171,7 +171,7 @@ class Recorder:
         record.weighted.weight += float(weights.sum())
 
     def add_gradient(
-        self, name: str, module: nn.Module, kind: LayerKind, squares: Tensor, mask: Tensor | None, g: Tensor
+        self, name: str, module: nn.Module, kind: LayerKind[Any], squares: Tensor, mask: Tensor | None, g: Tensor
     ) -> None:
         """Add a gradient g at the output, which the module made of inputs with these |x|², one for each row."""
         Y = wide_rows(kind.gradient_rows(module, g), None if mask is None else mask.to(g.device))
@@ -190,7 +190,7 @@ class Recorder:
 class _Hook:
     """The forward hook of one module, with the layer that has its geometry."""
 
-    def __init__(self, recorder: Recorder, name: str, kind: LayerKind, layer: nn.Module) -> None:
+    def __init__(self, recorder: Recorder, name: str, kind: LayerKind[Any], layer: nn.Module) -> None:
         self.recorder, self.name, self.kind, self.layer = recorder, name, kind, layer
 
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:

@@ -25,7 +25,7 @@ from ..layers.product import Product
 from ..planning.plan import Plan
 from ..runtime.batches import Batch, fitting_mask, padding_masks, split_rows
 from ..runtime.fingerprints import fingerprint_of_batches, fingerprint_of_model
-from ..runtime.modules import naming, parameter_owners, set_module
+from ..runtime.modules import encoder_of, naming, parameter_owners, set_module
 from ..runtime.processes import processes
 from ..runtime.run_folder import RunFolder, json_able
 from ..tuner.layer import ReparamLayer
@@ -95,8 +95,8 @@ class BlockByBlock:
         if refinement is not None:
             self.batches = [part for batch in batches for part in split_rows(batch, refinement.batch_size)]
         self.replay = Replay(job.model, blocks, self.batches)
-        encodes = getattr(getattr(job.model, "config", None), "is_encoder_decoder", False)
-        self.encoder = set(job.model.get_encoder().modules()) if encodes else None
+        encoder = encoder_of(job.model)
+        self.encoder = None if encoder is None else set(encoder.modules())
         self.shared = {name for names in parameter_owners(job.model).values() if len(names) > 1 for name in names}
         self.outside: dict[str, nn.Module] = {}  # targets outside of blocks, factorised
         settings: dict[str, Any] = {}
