@@ -25,9 +25,9 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerBase
 from reparam_peft import Plan, Record, ReparamConfig, Statistics, perplexity, text_batches
 from reparam_peft.cli import app as cli
 from reparam_peft.cli import compress as compress_command
-from reparam_peft.cli import inputs as preparation
 from reparam_peft.cli import inputs as sources
 from reparam_peft.cli import search as search_command
+from reparam_peft.cli import statistics_file as preparation
 from reparam_peft.cli.outputs import PROMPTS
 from reparam_peft.searching import search as searching
 
@@ -856,7 +856,7 @@ def test_the_seed_reaches_what_is_random(run: Run, models: Path, tmp_path: Path,
         raise sources.CliError("enough")
 
     monkeypatch.setattr(compress_command, "compress_model", stop)
-    monkeypatch.setattr(search_command, "search_model", stop)
+    monkeypatch.setattr(search_command, "find_smallest", stop)
     texts = calibrated(models)[:-1]
     refined = [*calibrated(models), "--refine", "--epochs", 2, "--seed", 5]
     assert_error(run("compress", models / "llama", tmp_path / "out", *refined), "enough")
