@@ -17,6 +17,7 @@ from .compress import compress
 from .errors import CliError
 from .evaluate import evaluate
 from .export import export
+from .groups import spread
 from .heal import heal
 from .plan import plan
 from .report import report
@@ -32,13 +33,14 @@ app = typer.Typer(
 )
 
 
-def _command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
-    """What makes a function a command: with `--config`, and examples in its help."""
-    return app.command(cls=Command, epilog="Examples:\n\n" + "\n\n".join(f"- `reparam {example}`" for example in examples))
+def _add(command: Callable[..., None], *examples: str) -> None:
+    """Make a function a command: with options for its groups of options, with `--config`, and with examples in its help."""
+    epilog = "Examples:\n\n" + "\n\n".join(f"- `reparam {example}`" for example in examples)
+    app.command(cls=Command, epilog=epilog)(spread(command))
 
 
-def _show_version(asked: bool) -> None:
-    if asked:
+def _show_version(wanted: bool) -> None:
+    if wanted:
         print(version("reparam_peft"))
         raise typer.Exit
 
@@ -50,27 +52,31 @@ def _options(
     """Options of `reparam` itself."""
 
 
-_command(
+_add(
+    compress,
     "compress demo compressed --keep 0.9",
     "compress MODEL OUT --calibration train.txt --text test.txt --sequential --refine --run-folder blocks",
     "compress --config settings.yaml --seed 1",
-)(compress)
-_command(
+)
+_add(
+    plan,
     "plan demo --keep 0.8 --statistics demo.safetensors --output plan.json",
     "plan MODEL --config settings.yaml --json",
-)(plan)
-_command("evaluate compressed --text article.txt --json", "evaluate compressed --speed --config settings.yaml")(evaluate)
-_command("search demo compressed --max-increase 5%", "search --config settings.yaml --run-folder trials")(search)
-_command(
+)
+_add(evaluate, "evaluate compressed --text article.txt --json", "evaluate compressed --speed --config settings.yaml")
+_add(search, "search demo compressed --max-increase 5%", "search --config settings.yaml --run-folder trials")
+_add(
+    heal,
     "heal compressed healed --calibration article.txt --steps 200",
     "heal --config settings.yaml --run-folder steps",
-)(heal)
-_command("report compressed", "report compressed --no-measure --output page", "report --config settings.yaml")(report)
-_command(
+)
+_add(report, "report compressed", "report compressed --no-measure --output page", "report --config settings.yaml")
+_add(
+    export,
     "export compressed standalone",
     "export compressed small --quantize int8",
     "export --config settings.yaml --overwrite",
-)(export)
+)
 
 
 def main() -> None:

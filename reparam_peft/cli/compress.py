@@ -1,183 +1,298 @@
-"""`reparam compress`."""
+"""`reparam compress`: settings, inputs, compression, measurement, and what is printed of it."""
 
 from __future__ import annotations
 
 import json
 import math
 import time
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import typer
 from peft import PeftModel, get_peft_model
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
 
 from ..blockwise.refinement import Refinement
+from ..calibration.statistics import Statistics
 from ..compression.compress import compress as compress_model
 from ..compression.compress import plan as plan_model
+from ..config.reparam_config import ReparamConfig
 from ..evaluation.perplexity import perplexity
 from ..planning.plan import Plan
 from ..report.record import Record, saving_with
 from ..runtime.run_folder import PLAN
 from ..tuner.sizes import SizeReport
 from .errors import CliError
-from .inputs import calibrated, config_of, is_data_free, load_dense, load_model, read_batches, read_statistics
+from .inputs import load_dense, load_model, read_batches
 from .options import (
-    AllocationOption,
-    CalibrationOption,
-    CalibrationWindowsOption,
-    CeilingOption,
-    DeviceOption,
-    DtypeOption,
-    ExcludeOption,
-    FormOption,
+    CalibrationOptions,
+    ConfigOptions,
     JsonOption,
-    KeepOption,
-    LengthOption,
-    MethodOption,
+    LoadOptions,
     ModelArgument,
     OutputArgument,
     OverwriteOption,
-    RankOption,
     SeedOption,
-    StatisticsOption,
-    TargetOption,
-    TextOption,
-    WindowsOption,
+    StorageOptions,
+    TextOptions,
 )
-from .outputs import PROMPTS, check_language_model, check_output, continuation, err, figures_table, out, save_whole, size_table
+from .outputs import (
+    PROMPTS,
+    check_language_model,
+    check_output,
+    continuation,
+    err,
+    figures_table,
+    note_evaluation,
+    out,
+    save_whole,
+    size_table,
+)
+from .statistics_file import Calibration, is_data_free
 
 
-def compress(
-    model: ModelArgument,
-    output: OutputArgument,
-    keep: KeepOption = None,
-    rank: RankOption = None,
-    target_modules: TargetOption = "all-linear",
-    exclude_modules: ExcludeOption = None,
-    method: MethodOption = None,
-    allocation: AllocationOption = None,
-    form: FormOption = None,
-    ceiling: CeilingOption = None,
-    calibration: CalibrationOption = None,
-    calibration_windows: CalibrationWindowsOption = 48,
-    statistics: StatisticsOption = None,
-    plan: Annotated[Path | None, typer.Option(help="Plan that `reparam plan --output` wrote, instead of --keep.")] = None,
-    seed: SeedOption = None,
+@dataclass(frozen=True, kw_only=True)
+class BlockOptions:
+    """Compression block by block."""
+
     sequential: Annotated[
         bool, typer.Option("--sequential", help="Block by block: fit each matrix to what the earlier ones became.")
-    ] = False,
+    ] = False
     refine: Annotated[
         bool, typer.Option("--refine", help="Block by block: train each block to compute what the original one does.")
-    ] = False,
-    epochs: Annotated[int | None, typer.Option(min=1, help="Of --refine. Default: 4.")] = None,
+    ] = False
+    epochs: Annotated[int | None, typer.Option(min=1, help="Of --refine. Default: 4.")] = None
     run_folder: Annotated[
         Path | None, typer.Option(help="Folder for finished blocks and their errors: a run that was killed goes on from there.")
-    ] = None,
+    ] = None
     offload_folder: Annotated[
         Path | None, typer.Option(help="Folder for activations during --sequential or --refine. Default: in memory.")
-    ] = None,
-    evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after, and generate a sample.")] = True,
-    text: TextOption = None,
-    length: LengthOption = 512,
-    windows: WindowsOption = 8,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-) -> None:
+    ] = None
+
+    @property
+    def by_block(self) -> bool:
+        """Whether the model is compressed block by block."""
+        return self.sequential or self.refine
+
+
+@dataclass(frozen=True, kw_only=True)
+class CompressOptions:
+    """The arguments and options of `reparam compress`, in the order of its help."""
+
+    model: ModelArgument
+    output: OutputArgument
+    config: ConfigOptions
+    calibration: CalibrationOptions
+    plan: Annotated[Path | None, typer.Option(help="Plan that `reparam plan --output` wrote, instead of --keep.")] = None
+    seed: SeedOption = None
+    blocks: BlockOptions
+    evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after, and generate a sample.")] = True
+    text: TextOptions
+    load: LoadOptions
+    overwrite: OverwriteOption = False
+    as_json: JsonOption = False
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What is asked for, once it is known to make sense.
+
+    Attributes:
+        options: as given, OUT made absolute.
+        config: what is compressed, and how.
+        plan: the one that was given.
+        calibration: what is calibrated on.
+        earlier: statistics that were there already.
+    """
+
+    options: CompressOptions
+    config: ReparamConfig
+    plan: Plan | None
+    calibration: Calibration
+    earlier: Statistics | None
+
+
+class Inputs(NamedTuple):
+    """What was read: the dense model, its tokenizer, windows to measure perplexity on, and statistics where some are needed."""
+
+    model: Any
+    tokenizer: PreTrainedTokenizerBase
+    windows: list[dict[str, Tensor]]
+    statistics: Statistics | None
+
+
+class Compressed(NamedTuple):
+    """What is known of a model that was compressed and saved."""
+
+    record: Record
+    sizes: SizeReport
+    seconds: float
+
+
+class Quality(NamedTuple):
+    """How good a model is: its perplexity, and how it goes on with a text."""
+
+    perplexity: float
+    sample: str
+
+
+def compress(options: CompressOptions) -> None:
     """Compress MODEL, save it to OUT, load it again, and say how large and how good it is."""
-    output = output.resolve()
-    check_output(output, model, overwrite)
-    ranks = _read_plan(plan, keep, rank, allocation, ceiling)
-    if ranks is not None:
-        keep, method, allocation, form = ranks.keep, method or ranks.method, ranks.allocation, form or ranks.form
-        ceiling = ranks.ceiling
-    config = config_of(keep, rank, target_modules, exclude_modules, method, allocation, form, ceiling)
-    if ranks is not None and is_data_free(config):
+    settings = _settings(replace(options, output=options.output.resolve()))
+    inputs = _read(settings)
+    tokenizer, windows = inputs.tokenizer, inputs.windows
+    before = _measure(inputs.model, tokenizer, windows, "before") if options.evaluate else None
+    compressed = _compress(settings, inputs)
+    del inputs  # what is loaded next needs the memory of the model that was compressed in place
+    after = _measure_again(settings.options, tokenizer, windows, before, compressed.record)
+    _print(settings.options, compressed, before, after)
+
+
+def _settings(options: CompressOptions) -> Settings:
+    """What the options say; what makes no sense is refused here, before a model is loaded."""
+    check_output(options.output, options.model, options.overwrite)
+    plan, asked = _read_plan(options.plan, options.config), options.config
+    if plan is not None:
+        storage = StorageOptions(allocation=plan.allocation, form=asked.storage.form or plan.form, ceiling=plan.ceiling)
+        asked = replace(asked, keep=plan.keep, method=asked.method or plan.method, storage=storage)
+    config, blocks = asked.config(), options.blocks
+    if plan is not None and is_data_free(config):
         raise CliError("--plan is for calibrated methods; leave out --method svd.")
-    by_block = sequential or refine
-    if by_block and is_data_free(config):
+    if blocks.by_block and is_data_free(config):
         raise CliError("--sequential and --refine need calibration; leave out --method svd.")
-    if not refine and epochs is not None:
+    if not blocks.refine and blocks.epochs is not None:
         raise CliError("--epochs are those of --refine; add it.")
-    if not by_block and not (run_folder is None and offload_folder is None):
+    if not blocks.by_block and not (blocks.run_folder is None and blocks.offload_folder is None):
         raise CliError("--run-folder and --offload-folder are for --sequential and --refine.")
-    known = read_statistics(config, None if by_block else calibration, statistics, seed)
-    base, tokenizer = load_dense(model, dtype, device)
-    if evaluate:
-        check_language_model(base, model, "; add --no-evaluate")
-    skip = 0
-    if text is None and calibration is None and not is_data_free(config):  # both are of the reference text
-        skip = max(0 if known is None else math.ceil(known.tokens / length), calibration_windows * (known is None or by_block))
-    batches = read_batches(tokenizer, "--text", text, length, windows, skip) if evaluate else []
-    if known is None and not is_data_free(config):
-        known = calibrated(base, tokenizer, config, calibration, length, calibration_windows, statistics, seed)
-    figures: dict[str, float] = {}
-    if evaluate:
-        err.print("measuring perplexity before …")
-        figures["dense perplexity"] = perplexity(base, batches, progress=True)
-        sample = continuation(base, tokenizer, PROMPTS[0])
-    err.print("factorising …")
-    start = time.perf_counter()
-    plans_itself = run_folder is not None or (refine and config.method == "svd")  # which moves biases for `refine` only
-    if ranks is None and known is not None and not plans_itself:
-        ranks = plan_model(base, config, known)
-    if known is None:
-        compressed = get_peft_model(base, config)
-    elif by_block:
-        blocks = read_batches(tokenizer, "--calibration", calibration, length, calibration_windows)
-        how = {"sequential": sequential, "run_folder": run_folder, "offload_folder": offload_folder, "statistics": known}
-        how["refine"] = Refinement(seed=known.seed, **({} if epochs is None else {"epochs": epochs})) if refine else False
-        compressed = compress_model(base, config, blocks, plan=ranks, **how)
-    else:
-        compressed = compress_model(base, config, known, plan=ranks)
-    seconds = time.perf_counter() - start
-    sizes = compressed.size_report()
-    if run_folder is not None:
-        ranks = Plan.load(run_folder / PLAN)  # a run that goes on keeps the plan that it began with
-    record = Record.of(compressed, plan=ranks, run_folder=run_folder, angles=False).with_(model=model)
-    save_whole(compressed, tokenizer, output, saving_with(record))
-    del base, compressed
-    err.print("loading it again …")
-    source, _ = load_model(model, dtype, device)
-    reloaded = PeftModel.from_pretrained(source, output)
-    result: dict[str, Any] = {
-        "model": model,
-        "output": str(output),
-        "seconds": round(seconds, 2),
-        "keep": sizes.keep,
-        "size": sizes.to_dict(),
-        "dense_modules": sizes.dense_modules,
-    }
-    if evaluate:
-        err.print("measuring perplexity after …")
-        figures["perplexity"] = perplexity(reloaded, batches, progress=True)
-        reloaded.peft_config["default"].evaluation = dict(figures)
-        samples = {"dense": sample, "compressed": continuation(reloaded, tokenizer, PROMPTS[0])}
-        record = record.with_(evaluation=dict(figures), samples=[{"prompt": PROMPTS[0], **samples}])
-        save_whole(reloaded, tokenizer, output, saving_with(record))
-        result |= {"evaluation": figures, "sample": samples}
-    if as_json:
-        print(json.dumps(result))
-    else:
-        _print_compression(result, sizes)
+    calibration = Calibration.of(options.calibration, options.text.length, options.seed)
+    # Blocks read the text even where there are statistics, so that the two do not exclude each other.
+    earlier = (replace(calibration, text=None) if blocks.by_block else calibration).earlier(config)
+    return Settings(options, config, plan, calibration, earlier)
 
 
-def _read_plan(
-    path: Path | None, keep: float | None, rank: str | None, allocation: str | None, ceiling: float | None
-) -> Plan | None:
+def _read_plan(path: Path | None, options: ConfigOptions) -> Plan | None:
     if path is None:
         return None
-    if not (keep is None and rank is None and allocation is None and ceiling is None):
+    sizes = (options.keep, options.rank, options.storage.allocation, options.storage.ceiling)
+    if any(value is not None for value in sizes):
         raise CliError("--plan holds the ranks; leave out --keep, --rank, --allocation and --ceiling.")
     return Plan.load(path)
 
 
-def _print_compression(result: dict[str, Any], sizes: SizeReport) -> None:
+def _read(settings: Settings) -> Inputs:
+    """Model, texts and statistics; statistics that are not there yet are gathered."""
+    options, calibration, earlier = settings.options, settings.calibration, settings.earlier
+    model, tokenizer = load_dense(options.model, options.load.dtype, options.load.device)
+    windows: list[dict[str, Tensor]] = []
+    if options.evaluate:
+        check_language_model(model, options.model, "; add --no-evaluate")
+        text, length = options.text.text, options.text.length
+        windows = read_batches(tokenizer, "--text", text, length, options.text.windows, _seen_windows(settings))
+    if earlier is not None or is_data_free(settings.config):
+        return Inputs(model, tokenizer, windows, earlier)
+    return Inputs(model, tokenizer, windows, calibration.gather(model, tokenizer, settings.config))
+
+
+def _seen_windows(settings: Settings) -> int:
+    """How many windows of the text to measure on calibration sees: both take the reference text by default."""
+    options, calibration, earlier = settings.options, settings.calibration, settings.earlier
+    if options.text.text is not None or calibration.text is not None or is_data_free(settings.config):
+        return 0
+    from_file = 0 if earlier is None else math.ceil(earlier.tokens / options.text.length)
+    from_text = calibration.windows if earlier is None or options.blocks.by_block else 0
+    return max(from_file, from_text)
+
+
+def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, windows: list[dict[str, Tensor]], when: str) -> Quality:
+    err.print(f"measuring perplexity {when} …")
+    return Quality(perplexity(model, windows, progress=True), continuation(model, tokenizer, PROMPTS[0]))
+
+
+def _compress(settings: Settings, inputs: Inputs) -> Compressed:
+    """Factorise the model, which is changed in place, and save it with its record."""
+    options, blocks, plan = settings.options, settings.options.blocks, settings.plan
+    err.print("factorising …")
+    start = time.perf_counter()
+    # `compress` must plan by itself where a run folder may hold the plan that the run began with, and where `refine` moves
+    # biases, which `plan` knows nothing of.
+    plans_itself = blocks.run_folder is not None or (blocks.refine and settings.config.method == "svd")
+    if plan is None and inputs.statistics is not None and not plans_itself:
+        plan = plan_model(inputs.model, settings.config, inputs.statistics)
+    model = _factorised(settings, inputs, plan)
+    seconds = time.perf_counter() - start
+    if blocks.run_folder is not None:
+        plan = Plan.load(blocks.run_folder / PLAN)  # a run that goes on keeps the plan that it began with
+    record = Record.of(model, plan=plan, run_folder=blocks.run_folder, angles=False).with_(model=options.model)
+    save_whole(model, inputs.tokenizer, options.output, saving_with(record))
+    return Compressed(record, model.size_report(), seconds)
+
+
+def _factorised(settings: Settings, inputs: Inputs, plan: Plan | None) -> PeftModel:
+    """The compressed model: without data, block by block, or at once."""
+    blocks, statistics = settings.options.blocks, inputs.statistics
+    if statistics is None:
+        return get_peft_model(inputs.model, settings.config)
+    if not blocks.by_block:
+        return compress_model(inputs.model, settings.config, statistics, plan=plan)
+    calibration = settings.calibration
+    batches = read_batches(inputs.tokenizer, "--calibration", calibration.text, calibration.length, calibration.windows)
+    epochs = Refinement.epochs if blocks.epochs is None else blocks.epochs
+    return compress_model(
+        inputs.model,
+        settings.config,
+        batches,
+        plan=plan,
+        sequential=blocks.sequential,
+        refine=Refinement(epochs=epochs, seed=statistics.seed) if blocks.refine else False,
+        statistics=statistics,
+        offload_folder=blocks.offload_folder,
+        run_folder=blocks.run_folder,
+    )
+
+
+def _measure_again(
+    options: CompressOptions,
+    tokenizer: PreTrainedTokenizerBase,
+    windows: list[dict[str, Tensor]],
+    before: Quality | None,
+    record: Record,
+) -> Quality | None:
+    """Load what was saved; where the dense model was measured, measure it too, and save it again with the figures."""
+    err.print("loading it again …")
+    source, _ = load_model(options.model, options.load.dtype, options.load.device)
+    model = PeftModel.from_pretrained(source, options.output)
+    if before is None:
+        return None
+    after = _measure(model, tokenizer, windows, "after")
+    figures = note_evaluation(model, {"dense perplexity": before.perplexity, "perplexity": after.perplexity})
+    sample = {"prompt": PROMPTS[0], "dense": before.sample, "compressed": after.sample}
+    save_whole(model, tokenizer, options.output, saving_with(record.with_(evaluation=figures, samples=[sample])))
+    return after
+
+
+def _print(options: CompressOptions, compressed: Compressed, before: Quality | None, after: Quality | None) -> None:
+    """Tables on stdout, or one JSON object."""
+    sizes = compressed.sizes
+    result: dict[str, Any] = {
+        "model": options.model,
+        "output": str(options.output),
+        "seconds": round(compressed.seconds, 2),
+        "keep": sizes.keep,
+        "size": sizes.to_dict(),
+        "dense_modules": sizes.dense_modules,
+    }
+    if before is not None and after is not None:
+        result["evaluation"] = {"dense perplexity": before.perplexity, "perplexity": after.perplexity}
+        result["sample"] = {"dense": before.sample, "compressed": after.sample}
+    if options.as_json:
+        print(json.dumps(result))
+        return
     out.print(size_table(sizes))
     if "evaluation" in result:
         out.print(figures_table(result["evaluation"]))
         for name, words in result["sample"].items():
             out.print(f"[bold]{name}:[/] ", end="")
             out.print(words, markup=False, highlight=False, soft_wrap=True)
-    out.print(f"factorised in {result['seconds']:.1f} s, saved to {result['output']}", highlight=False, soft_wrap=True)
+    out.print(f"factorised in {result['seconds']:.1f} s, saved to {options.output}", highlight=False, soft_wrap=True)

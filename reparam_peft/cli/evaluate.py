@@ -1,4 +1,4 @@
-"""`reparam evaluate`."""
+"""`reparam evaluate`: how good, how large and how fast a model is."""
 
 from __future__ import annotations
 
@@ -10,43 +10,32 @@ import typer
 from ..evaluation.perplexity import perplexity
 from ..evaluation.speed import benchmark
 from ..standalone.checkpoint import CheckpointLoader
-from ..tuner.model import ReparamModel
-from .inputs import calibrated_windows, load_model, read_batches
-from .options import (
-    DeviceOption,
-    DtypeOption,
-    JsonOption,
-    LengthOption,
-    ModelArgument,
-    SmallerOption,
-    TextOption,
-    WindowsOption,
-)
+from .inputs import calibrated_windows, is_compressed, load_model, read_batches
+from .options import JsonOption, LoadOptions, ModelArgument, SmallerOption, TextOptions
 from .outputs import check_language_model, figures_table, out, size_table
 
 
 def evaluate(
     model: ModelArgument,
+    *,
     keep: SmallerOption = None,
-    text: TextOption = None,
-    length: LengthOption = 512,
-    windows: WindowsOption = 8,
+    text: TextOptions,
     speed: Annotated[bool, typer.Option(help="Also measure latency and peak memory.")] = False,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
+    load: LoadOptions,
     as_json: JsonOption = False,
 ) -> None:
     """Perplexity of MODEL on a text, its size, and on request its speed."""
-    loaded, tokenizer = load_model(model, dtype, device, keep=keep)
+    loaded, tokenizer = load_model(model, load.dtype, load.device, keep=keep)
     check_language_model(loaded, model, "")
-    batches = read_batches(tokenizer, "--text", text, length, windows, calibrated_windows(length) if text is None else 0)
+    skip = calibrated_windows(text.length) if text.text is None else 0
+    batches = read_batches(tokenizer, "--text", text.text, text.length, text.windows, skip)
     figures: dict[str, Any] = {"perplexity": perplexity(loaded, batches, progress=True)}
-    sizes = loaded.size_report() if isinstance(getattr(loaded, "base_model", None), ReparamModel) else None
+    sizes = loaded.size_report() if is_compressed(loaded) else None
     whole = sizes.to_dict()["model"] if sizes else {}
     figures["parameters"] = whole.get("stored_parameters", sum(p.numel() for p in loaded.parameters()))
     figures["bytes"] = whole.get("stored_bytes", _bytes(loaded))
     if speed:
-        timing = benchmark(loaded, prompt_length=length)
+        timing = benchmark(loaded, prompt_length=text.length)
         figures |= {name.replace("_", " "): value for name, value in timing.to_dict().items() if value is not None}
     if as_json:
         print(json.dumps({"model": model, **figures, **({"size": sizes.to_dict()} if sizes else {})}))

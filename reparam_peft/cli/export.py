@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from transformers import PreTrainedModel
 
 from ..config.model_card import write_standalone_card
 from ..config.reparam_config import ReparamConfig
 from ..standalone.onnx_export import save_onnx
 from ..standalone.self_contained import auto_class, save_self_contained
-from ..tuner.model import ReparamModel
 from .errors import CliError
-from .inputs import load_model
-from .options import DeviceOption, DtypeOption, JsonOption, ModelArgument, OutputArgument, OverwriteOption, SmallerOption
-from .outputs import check_output, save_whole
+from .inputs import load_compressed
+from .options import JsonOption, LoadOptions, ModelArgument, OutputArgument, OverwriteOption, SmallerOption
+from .outputs import check_output, out, save_whole
 
 
 class Kind(str, Enum):
@@ -41,6 +39,7 @@ class Bits(str, Enum):
 def export(
     model: ModelArgument,
     output: OutputArgument,
+    *,
     keep: SmallerOption = None,
     to: Annotated[
         Kind, typer.Option(help="With factors, to load after `import reparam_peft`; dense, of the old size; or ONNX files.")
@@ -51,8 +50,7 @@ def export(
     quantize: Annotated[
         Bits | None, typer.Option(help="Factors in 8 bits (needs torchao) or 4 bits (needs bitsandbytes).")
     ] = None,
-    dtype: DtypeOption = "auto",
-    device: DeviceOption = None,
+    load: LoadOptions,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
 ) -> None:
@@ -63,11 +61,9 @@ def export(
         raise CliError("--self-contained is for standalone checkpoints that are not quantised; leave one of the two out.")
     if quantize and to is not Kind.standalone:
         raise CliError("--quantize is for standalone checkpoints; leave it out.")
-    if to is Kind.onnx and dtype == "auto":
-        dtype = "float32"  # ONNX Runtime has no bfloat16 on a CPU
-    adapter, tokenizer = load_model(model, dtype, device, keep=keep)
-    if not isinstance(getattr(adapter, "base_model", None), ReparamModel):
-        raise CliError(f"{model} is no compressed adapter; make one with `reparam compress`.")
+    # ONNX Runtime has no bfloat16 on a CPU.
+    dtype = "float32" if to is Kind.onnx and load.dtype == "auto" else load.dtype
+    adapter, tokenizer = load_compressed(model, dtype, load.device, keep=keep)
     try:
         if to is Kind.dense:
             plain = adapter.merge_and_unload(safe_merge=True)
@@ -79,14 +75,14 @@ def export(
     weights = (path for pattern in ("*.safetensors", "*.onnx*") for path in output.glob(pattern))
     written = sum(path.stat().st_size for path in weights)
     if as_json:
-        report = {"to": to.value, "quantize": quantize.value if quantize else None, "bytes": written}
-        print(json.dumps({"model": model, "output": str(output), **report}))
+        stored = quantize.value if quantize else None
+        print(json.dumps({"model": model, "output": str(output), "to": to.value, "quantize": stored, "bytes": written}))
     else:
-        Console().print(f"{written:,} bytes of weights saved to {output}", highlight=False, soft_wrap=True)
+        out.print(f"{written:,} bytes of weights saved to {output}", highlight=False, soft_wrap=True)
 
 
 def _save(config: ReparamConfig, to: Kind, self_contained: bool, model: PreTrainedModel, folder: Path) -> None:
-    """Write a model of a kind, with a card where it is a standalone one."""
+    """Write what is exported, with a card where it is a standalone checkpoint."""
     if to is Kind.onnx:
         save_onnx(model, folder)
     elif self_contained:

@@ -1,58 +1,132 @@
-"""Options that several commands have."""
+"""Options that several commands have, one by one and in groups (see `groups.spread`)."""
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from ..config.reparam_config import ReparamConfig
+from .errors import CliError
+
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a model or of a compressed adapter, or `demo`.")
 ]
-TextOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Text to measure perplexity on: a file, or a Hub data set as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT. "
-        "Default: Python's language reference."
-    ),
-]
-KeepOption = Annotated[float | None, typer.Option(help="Fraction of the targeted parameters to store. Default: 0.8.")]
-RankOption = Annotated[str | None, typer.Option(help="One rank for all matrices, or `full`; instead of --keep.")]
-TargetOption = Annotated[str, typer.Option(help="`all-linear`, a regular expression, or name endings separated by commas.")]
-ExcludeOption = Annotated[str | None, typer.Option(help="Likewise, to leave out.")]
-MethodOption = Annotated[str | None, typer.Option(help="svd, whitened or autoencoder. Default: whitened.")]
-AllocationOption = Annotated[str | None, typer.Option(help="uniform or loss. Default: loss; uniform with --rank or svd.")]
-FormOption = Annotated[str | None, typer.Option(help="factors or pivot. Default: pivot; factors without calibration.")]
-CeilingOption = Annotated[
-    float | None,
-    typer.Option(
-        help="The most to store of a matrix, as a fraction. Below 1, with --form factors, the adapter also loads at smaller "
-        "sizes. Default: 1."
-    ),
-]
+OutputArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the compressed adapter to.")]
 SmallerOption = Annotated[
     float | None,
     typer.Option("--keep", help="Load an adapter at this smaller size, where its file serves several. Default: whole."),
 ]
-CalibrationOption = Annotated[
-    str | None,
-    typer.Option(
-        help="Text to calibrate on: as for --text. Default: Python's language reference, of which --text then takes "
-        "later windows."
-    ),
-]
-CalibrationWindowsOption = Annotated[int, typer.Option(min=1, help="The most windows of text to calibrate on.")]
-StatisticsOption = Annotated[
-    Path | None, typer.Option(help="File of calibration statistics: read if it exists, else written; serves any --keep.")
-]
+LengthOption = Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")]
 SeedOption = Annotated[
     int | None, typer.Option(min=0, help="Seed of the labels sampled for gradients, and of the order in --refine. Default: 0.")
 ]
-LengthOption = Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")]
-WindowsOption = Annotated[int, typer.Option(min=1, help="The most windows of text to evaluate.")]
-DtypeOption = Annotated[str, typer.Option(help="Dtype to load the model in: auto, float32, bfloat16 or float16.")]
-DeviceOption = Annotated[str | None, typer.Option(help="Device, e.g. cpu or cuda. Default: the best there is.")]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 OverwriteOption = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
-OutputArgument = Annotated[Path, typer.Argument(metavar="OUT", help="Folder to write the compressed adapter to.")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoadOptions:
+    """How models are loaded."""
+
+    dtype: Annotated[str, typer.Option(help="Dtype to load the model in: auto, float32, bfloat16 or float16.")] = "auto"
+    device: Annotated[str | None, typer.Option(help="Device, e.g. cpu or cuda. Default: the best there is.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """What perplexity is measured on."""
+
+    text: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to measure perplexity on: a file, or a Hub data set as NAME, NAME:SPLIT or NAME:CONFIG:SPLIT. "
+            "Default: Python's language reference."
+        ),
+    ] = None
+    length: LengthOption = 512
+    windows: Annotated[int, typer.Option(min=1, help="The most windows of text to evaluate.")] = 8
+
+
+@dataclass(frozen=True, kw_only=True)
+class TargetOptions:
+    """What is compressed."""
+
+    target_modules: Annotated[
+        str, typer.Option(help="`all-linear`, a regular expression, or name endings separated by commas.")
+    ] = "all-linear"
+    exclude_modules: Annotated[str | None, typer.Option(help="Likewise, to leave out.")] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class StorageOptions:
+    """How what is stored is shared out among matrices, and in which form."""
+
+    allocation: Annotated[str | None, typer.Option(help="uniform or loss. Default: loss; uniform with --rank or svd.")] = None
+    form: Annotated[str | None, typer.Option(help="factors or pivot. Default: pivot; factors without calibration.")] = None
+    ceiling: Annotated[
+        float | None,
+        typer.Option(
+            help="The most to store of a matrix, as a fraction. Below 1, with --form factors, the adapter also loads at "
+            "smaller sizes. Default: 1."
+        ),
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigOptions:
+    """What a `ReparamConfig` is made of."""
+
+    keep: Annotated[float | None, typer.Option(help="Fraction of the targeted parameters to store. Default: 0.8.")] = None
+    rank: Annotated[str | None, typer.Option(help="One rank for all matrices, or `full`; instead of --keep.")] = None
+    targets: TargetOptions
+    method: Annotated[str | None, typer.Option(help="svd, whitened or autoencoder. Default: whitened.")] = None
+    storage: StorageOptions
+
+    def config(self) -> ReparamConfig:
+        """The config, its values checked.
+
+        Raises:
+            CliError, TypeError, ValueError: a value is wrong, or excludes another.
+        """
+        if self.keep is not None and self.rank is not None:
+            raise CliError("--keep and --rank exclude each other; give one.")
+        if self.rank is not None and self.rank != "full" and not self.rank.isdecimal():
+            raise CliError(f"--rank must be a positive whole number or `full`, got {self.rank!r}.")
+        excluded = self.targets.exclude_modules
+        return ReparamConfig(
+            target_modules=_names(self.targets.target_modules),
+            exclude_modules=None if excluded is None else _names(excluded),
+            keep=ReparamConfig.keep if self.keep is None else self.keep,
+            r=int(self.rank) if self.rank is not None and self.rank != "full" else self.rank,
+            method=self.method,
+            allocation=self.storage.allocation,
+            form=self.storage.form,
+            ceiling=self.storage.ceiling,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class CalibrationOptions:
+    """What is calibrated on."""
+
+    calibration: Annotated[
+        str | None,
+        typer.Option(
+            help="Text to calibrate on: as for --text. Default: Python's language reference, of which --text then takes "
+            "later windows."
+        ),
+    ] = None
+    calibration_windows: Annotated[int, typer.Option(min=1, help="The most windows of text to calibrate on.")] = 48
+    statistics: Annotated[
+        Path | None, typer.Option(help="File of calibration statistics: read if it exists, else written; serves any --keep.")
+    ] = None
+
+
+def _names(value: str) -> str | list[str]:
+    """Name endings where the value is a list of words, else a regular expression (or `all-linear`)."""
+    words = value.split(",")
+    plain = all(word.strip().replace("_", "").replace(".", "").isalnum() for word in words)
+    return [word.strip() for word in words] if plain and value != "all-linear" else value

@@ -6,15 +6,16 @@ import json
 import os
 import shutil
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from ..config.reparam_config import ReparamConfig
 from ..runtime.modules import predicts_next_token
 from ..standalone.checkpoint import METHOD
 from ..tuner.sizes import SizeReport
@@ -84,11 +85,17 @@ def continuation(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) ->
     """A short greedy continuation of a text, with the text."""
     tokens = tokenizer(prompt, return_tensors="pt").to(model.device)
     generated = model.generate(**tokens, max_new_tokens=24, do_sample=False, pad_token_id=tokenizer.eos_token_id)
-    return tokenizer.decode(generated[0], skip_special_tokens=True)
+    return str(tokenizer.decode(generated[0], skip_special_tokens=True))
+
+
+def note_evaluation(model: PeftModel, figures: Mapping[str, float]) -> dict[str, float]:
+    """Put figures into the config of a compressed model, which its card shows when it is saved; returns a copy of them."""
+    cast(ReparamConfig, model.peft_config["default"]).evaluation = dict(figures)
+    return dict(figures)
 
 
 def size_table(sizes: SizeReport) -> Table:
-    """Sizes before and after."""
+    """Parameters and bytes, of the targets and of the model, before and after."""
     table = Table("size", "before", "after", "kept")
     for part, unit, before, after, kept in sizes.rows():
         table.add_row(f"{part}, {unit}", f"{before:,}", f"{after:,}", f"{kept:.1%}")

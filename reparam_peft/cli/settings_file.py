@@ -11,7 +11,7 @@ from typer.core import TyperCommand
 
 from .errors import CliError
 
-# Those that take names separated by commas, and in a file a list of names, too.
+# Options that take names separated by commas, and in a file a list of names, too.
 LISTS = ("target_modules", "exclude_modules", "methods")
 
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from itertools import pairwise
+from typing import cast
 
 from torch import Tensor, nn
 
 from ..display.axes import places_of
+from ..layers.factorized import FactorizedModule
 from ..numerics.angles import principal_angles
 from ..tuner.layer import ReparamLayer
 
@@ -25,27 +27,28 @@ def input_angles(model: nn.Module, adapter_name: str | None = None) -> dict[str,
     Raises:
         ValueError: the model has no such layers.
     """
-    found: dict[str, dict[int, Tensor]] = {}
+    kept: dict[str, dict[int, Tensor]] = {}  # kind → depth → B, whose rows span what is kept of the inputs
     layers = {name: module for name, module in model.named_modules() if isinstance(module, ReparamLayer)}
     for name, (kind, depth) in places_of(list(layers)).items():
-        module = layers[name]
-        active = adapter_name or next(iter(module.active_adapters))
-        if active in module.reparam_factors:
-            found.setdefault(kind, {})[depth] = module.reparam_factors[active].factors.B.detach()
-    if not found:
+        layer = layers[name]
+        adapter = adapter_name or next(iter(layer.active_adapters))
+        if adapter in layer.reparam_factors:
+            factorized = cast(FactorizedModule, layer.reparam_factors[adapter])
+            kept.setdefault(kind, {})[depth] = factorized.factors.B.detach()
+    if not kept:
         raise ValueError("the model has no factorised layers; compress it first.")
     angles: dict[str, dict[int, Tensor]] = {}
-    for kind, by_depth in found.items():
-        depths = sorted(by_depth)
-        pairs = [(a, b) for a, b in pairwise(depths) if by_depth[a].shape[1] == by_depth[b].shape[1]]
-        angles[kind] = {a: principal_angles(by_depth[a], by_depth[b]) for a, b in pairs}
+    for kind, by_depth in kept.items():
+        # Neighbours whose inputs differ in width have no angles between them.
+        neighbours = [(a, b) for a, b in pairwise(sorted(by_depth)) if by_depth[a].shape[1] == by_depth[b].shape[1]]
+        angles[kind] = {a: principal_angles(by_depth[a], by_depth[b]) for a, b in neighbours}
     return angles
 
 
 def mean_input_angles(model: nn.Module, adapter_name: str | None = None) -> dict[str, dict[int, float]]:
     """The mean of the angles that `input_angles` gives, in radians; empty where nothing is factorised."""
     try:
-        found = input_angles(model, adapter_name)
+        all_angles = input_angles(model, adapter_name)
     except ValueError:
         return {}
-    return {kind: {depth: float(angles.mean()) for depth, angles in by_depth.items()} for kind, by_depth in found.items()}
+    return {kind: {depth: float(angles.mean()) for depth, angles in by_depth.items()} for kind, by_depth in all_angles.items()}

@@ -7,14 +7,13 @@ import html
 import importlib.util
 import io
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from ..display.tables import html_table
-from ..planning.plan import Plan, plot_plan
+from ..planning.plan import ModulePlan, Plan
 from ..runtime.files import write_whole, writing
-from ..searching.result import plot_search
 from .plots import plot_angles, plot_blocks, plot_effective_ranks, plot_losses, plot_predictions, plot_spectra
 from .record import Record
 
@@ -55,9 +54,9 @@ def write_report(record: Record, folder: str | Path) -> Path:
     page = _page(record, {name: _figure(name, data, caption) for name, caption, data in drawn})
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        for name in folder.glob("*.png"):
-            if name.stem not in pictures and name.stem in _NAMES:
-                name.unlink()
+        for path in folder.glob("*.png"):
+            if path.stem not in pictures and path.stem in _NAMES:
+                path.unlink()
         for name, data in pictures.items():
             write_whole(folder / f"{name}.png", data)
         write_whole(folder / INDEX, page)
@@ -81,10 +80,10 @@ def _pictures(record: Record) -> Iterator[tuple[str, str, Callable[[], Any]]]:
     """Name, caption and drawing of each picture that the record has the data for."""
     plan = record.plan
     if plan.modules:
-        yield "ranks", "What is stored of each matrix: the ranks that were chosen, over depth.", lambda: plot_plan(plan)
+        yield "ranks", "What is stored of each matrix: the ranks that were chosen, over depth.", plan.plot
     if record.search is not None:
         caption = "Size against quality: every trial of the search, and the front that no other trial beats in both."
-        yield "search", caption, lambda: plot_search(record.search)
+        yield "search", caption, record.search.plot
     if _has_spectra(plan):
         yield (
             "spectra",
@@ -137,7 +136,7 @@ def _page(record: Record, figures: dict[str, str]) -> str:
         parts += ["<h2>Healing</h2>", picture("training")]
     parts.append("<h2>What the matrices look like</h2>")
     if _has_spectra(plan):
-        hardest = [(m.name, f"{m.effective_rank:.0f} of {min(m.shape)}", *_kept(m)) for m in plan.resistant(10)]
+        hardest = [(m.name, f"{m.effective_rank:.0f} of {min(m.shape)}", *_rank_and_energy(m)) for m in plan.resistant(10)]
         head = ("resists compression most", "effective rank", "rank", "energy kept")
         parts += [picture("spectra", "effective_ranks"), html_table([head, *hardest])]
     else:
@@ -169,46 +168,57 @@ def _summary(record: Record) -> str:
 
 def _settings(record: Record) -> Iterator[tuple[str, str]]:
     plan = record.plan
-    given = {key: value for key, value in record.settings.items() if key not in ("method", "allocation", "form", "keep")}
     yield from (("method", plan.method), ("allocation", plan.allocation), ("form", plan.form), ("keep", f"{plan.keep:g}"))
     if plan.calibration_tokens:
         yield "calibration tokens", f"{plan.calibration_tokens:,}"
     if plan.gradient_tokens:
         yield "labels sampled for gradients", f"{plan.gradient_tokens:,}, seed {plan.seed}"
-    for key, value in given.items():
-        yield key.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, (list, tuple, set)) else str(value)
+    for key, value in record.settings.items():
+        if key not in ("method", "allocation", "form", "keep"):
+            yield key.replace("_", " "), ", ".join(map(str, value)) if isinstance(value, (list, tuple, set)) else str(value)
 
 
 def _figures(record: Record) -> Iterator[tuple[str, ...]]:
     """Rows of dense against compressed."""
     for part, sizes in (record.sizes or {}).items():
         for unit in ("parameters", "bytes"):
-            dense, stored = sizes[f"dense_{unit}"], sizes[f"stored_{unit}"]
-            yield f"{unit} of the {part}", f"{dense:,}", f"{stored:,}", f"{stored / dense:.1%}" if dense else ""
-    known = dict(record.evaluation)
-    for name in [name for name in known if f"dense {name}" in known]:
-        dense, own = known.pop(f"dense {name}"), known.pop(name)
-        ratio = f"{own / dense:.3f}" if dense and math.isfinite(own) else ""
-        yield name, f"{dense:.5g}", f"{own:.5g}", ratio
-    for name, value in known.items():
-        dense, own = (value, None) if name.startswith("dense ") else (None, value)
-        yield name.removeprefix("dense "), *("" if x is None else f"{x:.5g}" for x in (dense, own)), ""
-    speed = record.speed
-    if speed:
-        dense = speed.get("baseline") or {}
-        labels = (
-            ("prefill_ms", "ms for a prompt"),
-            ("decode_ms", "ms per generated token"),
-            ("peak_bytes", "peak bytes beside the weights"),
-        )
-        for key, label in labels:
-            own, other = speed.get(key), dense.get(key)
-            if own is not None:
-                cells = ("" if x is None else f"{x:,}" if isinstance(x, int) else f"{x:,.5g}" for x in (other, own))
-                yield label, *cells, f"{own / other:.2f}" if other else ""
+            before, after = sizes[f"dense_{unit}"], sizes[f"stored_{unit}"]
+            yield f"{unit} of the {part}", f"{before:,}", f"{after:,}", f"{after / before:.1%}" if before else ""
+    yield from _measures(record.evaluation)
+    if record.speed:
+        yield from _speeds(record.speed, record.speed.get("baseline") or {})
 
 
-def _kept(module: Any) -> tuple[str, str]:
+def _measures(evaluation: Mapping[str, float]) -> Iterator[tuple[str, ...]]:
+    """First those that are known of both models, then those of one."""
+    of_both = [name for name in evaluation if f"dense {name}" in evaluation]
+    for name in of_both:
+        dense, compressed = evaluation[f"dense {name}"], evaluation[name]
+        ratio = f"{compressed / dense:.3f}" if dense and math.isfinite(compressed) else ""
+        yield name, f"{dense:.5g}", f"{compressed:.5g}", ratio
+    for name, value in evaluation.items():
+        measure = name.removeprefix("dense ")
+        if name not in of_both and measure not in of_both:
+            yield measure, *((f"{value:.5g}", "") if name.startswith("dense ") else ("", f"{value:.5g}")), ""
+
+
+def _speeds(compressed: Mapping[str, Any], dense: Mapping[str, Any]) -> Iterator[tuple[str, ...]]:
+    labels = (
+        ("prefill_ms", "ms for a prompt"),
+        ("decode_ms", "ms per generated token"),
+        ("peak_bytes", "peak bytes beside the weights"),
+    )
+    for key, label in labels:
+        before, after = dense.get(key), compressed.get(key)
+        if after is not None:
+            yield label, _cell(before), _cell(after), f"{after / before:.2f}" if before else ""
+
+
+def _cell(value: float | None) -> str:
+    return "" if value is None else f"{value:,}" if isinstance(value, int) else f"{value:,.5g}"
+
+
+def _rank_and_energy(module: ModulePlan) -> tuple[str, str]:
     if module.rank is None:
         return "dense", "100.0%"
     return str(module.rank), f"{module.energy(module.rank):.1%}"

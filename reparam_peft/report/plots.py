@@ -4,18 +4,25 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ..display.axes import grid_of, heat_map, new_axes
-
-if TYPE_CHECKING:
-    from ..planning.plan import Plan
+from ..planning.plan import Plan
 
 
 def plot_effective_ranks(plan: Plan, axes: Any = None) -> Any:
     """How many directions of each target count, as a fraction of all: a heat map of module kinds over depth.
 
-    Args, Returns, Raises: as for `plot_plan`; and `ValueError` where the plan was made without statistics.
+    Args:
+        plan: to show.
+        axes: matplotlib's, to draw on; None: new ones.
+
+    Returns:
+        The axes.
+
+    Raises:
+        ImportError: matplotlib is not installed.
+        ValueError: the plan was made without statistics.
     """
     _check_spectra(plan)
     fractions = {module.name: module.effective_rank / min(module.shape) for module in plan.modules}
@@ -57,15 +64,15 @@ def plot_spectra(plan: Plan, figure: Any = None) -> Any:
         if index >= len(shown):
             axes.set_axis_off()
             continue
-        own = [module for module in plan.modules if place[module.name][0] == shown[index]]
-        width = max(len(module.spectrum) for module in own)
+        modules = [module for module in plan.modules if place[module.name][0] == shown[index]]
+        width = max(len(module.spectrum) for module in modules)
         cells = [[math.nan] * width for _ in depths]
-        for module in own:
+        for module in modules:
             row = depths.index(place[module.name][1])
             cells[row][: len(module.spectrum)] = [math.log10(value) if value > 0 else least for value in module.spectrum]
         image = axes.imshow(cells, aspect="auto", vmin=least, vmax=most, interpolation="nearest")
-        ranks = [len(module.spectrum) if module.rank is None else module.rank for module in own]
-        places = [depths.index(place[module.name][1]) for module in own]
+        ranks = [len(module.spectrum) if module.rank is None else module.rank for module in modules]
+        places = [depths.index(place[module.name][1]) for module in modules]
         axes.plot([rank - 0.5 for rank in ranks], places, color="red", linewidth=1, marker=".", markersize=3)
         axes.set_xlim(-0.5, width - 0.5)
         axes.set_title(shown[index], fontsize="small")
@@ -82,12 +89,12 @@ def plot_predictions(points: Sequence[tuple[str, float, float]], axes: Any = Non
 
     Args:
         points: (label, predicted, measured), nats per token.
-        axes: as for `plot_plan`.
+        axes: matplotlib's, to draw on; None: new ones. They are returned.
     """
     axes = new_axes(5, 4) if axes is None else axes
     for label in dict.fromkeys(label for label, _, _ in points):
-        own = [(predicted, measured) for name, predicted, measured in points if name == label]
-        axes.plot([x for x, _ in own], [y for _, y in own], "o", label=label)
+        pairs = [(predicted, measured) for name, predicted, measured in points if name == label]
+        axes.plot([predicted for predicted, _ in pairs], [measured for _, measured in pairs], "o", label=label)
     ends = [value for _, *pair in points for value in pair]
     low, high = min([0.0, *ends]), max(ends)
     axes.plot([low, high], [low, high], ":", color="gray", label="equal")
@@ -101,14 +108,14 @@ def plot_blocks(entries: Sequence[Mapping[str, Any]], axes: Any = None) -> Any:
 
     Args:
         entries: lines of a run's log, as `compress` keeps them in `run_folder`.
-        axes: as for `plot_plan`.
+        axes: matplotlib's, to draw on; None: new ones. They are returned.
     """
     axes = new_axes(8, 4) if axes is None else axes
     labels = {"original": "original block on the compressed stream", "before": "factorised", "after": "refined"}
     for key, label in labels.items():
-        known = [(i, entry[key]) for i, entry in enumerate(entries) if entry.get(key) is not None]
-        if known:
-            axes.plot([i for i, _ in known], [value for _, value in known], ".-", label=label)
+        errors = [(block, entry[key]) for block, entry in enumerate(entries) if entry.get(key) is not None]
+        if errors:
+            axes.plot([block for block, _ in errors], [error for _, error in errors], ".-", label=label)
     axes.xaxis.get_major_locator().set_params(integer=True)
     axes.set(xlabel="block", ylabel="relative error of its output", title="errors of the blocks")
     axes.set_ylim(bottom=0)
@@ -121,7 +128,7 @@ def plot_angles(angles: Mapping[str, Mapping[int, float]], axes: Any = None) -> 
 
     Args:
         angles: module kind → depth → angle, in radians.
-        axes: as for `plot_plan`.
+        axes: matplotlib's, to draw on; None: new ones. They are returned.
     """
     axes = new_axes(8, 4) if axes is None else axes
     for kind, by_depth in angles.items():

@@ -7,7 +7,8 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, cast
 
 from peft import PeftModel
 
@@ -17,15 +18,25 @@ from ..runtime.files import write_whole
 from ..runtime.run_folder import LOG, PLAN, SETTINGS
 from ..searching.result import SearchResult
 from ..tuner.model import ReparamModel
+from ..tuner.sizes import SizeReport
 from .angles import mean_input_angles
 
 FORMAT = "reparam_peft record 1"
 RECORD = "reparam_run.json"
 SAMPLE_KEYS = {"prompt", "dense", "compressed"}
-NONE = type(None)
-KINDS = {
-    **{"plan": dict, "model": str, "settings": dict, "sizes": (dict, NONE), "evaluation": dict, "search": (dict, NONE)},
-    **{"blocks": list, "losses": list, "samples": list, "speed": (dict, NONE), "angles": dict},
+# Which JSON type each part of a record has.
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "plan": dict,
+    "model": str,
+    "settings": dict,
+    "sizes": (dict, NoneType),
+    "evaluation": dict,
+    "search": (dict, NoneType),
+    "blocks": list,
+    "losses": list,
+    "samples": list,
+    "speed": (dict, NoneType),
+    "angles": dict,
 }
 
 
@@ -89,17 +100,15 @@ class Record:
         if not isinstance(getattr(model, "base_model", None), ReparamModel):
             raise TypeError(f"`model` must be a PeftModel of a ReparamConfig, got a {type(model).__name__}.")
         adapter = model.active_adapters[0]
-        config, sizes = model.peft_config[adapter], model.size_report(adapter)
+        config = cast(ReparamConfig, model.peft_config[adapter])
+        sizes: SizeReport = model.size_report(adapter)
         if plan is not None and (plan.ranks != config.rank_pattern or sorted(plan.dense_modules) != config.dense_modules):
             raise ValueError("`plan` has other ranks than the model; give the one that it was made by, or none.")
         for sample in samples:
             if set(sample) != SAMPLE_KEYS:
                 raise ValueError(f"a sample has the keys {sorted(SAMPLE_KEYS)}, got {sorted(sample)}.")
-        modules = [ModulePlan(m.name, m.shape, m.rank, m.stored_parameters) for m in sizes.matrices]
-        provenance = {name: getattr(config, name) or 0 for name in ("calibration_tokens", "gradient_tokens", "seed")}
-        bare = Plan(tuple(modules), sizes.keep, config.method, config.allocation, config.form, config.moved_bias, **provenance)
         return cls(
-            plan=plan or bare,
+            plan=plan or _bare_plan(config, sizes),
             model=config.base_model_name_or_path or type(model.get_base_model()).__name__,
             settings=_settings(config),
             sizes=sizes.to_dict(),
@@ -113,22 +122,22 @@ class Record:
     @property
     def excess_loss(self) -> float | None:
         """Measured increase of the loss, nats per token: ln of perplexity over that of the dense model; None: not measured."""
-        pair = [self.evaluation.get(name) for name in ("perplexity", "dense perplexity")]
-        return math.log(pair[0] / pair[1]) if all(value and 0 < value < math.inf for value in pair) else None
+        after, before = (self.evaluation.get(name, 0.0) for name in ("perplexity", "dense perplexity"))
+        return math.log(after / before) if 0 < after < math.inf and 0 < before < math.inf else None
 
     @property
     def predictions(self) -> list[tuple[str, float, float]]:
         """(label, predicted, measured) increase of the loss wherever both are known."""
-        found = []
+        points = []
         if self.search is not None and self.search.metric == "perplexity":
             for trial in self.search.trials:
                 if trial.predicted_loss is not None and math.isfinite(trial.metric):
-                    label = f"trials, {trial.method}"
-                    found.append((label, trial.predicted_loss, math.log(trial.metric / self.search.dense_metric)))
+                    measured = math.log(trial.metric / self.search.dense_metric)
+                    points.append((f"trials, {trial.method}", trial.predicted_loss, measured))
         trained = bool(self.losses) or any(block.get("after") is not None for block in self.blocks)  # which nothing predicts
         if self.plan.predicted_loss is not None and self.excess_loss is not None and not trained:
-            found.append(("this model", self.plan.predicted_loss, self.excess_loss))
-        return found
+            points.append(("this model", self.plan.predicted_loss, self.excess_loss))
+        return points
 
     def with_(self, **parts: Any) -> Record:
         """A copy with other parts."""
@@ -136,13 +145,13 @@ class Record:
 
     def save(self, path: str | Path) -> None:
         """Write it as JSON: costs of directions with four digits, numbers that are not finite as null."""
-        kept = {f.name: getattr(self, f.name) for f in fields(self)}
-        kept["search"] = None if self.search is None else self.search.to_dict()
-        plan = self.plan.to_dict()
+        parts: dict[str, Any] = {part.name: getattr(self, part.name) for part in fields(self)}
+        parts["search"] = None if self.search is None else self.search.to_dict()
+        plan: dict[str, Any] = self.plan.to_dict()
         for module in plan["modules"]:
             module["spectrum"] = [float(f"{value:.4g}") for value in module["spectrum"]]
-        kept["plan"] = plan
-        write_whole(Path(path), json.dumps(_finite({"format": FORMAT, **kept}), allow_nan=False))
+        parts["plan"] = plan
+        write_whole(Path(path), json.dumps(_finite({"format": FORMAT, **parts}), allow_nan=False))
 
     @classmethod
     def load(cls, path: str | Path) -> Record:
@@ -157,28 +166,29 @@ class Record:
             raise ValueError(f"{path} does not hold the record of a run: {error}") from error
 
     @classmethod
-    def _from_dict(cls, found: dict[str, Any]) -> Record:
-        if found.pop("format", None) != FORMAT:
+    def _from_dict(cls, parts: dict[str, Any]) -> Record:
+        """The record of what `save` wrote, each part checked; null in place of a number is NaN."""
+        if parts.pop("format", None) != FORMAT:
             raise ValueError(f"`format` must be {FORMAT!r}.")
-        for key, kind in KINDS.items():
-            if not isinstance(found[key], kind):
-                raise ValueError(f"`{key}` has the wrong type, {type(found[key]).__name__}.")
-        for sample in found["samples"]:
+        for name, kind in KINDS.items():
+            if not isinstance(parts[name], kind):
+                raise ValueError(f"`{name}` has the wrong type, {type(parts[name]).__name__}.")
+        for sample in parts["samples"]:
             if set(sample) != SAMPLE_KEYS or not all(isinstance(words, str) for words in sample.values()):
                 raise ValueError(f"samples must have texts as {sorted(SAMPLE_KEYS)}.")
-        if found["sizes"] is not None and not all(isinstance(sizes["stored_bytes"], int) for sizes in found["sizes"].values()):
+        if parts["sizes"] is not None and not all(isinstance(sizes["stored_bytes"], int) for sizes in parts["sizes"].values()):
             raise ValueError("`sizes` must hold numbers.")
-        if not all(isinstance(block, dict) for block in found["blocks"]):
+        if not all(isinstance(block, dict) for block in parts["blocks"]):
             raise ValueError("`blocks` must hold lines of a log.")
-        found["losses"] = [math.nan if loss is None else float(loss) for loss in found["losses"]]
-        found["plan"] = Plan.from_dict(found["plan"])
-        found["search"] = found["search"] and SearchResult.from_dict(found["search"])
-        found["evaluation"] = {k: math.nan if v is None else float(v) for k, v in found["evaluation"].items()}
-        found["angles"] = {
-            kind: {int(depth): math.nan if angle is None else float(angle) for depth, angle in by_depth.items()}
-            for kind, by_depth in found["angles"].items()
+        parts["losses"] = [_number(loss) for loss in parts["losses"]]
+        parts["plan"] = Plan.from_dict(parts["plan"])
+        parts["search"] = parts["search"] and SearchResult.from_dict(parts["search"])
+        parts["evaluation"] = {measure: _number(value) for measure, value in parts["evaluation"].items()}
+        parts["angles"] = {
+            kind: {int(depth): _number(angle) for depth, angle in by_depth.items()}
+            for kind, by_depth in parts["angles"].items()
         }
-        return cls(**found)
+        return cls(**parts)
 
 
 def record_of_adapter(folder: str | Path, model: PeftModel) -> Record:
@@ -187,8 +197,8 @@ def record_of_adapter(folder: str | Path, model: PeftModel) -> Record:
     Raises:
         ValueError: there is one, and it is damaged.
     """
-    found, own = read_record(folder), Record.of(model, angles=False)
-    return found if found is not None and found.plan.ranks == own.plan.ranks else own
+    saved, new = read_record(folder), Record.of(model, angles=False)
+    return saved if saved is not None and saved.plan.ranks == new.plan.ranks else new
 
 
 def read_record(folder: str | Path) -> Record | None:
@@ -203,7 +213,7 @@ def read_record(folder: str | Path) -> Record | None:
     if (folder / SETTINGS).exists() and (folder / PLAN).exists():
         try:
             settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
-            config = ReparamConfig(**{key: value for key, value in settings["config"].items() if key in _own_fields()})
+            config = ReparamConfig(**{key: value for key, value in settings["config"].items() if key in _chosen_fields()})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{folder / SETTINGS} does not hold the settings of a run: {error}") from error
         return Record(Plan.load(folder / PLAN), settings=_settings(config), blocks=_blocks(folder))
@@ -229,19 +239,38 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _own_fields() -> set[str]:
-    return {f.name for f in fields(ReparamConfig) if f.init and not f.metadata.get("help", "").startswith("Filled in")} - {
-        "peft_type",
-        "peft_version",
-    }
+def _number(value: float | None) -> float:
+    """A number of JSON, in which null stands for what is not finite."""
+    return math.nan if value is None else float(value)
+
+
+def _bare_plan(config: ReparamConfig, sizes: SizeReport) -> Plan:
+    """Ranks and sizes as they are in a model, without predictions."""
+    return Plan(
+        modules=tuple(ModulePlan(m.name, m.shape, m.rank, m.stored_parameters) for m in sizes.matrices),
+        keep=sizes.keep,
+        method=cast(str, config.method),  # an adapter's config has none of the defaults open
+        allocation=cast(str, config.allocation),
+        form=cast(str, config.form),
+        moved_bias=config.moved_bias,
+        calibration_tokens=config.calibration_tokens or 0,
+        gradient_tokens=config.gradient_tokens or 0,
+        seed=config.seed or 0,
+    )
+
+
+def _chosen_fields() -> set[str]:
+    """Fields of a config that a person chooses, not those that compression fills in or PEFT adds."""
+    chosen = {f.name for f in fields(ReparamConfig) if f.init and not f.metadata.get("help", "").startswith("Filled in")}
+    return chosen - {"peft_type", "peft_version"}
 
 
 def _settings(config: ReparamConfig) -> dict[str, Any]:
     """Fields that were set, and what they are now; without what the plan shows, and what names the model."""
-    plain = ReparamConfig().to_dict()
+    defaults = ReparamConfig().to_dict()
     shown = {"rank_pattern", "dense_modules", "base_model_name_or_path", "evaluation", "inference_mode", "auto_mapping"}
-    own = {key: value for key, value in config.to_dict().items() if key in _own_fields() - shown}
-    return {key: value for key, value in own.items() if value != plain.get(key) or key in ("keep", "method")}
+    chosen = {name: value for name, value in config.to_dict().items() if name in _chosen_fields() - shown}
+    return {name: value for name, value in chosen.items() if value != defaults.get(name) or name in ("keep", "method")}
 
 
 def _blocks(folder: Path) -> list[dict[str, Any]]:

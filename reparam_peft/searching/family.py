@@ -5,6 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -35,6 +36,7 @@ class Family:
                 raise ValueError(
                     f"{name}: a search changes weights for each trial, and this one is quantised; load it in full."
                 )
+        self.method = cast(str, self.job.config.method)  # None was replaced by the default
         self.losses = self.job.losses()
         self.dense_parameters = sum(storage.dense for storage in self.job.storages.values())
         self._factors: dict[str, tuple[Factors, Tensor | None]] = {}
@@ -58,11 +60,11 @@ class Family:
             value = measure.of(self.model)
         within = measure.within(value, limit)
         seconds = round(time.perf_counter() - start, 2)
-        return Trial(self.job.config.method, keep, plan.stored_parameters, value, within, plan.predicted_loss, seconds)
+        return Trial(self.method, keep, plan.stored_parameters, value, within, plan.predicted_loss, seconds)
 
     @contextmanager
     def truncated(self, plan: Plan) -> Iterator[None]:
-        """Products in place of the weights; the very same weights again afterwards."""
+        """Within this block weights are the products of a plan; afterwards they are the very same as before."""
         before: list[tuple[Tensor, Tensor]] = []
         try:
             for name, rank in plan.ranks.items():
@@ -71,15 +73,17 @@ class Family:
                     continue  # the product is W
                 with naming(name):
                     factors, mean = self._decomposed(name)
-                A, B = factors.A[:, :rank], factors.B[:rank]
-                matrix = (A.float() @ B.float()).to(module.weight.device, module.weight.dtype)
-                before.append((module.weight, module.weight.data))
+                weight, A, B = cast(Tensor, module.weight), factors.A[:, :rank], factors.B[:rank]
+                matrix = (A.float() @ B.float()).to(weight.device, weight.dtype)
+                before.append((weight, weight.data))
                 if mean is not None:
-                    W = source_matrix(module)
-                    lost = mean_output(W, module.bias, mean) - exact(A) @ (exact(B) @ mean.to(B.device))
-                    before.append((module.bias, module.bias.data))
-                    module.bias.data = lost.to(module.bias.device, module.bias.dtype)
-                module.weight.data = layer_kind(module).weight(matrix, module.weight.shape)
+                    # Of the mean input the product computes A B μ in place of W μ: the bias takes over the difference, as
+                    # `compress` does it. That needs W, so that the weight is replaced afterwards.
+                    bias = cast(Tensor, module.bias)
+                    moved = mean_output(source_matrix(module), bias, mean) - exact(A) @ (exact(B) @ mean.to(B.device))
+                    before.append((bias, bias.data))
+                    bias.data = moved.to(bias.device, bias.dtype)
+                weight.data = layer_kind(module).weight(matrix, weight.shape)
             yield
         finally:
             for parameter, value in before:
@@ -91,8 +95,9 @@ class Family:
             target, weighing = self.job.targets[name], self.job.weighing(name)
             W = source_matrix(target.module)
             wide = W.to(torch.promote_types(W.dtype, torch.float32))
-            # At full rank `factorize` puts them in no order.
-            found = factorize(wide, max(1, min(W.shape) - 1), weighing.input, weighing.output)
+            # One rank below full: at full rank `factorize` returns W itself and puts directions in no order.
+            factors = factorize(wide, max(1, min(W.shape) - 1), weighing.input, weighing.output)
             dtype = base_dtype(target.module)
-            self._factors[name] = Factors(found.A.to(dtype), found.B.to(dtype)), weighing.mean if target.storage.bias else None
+            mean = weighing.mean if target.storage.bias else None
+            self._factors[name] = Factors(factors.A.to(dtype), factors.B.to(dtype)), mean
         return self._factors[name]

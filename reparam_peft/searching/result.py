@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -12,34 +12,6 @@ from peft import PeftModel
 from ..display.axes import new_axes
 from ..display.tables import html_table
 from ..planning.plan import Plan
-
-
-def plot_search(result: SearchResult, axes: Any = None) -> Any:
-    """Size against metric: all trials, the Pareto front, the dense model, the limit, and the chosen one.
-
-    Args, Returns, Raises: as for `plot_plan`.
-    """
-    axes = new_axes() if axes is None else axes
-    for method in dict.fromkeys(trial.method for trial in result.trials):
-        own = [trial for trial in result.trials if trial.method == method and math.isfinite(trial.metric)]
-        axes.plot([_kept(trial, result) for trial in own], [trial.metric for trial in own], "o", label=method)
-    front = [trial for trial in result.front if math.isfinite(trial.metric)]
-    axes.plot([_kept(trial, result) for trial in front], [trial.metric for trial in front], "-", color="gray", label="front")
-    axes.plot([1.0], [result.dense_metric], "k*", label="dense")
-    axes.axhline(result.limit, color="gray", linestyle=":", label="limit")
-    if result.chosen is not None:
-        axes.plot([_kept(result.chosen, result)], [result.chosen.metric], "o", ms=14, mfc="none", color="black", label="chosen")
-    axes.set(xlabel="stored / dense parameters of the targets", ylabel=result.metric)
-    if not result.higher_is_better and min([result.dense_metric, *(trial.metric for trial in result.trials)]) > 0:
-        axes.set_yscale("log")
-        for formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
-            formatter("{x:g}")
-    axes.legend()
-    return axes
-
-
-def _kept(trial: Any, result: SearchResult) -> float:
-    return trial.stored_parameters / result.dense_parameters
 
 
 @dataclass(frozen=True)
@@ -107,10 +79,15 @@ class SearchResult:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything but plan and model, for JSON: a metric that is not finite is None."""
-        own = ("metric", "dense_metric", "dense_parameters", "limit", "higher_is_better")
-        trials = [asdict(trial) | ({} if math.isfinite(trial.metric) else {"metric": None}) for trial in self.trials]
-        chosen = None if self.chosen is None else asdict(self.chosen)
-        return {"trials": trials, "chosen": chosen, **{name: getattr(self, name) for name in own}}
+        return {
+            "trials": [asdict(trial) | ({} if math.isfinite(trial.metric) else {"metric": None}) for trial in self.trials],
+            "chosen": None if self.chosen is None else asdict(self.chosen),
+            "metric": self.metric,
+            "dense_metric": self.dense_metric,
+            "dense_parameters": self.dense_parameters,
+            "limit": self.limit,
+            "higher_is_better": self.higher_is_better,
+        }
 
     @classmethod
     def from_dict(cls, fields: Mapping[str, Any]) -> SearchResult:
@@ -126,15 +103,15 @@ class SearchResult:
 
         try:
             chosen = fields["chosen"] and trial(fields["chosen"])
-            result = cls(**{**fields, "trials": tuple(map(trial, fields["trials"])), "chosen": chosen})
+            return cls(**{**fields, "trials": tuple(map(trial, fields["trials"])), "chosen": chosen})
         except (TypeError, KeyError) as error:
             raise ValueError(f"a field of the search is missing, unknown or wrong: {error}") from error
-        return result
 
     def rows(self) -> list[tuple[str, ...]]:
         """The head of the table, and its rows: the dense model, then the trials from large to small."""
         head = ("", "method", "keep", "stored", "kept", self.metric, "predicted loss", "seconds")
-        rows = [head, ("dense", "", "", f"{self.dense_parameters:,}", "100.0%", f"{self.dense_metric:.5g}", "", "")]
+        dense = ("dense", "", "", f"{self.dense_parameters:,}", "100.0%", f"{self.dense_metric:.5g}", "", "")
+        rows: list[tuple[str, ...]] = [head, dense]
         for trial in sorted(self.trials, key=lambda trial: -trial.stored_parameters):
             mark = "chosen" if trial == self.chosen else "within" if trial.within else ""
             kept = f"{trial.stored_parameters / self.dense_parameters:.1%}"
@@ -150,11 +127,41 @@ class SearchResult:
         return "\n".join([*lines, self.request])
 
     def plot(self, axes: Any = None) -> Any:
-        """Size against metric of all trials; on matplotlib's axes, or new ones, which are returned."""
-        return plot_search(self, axes)
+        """Size against metric: all trials, the Pareto front, the dense model, the limit, and the chosen one.
+
+        Args:
+            axes: matplotlib's, to draw on; None: new ones.
+
+        Returns:
+            The axes.
+
+        Raises:
+            ImportError: matplotlib is not installed.
+        """
+        axes = new_axes() if axes is None else axes
+        for method in dict.fromkeys(trial.method for trial in self.trials):
+            self._draw(axes, [trial for trial in self.trials if trial.method == method], "o", label=method)
+        self._draw(axes, self.front, "-", color="gray", label="front")
+        axes.plot([1.0], [self.dense_metric], "k*", label="dense")
+        axes.axhline(self.limit, color="gray", linestyle=":", label="limit")
+        if self.chosen is not None:
+            self._draw(axes, [self.chosen], "o", ms=14, mfc="none", color="black", label="chosen")
+        axes.set(xlabel="stored / dense parameters of the targets", ylabel=self.metric)
+        if not self.higher_is_better and min([self.dense_metric, *(trial.metric for trial in self.trials)]) > 0:
+            axes.set_yscale("log")
+            for set_formatter in (axes.yaxis.set_major_formatter, axes.yaxis.set_minor_formatter):
+                set_formatter("{x:g}")
+        axes.legend()
+        return axes
 
     def _repr_html_(self) -> str:
         return html_table(self.rows(), self.request)
+
+    def _draw(self, axes: Any, trials: Sequence[Trial], marker: str, **style: Any) -> None:
+        """Size against metric of those trials whose metric is finite."""
+        finite = [trial for trial in trials if math.isfinite(trial.metric)]
+        sizes = [trial.stored_parameters / self.dense_parameters for trial in finite]
+        axes.plot(sizes, [trial.metric for trial in finite], marker, **style)
 
     def _goodness(self, trial: Trial) -> float:
         return trial.metric if self.higher_is_better else -trial.metric

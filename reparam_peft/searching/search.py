@@ -2,32 +2,28 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import Any
 
 from torch import nn
 from tqdm.auto import tqdm
 
 from ..calibration.statistics import Batches, Statistics
 from ..compression.compress import calibrate, compress
-from ..compression.job import with_defaults
-from ..config.fields import CALIBRATED
 from ..config.reparam_config import ReparamConfig
-from ..evaluation.measures import Measure, Tolerance, measure_named
-from ..numerics.methods import METHODS
+from ..evaluation.measures import Measure
 from ..planning.plan import Plan
 from ..runtime.fingerprints import fingerprint_of_batches, fingerprint_of_model, fingerprint_of_tensors
 from ..runtime.processes import check_whole
 from ..runtime.run_folder import RunFolder, json_able
 from .family import Family
+from .goal import CheckedGoal, Goal, Metric, check_goal, config_with
 from .result import SearchResult, Trial
 
 STATISTICS = "statistics.safetensors"
-Metric: TypeAlias = str | Callable[[nn.Module], float]
 
 
 def search(
@@ -80,129 +76,132 @@ def search(
         TypeError, ValueError: an argument is wrong, or as for `compress`.
         ImportError: lm-evaluation-harness is not installed.
     """
-    asked = {"metric": metric, "tolerance": tolerance, "evaluation": evaluation, "tokenizer": tokenizer, "documents": documents}
-    asked |= {"higher_is_better": higher_is_better, "keeps": keeps, "methods": methods, "max_trials": max_trials}
-    measure, allowed, candidates, methods = check_search(config, **asked)
+    goal = Goal(
+        metric=metric,
+        tolerance=tolerance,
+        evaluation=evaluation,
+        tokenizer=tokenizer,
+        documents=documents,
+        higher_is_better=higher_is_better,
+        keeps=keeps,
+        methods=methods,
+        max_trials=max_trials,
+    )
+    return find_smallest(model, config, batches, goal, build=build, run_folder=run_folder, seed=seed, progress=progress)
+
+
+def find_smallest(
+    model: nn.Module,
+    config: ReparamConfig,
+    batches: Batches,
+    goal: Goal,
+    *,
+    build: bool = True,
+    run_folder: str | Path | None = None,
+    seed: int = 0,
+    progress: bool = True,
+) -> SearchResult:
+    """What `search` does, for a goal.
+
+    Args, Returns, Raises: as for `search`.
+    """
+    checked = check_goal(goal, config)
+    measure = checked.measure
     settings: dict[str, Any] = {}
     if run_folder is not None:
         if not isinstance(batches, Statistics):
             check_whole(batches)
             batches = list(batches)
-        settings = {
-            "config": json_able(config.to_dict()),
-            "model": fingerprint_of_model(model),
-            "metric": [measure.name, measure.higher_is_better, str(tolerance), measure.details],
-            "evaluation": fingerprint_of_batches(evaluation or []),
-            "calibration": _fingerprint(batches),
-            "candidates": [candidates, methods, max_trials],
-            "seed": seed,
-        }
+        settings = _settings(model, config, batches, goal, checked, seed)
     folder = RunFolder(run_folder, settings)
     statistics = _statistics(model, config, batches, folder, seed, progress)
     if not folder.finished:
         folder.finish({"dense": measure.of(model)}, {})
     dense = folder.finished[0]["dense"]
-    limit = measure.limit(dense, allowed)
+    limit = measure.limit(dense, checked.tolerance)
     trials: list[Trial] = []
     plans: dict[Trial, Plan] = {}
-    total = 0
-    with tqdm(total=max_trials * len(methods), desc="Searching", unit="trial", disable=None if progress else True) as bar:
-        for method in methods:
-            family = Family(model, _with(config, method=method), statistics, seed)
-            total = family.dense_parameters
-            for trial in _bisection(family, candidates, measure, limit, max_trials, folder):
+    dense_parameters = 0
+    most = goal.max_trials * len(checked.methods)
+    with tqdm(total=most, desc="Searching", unit="trial", disable=None if progress else True) as bar:
+        for method in checked.methods:
+            family = Family(model, config_with(config, method=method), statistics, seed)
+            dense_parameters = family.dense_parameters
+            for trial in _bisection(family, checked.keeps, measure, limit, goal.max_trials, folder):
                 trials.append(trial)
                 if trial.within:
                     plans[trial] = family.plan(trial.keep)
                 bar.set_postfix({"keep": trial.keep, measure.name: f"{trial.metric:.4g}"})
                 bar.update()
-            del family
-    good = [trial for trial in trials if trial.within]
-    chosen = min(good, key=lambda trial: trial.stored_parameters, default=None)
-    small = None
+            del family  # the next one decomposes every matrix again
+    within = [trial for trial in trials if trial.within]
+    chosen = min(within, key=lambda trial: trial.stored_parameters, default=None)
+    compressed = None
     if chosen is None:
         best = measure.best([trial.metric for trial in trials])
         warnings.warn(
             f"No trial is within the tolerance: {measure.name} {limit:.5g} was asked for, and the best is {best:.5g}. Allow "
             "more, or larger sizes in `keeps`.",
-            stacklevel=2,
+            stacklevel=3,  # whoever called `search`
         )
     elif build:
-        own = _with(config, method=chosen.method, keep=chosen.keep)
-        small = compress(model, own, statistics, plan=plans[chosen], seed=seed, progress=progress)
-    found = (tuple(trials), chosen, measure.name, dense, total, limit, measure.higher_is_better)
-    return SearchResult(*found, plan=None if chosen is None else plans[chosen], model=small)
+        best_config = config_with(config, method=chosen.method, keep=chosen.keep)
+        compressed = compress(model, best_config, statistics, plan=plans[chosen], seed=seed, progress=progress)
+    return SearchResult(
+        trials=tuple(trials),
+        chosen=chosen,
+        metric=measure.name,
+        dense_metric=dense,
+        dense_parameters=dense_parameters,
+        limit=limit,
+        higher_is_better=measure.higher_is_better,
+        plan=None if chosen is None else plans[chosen],
+        model=compressed,
+    )
 
 
 def _bisection(
     family: Family, keeps: Sequence[float], measure: Measure, limit: float, max_trials: int, folder: RunFolder
 ) -> Iterator[Trial]:
     """Trials that close in on the smallest size within the limit; those that a folder knows are not made again."""
-    method = family.job.config.method
-    known = {entry["keep"]: Trial(**entry) for entry in folder.finished[1:] if entry["method"] == method}
+    earlier = {entry["keep"]: Trial(**entry) for entry in folder.finished[1:] if entry["method"] == family.method}
     left, right = 0, len(keeps)  # every size below `left` is too small; from `right` on, they will do
     made = 0
     while left < right and made < max_trials:
         middle = (left + right) // 2
-        trial = known.get(keeps[middle]) or family.trial(keeps[middle], measure, limit)
+        trial = earlier.get(keeps[middle]) or family.trial(keeps[middle], measure, limit)
         if trial is None:  # so small a model does not exist
             left = middle + 1
             continue
-        if trial.keep not in known:
+        if trial.keep not in earlier:
             folder.finish(asdict(trial), {})
         made += 1
         yield trial
         left, right = (left, middle) if trial.within else (middle + 1, right)
 
 
-def _with(config: ReparamConfig, **fields: Any) -> ReparamConfig:
-    """A copy of a config with other fields."""
-    copied = copy.deepcopy(config)
-    for name, value in fields.items():
-        setattr(copied, name, value)
-    return copied
-
-
-def check_search(
+def _settings(
+    model: nn.Module,
     config: ReparamConfig,
-    *,
-    metric: Metric,
-    tolerance: float | str,
-    evaluation: Sequence[Mapping[str, Any]] | None,
-    tokenizer: Any,
-    documents: int | None,
-    methods: Sequence[str] | None,
-    max_trials: int,
-    higher_is_better: bool | None = None,
-    keeps: Sequence[float] | None = None,
-) -> tuple[Measure, Tolerance, list[float], list[str]]:
-    """What is measured, how much worse it may get, sizes and methods, for arguments of `search`, which are checked.
-
-    Raises:
-        TypeError, ValueError, ImportError: as `search`.
-    """
-    keeps = sorted({float(keep) for keep in (keeps if keeps is not None else [i / 100 for i in range(5, 100)])})
-    methods = list(methods or [config.method or CALIBRATED["method"]])
-    if config.r is not None:
-        raise ValueError(f"`r={config.r!r}` fixes the size, which is what a search finds; leave it out of the config.")
-    if not config.init_weights:
-        raise ValueError("`init_weights=False` gives random factors, of which there is no best size; leave it out.")
-    if not keeps or not 0 < keeps[0] <= keeps[-1] <= 1:
-        raise ValueError(f"`keeps` must be fractions in (0, 1], got {keeps}.")
-    for method in methods:
-        if method not in METHODS:
-            raise ValueError(f"`methods` must hold some of {', '.join(map(repr, METHODS))}, got {method!r}.")
-        if not METHODS[method].nested:
-            raise ValueError(f"`methods` cannot hold {method!r}: its factors of one rank are no part of those of another.")
-    for method in methods:
-        with_defaults(_with(config, method=method))  # raises where a field has no effect with it
-    if isinstance(max_trials, bool) or not isinstance(max_trials, int) or max_trials < 1:
-        raise ValueError(f"`max_trials` must be a whole number of at least 1, got {max_trials!r}.")
-    allowed = Tolerance.of(tolerance)
-    return measure_named(metric, evaluation, tokenizer, higher_is_better, documents), allowed, keeps, methods
+    batches: Sequence[Mapping[str, Any]] | Statistics,
+    goal: Goal,
+    checked: CheckedGoal,
+    seed: int,
+) -> dict[str, Any]:
+    """What the trials depend on, so that a search goes on in its own folder only."""
+    measure = checked.measure
+    return {
+        "config": json_able(config.to_dict()),
+        "model": fingerprint_of_model(model),
+        "metric": [measure.name, measure.higher_is_better, str(goal.tolerance), measure.details],
+        "evaluation": fingerprint_of_batches(goal.evaluation or []),
+        "calibration": _fingerprint(batches),
+        "candidates": [checked.keeps, checked.methods, goal.max_trials],
+        "seed": seed,
+    }
 
 
-def _fingerprint(batches: Batches) -> str:
+def _fingerprint(batches: Sequence[Mapping[str, Any]] | Statistics) -> str:
     """Of what a search is calibrated on."""
     if not isinstance(batches, Statistics):
         return fingerprint_of_batches(batches)
@@ -213,7 +212,7 @@ def _fingerprint(batches: Batches) -> str:
 def _statistics(
     model: nn.Module, config: ReparamConfig, batches: Batches, folder: RunFolder, seed: int, progress: bool
 ) -> Statistics:
-    """Those given, those of a search that was killed, or those of the batches."""
+    """Statistics that were given, those that a search that was killed has gathered, or those of the batches."""
     if isinstance(batches, Statistics):
         return batches
     path = None if folder.folder is None else folder.folder / STATISTICS

@@ -350,7 +350,7 @@ def test_the_seed_reaches_what_is_random(run: Run, models: Path, tmp_path: Path,
         raise sources.CliError("enough")
 
     monkeypatch.setattr(compress_command, "compress_model", stop)
-    monkeypatch.setattr(search_command, "search_model", stop)
+    monkeypatch.setattr(search_command, "find_smallest", stop)
     texts = calibrated(models)[:-1]
     refined = [*calibrated(models), "--refine", "--epochs", 2, "--seed", 5]
     assert_error(run("compress", models / "llama", tmp_path / "out", *refined), "enough")
