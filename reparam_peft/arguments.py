@@ -3,8 +3,18 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
+
+
+def listed(names: Iterable[str]) -> str:
+    """Names as prose has them.
+
+    >>> listed(["svd", "whitened", "autoencoder"])
+    'svd, whitened or autoencoder'
+    """
+    *first, last = names
+    return f"{', '.join(first)} or {last}" if first else last
 
 
 def is_int(value: object) -> TypeGuard[int]:

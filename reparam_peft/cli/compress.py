@@ -50,7 +50,7 @@ from .outputs import (
     save_whole,
     size_table,
 )
-from .statistics_file import Calibration, is_data_free
+from .statistics_file import Calibration, is_data_free, uses_no_data
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,9 +159,9 @@ def _settings(options: CompressOptions) -> Settings:
         asked = replace(asked, keep=plan.keep, method=asked.method or plan.method, storage=storage)
     config, blocks = asked.config(), options.blocks
     if plan is not None and is_data_free(config):
-        raise CliError("--plan is for calibrated methods; leave out --method svd.")
+        raise CliError(f"--plan is for calibrated methods; leave out --method {config.method}.")
     if blocks.by_block and is_data_free(config):
-        raise CliError("--sequential and --refine need calibration; leave out --method svd.")
+        raise CliError(f"--sequential and --refine need calibration; leave out --method {config.method}.")
     if not blocks.refine and blocks.epochs is not None:
         raise CliError("--epochs are those of --refine; add it.")
     if not blocks.by_block and not (blocks.run_folder is None and blocks.offload_folder is None):
@@ -217,7 +217,7 @@ def _compress(settings: Settings, inputs: Inputs) -> Compressed:
     start = time.perf_counter()
     # `compress` must plan by itself where a run folder may hold the plan that the run began with, and where `refine` moves
     # biases, which `plan` knows nothing of.
-    plans_itself = blocks.run_folder is not None or (blocks.refine and settings.config.method == "svd")
+    plans_itself = blocks.run_folder is not None or (blocks.refine and uses_no_data(settings.config))
     if plan is None and inputs.statistics is not None and not plans_itself:
         plan = plan_model(inputs.model, settings.config, inputs.statistics)
     model = _factorised(settings, inputs, plan)

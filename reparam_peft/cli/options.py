@@ -8,7 +8,10 @@ from typing import Annotated
 
 import typer
 
+from ..arguments import listed
+from ..config.fields import CALIBRATED
 from ..config.reparam_config import ReparamConfig
+from ..numerics.methods import METHODS, names_of_methods
 from .errors import CliError
 
 ModelArgument = Annotated[
@@ -64,7 +67,12 @@ class TargetOptions:
 class StorageOptions:
     """How what is stored is shared out among matrices, and in which form."""
 
-    allocation: Annotated[str | None, typer.Option(help="uniform or loss. Default: loss; uniform with --rank or svd.")] = None
+    allocation: Annotated[
+        str | None,
+        typer.Option(
+            help=f"uniform or loss. Default: loss; uniform with --rank or {listed(names_of_methods(needs_data=False))}."
+        ),
+    ] = None
     form: Annotated[str | None, typer.Option(help="factors or pivot. Default: pivot; factors without calibration.")] = None
     ceiling: Annotated[
         float | None,
@@ -82,7 +90,7 @@ class ConfigOptions:
     keep: Annotated[float | None, typer.Option(help="Fraction of the targeted parameters to store. Default: 0.8.")] = None
     rank: Annotated[str | None, typer.Option(help="One rank for all matrices, or `full`; instead of --keep.")] = None
     targets: TargetOptions
-    method: Annotated[str | None, typer.Option(help="svd, whitened or autoencoder. Default: whitened.")] = None
+    method: Annotated[str | None, typer.Option(help=f"{listed(METHODS)}. Default: {CALIBRATED['method']}.")] = None
     storage: StorageOptions
 
     def config(self) -> ReparamConfig:

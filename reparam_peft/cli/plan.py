@@ -29,7 +29,7 @@ def plan(
     """Print which rank each matrix of MODEL would get, what it stores and what it is predicted to cost; change nothing."""
     config = asked.config()
     if is_data_free(config):
-        raise CliError("a plan needs calibration; leave out --method svd or add --allocation loss.")
+        raise CliError(f"a plan needs calibration; leave out --method {config.method} or add --allocation loss.")
     check_folder("--output", output)
     source = Calibration.of(calibration, length, seed)
     earlier = source.earlier(config)

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 from ..calibration.statistics import Statistics
 from ..compression.compress import calibrate
 from ..config.reparam_config import ReparamConfig
+from ..numerics.methods import METHODS
 from ..runtime.batches import split_rows
 from .errors import CliError
 from .inputs import read_batches
@@ -51,7 +52,9 @@ class Calibration:
         """
         if is_data_free(config):
             if not (self.text is None and self.file is None and self.seed is None):
-                raise CliError("--method svd uses no calibration; leave out --calibration, --statistics and --seed.")
+                raise CliError(
+                    f"--method {config.method} uses no calibration; leave out --calibration, --statistics and --seed."
+                )
             return None
         check_folder("--statistics", self.file)
         if self.file is None or not self.file.exists():
@@ -82,9 +85,14 @@ class Calibration:
         return [dict(part) for batch in batches for part in split_rows(batch, 2)]
 
 
+def uses_no_data(config: ReparamConfig) -> bool:
+    """Whether the method that is asked for needs no data; one that is left open is a calibrated one."""
+    return config.method is not None and not METHODS[config.method].needs_data
+
+
 def is_data_free(config: ReparamConfig) -> bool:
     """Whether nothing of what is asked for needs calibration."""
-    return config.method == "svd" and config.allocation != "loss"
+    return uses_no_data(config) and config.allocation != "loss"
 
 
 def check_folder(option: str, path: Path | None) -> None:

@@ -16,7 +16,7 @@ from tqdm.auto import tqdm
 from ..arguments import check_number
 from ..calibration.statistics import Batches
 from ..config.checks import STORED
-from ..config.fields import CALIBRATED, OF_ALLOCATION, OF_METRICS
+from ..config.fields import CALIBRATED, DATA_FREE, OF_ALLOCATION, OF_METRICS
 from ..config.reparam_config import ReparamConfig
 from ..layers.factorized import FactorizedModule
 from ..layers.product import Product
@@ -86,7 +86,7 @@ def retruncate(
         return model
     if batches is None:
         products = _truncated(layers, ranks, adapter_name, progress)
-        made_by = _MadeBy(method="svd", allocation="uniform")
+        made_by = _MadeBy(method=DATA_FREE["method"], allocation="uniform")
     else:
         job = _job(model, adapter_name, keep, layers, targets, batches, Options(seed=seed, progress=progress))
         plan = job.plan()

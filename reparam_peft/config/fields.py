@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from peft import PeftConfig
 
+from ..arguments import listed
 from ..numerics.methods import names_of_methods
 
 ALLOCATIONS = ("uniform", "loss")
@@ -18,12 +18,6 @@ OF_ALLOCATION = ("rank_multiple", "floor", "ceiling")
 # What `get_peft_model` and `compress` do where a field is None.
 DATA_FREE = {"method": "svd", "allocation": "uniform", "form": "factors"}
 CALIBRATED = {"method": "whitened", "allocation": "loss", "form": "pivot"}
-
-
-def _quoted(names: Sequence[str]) -> str:
-    """'a', 'b' or 'c'."""
-    *first, last = map(repr, names)
-    return f"{', '.join(first)} or {last}" if first else last
 
 
 @dataclass
@@ -54,8 +48,8 @@ class Fields(PeftConfig):
     method: str | None = field(
         default=None,
         metadata={
-            "help": f"How to factorise: {_quoted(names_of_methods(needs_data=False))}, or with calibration data "
-            f"{_quoted(names_of_methods(needs_data=True))}. None: {DATA_FREE['method']!r} in `get_peft_model`, "
+            "help": f"How to factorise: {listed(map(repr, names_of_methods(needs_data=False)))}, or with calibration data "
+            f"{listed(map(repr, names_of_methods(needs_data=True)))}. None: {DATA_FREE['method']!r} in `get_peft_model`, "
             f"{CALIBRATED['method']!r} in `compress`."
         },
     )
