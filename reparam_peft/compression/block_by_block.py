@@ -198,13 +198,13 @@ class BlockByBlock:
         if anchoring is not None and anchoring.residual:
             sources = residual_sources(original, first, list(targets))
         for group in input_groups(original, first, list(targets)):
-            seen = None
+            observed = None
             if anchoring is not None:
                 with naming(group[0]):
-                    seen = observe(original, student, self._calls(position), group, sources)
+                    observed = observe(original, student, self._calls(position), group, sources)
             for relative in group:
                 with naming(relative):
-                    self._factorize(f"{name}.{relative}", relative, targets[relative], student, seen)
+                    self._factorize(f"{name}.{relative}", relative, targets[relative], student, observed)
         share_block(student)
         errors["before"] = errors["after"] = task.error(student, held or train)
         if refinement is not None:
@@ -214,19 +214,19 @@ class BlockByBlock:
             errors |= {"after": min(by_epoch), "epochs": by_epoch[1:]}
         return errors
 
-    def _factorize(self, name: str, relative: str, target: Target, student: nn.Module, seen: Observed | None) -> None:
+    def _factorize(self, name: str, relative: str, target: Target, student: nn.Module, observed: Observed | None) -> None:
         """Put the product of a matrix, or the matrix that takes its place, in a block under construction."""
         module = student.get_submodule(relative)
-        if target.rank is None and seen is None:
+        if target.rank is None and observed is None:
             return
         W, bias = source_matrix(module), own_bias(module) if target.storage.bias else None
-        if seen is None or self.steps.anchoring is None:
+        if observed is None or self.steps.anchoring is None:
             weighing = self.job.weighing(name)
             output_mean = None if bias is None else mean_output(W, bias, weighing.mean)
         else:
-            moments = seen.moments(bias is not None)
+            moments = observed.moments(bias is not None)
             weighing = self.job.weighing(name, moments)
-            W, output_mean = anchored(W, bias, relative, seen, self.job.weigher.shrunk(moments), self.steps.anchoring)
+            W, output_mean = anchored(W, bias, relative, observed, self.job.weigher.shrunk(moments), self.steps.anchoring)
         if target.rank is not None:
             product = self.job.product(target, W, weighing, output_mean)
             set_module(student, relative, factorized_layer(target, product, module))

@@ -58,12 +58,12 @@ class Factorizer:
         """
         wide = W.to(torch.promote_types(W.dtype, torch.float32))  # rounded once, at the end
         start = random_factors(wide, rank) if self.from_random else None
-        found = self.method.function(wide, rank, weighing.input, weighing.output, start)
+        wide_factors = self.method.function(wide, rank, weighing.input, weighing.output, start)
         factors: Factors | PivotFactors
         if self.form == "pivot":
-            factors = pivot(found, weighing.input, dtype)
+            factors = pivot(wide_factors, weighing.input, dtype)
         else:
-            factors = Factors(*(factor.to(dtype) for factor in found))
+            factors = Factors(*(factor.to(dtype) for factor in wide_factors))
         if output_mean is None:
             return Product(factors)
         A, B = map(exact, factors.factors() if isinstance(factors, PivotFactors) else factors)

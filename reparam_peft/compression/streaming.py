@@ -149,10 +149,12 @@ def _mapped(folder: Path) -> PreTrainedModel:
     """The model of a folder, with weights that stay in the files until they are read."""
     config = AutoConfig.from_pretrained(folder)
     (name,) = config.architectures or [""]
-    kind = getattr(transformers, name, None)
-    if not (isinstance(kind, type) and issubclass(kind, PreTrainedModel)) or getattr(config, "quantization_config", None):
+    model_class = getattr(transformers, name, None)
+    if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)) or getattr(
+        config, "quantization_config", None
+    ):
         raise ValueError(f"{folder} is a checkpoint of {name or 'no known class'}, not of a plain model of transformers.")
-    return kind.from_pretrained(folder, dtype="auto", local_files_only=True).requires_grad_(False).eval()
+    return model_class.from_pretrained(folder, dtype="auto", local_files_only=True).requires_grad_(False).eval()
 
 
 def _data_free(model: PreTrainedModel, config: ReparamConfig, run: Path, progress: bool) -> PeftModel:

@@ -10,25 +10,22 @@ from dataclasses import asdict, dataclass, replace
 
 import torch
 from peft import PeftModel
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm.auto import tqdm
 
-from ..arguments import check_number
 from ..calibration.statistics import Batches
-from ..config.checks import STORED
 from ..config.fields import CALIBRATED, DATA_FREE, OF_ALLOCATION, OF_METRICS
-from ..config.reparam_config import ReparamConfig
 from ..layers.factorized import FactorizedModule
 from ..layers.product import Product
 from ..numerics.decompositions import truncate
 from ..numerics.metrics import exact
 from ..planning.ranks import RankChooser, parameter_budget
 from ..runtime.modules import naming
-from ..tuner.layer import ReparamLayer, reparam_layers
-from ..tuner.matrices import matrix_storage, unwrapped
-from ..tuner.model import ReparamModel, config_of
+from ..tuner.layer import ReparamLayer
+from ..tuner.model import config_of
 from ..tuner.targets import Target
 from .job import Job, Options
+from .present import check_model, module_like, present_targets, tuner_of
 
 NOT_DENSE = math.nextafter(1.0, 0.0)  # the `ceiling` that keeps a matrix from becoming dense again
 
@@ -78,9 +75,9 @@ def retruncate(
     >>> retruncate(small, 0.5).peft_config["default"].rank_pattern
     {'0': 8}
     """
-    adapter_name = _check_model(model, keep, adapter_name, batches is not None)
+    adapter_name = check_model(model, keep, adapter_name, batches is not None)
     config = config_of(model, adapter_name)
-    layers, targets = _present(model, adapter_name, config)
+    layers, targets = present_targets(model, adapter_name, config)
     ranks = _same_fraction(targets, _check_keep(targets, keep))
     if ranks == {name: target.rank for name, target in targets.items()}:
         return model
@@ -120,7 +117,7 @@ def retruncate(
     for name, value in asdict(made_by).items():
         setattr(config, name, value)
     lowered = {name: replace(target, rank=ranks[name]) for name, target in targets.items()}
-    _tuner(model).record_resolved(adapter_name, lowered)
+    tuner_of(model).record_resolved(adapter_name, lowered)
     return model
 
 
@@ -201,99 +198,6 @@ def _job(
     )
 
 
-def _check_model(model: PeftModel, keep: float, adapter_name: str | None, with_data: bool) -> str:
-    """The name of the adapter; raises where it cannot be truncated."""
-    if not isinstance(model, PeftModel) or not isinstance(model.base_model, ReparamModel):
-        raise TypeError(
-            f"`model` must be a PeftModel of a ReparamConfig, got a {type(model).__name__}; make one with `get_peft_model` or "
-            "`compress`, or load one with `PeftModel.from_pretrained`."
-        )
-    check_number("keep", keep, 0, 1, above=True, meaning=STORED)
-    active = list(model.active_adapters)
-    if adapter_name is None and len(active) != 1:
-        raise ValueError(f"`adapter_name` must be given where several adapters are active, here {active}.")
-    adapter_name = adapter_name or active[0]
-    if adapter_name not in model.peft_config:
-        raise ValueError(f"`adapter_name` must be one of {list(model.peft_config)}, got {adapter_name!r}.")
-    for name, layer in reparam_layers(model.get_base_model()):
-        if layer.merged:
-            raise ValueError(f"{name}: adapters {layer.merged_adapters} are merged; call `model.unmerge_adapter()` first.")
-        layer.arrivals.accept_arrived()
-        if layer.arrivals.awaited:
-            raise ValueError(
-                f"{name}: the factors of adapter {min(layer.arrivals.awaited)!r} were never loaded; load them with "
-                "`PeftModel.from_pretrained` or `load_adapter`."
-            )
-        if with_data and (active != [adapter_name] or layer.disable_adapters):
-            raise ValueError(
-                f"`batches` are of use for the one active adapter, and active are {[] if layer.disable_adapters else active}; "
-                f"call `model.set_adapter({adapter_name!r})` outside of `disable_adapter()` first, or leave `batches` out."
-            )
-    return adapter_name
-
-
-def _tuner(model: PeftModel) -> ReparamModel:
-    """The tuner of a model that `_check_model` has checked."""
-    if not isinstance(model.base_model, ReparamModel):
-        raise TypeError(f"`model` must be a PeftModel of a ReparamConfig, got one of a {type(model.base_model).__name__}.")
-    return model.base_model
-
-
-def _present(model: PeftModel, adapter_name: str, config: ReparamConfig) -> tuple[dict[str, ReparamLayer], dict[str, Target]]:
-    """The factorised layers of an adapter, and all its targets with their ranks; of the former, the module is their B.
-
-    Raises:
-        TypeError, ValueError: a module is not as our tuner made it.
-    """
-    base = model.get_base_model()
-    all_layers = dict(reparam_layers(base))
-    layers: dict[str, ReparamLayer] = {}
-    targets: dict[str, Target] = {}
-    for name, rank in config.rank_pattern.items():
-        with naming(name):
-            layer = all_layers.get(name)
-            if layer is None or layer.r.get(adapter_name) != rank:
-                raise ValueError(f"it has no factors of rank {rank} of adapter {adapter_name!r}; unwrap or reload the model.")
-            factorized = layer.factorized(adapter_name)
-            _check_plain(factorized, _like(layer, adapter_name, rank))
-            layers[name], targets[name] = layer, Target(factorized.B, rank, matrix_storage(layer, config))
-    for name in config.dense_modules or ():
-        with naming(name):
-            dense = base.get_submodule(name)
-            targets[name] = Target(dense, None, matrix_storage(unwrapped(dense), config))
-    return layers, targets
-
-
-def _like(layer: ReparamLayer, adapter_name: str, rank: int) -> FactorizedModule:
-    """A module as the adapter has here, at a rank, on meta."""
-    present = layer.factorized(adapter_name)
-    has_bias = present.bias is not None
-    like = layer.kind.factorized(
-        layer.base_layer, rank, present.form, has_bias, device=torch.device("meta"), dtype=layer.base_dtype
-    )
-    return like.to(present.dtype)
-
-
-def _check_plain(module: FactorizedModule, like: FactorizedModule) -> None:
-    """Raise `ValueError` where a module differs from one that our tuner makes."""
-
-    def classes(m: nn.Module) -> list[tuple[str, type]]:
-        return [(name, type(child)) for name, child in m.named_modules()]
-
-    def shapes(m: nn.Module) -> list[tuple[str, torch.Size, type]]:
-        return [(name, parameter.shape, type(parameter)) for name, parameter in m.named_parameters()]
-
-    if classes(module) != classes(like) or shapes(module) != shapes(like):
-        raise ValueError(
-            "its factors are wrapped, quantised or sharded by something else (LoRA on the factors, say), which new factors "
-            "would lose; merge, dequantise or unwrap them first."
-        )
-    if any(parameter.is_meta for parameter in module.parameters()):
-        raise ValueError("its factors are on the meta device (offloaded); load the model without offloading.")
-    if any(m._forward_hooks or m._forward_pre_hooks or hasattr(m, "_hf_hook") for m in module.modules()):
-        raise ValueError("its factors have hooks, which new factors would lose; remove them first.")
-
-
 def _check_keep(targets: Mapping[str, Target], keep: float) -> int:
     """The numbers that may be stored; raises `ValueError` where that is more than now, or less than can be."""
     budget = parameter_budget(keep, {name: target.storage for name, target in targets.items()})
@@ -345,7 +249,7 @@ def _same_fraction(targets: Mapping[str, Target], budget: int) -> dict[str, int 
 def _module(layer: ReparamLayer, adapter_name: str, product: Product) -> FactorizedModule:
     """The module of a product, in dtype, device, mode and `requires_grad` as the adapter's present one."""
     present = layer.factorized(adapter_name)
-    module = _like(layer, adapter_name, product.rank)
+    module = module_like(layer, adapter_name, product.rank)
     module.set_factors(product.factors)
     if product.bias is not None:
         module.set_bias(product.bias.clone())  # an old optimizer may still step the old one

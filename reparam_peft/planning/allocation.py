@@ -105,7 +105,7 @@ def _lower_hull(curve: Sequence[Point]) -> list[tuple[int, float]]:
 
 def _reach(hull: Sequence[tuple[int, float]], slope: float) -> int:
     """The last point of a hull that is reached by segments at least this steep."""
-    return [index for index, own in hull if own >= slope][-1]
+    return [index for index, steepness in hull if steepness >= slope][-1]
 
 
 def _gain(curve: Sequence[Point], start: int, end: int) -> float:
