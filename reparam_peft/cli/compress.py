@@ -153,11 +153,11 @@ def compress(options: CompressOptions) -> None:
 def _settings(options: CompressOptions) -> Settings:
     """What the options say; what makes no sense is refused here, before a model is loaded."""
     check_output(options.output, options.model, options.overwrite)
-    plan, asked = _read_plan(options.plan, options.config), options.config
+    plan, chosen = _read_plan(options.plan, options.config), options.config
     if plan is not None:
-        storage = StorageOptions(allocation=plan.allocation, form=asked.storage.form or plan.form, ceiling=plan.ceiling)
-        asked = replace(asked, keep=plan.keep, method=asked.method or plan.method, storage=storage)
-    config, blocks = asked.config(), options.blocks
+        storage = StorageOptions(allocation=plan.allocation, form=chosen.storage.form or plan.form, ceiling=plan.ceiling)
+        chosen = replace(chosen, keep=plan.keep, method=chosen.method or plan.method, storage=storage)
+    config, blocks = chosen.config(), options.blocks
     if plan is not None and is_data_free(config):
         raise CliError(f"--plan is for calibrated methods; leave out --method {config.method}.")
     if blocks.by_block and is_data_free(config):

@@ -18,7 +18,7 @@ from .statistics_file import Calibration, check_folder, is_data_free
 def plan(
     model: ModelArgument,
     *,
-    asked: ConfigOptions,
+    options: ConfigOptions,
     calibration: CalibrationOptions,
     seed: SeedOption = None,
     length: LengthOption = 512,
@@ -27,7 +27,7 @@ def plan(
     as_json: JsonOption = False,
 ) -> None:
     """Print which rank each matrix of MODEL would get, what it stores and what it is predicted to cost; change nothing."""
-    config = asked.config()
+    config = options.config()
     if is_data_free(config):
         raise CliError(f"a plan needs calibration; leave out --method {config.method} or add --allocation loss.")
     check_folder("--output", output)

@@ -55,7 +55,7 @@ def search(
     model: ModelArgument,
     output: OutputArgument,
     *,
-    asked: GoalOptions,
+    wanted: GoalOptions,
     targets: TargetOptions,
     storage: StorageOptions,
     calibration: CalibrationOptions,
@@ -76,13 +76,13 @@ def search(
     check_language_model(dense, model, "")
     skip = source.windows if text.text is None and source.text is None else 0  # both are of the reference text
     goal = Goal(
-        metric=asked.metric,
-        tolerance=asked.max_increase,
+        metric=wanted.metric,
+        tolerance=wanted.max_increase,
         evaluation=read_batches(tokenizer, "--text", text.text, text.length, text.windows, skip),
         tokenizer=tokenizer,
-        documents=asked.documents,
-        methods=[method.strip() for method in asked.methods.split(",")],
-        max_trials=asked.max_trials,
+        documents=wanted.documents,
+        methods=[method.strip() for method in wanted.methods.split(",")],
+        max_trials=wanted.max_trials,
     )
     if statistics is None and source.file is not None:
         check_goal(goal, config)  # before minutes of calibration
@@ -92,7 +92,7 @@ def search(
     else:
         result = find_smallest(dense, config, statistics, goal, run_folder=run_folder, seed=statistics.seed)
     if result.model is None or result.chosen is None:
-        raise CliError(f"no size is within {asked.max_increase}; allow more with --max-increase.\n{result}")
+        raise CliError(f"no size is within {wanted.max_increase}; allow more with --max-increase.\n{result}")
     figures = {f"dense {result.metric}": result.dense_metric, result.metric: result.chosen.metric}
     note_evaluation(result.model, figures)
     record = Record.of(result.model, plan=result.plan, search=result, angles=False).with_(model=model)

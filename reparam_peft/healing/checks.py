@@ -11,6 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import Trainer
 
+from ..arguments import check_int, check_number
 from ..tuner.layer import reparam_layers
 from ..tuner.model import ReparamModel
 from .trained import norms_of
@@ -18,14 +19,19 @@ from .trained import norms_of
 TRAINS = ("factors", "norms", "biases")
 
 
-def check_model(model: Any) -> None:
-    """Raise `TypeError` unless a model is a `PeftModel` with one active adapter of ours."""
+def checked_model(model: Any) -> PeftModel:
+    """The model, which must be a `PeftModel` with one active adapter of this package.
+
+    Raises:
+        TypeError: it is not.
+    """
     adapter = model.active_adapter if isinstance(model, PeftModel) else None
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, ReparamModel) or not isinstance(adapter, str):
         raise TypeError(
             f"`model` must be a PeftModel with an active reparam adapter, got a {type(model).__name__}; make one with "
             "`reparam_peft.compress` or `get_peft_model`."
         )
+    return model
 
 
 def check_teacher(model: PeftModel, teacher: Any) -> None:
@@ -39,25 +45,30 @@ def check_teacher(model: PeftModel, teacher: Any) -> None:
         return
     if not isinstance(teacher, nn.Module) or teacher is model:
         raise TypeError(f"`teacher` must be another model, got a {type(teacher).__name__}.")
-    ours, theirs = (getattr(m.get_output_embeddings(), "out_features", None) if hasattr(m, "get_output_embeddings") else None
-                    for m in (model.get_base_model(), teacher))  # fmt: skip
-    labels = [getattr(getattr(m, "config", None), "num_labels", None) for m in (model.get_base_model(), teacher)]
-    if None not in (ours, theirs) and ours != theirs:
-        raise ValueError(f"`teacher` must have the vocabulary of the model, of {ours}, and has one of {theirs}.")
-    if (ours, theirs) == (None, None) and None not in labels and labels[0] != labels[1]:
-        raise ValueError(f"`teacher` must have the {labels[0]} labels of the model, and has {labels[1]}.")
+    student = model.get_base_model()
+    words, teachers_words = _vocabulary(student), _vocabulary(teacher)
+    if words is not None and teachers_words is not None and words != teachers_words:
+        raise ValueError(f"`teacher` must have the vocabulary of the model, of {words}, and has one of {teachers_words}.")
+    labels, teachers_labels = (getattr(getattr(m, "config", None), "num_labels", None) for m in (student, teacher))
+    classify = words is None and teachers_words is None and labels is not None and teachers_labels is not None
+    if classify and labels != teachers_labels:
+        raise ValueError(f"`teacher` must have the {labels} labels of the model, and has {teachers_labels}.")
+
+
+def _vocabulary(model: nn.Module) -> int | None:
+    """How many words a model predicts; None where it predicts none."""
+    output_embeddings = getattr(model, "get_output_embeddings", None)
+    return getattr(output_embeddings(), "out_features", None) if callable(output_embeddings) else None
 
 
 def check_loss(distillation: float, temperature: float, hidden: float, cache: Any, top_k: int) -> None:
-    """Raise `ValueError` where an argument that weighs the loss is out of its range or has no effect."""
-    if not 0 <= distillation <= 1:
-        raise ValueError(f"`distillation` must be in [0, 1], got {distillation!r}.")
+    """Raise `TypeError` or `ValueError` where an argument that weighs the loss is wrong, out of its range or has no effect."""
+    check_number("distillation", distillation, 0, 1)
     if not 0 < temperature < float("inf"):
         raise ValueError(f"`temperature` must be positive and finite, got {temperature!r}.")
     if not 0 <= hidden < float("inf"):
         raise ValueError(f"`hidden` must be finite and not negative, got {hidden!r}.")
-    if isinstance(top_k, bool) or not isinstance(top_k, int) or top_k < 1:
-        raise ValueError(f"`top_k` must be a positive whole number, got {top_k!r}.")
+    check_int("top_k", top_k, "a positive whole number", least=1)
     if cache is not None and (hidden or temperature != 1):
         raise ValueError("`teacher_cache` keeps probabilities at temperature 1 only; leave out `hidden` and `temperature`.")
 
@@ -65,23 +76,23 @@ def check_loss(distillation: float, temperature: float, hidden: float, cache: An
 def check_classes(model: PeftModel, distillation: float) -> None:
     """Raise `ValueError` where the model's outputs are no classes, whose probabilities a student could imitate."""
     config = getattr(model.get_base_model(), "config", None)
-    kind = getattr(config, "problem_type", None)
-    if distillation and kind in ("regression", "multi_label_classification"):
+    problem = getattr(config, "problem_type", None)
+    if distillation and problem in ("regression", "multi_label_classification"):
         raise ValueError(
-            f"`distillation` compares distributions over classes, and `problem_type` of the model is {kind!r}; use "
+            f"`distillation` compares distributions over classes, and `problem_type` of the model is {problem!r}; use "
             "`distillation=0`, with `hidden` for the teacher's part."
         )
 
 
 def check_trained(model: PeftModel, trains: Sequence[str]) -> None:
     """Raise `ValueError` unless what is to be trained is known, and something that the model has."""
-    unknown = [kind for kind in trains if kind not in TRAINS] if not isinstance(trains, str) else [trains]
+    unknown = [trains] if isinstance(trains, str) else [part for part in trains if part not in TRAINS]
     if unknown:
         raise ValueError(f"`trains` must be a list of {', '.join(TRAINS)}, got {unknown[0]!r}.")
     adapter = model.active_adapter
-    whole = any(isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save for m in model.modules())
+    saved_whole = any(isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save for m in model.modules())
     biases = any(layer.reparam_factors[adapter].bias is not None for _, layer in reparam_layers(model))
-    if not (whole or "factors" in trains or ("norms" in trains and norms_of(model)) or ("biases" in trains and biases)):
+    if not (saved_whole or "factors" in trains or ("norms" in trains and norms_of(model)) or ("biases" in trains and biases)):
         raise ValueError(f"`trains` must name something that the model has, got {list(trains)!r}; add 'factors'.")
 
 

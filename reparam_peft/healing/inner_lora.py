@@ -26,9 +26,7 @@ def adapted(model: PeftModel, config: LoraConfig) -> Iterator[None]:
         yield
     finally:
         for parent, child, layer in _inner(model, LoraLinear):
-            base = layer.get_base_layer()
-            base.weight.data = base.weight.data + layer.get_delta_weight(LORA).to(base.weight.dtype)
-            setattr(parent, child, base)
+            setattr(parent, child, _merged_base(layer))
 
 
 @contextmanager
@@ -38,14 +36,19 @@ def merged(model: PeftModel) -> Iterator[None]:
     before = [layer.get_base_layer().weight.data for _, _, layer in inner]
     try:
         for parent, child, layer in inner:
-            base = layer.get_base_layer()
-            base.weight.data = base.weight.data + layer.get_delta_weight(LORA).to(base.weight.dtype)
-            setattr(parent, child, base)
+            setattr(parent, child, _merged_base(layer))
         yield
     finally:
         for (parent, child, layer), weight in zip(inner, before, strict=True):
             layer.get_base_layer().weight.data = weight
             setattr(parent, child, layer)
+
+
+def _merged_base(layer: Any) -> nn.Module:
+    """The linear layer beneath a LoRA, changed to compute what both compute: W + ΔW, in a tensor of its own."""
+    base: nn.Linear = layer.get_base_layer()
+    base.weight.data = base.weight.data + layer.get_delta_weight(LORA).to(base.weight.dtype)
+    return base
 
 
 def _inner(model: nn.Module, kind: type[nn.Module]) -> list[tuple[nn.Module, str, Any]]:
@@ -68,8 +71,8 @@ def check_lora(model: PeftModel, lora: Any) -> None:
         raise TypeError(f"`lora` must be a LoraConfig, got a {type(lora).__name__}.")
     if lora.target_modules or lora.modules_to_save:
         raise ValueError("`lora` must name no modules: its targets are the factors.")
-    given, plain = lora.to_dict(), LoraConfig().to_dict()
-    ignored = [name for name in sorted(given) if name not in HONOURED and given[name] != plain[name]]
+    fields, defaults = lora.to_dict(), LoraConfig().to_dict()
+    ignored = [name for name in sorted(fields) if name not in HONOURED and fields[name] != defaults[name]]
     if lora.init_lora_weights not in (True, "gaussian"):
         ignored.append("init_lora_weights")
     if ignored:

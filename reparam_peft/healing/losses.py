@@ -1,9 +1,9 @@
-"""The divergence of a student's next-token distribution from a teacher's, and the teacher's logits kept on disk."""
+"""How far a student is from its teacher: in what it predicts, and in the outputs of its layers."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -19,11 +19,24 @@ class Sparse:
 
     Attributes:
         indices: of the classes, shape (…, k), integer.
-        log_probabilities: theirs, shape (…, k).
+        log_probabilities: of these classes, shape (…, k).
     """
 
     indices: Tensor
     log_probabilities: Tensor
+
+
+@dataclass(frozen=True)
+class Taught:
+    """What a teacher says of a batch.
+
+    Attributes:
+        logits: whole, or the likeliest only; None: its outputs have none.
+        hidden_states: outputs of its layers by name, where they were asked for.
+    """
+
+    logits: Tensor | Sparse | None = None
+    hidden_states: Mapping[str, Sequence[Tensor]] = field(default_factory=dict)
 
 
 class _Divergence(torch.autograd.Function):
@@ -56,10 +69,10 @@ def _teacher(teacher: Tensor | Sparse, rows: Tensor, log_q: Tensor, temperature:
     """
     if isinstance(teacher, Tensor):
         return (teacher[rows].to(log_q) / temperature).log_softmax(-1)
-    indices, known = teacher.indices[rows].long(), teacher.log_probabilities[rows].to(log_q)
-    rest = (1 - known.exp().sum(-1)).clamp(min=1e-9).log()
+    indices, log_p = teacher.indices[rows].long(), teacher.log_probabilities[rows].to(log_q)
+    rest_p = (1 - log_p.exp().sum(-1)).clamp(min=1e-9).log()
     rest_q = (1 - log_q.gather(-1, indices).exp().sum(-1)).clamp(min=1e-9).log()
-    return (log_q + (rest - rest_q)[:, None]).scatter(-1, indices, known)
+    return (log_q + (rest_p - rest_q)[:, None]).scatter(-1, indices, log_p)
 
 
 def divergence(student: Tensor, teacher: Tensor | Sparse, mask: Tensor | None = None, temperature: float = 1.0) -> Tensor:
@@ -83,7 +96,10 @@ def divergence(student: Tensor, teacher: Tensor | Sparse, mask: Tensor | None = 
     if mask is not None:
         rows = rows[mask.flatten().to(rows.device)]
     if isinstance(teacher, Sparse):
-        teacher = Sparse(*(part.flatten(0, -2).to(student.device) for part in (teacher.indices, teacher.log_probabilities)))
+        indices, log_probabilities = (
+            part.flatten(0, -2).to(student.device) for part in (teacher.indices, teacher.log_probabilities)
+        )
+        teacher = Sparse(indices, log_probabilities)
     else:
         teacher = teacher.detach().reshape(-1, classes)
     return temperature**2 * _Divergence.apply(student.reshape(-1, classes), teacher, rows, temperature)
@@ -96,12 +112,15 @@ def hidden_states_of(outputs: Any) -> dict[str, Sequence[Tensor]]:
 
 
 def hidden_error(
-    ours: dict[str, Sequence[Tensor]], theirs: dict[str, Sequence[Tensor]], mask: Tensor, attention: Tensor | None
+    student_states: Mapping[str, Sequence[Tensor]],
+    teacher_states: Mapping[str, Sequence[Tensor]],
+    mask: Tensor,
+    attention: Tensor | None,
 ) -> Tensor:
     """Mean over layers of |error|² / |teacher's|²: of the positions that count; or of rows, over what is no padding in each."""
     errors = []
-    for name, states in ours.items():
-        for student, teacher in zip(states, theirs[name], strict=True):
+    for name, states in student_states.items():
+        for student, teacher in zip(states, teacher_states[name], strict=True):
             wide = teacher.float()
             relative = (student.float() - wide).square().sum(-1) / wide.square().sum(-1).clamp(min=1e-12)
             if mask.shape == relative.shape and not name.startswith("encoder"):
@@ -110,3 +129,43 @@ def hidden_error(
             real = attention if attention is not None and attention.shape == relative.shape else torch.ones_like(relative)
             errors.append(((relative * real).flatten(1).sum(1) / real.flatten(1).sum(1).clamp(min=1)).mean())
     return torch.stack(errors).mean()
+
+
+def mixed(
+    outputs: Any,
+    taught: Taught,
+    mask: Tensor,
+    count: Tensor,
+    *,
+    distillation: float,
+    temperature: float,
+    hidden: float,
+    attention: Tensor | None,
+) -> Tensor:
+    """α T² KL(teacher ‖ student) + λ Σ hidden-state errors, as the part of a batch in the mean over all batches of a step.
+
+    Args:
+        outputs: the student's.
+        taught: what the teacher says.
+        mask: what counts of the student's logits, or of its last layer.
+        count: how much counts in all batches of the step.
+        distillation, temperature, hidden: α, T and λ.
+        attention: what is no padding in the batch's inputs; None: all.
+
+    Returns:
+        A scalar; 0 where nothing is to be learnt of the teacher.
+
+    Raises:
+        ValueError: the student has logits, and the teacher has none.
+    """
+    loss = torch.zeros((), device=mask.device)
+    logits = getattr(outputs, "logits", None)
+    if distillation and logits is not None:
+        if taught.logits is None:
+            raise ValueError("the outputs of the teacher have no `logits` to distil; give another one, or `distillation=0`.")
+        loss = loss + distillation * divergence(logits, taught.logits, mask, temperature) / count
+    if hidden:
+        error = hidden_error(hidden_states_of(outputs), taught.hidden_states, mask, attention)
+        # A mean over this batch, which weighs as much in the step as counts in it.
+        loss = loss + hidden * error * mask.sum() / count
+    return loss

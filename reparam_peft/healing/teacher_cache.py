@@ -31,18 +31,22 @@ class TeacherCache:
 
     def read(self, inputs: Mapping[str, Tensor]) -> Sparse | None:
         """What is known of a batch; None where a row is missing."""
-        found = [self._row(inputs, row) for row in range(_rows(inputs))]
-        if any(row is None for row in found):
-            return None
-        single = found[0].indices.ndim == 1  # one distribution for a row, not one for each position
-        places = [None if single else _real(inputs, row, _PREDICTED) for row in range(len(found))]
-        shape = places[0].shape if places[0] is not None else found[0].indices.shape[:-1]
-        indices = torch.zeros(len(found), *shape, found[0].indices.shape[-1], dtype=torch.int32)
-        known = torch.full(indices.shape, -torch.inf)
-        for row, (part, place) in enumerate(zip(found, places, strict=True)):
+        rows: list[Sparse] = []
+        for row in range(_rows(inputs)):
+            kept = self._row(inputs, row)
+            if kept is None:
+                return None
+            rows.append(kept)
+        single = rows[0].indices.ndim == 1  # one distribution for a row, not one for each position
+        places = [None if single else _real(inputs, row, _PREDICTED) for row in range(len(rows))]
+        shape = places[0].shape if places[0] is not None else rows[0].indices.shape[:-1]
+        # Files hold positions that are no padding, so that a row may be padded otherwise the next time.
+        indices = torch.zeros(len(rows), *shape, rows[0].indices.shape[-1], dtype=torch.int32)
+        log_probabilities = torch.full(indices.shape, -torch.inf)
+        for row, (kept, place) in enumerate(zip(rows, places, strict=True)):
             where = (row,) if place is None else (row, place.cpu())
-            indices[where], known[where] = part.indices, part.log_probabilities
-        return Sparse(indices, known)
+            indices[where], log_probabilities[where] = kept.indices, kept.log_probabilities
+        return Sparse(indices, log_probabilities)
 
     def write(self, inputs: Mapping[str, Tensor], logits: Tensor) -> None:
         """Keep the likeliest classes of a batch's logits (rows, …, classes)."""
@@ -75,10 +79,10 @@ class TeacherCache:
             if place is not None and real.shape[:1] == place.shape:
                 # Where padding stands does not matter, but gaps do.
                 where = place.nonzero().flatten().cpu()
-                digest.update((where - where[:1]).numpy())
+                digest.update((where - where[:1]).numpy().tobytes())
                 real = real[place]
             digest.update(f"{name} {tuple(real.shape)} {real.dtype}".encode())
-            digest.update(real.detach().cpu().contiguous().flatten().view(torch.uint8).numpy())
+            digest.update(real.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().tobytes())
         return self.folder / f"{digest.hexdigest()[:40]}.safetensors"
 
 

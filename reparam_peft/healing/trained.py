@@ -1,14 +1,16 @@
-"""What is trained."""
+"""Which parameters of a compressed model are trained, and how it computes as the dense one meanwhile."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from typing import cast
 
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import _set_trainable
 
+from ..config.reparam_config import ReparamConfig
 from ..runtime.modules import evaluating
 from ..tuner.layer import ReparamLayer, reparam_layers
 
@@ -24,7 +26,7 @@ def set_trained(model: PeftModel, kinds: Sequence[str]) -> None:
         names = norms_of(model)
         if names:
             _set_trainable(model, adapter, names, inference_mode=False)
-            config = model.peft_config[adapter]
+            config = cast(ReparamConfig, model.peft_config[adapter])
             config.modules_to_save = sorted({*(config.modules_to_save or ()), *names})
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
@@ -45,14 +47,17 @@ def norms_of(model: PeftModel) -> list[str]:
         and not name.startswith(inside)
         and not isinstance(module, (ReparamLayer, ModulesToSaveWrapper))
         and not any(True for _ in module.children())
-        and (own := list(module.parameters()))
-        and all(parameter.ndim <= 1 for parameter in own)
+        and (parameters := list(module.parameters()))
+        and all(parameter.ndim <= 1 for parameter in parameters)
     ]
 
 
 @contextmanager
-def dense_parameters_as_trained(model: PeftModel) -> Iterator[None]:
-    """Within this block a model computes without its adapter, in eval mode; it trains the same parameters afterwards."""
+def as_dense(model: PeftModel) -> Iterator[None]:
+    """Within this block a model computes as the dense one that it was made of: without its adapter, in eval mode.
+
+    PEFT changes which parameters get gradients when it disables an adapter; afterwards they are the same as before.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     try:
         with evaluating(model), model.disable_adapter():
