@@ -141,7 +141,6 @@ MIRRORS = sorted(
     path.relative_to(TESTS).as_posix() for path in TESTS.glob("*/*.py") if path.parent.name not in ("support", "benchmarks")
 )
 SEVERAL_FILES = {
-    "compression/test_job.py",  # of compression/run.py
     "layers/test_quantized_bases.py",
     "tuner/test_nested.py",
     "tuner/test_peft_conformance.py",

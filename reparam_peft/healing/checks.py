@@ -11,7 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import Trainer
 
-from ..arguments import check_int, check_number
+from ..arguments import check_number, is_int
 from ..tuner.layer import reparam_layers
 from ..tuner.model import ReparamModel
 from .trained import norms_of
@@ -68,7 +68,8 @@ def check_loss(distillation: float, temperature: float, hidden: float, cache: An
         raise ValueError(f"`temperature` must be positive and finite, got {temperature!r}.")
     if not 0 <= hidden < float("inf"):
         raise ValueError(f"`hidden` must be finite and not negative, got {hidden!r}.")
-    check_int("top_k", top_k, "a positive whole number", least=1)
+    if not is_int(top_k) or top_k < 1:
+        raise ValueError(f"`top_k` must be a positive whole number, got {top_k!r}.")
     if cache is not None and (hidden or temperature != 1):
         raise ValueError("`teacher_cache` keeps probabilities at temperature 1 only; leave out `hidden` and `temperature`.")
 

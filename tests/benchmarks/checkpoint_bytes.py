@@ -17,9 +17,9 @@ from pathlib import Path
 import torch
 from peft import PeftModel, get_peft_model
 from torch import Tensor
-from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import BertConfig, BertForMaskedLM, LlamaConfig, LlamaForCausalLM, PreTrainedModel, TrainingArguments
 
-from reparam_peft import Refinement, ReparamConfig, calibrate, compress, compress_checkpoint, plan, retruncate
+from reparam_peft import HealingTrainer, Refinement, ReparamConfig, calibrate, compress, compress_checkpoint, plan, retruncate
 
 SIZES = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 3, "num_attention_heads": 4, "vocab_size": 100}
 
@@ -66,6 +66,15 @@ def compressed(base: Callable[[], PreTrainedModel], **options: object) -> PeftMo
     return compress(base(), config(), batches(), seed=3, progress=False, **options)
 
 
+def healed(base: Callable[[], PreTrainedModel], model: PeftModel) -> PeftModel:
+    """A model trained for two steps to predict what the dense one predicts."""
+    rows = [{key: value[i] for key, value in batch.items()} for batch in batches() for i in range(4)]
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(folder, max_steps=2, report_to=[], save_strategy="no", use_cpu=True, seed=0)
+        HealingTrainer(model, arguments, train_dataset=rows, teacher=base(), hidden=0.1).train()
+    return model
+
+
 def main() -> None:
     """Print the table."""
     torch.set_num_threads(1)
@@ -83,6 +92,7 @@ def main() -> None:
             "many sizes": lambda base=base, known=statistics, size=many_sizes: compress(base(), size, known, progress=False),
             "sequential": lambda base=base: compressed(base, sequential=True),
             "refined": lambda base=base: compressed(base, sequential=True, refine=Refinement(epochs=2)),
+            "healed": lambda base=base, known=statistics: healed(base, compress(base(), config(), known, progress=False)),
         }
         for name, adapter in adapters.items():
             model = adapter()
