@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
-from torch import nn
+from torch import Tensor, nn
 
 from ..runtime.modules import input_device, replaced
 from .activations import Activations
@@ -53,13 +53,13 @@ class Stream:
             call = self.replay.inputs(position, batch, outputs)
         return call if self.device is None else send_to_device(call, self.device)
 
-    def calls(self, position: int) -> Iterator[Call]:
-        """What the block at a position is called with, batch by batch."""
-        return (self.call(position, batch) for batch in self.batches)
-
     def output(self, position: int, batch: int) -> Any:
         """What the block at a position has made."""
         return send_to_device(self.store.get((self.name, position, batch)), self.home)
+
+    def main(self, position: int, batch: int) -> Tensor:
+        """The main tensor of what the block at a position has made, where it is kept."""
+        return main_tensor(self.store.get((self.name, position, batch)))
 
     def put(self, position: int, block: nn.Module) -> None:
         """Run a block, which is the model's own or stands in its place, on all batches, and keep what it makes.

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +23,7 @@ class Sums:
 
     def __add__(self, other: Self) -> Self:
         """The sums over the rows of both, on this one's devices; neither is changed."""
-        added = {f.name: _added(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)}
-        return type(self)(**added)
+        return replace(self, **{f.name: _added(getattr(self, f.name), getattr(other, f.name)) for f in fields(self)})
 
     def tensors(self) -> Iterator[tuple[str, Tensor]]:
         """All tensors with their names, those of a record within this one as `weighted.gram`."""

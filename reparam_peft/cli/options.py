@@ -60,7 +60,9 @@ class TargetOptions:
     target_modules: Annotated[
         str, typer.Option(help="`all-linear`, a regular expression, or name endings separated by commas.")
     ] = "all-linear"
-    exclude_modules: Annotated[str | None, typer.Option(help="Likewise, to leave out.")] = None
+    exclude_modules: Annotated[
+        str | None, typer.Option(help="Modules to leave out: a regular expression, or name endings separated by commas.")
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,16 +8,16 @@ import shutil
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from peft import PeftModel
 from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
-from ..config.reparam_config import ReparamConfig
 from ..runtime.modules import predicts_next_token
 from ..standalone.checkpoint import METHOD
+from ..tuner.model import config_of
 from ..tuner.sizes import SizeReport
 from .errors import CliError
 
@@ -90,7 +90,7 @@ def continuation(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) ->
 
 def note_evaluation(model: PeftModel, figures: Mapping[str, float]) -> dict[str, float]:
     """Put figures into the config of a compressed model, which its card shows when it is saved; returns a copy of them."""
-    cast(ReparamConfig, model.peft_config["default"]).evaluation = dict(figures)
+    config_of(model, "default").evaluation = dict(figures)
     return dict(figures)
 
 

@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..config.fields import CALIBRATED
 from ..report.record import Record, saving_with
 from ..searching.goal import Goal, check_goal
 from ..searching.result import SearchResult
@@ -47,7 +48,7 @@ class GoalOptions:
         ),
     ] = "perplexity"
     documents: Annotated[int | None, typer.Option(min=1, help="The most documents of a task. Default: all.")] = None
-    methods: Annotated[str, typer.Option(help="Methods to try, separated by commas.")] = "whitened"
+    methods: Annotated[str, typer.Option(help="Methods to try, separated by commas.")] = CALIBRATED["method"]
     max_trials: Annotated[int, typer.Option(min=1, help="The most trials of each method.")] = 10
 
 

@@ -6,7 +6,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from rich.console import Console
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -18,6 +17,7 @@ from ..runtime.batches import split_rows
 from .errors import CliError
 from .inputs import read_batches
 from .options import CalibrationOptions
+from .outputs import err
 
 
 @dataclass(frozen=True)
@@ -73,7 +73,7 @@ class Calibration:
 
     def gather(self, model: Any, tokenizer: PreTrainedTokenizerBase, config: ReparamConfig) -> Statistics:
         """Statistics of the text, written to the file if one is named."""
-        Console(stderr=True).print("calibrating …")
+        err.print("calibrating …")
         statistics = calibrate(model, config, self.batches(tokenizer), seed=self.seed or 0)
         if self.file is not None:
             statistics.save(self.file)

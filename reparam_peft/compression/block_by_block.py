@@ -17,7 +17,7 @@ from tqdm.auto import tqdm
 
 from ..blockwise.activations import Activations
 from ..blockwise.anchoring import Anchoring, Observed, anchored, input_groups, observe, residual_sources
-from ..blockwise.blocks import Call, Replay, main_tensor
+from ..blockwise.blocks import Call, Replay
 from ..blockwise.refinement import Refinement, Task, refine_block
 from ..blockwise.streams import Stream
 from ..layers.kinds import layer_kind
@@ -29,7 +29,7 @@ from ..runtime.modules import encoder_of, naming, parameter_owners, set_module
 from ..runtime.processes import processes
 from ..runtime.run_folder import RunFolder, json_able
 from ..tuner.layer import ReparamLayer
-from ..tuner.matrices import own_bias, source_matrix
+from ..tuner.matrices import base_dtype, own_bias, source_matrix
 from ..tuner.targets import Target, check_targets
 from .job import Job
 from .student import (
@@ -116,7 +116,7 @@ class BlockByBlock:
         job, order = self.job, self.replay.order
         done = {block: self.folder.tensors(i) for i, block in enumerate(order[: len(self.folder.finished)])}
         if self.folder.plan is not None:
-            plan = Plan.from_dict(self.folder.plan)
+            plan = Plan.load(self.folder.plan)
             job.resume(plan, [name for name in job.modules if any(name.startswith(f"{block}.") for block in done)])
         if plan is None:
             plan = job.plan()
@@ -188,7 +188,7 @@ class BlockByBlock:
         anchoring, refinement = self.steps.anchoring, self.steps.refinement
         task = Task(
             call=partial(self.compressed.call, position),
-            target=lambda batch: main_tensor(self.original.output(position, batch)),
+            target=partial(self.original.main, position),
             mask=lambda batch, output: self._rows(position, batch, output),
         )
         train, held = (refinement or Refinement()).split(len(self.batches))
@@ -228,7 +228,8 @@ class BlockByBlock:
             weighing = self.job.weighing(name, moments)
             W, output_mean = anchored(W, bias, relative, observed, self.job.weigher.shrunk(moments), self.steps.anchoring)
         if target.rank is not None:
-            product = self.job.product(target, W, weighing, output_mean)
+            dtype = base_dtype(module)
+            product = self.job.factorizer.product(W, target.rank, dtype, weighing, output_mean)
             set_module(student, relative, factorized_layer(target, product, module))
             return
         weight = module.get_parameter("weight")

@@ -166,13 +166,13 @@ def compress_blocks(
     return _install(model, job, result, adapter_name, autocast_adapter_dtype)
 
 
-def options_of(name: str, given: bool | OptionsOfStep | None, options: type[OptionsOfStep]) -> OptionsOfStep | None:
+def options_of(name: str, asked_for: bool | OptionsOfStep | None, options: type[OptionsOfStep]) -> OptionsOfStep | None:
     """The options of a step that is asked for by True or by options; None where it is not asked for."""
-    if given is None or isinstance(given, bool):
-        return options() if given else None
-    if not isinstance(given, options):
-        raise TypeError(f"`{name}` must be True, False or options of type {options.__name__}, got {given!r}.")
-    return given
+    if asked_for is None or isinstance(asked_for, bool):
+        return options() if asked_for else None
+    if not isinstance(asked_for, options):
+        raise TypeError(f"`{name}` must be True, False or options of type {options.__name__}, got {asked_for!r}.")
+    return asked_for
 
 
 def _install(model: nn.Module, job: Job, result: Result, adapter_name: str, autocast_adapter_dtype: bool = True) -> PeftModel:

@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import Product
 from ..numerics.decompositions import Factors, direction_losses, random_factors
-from ..numerics.methods import METHODS, Method
+from ..numerics.methods import Method, method_of
 from ..numerics.metrics import exact
 from ..numerics.pivoting import PivotFactors, pivot
 from ..planning.ranks import is_nested
@@ -36,8 +36,10 @@ class Factorizer:
     @classmethod
     def of(cls, config: ReparamConfig) -> Factorizer:
         """The factorizer that a config asks for, whose method and form are resolved."""
-        method = METHODS[config.method or ""]
-        return cls(method, config.form or "", from_random=not config.init_weights, nested=is_nested(config))
+        method = method_of(config.method)
+        if config.form is None:
+            raise ValueError("`config` must have its `form` resolved.")
+        return cls(method, config.form, from_random=not config.init_weights, nested=is_nested(config))
 
     def losses(self, W: Tensor, weighing: Weighing) -> Tensor:
         """What each direction is predicted to cost, in nats per token, shape (min(out, in),)."""

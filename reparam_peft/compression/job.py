@@ -20,7 +20,7 @@ from ..config.reparam_config import ReparamConfig
 from ..layers.kinds import layer_kind, stored_weight
 from ..layers.product import Product, empty_product, product_of, tensors_of
 from ..numerics.decompositions import check_matrix
-from ..numerics.methods import METHODS
+from ..numerics.methods import method_of
 from ..planning.plan import Plan, make_plan
 from ..planning.ranks import RankChooser, is_nested
 from ..runtime.modules import naming
@@ -139,7 +139,7 @@ class Job:
         else:
             shapes = {name: (storage.out_features, storage.in_features) for name, storage in job.storages.items()}
             has_bias = any(getattr(target.module, "bias", None) is not None for target in targets.values())
-            plan.check_fits(shapes, config, chooser.given if config.r is None else chooser.uniform, has_bias)
+            plan.check_fits(shapes, config, chooser.prescribed if config.r is None else chooser.uniform, has_bias)
         return job
 
     def plan(self) -> Plan:
@@ -149,12 +149,12 @@ class Job:
     def losses(self) -> dict[str, Tensor]:
         """What each direction of each target is predicted to cost; empty where gradients are not asked for."""
         losses: dict[str, Tensor] = {}
+
+        def compute(name: str) -> list[Tensor]:
+            return [self.factorizer.losses(self.matrix_of(name), self.weighing(name))]
+
         for group in self.passes if self.weigher.gradients else ():
-            statistics = self.statistics(group)
-
-            def compute(name: str, statistics: Statistics = statistics) -> list[Tensor]:
-                return [self.factorizer.losses(self.matrix_of(name), self._weighing(name, statistics))]
-
+            self.statistics(group)
             shared = self._share_out(group, "Planning", compute, lambda name: [_direction_costs(self.targets[name])])
             losses.update({name: costs for name, (costs,) in shared.items()})
         return losses
@@ -186,35 +186,30 @@ class Job:
         """The products of those targets that do not stay dense, factorised one-shot."""
         products: dict[str, Product] = {}
         ranks = {name: target.rank for name, target in targets.items() if target.rank is not None}
+
+        def compute(name: str) -> list[Tensor]:
+            W, bias, weighing = self.matrix_of(name), self.bias_of(name), self.weighing(name)
+            output_mean = None if bias is None else mean_output(W, bias, weighing.mean)
+            dtype = base_dtype(targets[name].module)
+            return tensors_of(self.factorizer.product(W, ranks[name], dtype, weighing, output_mean))
+
+        def room(name: str) -> list[Tensor]:
+            target = targets[name]
+            return empty_product(ranks[name], target.storage, base_dtype(target.module), self.factorizer.nested)
+
         for group in self.passes:
             names = [name for name in group if name in ranks]
             if not names:
                 continue
-            statistics = self.statistics(group)
-
-            def compute(name: str, statistics: Statistics = statistics) -> list[Tensor]:
-                W, bias = self.matrix_of(name), self.bias_of(name)
-                weighing = self._weighing(name, statistics)
-                output_mean = None if bias is None else mean_output(W, bias, weighing.mean)
-                return tensors_of(self.product(targets[name], W, weighing, output_mean))
-
-            def room(name: str) -> list[Tensor]:
-                target = targets[name]
-                return empty_product(ranks[name], target.storage, base_dtype(target.module), self.factorizer.nested)
-
+            self.statistics(group)
             shared = self._share_out(names, "Factorising", compute, room)
             products.update({name: product_of(tensors, targets[name].storage.form) for name, tensors in shared.items()})
         return products
 
-    def product(self, target: Target, W: Tensor, weighing: Weighing, output_mean: Tensor | None) -> Product:
-        """The product of one target, from a matrix in place of its own; `output_mean` as for `Factorizer.product`."""
-        if target.rank is None:
-            raise ValueError("the target stays dense and has no product.")
-        return self.factorizer.product(W, target.rank, base_dtype(target.module), weighing, output_mean)
-
     def weighing(self, name: str, moments: Moments | None = None) -> Weighing:
         """What a target's factorisation weighs errors by; with `moments`, of these in place of the inputs calibration saw."""
-        return self._weighing(name, self.statistics(next(group for group in self.passes if name in group)), moments)
+        statistics = self.statistics(next(group for group in self.passes if name in group))
+        return self.weigher.weighing(name, statistics, self.targets[name].storage.bias, moments)
 
     def resume(self, plan: Plan, finished: Container[str]) -> None:
         """Go on with a plan that this job made earlier; no statistics are gathered any more of targets that are finished."""
@@ -264,9 +259,6 @@ class Job:
             config.smaller_ranks = {name: [ranks[name] for ranks in smaller.values()] for name in plan.ranks}
         return config
 
-    def _weighing(self, name: str, statistics: Statistics, moments: Moments | None = None) -> Weighing:
-        return self.weigher.weighing(name, statistics, self.targets[name].storage.bias, moments)
-
     def _share_out(
         self, names: Iterable[str], what: str, compute: Callable[[str], list[Tensor]], room: Callable[[str], list[Tensor]]
     ) -> dict[str, list[Tensor]]:
@@ -291,7 +283,7 @@ def with_defaults(config: ReparamConfig, plan: Plan | None = None, moves_bias: b
     for name, value in choices.items():
         setattr(config, name, getattr(config, name) or value)
     config.__post_init__()
-    config.moved_bias = moves_bias or METHODS[config.method or ""].needs_data
+    config.moved_bias = moves_bias or method_of(config.method).needs_data
     return config
 
 

@@ -17,8 +17,8 @@ from ..tuner.model import ReparamModel
 from ..tuner.targets import Target
 
 
-def check_model(model: PeftModel, keep: float, adapter_name: str | None, with_data: bool) -> str:
-    """The name of the adapter; raises where it cannot be truncated."""
+def check_model(model: PeftModel, keep: float, adapter_name: str | None, with_data: bool) -> tuple[ReparamModel, str]:
+    """The tuner and the name of the adapter; raises where it cannot be truncated."""
     if not isinstance(model, PeftModel) or not isinstance(model.base_model, ReparamModel):
         raise TypeError(
             f"`model` must be a PeftModel of a ReparamConfig, got a {type(model).__name__}; make one with `get_peft_model` or "
@@ -45,14 +45,7 @@ def check_model(model: PeftModel, keep: float, adapter_name: str | None, with_da
                 f"`batches` are of use for the one active adapter, and active are {[] if layer.disable_adapters else active}; "
                 f"call `model.set_adapter({adapter_name!r})` outside of `disable_adapter()` first, or leave `batches` out."
             )
-    return adapter_name
-
-
-def tuner_of(model: PeftModel) -> ReparamModel:
-    """The tuner of a model that `check_model` has checked."""
-    if not isinstance(model.base_model, ReparamModel):
-        raise TypeError(f"`model` must be a PeftModel of a ReparamConfig, got one of a {type(model.base_model).__name__}.")
-    return model.base_model
+    return model.base_model, adapter_name
 
 
 def present_targets(
@@ -92,7 +85,7 @@ def module_like(layer: ReparamLayer, adapter_name: str, rank: int) -> Factorized
     return module.to(present.dtype)
 
 
-def _check_plain(module: FactorizedModule, like: FactorizedModule) -> None:
+def _check_plain(module: FactorizedModule, expected: FactorizedModule) -> None:
     """Raise `ValueError` where a module differs from one that our tuner makes."""
 
     def classes(m: nn.Module) -> list[tuple[str, type]]:
@@ -101,7 +94,7 @@ def _check_plain(module: FactorizedModule, like: FactorizedModule) -> None:
     def shapes(m: nn.Module) -> list[tuple[str, torch.Size, type]]:
         return [(name, parameter.shape, type(parameter)) for name, parameter in m.named_parameters()]
 
-    if classes(module) != classes(like) or shapes(module) != shapes(like):
+    if classes(module) != classes(expected) or shapes(module) != shapes(expected):
         raise ValueError(
             "its factors are wrapped, quantised or sharded by something else (LoRA on the factors, say), which new factors "
             "would lose; merge, dequantise or unwrap them first."

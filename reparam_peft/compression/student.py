@@ -28,13 +28,11 @@ def targets_within(targets: Mapping[str, Target], block: str) -> dict[str, Targe
 
 def factorized_layer(target: Target, product: Product, module: nn.Module) -> ReparamLayer:
     """The layer of a product in place of a module, which gives its bias and its geometry."""
-    if target.rank is None:
-        raise ValueError("the target stays dense and has no factorised layer.")
     layer = reparam_layer(copy.copy(module))  # whose weight is dropped, while the module keeps its own
     layer.base_layer._parameters = dict(module._parameters)
     layer.update_layer(
         ADAPTER,
-        target.rank,
+        product.rank,
         product,
         form=target.storage.form,
         bias=target.storage.bias,

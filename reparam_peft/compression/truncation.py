@@ -25,7 +25,7 @@ from ..tuner.layer import ReparamLayer
 from ..tuner.model import config_of
 from ..tuner.targets import Target
 from .job import Job, Options
-from .present import check_model, module_like, present_targets, tuner_of
+from .present import check_model, module_like, present_targets
 
 NOT_DENSE = math.nextafter(1.0, 0.0)  # the `ceiling` that keeps a matrix from becoming dense again
 
@@ -69,13 +69,14 @@ def retruncate(
             factors, or hold other modules than plain factors; factors are NaN or infinite; or batches as for `compress`.
 
     >>> from peft import get_peft_model
+    >>> from torch import nn
     >>> from reparam_peft import ReparamConfig
     >>> net = nn.Sequential(nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 8))
     >>> small = get_peft_model(net, ReparamConfig(target_modules=["0"], keep=0.8))
     >>> retruncate(small, 0.5).peft_config["default"].rank_pattern
     {'0': 8}
     """
-    adapter_name = check_model(model, keep, adapter_name, batches is not None)
+    tuner, adapter_name = check_model(model, keep, adapter_name, batches is not None)
     config = config_of(model, adapter_name)
     layers, targets = present_targets(model, adapter_name, config)
     ranks = _same_fraction(targets, _check_keep(targets, keep))
@@ -117,7 +118,7 @@ def retruncate(
     for name, value in asdict(made_by).items():
         setattr(config, name, value)
     lowered = {name: replace(target, rank=ranks[name]) for name, target in targets.items()}
-    tuner_of(model).record_resolved(adapter_name, lowered)
+    tuner.record_resolved(adapter_name, lowered)
     return model
 
 
@@ -171,7 +172,7 @@ def _job(
     chooser = RankChooser(
         storages={name: target.storage for name, target in targets.items()},
         keep=keep,
-        given={name: None for name, target in targets.items() if target.rank is None},
+        prescribed={name: None for name, target in targets.items() if target.rank is None},
         rank_multiple=config.rank_multiple,
         floor=config.floor or 0.0,
         ceiling=config.ceiling,

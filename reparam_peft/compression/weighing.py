@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..calibration.statistics import Moments, Statistics
 from ..config.reparam_config import ReparamConfig
-from ..numerics.methods import METHODS
+from ..numerics.methods import method_of
 from ..numerics.metrics import diagonal, exact, shrink
 
 # Part of the input metric that weighs each token by the gradient there, so that the many tokens that matter are not drowned
@@ -60,7 +60,7 @@ class Weigher:
     @classmethod
     def of(cls, config: ReparamConfig) -> Weigher:
         """The weigher that a config asks for, whose method is resolved."""
-        calibrated = METHODS[config.method or ""].needs_data
+        calibrated = method_of(config.method).needs_data
         return cls(
             input_metric=config.input_metric or "gram",
             output_metric=config.output_metric or "fisher",

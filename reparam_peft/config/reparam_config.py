@@ -105,7 +105,7 @@ class ReparamConfig(Fields):
         if self.smaller_keeps is None or self.smaller_ranks is None:
             raise ValueError(
                 f"`keep={keep}`: the adapter does not know its ranks at smaller sizes. Those made by `compress` with "
-                "`form='factors'`, a `ceiling` below 1 and not by an autoencoder do; load others whole, and call "
+                "`form='factors'`, a `ceiling` below 1 and a method whose ranks are nested do; load others whole, and call "
                 "`retruncate(model, keep, batches)`."
             )
         index = next((i for i, size in enumerate(self.smaller_keeps) if size <= keep * (1 + 1e-12)), None)

@@ -11,7 +11,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 from transformers import Trainer
 
-from ..arguments import check_number, is_int
+from ..arguments import is_int
 from ..tuner.layer import reparam_layers
 from ..tuner.model import ReparamModel
 from .trained import norms_of
@@ -62,8 +62,9 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 
 def check_loss(distillation: float, temperature: float, hidden: float, cache: Any, top_k: int) -> None:
-    """Raise `TypeError` or `ValueError` where an argument that weighs the loss is wrong, out of its range or has no effect."""
-    check_number("distillation", distillation, 0, 1)
+    """Raise `ValueError` where an argument that weighs the loss is out of its range or has no effect."""
+    if not 0 <= distillation <= 1:
+        raise ValueError(f"`distillation` must be in [0, 1], got {distillation!r}.")
     if not 0 < temperature < float("inf"):
         raise ValueError(f"`temperature` must be positive and finite, got {temperature!r}.")
     if not 0 <= hidden < float("inf"):

@@ -4,15 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import cast
 
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import _set_trainable
 
-from ..config.reparam_config import ReparamConfig
 from ..runtime.modules import evaluating
 from ..tuner.layer import ReparamLayer, reparam_layers
+from ..tuner.model import config_of
 
 
 def set_trained(model: PeftModel, kinds: Sequence[str]) -> None:
@@ -26,7 +25,7 @@ def set_trained(model: PeftModel, kinds: Sequence[str]) -> None:
         names = norms_of(model)
         if names:
             _set_trainable(model, adapter, names, inference_mode=False)
-            config = cast(ReparamConfig, model.peft_config[adapter])
+            config = config_of(model, adapter)
             config.modules_to_save = sorted({*(config.modules_to_save or ()), *names})
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:

@@ -78,6 +78,17 @@ METHODS: dict[str, Method] = {
 }
 
 
+def method_of(name: str | None) -> Method:
+    """The row of a method, of a config whose method is resolved.
+
+    Raises:
+        ValueError: there is none of this name.
+    """
+    if name is None or name not in METHODS:
+        raise ValueError(f"`method` must be one of {', '.join(map(repr, METHODS))}, got {name!r}.")
+    return METHODS[name]
+
+
 def names_of_methods(*, needs_data: bool) -> tuple[str, ...]:
     """Names of the methods that need data, or of those that need none."""
     return tuple(method.name for method in METHODS.values() if method.needs_data == needs_data)

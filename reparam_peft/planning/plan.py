@@ -168,7 +168,7 @@ class Plan:
         self,
         shapes: Mapping[str, tuple[int, int]],
         config: ReparamConfig,
-        given: Mapping[str, int | None],
+        prescribed: Mapping[str, int | None],
         has_bias: bool,
     ) -> None:
         """Raise `ValueError` unless the plan is of these targets, and a config asks for nothing else.
@@ -176,7 +176,7 @@ class Plan:
         Args:
             shapes: (out, in) of each target.
             config: with the plan's choices where it makes none.
-            given: ranks that the config gives.
+            prescribed: ranks that the config gives.
             has_bias: whether any target has a bias.
         """
         planned = {module.name: module.shape for module in self.modules}
@@ -195,7 +195,7 @@ class Plan:
             raise ValueError(
                 f"`plan` is for `method={self.method!r}`, and the config says {config.method!r}, which stores other biases."
             )
-        for name, rank in given.items():
+        for name, rank in prescribed.items():
             if self.ranks.get(name) != rank:
                 raise ValueError(
                     f"{name}: the config says rank {rank}, and the plan {self.ranks.get(name)}; leave `r`, `rank_pattern` and "

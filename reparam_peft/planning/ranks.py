@@ -58,7 +58,7 @@ class RankChooser:
         storages: what the product of each matrix takes.
         keep: fraction of the parameters of all of them that may be stored.
         by_loss: whether ranks are those of the least predicted loss under one budget; else each matrix has its own.
-        given: ranks that are not to be chosen.
+        prescribed: ranks that are not to be chosen.
         uniform: without `by_loss`, the ranks at this size.
         within_budget: whether `uniform` is meant to fit `keep`; one rank for all matrices is not.
         rank_multiple: what chosen ranks are a multiple of; None: 8, and 1 for matrices with a side below 64.
@@ -69,7 +69,7 @@ class RankChooser:
     storages: Mapping[str, Storage]
     keep: float
     by_loss: bool = True
-    given: Mapping[str, int | None] = field(default_factory=dict)
+    prescribed: Mapping[str, int | None] = field(default_factory=dict)
     uniform: Mapping[str, int | None] = field(default_factory=dict)
     within_budget: bool = True
     rank_multiple: int | None = None
@@ -89,7 +89,7 @@ class RankChooser:
             storages=storages,
             keep=config.keep if keep is None else keep,
             by_loss=config.allocation == "loss",
-            given={name: rank for name, rank in uniform.items() if name in dense or config.module_rank(name) is not None},
+            prescribed={name: rank for name, rank in uniform.items() if name in dense or config.module_rank(name) is not None},
             uniform=uniform,
             within_budget=config.r is None,
             rank_multiple=config.rank_multiple,
@@ -108,7 +108,7 @@ class RankChooser:
             self.ranks({})
             return
         lengths = {name: min(storage.out_features, storage.in_features) for name, storage in self.storages.items()}
-        self.least_loss({name: torch.zeros(length, dtype=torch.float64) for name, length in lengths.items()}, self.given)
+        self.least_loss({name: torch.zeros(length, dtype=torch.float64) for name, length in lengths.items()}, self.prescribed)
 
     def ranks(self, losses: Mapping[str, Tensor]) -> Ranks:
         """The ranks; `losses`, what each direction of each matrix costs, are needed with `by_loss`.
@@ -120,14 +120,14 @@ class RankChooser:
         """
         if self.by_loss:
             unreached = {name: uniform_rank(self.keep, self.storages[name]) for name in self.unreached(losses)}
-            return self.least_loss(losses, {**self.given, **unreached})
+            return self.least_loss(losses, {**self.prescribed, **unreached})
         if self.within_budget:
             self.check_budget(self.uniform)
         return dict(self.uniform)
 
     def unreached(self, losses: Mapping[str, Tensor]) -> list[str]:
         """Matrices whose rank is to be chosen by loss, and that no gradient reaches."""
-        return [name for name in self.storages if self.by_loss and name not in self.given and not losses[name].any()]
+        return [name for name in self.storages if self.by_loss and name not in self.prescribed and not losses[name].any()]
 
     def least_loss(self, losses: Mapping[str, Tensor], fixed: Mapping[str, int | None]) -> Ranks:
         """Ranks of the least predicted loss under the budget, with those of some matrices fixed; uniform ranks are a candidate.
@@ -169,7 +169,7 @@ class RankChooser:
         for step in range(math.ceil(plan.keep * 20 - 1e-9) - 1, 0, -1):
             keep = step / 20
             try:
-                ranks = replace(self, keep=keep, ceiling=1.0).least_loss(losses, {**held, **self.given})
+                ranks = replace(self, keep=keep, ceiling=1.0).least_loss(losses, {**held, **self.prescribed})
             except ValueError:  # smaller than the lowest ranks and what is always dense
                 break
             sizes[keep] = {

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 from itertools import pairwise
-from typing import cast
 
 from torch import Tensor, nn
 
 from ..display.axes import places_of
-from ..layers.factorized import FactorizedModule
 from ..numerics.angles import principal_angles
 from ..tuner.layer import ReparamLayer
 
@@ -33,7 +31,7 @@ def input_angles(model: nn.Module, adapter_name: str | None = None) -> dict[str,
         layer = layers[name]
         adapter = adapter_name or next(iter(layer.active_adapters))
         if adapter in layer.reparam_factors:
-            factorized = cast(FactorizedModule, layer.reparam_factors[adapter])
+            factorized = layer.factorized(adapter)
             kept.setdefault(kind, {})[depth] = factorized.factors.B.detach()
     if not kept:
         raise ValueError("the model has no factorised layers; compress it first.")

@@ -17,7 +17,7 @@ from ..planning.plan import ModulePlan, Plan
 from ..runtime.files import write_whole
 from ..runtime.run_folder import LOG, PLAN, SETTINGS
 from ..searching.result import SearchResult
-from ..tuner.model import ReparamModel
+from ..tuner.model import ReparamModel, config_of
 from ..tuner.sizes import SizeReport
 from .angles import mean_input_angles
 
@@ -100,7 +100,7 @@ class Record:
         if not isinstance(getattr(model, "base_model", None), ReparamModel):
             raise TypeError(f"`model` must be a PeftModel of a ReparamConfig, got a {type(model).__name__}.")
         adapter = model.active_adapters[0]
-        config = cast(ReparamConfig, model.peft_config[adapter])
+        config = config_of(model, adapter)
         sizes: SizeReport = model.size_report(adapter)
         if plan is not None and (plan.ranks != config.rank_pattern or sorted(plan.dense_modules) != config.dense_modules):
             raise ValueError("`plan` has other ranks than the model; give the one that it was made by, or none.")

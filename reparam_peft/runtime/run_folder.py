@@ -69,10 +69,10 @@ class RunFolder:
         return self.folder is not None and processes()[1] == 0
 
     @property
-    def plan(self) -> dict[str, Any] | None:
-        """The plan that the run made, as JSON; None: none yet."""
+    def plan(self) -> Path | None:
+        """The file of the plan that the run made; None: none yet."""
         path = None if self.folder is None else self.folder / PLAN
-        return json.loads(path.read_text(encoding="utf-8")) if path is not None and path.exists() else None
+        return path if path is not None and path.exists() else None
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """Keep the plan, as JSON."""

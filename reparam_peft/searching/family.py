@@ -16,7 +16,7 @@ from ..compression.weighing import mean_output
 from ..config.reparam_config import ReparamConfig
 from ..evaluation.measures import Measure
 from ..layers.kinds import is_quantized, layer_kind
-from ..numerics.decompositions import Factors, factorize
+from ..numerics.decompositions import Factors
 from ..numerics.metrics import exact
 from ..planning.plan import Plan
 from ..planning.ranks import RankChooser
@@ -95,8 +95,9 @@ class Family:
             target, weighing = self.job.targets[name], self.job.weighing(name)
             W = source_matrix(target.module)
             wide = W.to(torch.promote_types(W.dtype, torch.float32))
-            # One rank below full: at full rank `factorize` returns W itself and puts directions in no order.
-            factors = factorize(wide, max(1, min(W.shape) - 1), weighing.input, weighing.output)
+            # One rank below full: at full rank a method returns W itself and puts directions in no order.
+            compute = self.job.factorizer.method.function
+            factors = compute(wide, max(1, min(W.shape) - 1), weighing.input, weighing.output, None)
             dtype = base_dtype(target.module)
             mean = weighing.mean if target.storage.bias else None
             self._factors[name] = Factors(factors.A.to(dtype), factors.B.to(dtype)), mean

@@ -7,7 +7,6 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
-from typing import cast
 
 import torch
 from torch import Tensor
@@ -17,11 +16,11 @@ from ..config.fields import DATA_FREE, OF_ALLOCATION, OF_METRICS
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import Product
 from ..numerics.decompositions import Factors, random_factors
-from ..numerics.methods import METHODS, names_of_methods
+from ..numerics.methods import method_of, names_of_methods
 from ..numerics.pivoting import PivotFactors, pivot
 from ..runtime.modules import naming
 from .layer import REMEDY, W_IS_GONE, ReparamLayer
-from .matrices import source_matrix
+from .matrices import own_bias, source_matrix
 from .targets import Target
 
 # Products that `compress` has computed and the tuner is about to install, by the name of the module.
@@ -85,7 +84,8 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progres
             sources.add(layer.source)
         bias = None
         if target.storage.bias:
-            bias = layer.source_bias() if isinstance(layer, ReparamLayer) else cast(Tensor, layer.bias).detach()
+            bias = layer.source_bias() if isinstance(layer, ReparamLayer) else own_bias(layer)
+            bias = None if bias is None else bias.detach()
         with naming(name):
             factors = data_free_factors(source_matrix(layer), target, config)
         done[name] = replace(target, product=Product(factors, bias))
@@ -110,6 +110,6 @@ def data_free_factors(matrix: Tensor, target: Target, config: ReparamConfig) -> 
     # Factors that are rounded before the conversion to the pivot form would be rounded again after it.
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32)) if pivots else matrix
     start = None if config.init_weights else random_factors(wide, target.rank)
-    method = METHODS[config.method or DATA_FREE["method"]]
+    method = method_of(config.method or DATA_FREE["method"])
     factors = method.function(wide, target.rank, None, None, start)
     return pivot(factors, dtype=matrix.dtype) if pivots else factors

@@ -326,6 +326,9 @@ def wrapper_class(name: str) -> type[ReparamLayer]:
     It differs from `ReparamLayer` by its name, which is what PEFT's `"all-linear"` goes by and what users see in a printed
     model. It is made of the kind's name, so that a new kind needs no line here; pickle finds it under its name in this module.
     """
+    taken = globals().get(name)
+    if taken is not None and not (isinstance(taken, type) and issubclass(taken, ReparamLayer)):
+        raise ValueError(f"a layer kind cannot be called {name!r}: {__name__} holds something else of this name.")
     made = type(name, (ReparamLayer,), {"__doc__": f"`ReparamLayer` of a layer of kind {name}.", "__module__": __name__})
     globals()[name] = made
     return made

@@ -343,8 +343,8 @@ def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, l
     """
     config = copy.deepcopy(config)
     tuner = ReparamModel.__new__(ReparamModel)
-    tuner._prepare_adapter_config(config, BaseTuner.get_model_config(model))  # in place, as the next line
-    _maybe_include_all_linear_layers(config, model)
+    prepared = tuner._prepare_adapter_config(config, BaseTuner.get_model_config(model))
+    config = cast(ReparamConfig, _maybe_include_all_linear_layers(prepared, model))  # each returns what it was given
     targets = find_targets(config, model, partial(ReparamModel._check_target_module_exists, config))
     if not targets:
         raise ValueError(f"`target_modules` {config.target_modules!r} match no module of the model; check the names.")

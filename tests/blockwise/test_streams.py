@@ -45,7 +45,7 @@ def run(stream: Stream, blocks: list[nn.Module]) -> list[list[Tensor]]:
     """The input of each block, batch by batch, while the stream goes through all of them."""
     inputs: list[list[Tensor]] = []
     for position, block in enumerate(blocks):
-        inputs.append([args[0].clone() for args, _ in stream.calls(position)])
+        inputs.append([args[0].clone() for args, _ in (stream.call(position, batch) for batch in stream.batches)])
         stream.put(position, block)
         stream.forget(position)
     return inputs

@@ -294,6 +294,14 @@ def test_statistics_alone_are_refused() -> None:
         by_block(llama(), TEXT, {"statistics": known})
 
 
+@pytest.mark.parametrize("content", ["{", "{}", '{"format": "another"}'])
+def test_a_plan_that_is_damaged_in_the_folder_is_told(content: str, tmp_path: Path) -> None:
+    by_block(llama(), TEXT, {"sequential": True, "run_folder": tmp_path / "run"})
+    (tmp_path / "run" / "plan.json").write_text(content)
+    with pytest.raises(ValueError, match=r"plan\.json does not hold a plan: "):
+        by_block(llama(), TEXT, {"sequential": True, "run_folder": tmp_path / "run"})
+
+
 @pytest.mark.parametrize("way", ["sequential", "both"])
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
     import reparam_peft.numerics.methods as module

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,8 @@ from support.models import Case, Net, bert, convnet, gpt2, llama, net, t5
 from support.tolerances import relative_error
 from torch import Tensor, multiprocessing, nn
 
-from reparam_peft import Plan, ReparamConfig, compress
+import reparam_peft.compression.job
+from reparam_peft import Plan, ReparamConfig, Statistics, compress
 from reparam_peft.numerics.storage import uniform_rank
 from reparam_peft.tuner.matrices import matrix_storage
 
@@ -101,6 +103,20 @@ def test_several_passes_give_what_one_gives(
     )
     assert first.ranks == second.ranks
     assert first.predicted_loss == pytest.approx(second.predicted_loss)
+
+
+def test_memory_holds_the_statistics_of_one_pass_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, made = reparam_peft.compression.job.gather_statistics, []
+
+    def gather(*args: Any, **options: Any) -> Statistics:
+        assert all(earlier() is None for earlier in made), "the statistics of an earlier pass are still held"
+        statistics = real(*args, **options)
+        made.append(weakref.ref(statistics))
+        return statistics
+
+    monkeypatch.setattr(reparam_peft.compression.job, "gather_statistics", gather)
+    compressed(llama(), TEXT, target_modules="all-linear", arguments={"max_memory": 8 * (2 * 160**2 + 160**2)})
+    assert len(made) > 2
 
 
 def test_an_error_while_factorising_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
