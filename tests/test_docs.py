@@ -95,7 +95,8 @@ def test_api_page_has_public_name_and_its_parameters(name: str) -> None:
     if inspect.isfunction(value):
         assert {p for p in inspect.signature(value).parameters if f"- `{p}`: " not in section[1]} == set()
     elif name != "ReparamConfig":
-        members = {key for key, member in vars(value).items() if isinstance(member, property) or key == "to_dict"}
+        properties = {key for key, member in vars(value).items() if isinstance(member, property) and not key.startswith("_")}
+        members = properties | {key for key in vars(value) if key == "to_dict"}
         members |= set(getattr(value, "__dataclass_fields__", ())) | set(getattr(value, "_fields", ()))
         assert {member for member in members if not re.search(rf"\b{member}\b", section[1])} == set()
 

@@ -17,9 +17,9 @@ from transformers import AutoModelForCausalLM
 
 from reparam_peft import Statistics, perplexity, text_batches
 from reparam_peft.cli import compress as compress_command
-from reparam_peft.cli import inputs as preparation
 from reparam_peft.cli import inputs as sources
 from reparam_peft.cli import search as search_command
+from reparam_peft.cli import statistics_file
 
 
 @pytest.mark.parametrize("method", ["default", "svd"])
@@ -247,7 +247,7 @@ def test_statistics_are_written_and_serve_another_keep(
     assert (statistics.tokens, statistics.gradient_tokens, statistics.seed) == (4 * 64, 4 * 64, 3)
     before = file.read_bytes()
 
-    monkeypatch.setattr(preparation, "calibrate", lambda *args, **kwargs: pytest.fail("the statistics are there"))
+    monkeypatch.setattr(statistics_file, "calibrate", lambda *args, **kwargs: pytest.fail("the statistics are there"))
     result = run("compress", models / "llama", tmp_path / "again", *known)
     assert result.code == 0, result.err
     one, two = (load_file(tmp_path / name / "adapter_model.safetensors") for name in ("first", "again"))
@@ -298,7 +298,7 @@ def test_evaluation_takes_windows_that_calibration_did_not_see(
 
         return call
 
-    monkeypatch.setattr(preparation, "calibrate", watch("calibrated", preparation.calibrate))
+    monkeypatch.setattr(statistics_file, "calibrate", watch("calibrated", statistics_file.calibrate))
     monkeypatch.setattr(compress_command, "perplexity", watch("evaluated", compress_command.perplexity))
     file = tmp_path / "statistics.safetensors"
     options = ["--length", 64, "--windows", 3, "--target-modules", "q_proj", "--statistics", file]

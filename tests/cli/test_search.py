@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from support.command_line import Run, assert_error, calibrated
 
-from reparam_peft.cli import inputs as preparation
+from reparam_peft.cli import statistics_file
 from reparam_peft.searching import search as searching
 
 
@@ -54,7 +54,7 @@ def test_search_by_a_task_in_a_file(run: Run, models: Path, tmp_path: Path, monk
     result = json.loads(found.out)
     assert result["metric"] == "box:bits_per_byte"
     assert result["chosen"]["metric"] <= result["limit"] == pytest.approx(1.05 * result["dense_metric"])
-    for module in (searching, preparation):
+    for module in (searching, statistics_file):
         monkeypatch.setattr(module, "calibrate", lambda *_, **__: pytest.fail("calibrated before the check"))
     wrong = run(*command, "--overwrite", "--metric", f"{tmp_path / 'box.yaml'}:acc")
     assert_error(wrong, "has no metric 'acc', only bits_per_byte")
