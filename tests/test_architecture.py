@@ -10,6 +10,7 @@ import pytest
 from support.structure import Imported, circle, floors, import_graph, modules_of, other_imports, own_imports
 
 import reparam_peft
+from reparam_peft.numerics.methods import METHODS
 
 PACKAGE = Path(reparam_peft.__file__).parent
 MODULES = modules_of(PACKAGE)
@@ -162,6 +163,27 @@ def test_folders_of_tests_are_packages() -> None:
 def test_files_of_tests_are_those_of_the_package() -> None:
     files = {f"{folder}/test_{file}.py" for folder, _, file in (module.partition(".") for module in MODULES)}
     assert [path for path in MIRRORS if not path.endswith("/conftest.py") and path not in files | SEVERAL_FILES] == []
+
+
+# Files that are tested through those that use them only; none is added.
+WITHOUT_TESTS = {
+    *("cli.errors", "cli.groups", "cli.options", "cli.statistics_file", "compression.present", "healing.counting"),
+    *("searching.goal", "tuner.matrices"),
+}
+
+
+def test_files_of_the_package_have_tests() -> None:
+    inner = {module for module in MODULES if "." in module}
+    untested = {module for module in inner if f"{room(module)}/test_{module.partition('.')[2]}.py" not in MIRRORS}
+    assert untested == WITHOUT_TESTS
+
+
+@modules
+def test_only_one_file_lists_methods(module: str) -> None:
+    """No collection elsewhere holds the names of two methods."""
+    collections = (node for node in ast.walk(parse(module)) if isinstance(node, ast.Tuple | ast.List | ast.Set))
+    constants = [[item.value for item in node.elts if isinstance(item, ast.Constant)] for node in collections]
+    assert module == "numerics.methods" or not any(len({*values} & {*METHODS}) > 1 for values in constants)
 
 
 @pytest.mark.parametrize("line", ["from test_x import y", "    import conftest", "from tests.cli.test_x import y"])

@@ -140,7 +140,7 @@ def test_files_and_names_of_the_text_exist(page: Path) -> None:
     """`config/fields.py`, from the root or the package on, and `config/fields.py: METHODS`."""
     text = FENCE.sub("", page.read_text(encoding="utf-8"))
     missing = []
-    for file, name in re.findall(r"`([\w.]+(?:/[\w.]+)+\.py)(?:: ([\w.]+))?`", text):
+    for file, name in re.findall(r"`((?:[\w.]+/)+[\w.]+\.py|[\w.]+\.py(?=: ))(?:: ([\w.]+))?`", text):
         if not any((folder / file).is_file() for folder in (ROOT, PACKAGE.parent, PACKAGE)):
             missing.append(file)
         elif name:

@@ -296,7 +296,7 @@ def passes_within(targets: Mapping[str, Target], max_memory: int, blocks: Sequen
     units: dict[str, list[str]] = {}
     for name in targets:
         units.setdefault(next((block for block in blocks if name.startswith(f"{block}.")), name), []).append(name)
-    groups: list[list[str]] = [[]]
+    passes: list[list[str]] = [[]]
     left = max_memory
     for names in units.values():
         needed = sum(_bytes_of_statistics(targets[name]) for name in names)
@@ -304,11 +304,11 @@ def passes_within(targets: Mapping[str, Target], max_memory: int, blocks: Sequen
             which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             raise ValueError(f"{which}: its statistics take {needed:,} bytes, and `max_memory` is {max_memory:,}; raise it.")
         if needed > left:
-            groups.append([])
+            passes.append([])
             left = max_memory
-        groups[-1] += names
+        passes[-1] += names
         left -= needed
-    return groups
+    return passes
 
 
 def _bytes_of_statistics(target: Target) -> int:

@@ -103,8 +103,8 @@ class Fields(PeftConfig):
     ceiling: float | None = field(
         default=None,
         metadata={
-            "help": "The most that it stores of a matrix, floor <= ceiling <= 1; below 1 only matrices too small for any "
-            "product stay dense. None: 1."
+            "help": "The most that `allocation='loss'` stores of a matrix, floor <= ceiling <= 1; below 1 only matrices too "
+            "small for any product stay dense. None: 1."
         },
     )
     keep_base: bool = field(

@@ -62,7 +62,7 @@ def search(
         documents: the most documents of such a task, or of each task of a group; None: all.
         higher_is_better: of the metric; None: as the name has it, False for a function.
         keeps: the sizes to choose from; None: 0.05 to 0.99 in steps of 0.01.
-        methods: of factorisation, each of which is tried; None: the config's. Not "autoencoder", whose ranks are not nested.
+        methods: of factorisation, each of which is tried; None: the config's. Only those whose ranks are nested.
         max_trials: the most trials of each method.
         build: whether to compress the model to the chosen size.
         run_folder: folder for the statistics and for `log.jsonl` with each trial. A search that was killed goes on after its

@@ -15,7 +15,6 @@ from torch import nn
 import reparam_peft.searching.search
 from reparam_peft import ReparamConfig, Statistics, calibrate, compress, perplexity, search
 from reparam_peft.evaluation.perplexity import accuracy
-from reparam_peft.searching.family import Family
 from reparam_peft.searching.result import SearchResult
 
 BATCHES = [{"input_ids": torch.randint(3, 100, (2, 24), generator=torch.Generator().manual_seed(i))} for i in range(3)]
@@ -252,16 +251,3 @@ def test_statistics_serve_a_search(model: nn.Module) -> None:
     assert isinstance(statistics, Statistics)
     one, other = (run(model, batches=given, tolerance="30%", build=False) for given in (statistics, BATCHES))
     assert [t.metric for t in one.trials] == [t.metric for t in other.trials]
-
-
-def test_a_family_truncates_to_any_rank(model: nn.Module) -> None:
-    statistics = calibrate(model, config(), BATCHES, progress=False)
-    family = Family(model, config(method="whitened"), statistics, 0)
-    ids = BATCHES[0]["input_ids"]
-    before = model(ids).logits
-    with family.truncated(family.plan(0.99)), torch.no_grad():
-        close = model(ids).logits
-    with family.truncated(family.plan(0.3)), torch.no_grad():
-        far = model(ids).logits
-    assert (close - before).norm() < (far - before).norm()
-    assert torch.equal(model(ids).logits, before)

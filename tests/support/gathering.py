@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+import pytest
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
@@ -29,7 +30,9 @@ def gather(model: nn.Module, modules: Any, batches: Any, **options: Any) -> Stat
 def sums_of(statistics: Statistics) -> dict[tuple[str, str], Any]:
     """All sums, tensors and numbers, by the name of the record and of the field."""
     records = [(f"{part} {n}", r) for part in ("inputs", "outputs") for n, r in getattr(statistics, part).items()]
-    numbers = {(name, key): value for name, r in records for key, value in vars(r).items() if isinstance(value, int)}
+    nested = [(f"{name}, weighted", r.weighted) for name, r in records if getattr(r, "weighted", None) is not None]
+    fields = [(name, key, value) for name, r in [*records, *nested] for key, value in vars(r).items()]
+    numbers = {(name, key): value for name, key, value in fields if isinstance(value, int | float)}
     return {**numbers, **{(name, key): tensor for name, record in records for key, tensor in record.tensors()}}
 
 
@@ -40,5 +43,7 @@ def assert_same(one: Statistics, two: Statistics, tolerance: float = 1e-6) -> No
     for key, value in sums.items():
         if isinstance(value, int):
             assert value == others[key], key
+        elif isinstance(value, float):
+            assert value == pytest.approx(others[key], rel=tolerance, abs=0), key
         else:
             assert relative_error(value, others[key]) <= tolerance, key
