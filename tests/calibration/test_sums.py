@@ -7,7 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, multiprocessing, nn
+from support.processes import run_in_processes
+from torch import Tensor, nn
 from torch import distributed as dist
 
 from reparam_peft.calibration.gather import gather_statistics
@@ -130,7 +131,7 @@ def run_process(rank: int, folder: str) -> None:
 
 
 def test_a_process_without_a_record_takes_part_with_zeros(tmp_path: Path) -> None:
-    multiprocessing.spawn(run_process, (str(tmp_path),), nprocs=2)
+    run_in_processes(run_process, str(tmp_path))
     expected = gather(Routed())
     assert "in experts.0 gram" in expected
     assert "in experts.2 gram" not in expected

@@ -21,8 +21,9 @@ from support.block_by_block import ALL, TEXT, WAYS, by_block
 from support.compressing import config_of, layers
 from support.model_state import assert_same_model, state_of
 from support.models import bert, convnet, gpt2, llama, qwen_moe, t5, vit
+from support.processes import run_in_processes
 from support.tolerances import assert_close
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 
 from reparam_peft import Anchoring, Refinement, calibrate, compress, plan, retruncate
 from reparam_peft.runtime.run_folder import RunFolder
@@ -345,7 +346,7 @@ def run_process(rank: int, folder: str) -> None:
 
 
 def test_two_processes_end_with_one_model(tmp_path: Path) -> None:
-    multiprocessing.spawn(run_process, (str(tmp_path),), nprocs=2)
+    run_in_processes(run_process, str(tmp_path))
     one, two = (PeftModel.from_pretrained(llama(), tmp_path / str(rank)).eval() for rank in (0, 1))
     assert_same_model(one, two)
     alone = by_block(llama(), TEXT, WAYS["both"])

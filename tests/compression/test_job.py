@@ -14,8 +14,9 @@ from support.batches import Batch, pairs, read, text
 from support.compressing import ALL, IMAGES, ROWS, TEXT, Q, batches_of, compressed, layers, planned
 from support.model_state import assert_same_model, state_of
 from support.models import Case, Net, bert, convnet, gpt2, llama, net, t5
+from support.processes import run_in_processes
 from support.tolerances import relative_error
-from torch import Tensor, multiprocessing, nn
+from torch import Tensor, nn
 
 import reparam_peft.compression.job
 from reparam_peft import Plan, ReparamConfig, Statistics, compress
@@ -177,7 +178,7 @@ def run_process(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("processes")
-    multiprocessing.spawn(run_process, (str(folder),), nprocs=2)
+    run_in_processes(run_process, str(folder))
     return folder
 
 

@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from support.compressing import IMAGES, compressed
 from support.models import convnet
-from torch import Tensor, multiprocessing
+from support.processes import run_in_processes
+from torch import Tensor
 
 from reparam_peft.runtime.processes import share_out
 
@@ -28,7 +29,7 @@ def run_failing_process(rank: int, folder: str) -> None:
 
 def test_no_process_waits_for_one_that_fails(tmp_path: Path) -> None:
     assert len(IMAGES) >= 2
-    multiprocessing.spawn(run_failing_process, (str(tmp_path),), nprocs=2)
+    run_in_processes(run_failing_process, str(tmp_path))
 
 
 def compute(name: str) -> list[Tensor]:
@@ -63,7 +64,7 @@ def test_one_process_does_everything() -> None:
 
 
 def test_two_processes_do_every_other_and_both_have_all(tmp_path: Path) -> None:
-    multiprocessing.spawn(run_sharing_process, (str(tmp_path),), nprocs=2)
+    run_in_processes(run_sharing_process, str(tmp_path))
     for rank in (0, 1):
         shared = torch.load(tmp_path / str(rank))
         assert list(shared) == NAMES
