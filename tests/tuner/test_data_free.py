@@ -84,11 +84,11 @@ def test_nan_in_the_last_weight_leaves_the_model_as_it_was(value: float) -> None
 def test_failure_midway_leaves_the_model_as_it_was(error: type[BaseException], monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
 
-    def fails(weight: torch.Tensor, rank: int) -> Any:
-        calls.append(weight)
+    def fails(*arguments: Any) -> Any:
+        calls.append(arguments)
         if len(calls) == 9:
             raise error("did not converge")
-        return factorize(weight, rank)
+        return factorize(*arguments)
 
     monkeypatch.setattr(reparam_peft.numerics.methods, "factorize", fails)
     model = llama()
@@ -101,7 +101,7 @@ def test_failure_while_adding_an_adapter_leaves_the_others(monkeypatch: pytest.M
     small = compress(llama(), target_modules="all-linear", keep=0.5, keep_base=True).eval()
     expected, state = small(**token_inputs()).logits, list(small.state_dict())
 
-    def fails(weight: torch.Tensor, rank: int) -> Any:
+    def fails(*arguments: Any) -> Any:
         raise torch.linalg.LinAlgError("did not converge")
 
     monkeypatch.setattr(reparam_peft.numerics.methods, "factorize", fails)
