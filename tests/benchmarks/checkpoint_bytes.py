@@ -8,8 +8,10 @@ two outputs. It uses public names only, so that an older checkout can be measure
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import os
+import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
@@ -69,7 +71,7 @@ def compressed(base: Callable[[], PreTrainedModel], **options: object) -> PeftMo
 def healed(base: Callable[[], PreTrainedModel], model: PeftModel) -> PeftModel:
     """A model trained for two steps to predict what the dense one predicts."""
     rows = [{key: value[i] for key, value in batch.items()} for batch in batches() for i in range(4)]
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stdout(sys.stderr):  # `Trainer` prints times
         arguments = TrainingArguments(folder, max_steps=2, report_to=[], save_strategy="no", use_cpu=True, seed=0)
         HealingTrainer(model, arguments, train_dataset=rows, teacher=base(), hidden=0.1).train()
     return model
