@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
@@ -27,6 +28,11 @@ def is_number(value: object) -> TypeGuard[int | float]:
     return is_int(value) or isinstance(value, float)
 
 
+def is_finite(value: object) -> TypeGuard[int | float]:
+    """Whether a value is a number that a file can hold: no NaN, no infinity, and no int beyond 64 bits."""
+    return is_number(value) and (abs(value) < 1 << 63 if is_int(value) else math.isfinite(value))
+
+
 def check_int(name: str, value: object, rule: str, least: int | None = None) -> None:
     """Raise `TypeError` unless a value is an int, and `ValueError` where it is below `least`.
 
@@ -49,6 +55,17 @@ def check_count(name: str, value: object, least: int = 1) -> None:
     """
     if not is_int(value) or value < least:
         raise ValueError(f"`{name}` must be a whole number of at least {least}, got {value!r}.")
+
+
+def check_seed(name: str, value: object) -> None:
+    """Raise `ValueError` unless a value is a seed that files can hold and every generator takes.
+
+    >>> check_seed("seed", -1)
+    Traceback (most recent call last):
+    ValueError: `seed` must be a whole number in [0, 2**63), got -1.
+    """
+    if not is_int(value) or not 0 <= value < 1 << 63:
+        raise ValueError(f"`{name}` must be a whole number in [0, 2**63), got {value!r}.")
 
 
 def check_number(
@@ -113,5 +130,5 @@ def check_regex(name: str, pattern: str) -> None:
     """Raise `ValueError` where `re` would fail later, inside PEFT's matching."""
     try:
         re.compile(pattern)
-    except re.error as error:
+    except (re.error, RecursionError, OverflowError) as error:
         raise ValueError(f"`{name}` holds {pattern!r}, which is not a valid regular expression: {error}.") from error

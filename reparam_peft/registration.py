@@ -5,6 +5,7 @@ from __future__ import annotations
 import warnings
 from typing import Any
 
+from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
@@ -30,16 +31,21 @@ def extend_peft_types(name: str) -> None:
 
 
 def register() -> None:
-    """Register method REPARAM with PEFT. Idempotent; yields, with a warning, where PEFT has a method of this name itself."""
+    """Register method REPARAM with PEFT. Idempotent; yields, with a warning, where PEFT has a method of this name itself.
+
+    PEFT's reading of `adapter_config.json` is replaced by one that tells by name which file is damaged, of any method.
+    """
     extend_peft_types(NAME.upper())
     # Imported here because the config's class body needs the enum's member.
     from .compression.loading import register_loading
+    from .config.adapter_file import read_adapter_config
     from .config.reparam_config import ReparamConfig
     from .standalone.checkpoint import register_checkpoints
     from .tuner.model import ReparamModel
 
     register_checkpoints()
     register_loading()
+    PeftConfigMixin.from_json_file = classmethod(read_adapter_config)
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME.upper()])
     if registered is None:
         register_peft_method(name=NAME, config_cls=ReparamConfig, model_cls=ReparamModel)

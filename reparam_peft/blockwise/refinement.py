@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
-from ..arguments import check_count
+from ..arguments import check_count, check_seed
 from .blocks import Call, main_tensor
 
 AUTOCAST = ("bfloat16", "float16")
@@ -52,8 +52,9 @@ class Refinement:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        for name, least in (("epochs", 1), ("batch_size", 1), ("seed", 0)):
+        for name, least in (("epochs", 1), ("batch_size", 1)):
             check_count(name, getattr(self, name), least)
+        check_seed("seed", self.seed)
         if self.patience is not None:
             check_count("patience", self.patience)
         for name in ("learning_rate", "max_grad_norm"):

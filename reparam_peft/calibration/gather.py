@@ -13,6 +13,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from ..arguments import check_seed
 from ..layers.kinds import kind_and_layer, matrix_shape, stored_weight
 from ..numerics.metrics import device_of_sums
 from ..runtime.batches import rows_in
@@ -66,6 +67,7 @@ def gather_statistics(
             or each process of a distributed run has batches of its own.
         RuntimeError: in inference mode, where there are no gradients.
     """
+    check_seed("seed", seed)
     if gradients and torch.is_inference_mode_enabled():
         raise RuntimeError("calibration needs gradients, which `torch.inference_mode` rules out; leave it, or use `no_grad`.")
     statistics = Statistics(seed=seed, weight_norms={name: weight_norm(module) for name, module in modules.items()})

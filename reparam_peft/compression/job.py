@@ -13,6 +13,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from ..arguments import check_seed
 from ..calibration.gather import gather_statistics
 from ..calibration.statistics import Batches, Moments, Statistics
 from ..config.fields import CALIBRATED
@@ -45,6 +46,9 @@ class Options:
     seed: int = 0
     progress: bool = True
     max_memory: int | None = None
+
+    def __post_init__(self) -> None:
+        check_seed("seed", self.seed)
 
 
 class Job:

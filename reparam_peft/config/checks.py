@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import math
+import re
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
-from ..arguments import check_bool, check_choice, check_int, check_names, check_number, check_regex, is_int, is_number
+from ..arguments import check_bool, check_choice, check_int, check_names, check_number, check_regex, is_finite, is_int
 from ..numerics.methods import METHODS
 from ..numerics.storage import FORMS
 from .fields import ALLOCATIONS, INPUT_METRICS, OF_ALLOCATION, OF_METRICS, OUTPUT_METRICS, Fields
@@ -27,6 +27,7 @@ def check_fields(config: Fields, from_file: bool) -> None:
     _check_ranges(config, from_file)
     _check_effects(config, from_file)
     _check_modules(config)
+    _check_origin(config)
     _check_filled_in(config)
     _check_smaller_sizes(config)
 
@@ -42,7 +43,6 @@ def _check_size(config: Fields) -> None:
             raise TypeError(f"`rank_pattern` must map module names to ints, got {name!r}: {rank!r}.")
         if rank < 1:
             raise ValueError(f"`rank_pattern` must hold ranks of at least 1, got {name!r}: {rank}.")
-        check_regex("rank_pattern", name)
 
 
 def _check_choices(config: Fields) -> None:
@@ -95,6 +95,12 @@ def _check_modules(config: Fields) -> None:
         value = getattr(config, name)
         if value is not None:
             check_names(name, value, allows_str=name not in ("modules_to_save", "dense_modules"))
+    for name in config.modules_to_save or ():
+        if not _is_plain(name):
+            raise ValueError(
+                f"`modules_to_save` must hold names of letters, digits, `_`, `-` and dots, since PEFT reads others as regular "
+                f"expressions, got {name!r}."
+            )
     if isinstance(config.target_modules, str):
         for name in ("layers_to_transform", "layers_pattern"):
             if getattr(config, name) is not None:
@@ -113,6 +119,17 @@ def _check_modules(config: Fields) -> None:
         raise ValueError("`layers_pattern` has no effect without `layers_to_transform`; set both or neither.")
 
 
+def _check_origin(config: Fields) -> None:
+    """What PEFT fills in and reads, and does not check."""
+    for name in ("base_model_name_or_path", "revision", "peft_version"):
+        value = getattr(config, name)
+        if value is not None and not isinstance(value, str):
+            raise TypeError(f"`{name}` must be a str or None, got {value!r}.")
+    mapping = config.auto_mapping
+    if mapping is not None and not (isinstance(mapping, dict) and all(isinstance(name, str) for name in mapping.values())):
+        raise TypeError(f"`auto_mapping` must be a dict of names or None, got {mapping!r}.")
+
+
 def _check_filled_in(config: Fields) -> None:
     counts = ("dense_parameters", "stored_parameters", "dense_bytes", "stored_bytes", "calibration_tokens", "gradient_tokens")
     for name in (*counts, "seed"):
@@ -120,12 +137,11 @@ def _check_filled_in(config: Fields) -> None:
         if value is not None and (not is_int(value) or value < 0):
             raise TypeError(f"`{name}` is filled in by the model and must be a count or None, got {value!r}.")
     loss = config.predicted_loss
-    if loss is not None and (not is_number(loss) or not math.isfinite(loss)):
+    if loss is not None and not is_finite(loss):
         raise TypeError(f"`predicted_loss` is filled in by `compress` and must be a finite number or None, got {loss!r}.")
     figures = config.evaluation
     if figures is not None and not (
-        isinstance(figures, dict)
-        and all(isinstance(k, str) and isinstance(v, (int, float)) and math.isfinite(v) for k, v in figures.items())
+        isinstance(figures, dict) and all(isinstance(name, str) and is_finite(value) for name, value in figures.items())
     ):
         raise TypeError(f"`evaluation` must be a dict of names to finite numbers, got {figures!r}.")
 
@@ -146,6 +162,32 @@ def _check_smaller_sizes(config: Fields) -> None:
             raise TypeError(f"`smaller_ranks` must hold {len(keeps)} ints or None for {name!r}, got {by_size!r}.")
         if not all(rank is None or 1 <= rank <= config.rank_pattern[name] for rank in by_size):
             raise ValueError(f"`smaller_ranks` must be in [1, {config.rank_pattern[name]}] for {name!r}, got {by_size!r}.")
+
+
+def check_plain(config: Fields) -> None:
+    """Raise `ValueError` where a config out of a file, of no model yet, holds a regular expression, which may take hours.
+
+    What a model was made with is saved by name, so that only recipes can hold one.
+    """
+    targets, excluded, layers = config.target_modules, config.exclude_modules, config.layers_pattern
+    patterns = {
+        "target_modules": [targets] if isinstance(targets, str) else [],
+        "exclude_modules": [excluded] if isinstance(excluded, str) else [],
+        "layers_pattern": [layers] if isinstance(layers, str) else layers or [],
+        "rank_pattern": config.rank_pattern,
+    }
+    for field, values in patterns.items():
+        for value in values:
+            if not _is_plain(value):
+                raise ValueError(
+                    f"`{field}` of a file must hold names of letters, digits, `_`, `-` and dots, got {value!r}; give regular "
+                    "expressions in the call, by `ReparamConfig(…)`."
+                )
+
+
+def _is_plain(name: str) -> bool:
+    """Whether a regular expression is a name, in which a dot may be another character."""
+    return re.fullmatch(r"[\w.-]+", name) is not None
 
 
 def check_weights(path: Path, ranks: dict[str, int], form: str | None) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import html
+import os
 import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -31,7 +33,7 @@ def model_card_section(config: Fields, load: str | None = None) -> str:
     `load` is the code that loads the model; None: that of an adapter.
     """
     rows = [
-        ("base model", config.base_model_name_or_path or "not known"),
+        ("base model", name_of_base(config.base_model_name_or_path) or "not known"),
         ("method", config.method),
         ("rank allocation", config.allocation),
         ("form", config.form),
@@ -47,7 +49,7 @@ def model_card_section(config: Fields, load: str | None = None) -> str:
             ("stored bytes", _fraction(config.stored_bytes, config.dense_bytes)),
         ]
     rows += _calibration_rows(config)
-    rows += [(name, f"{value:.6g}") for name, value in (config.evaluation or {}).items()]
+    rows += [(_escaped(name), f"{value:.6g}") for name, value in (config.evaluation or {}).items()]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""{BEGIN}
 ## Low-rank reparameterisation
@@ -94,8 +96,7 @@ def write_standalone_card(folder: str | Path, config: Fields, auto_class: str, s
     load = f"""{line}from transformers import {auto_class}
 
 model = {auto_class}.from_pretrained("<this repository or folder>"{option})"""
-    base = config.base_model_name_or_path
-    data = ModelCardData(library_name="transformers", base_model=None if not base or Path(base).exists() else base, tags=TAGS)
+    data = ModelCardData(library_name="transformers", base_model=name_of_base(config.base_model_name_or_path), tags=TAGS)
     ModelCard(f"---\n{data.to_yaml()}\n---\n\n{model_card_section(config, load)}\n").save(Path(folder) / "README.md")
 
 
@@ -108,7 +109,11 @@ def update_model_card(folder: str, config: Fields) -> None:
     # A function, so that a backslash in the section is not read as a group reference.
     text, replaced = earlier.subn(lambda _: section, card.text)
     card.text = text if replaced else f"\n{section}\n\n{text.lstrip()}"
-    card.data.tags = sorted({*(card.data.tags or []), *TAGS})
+    tags, base = {*(card.data.tags or []), *TAGS}, card.data.base_model
+    if isinstance(base, str) and name_of_base(base) is None:  # where PEFT writes a path of this machine, too
+        card.data.base_model = None
+        tags -= {tag for tag in tags if tag.startswith("base_model:") and tag.endswith(f":{base}")}
+    card.data.tags = sorted(tags)
     card.save(path)
 
 
@@ -119,6 +124,17 @@ def upload_with_section(model: PeftModel, working_dir: str, *args: Any, **kwargs
     if Path(working_dir, "adapter_config.json").exists() and isinstance(config, Fields):
         update_model_card(working_dir, config)
     return type(model)._upload_modified_files(model, working_dir, *args, **kwargs)
+
+
+def name_of_base(name: str | None) -> str | None:
+    """A base model's Hub id; None where it is not known, or is a path of the machine that the model was made on."""
+    is_hub_id = name is not None and re.fullmatch(r"[\w-][\w.-]*(/[\w-][\w.-]*)?", name) and not os.path.exists(name)
+    return name if is_hub_id else None
+
+
+def _escaped(text: str) -> str:
+    """Text for a cell of a Markdown table, in one line, without a meaning for Markdown or HTML."""
+    return re.sub(r"([\\`*\[\]|])", r"\\\1", html.escape(" ".join(text.split()), quote=False))
 
 
 def _calibration_rows(config: Fields) -> list[tuple[str, str]]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import re
+from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -10,7 +12,7 @@ from typing import Any, ClassVar
 from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
 
 from ..arguments import is_number
-from .checks import check_fields, check_weights
+from .checks import check_fields, check_plain, check_weights
 from .fields import Fields
 from .model_card import update_model_card
 
@@ -35,16 +37,22 @@ class ReparamConfig(Fields):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        # A file has it as text, and nobody else gives it, but for copies of configs, which have the enum's member.
+        read_from_file = type(self.peft_type) is str
         self.peft_type = PeftType["REPARAM"]
         # `from_pretrained` makes the config out of a file, where PEFT always writes inference_mode=True.
         self._made_for_inference = self.inference_mode
         self._from_file = self.stored_parameters is not None
         self.ranks_in_file: dict[str, int] = {}  # where the file is loaded at a smaller size
         check_fields(self, from_file=self._from_file)
+        if read_from_file and not self._from_file:
+            check_plain(self)
         for name in ("target_modules", "exclude_modules"):  # as PEFT keeps them, so that equal configs are equal
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        if self._from_file:
+            self._name_targets()
 
     @property
     def loading(self) -> bool:
@@ -55,11 +63,29 @@ class ReparamConfig(Fields):
         """
         return (self._from_file and self._made_for_inference) or (self.inference_mode and not self._made_for_inference)
 
+    @property
+    def is_resolved(self) -> bool:
+        """Whether a model has filled in what each of its modules gets, so that `rank_pattern` holds exact names only."""
+        return self.stored_parameters is not None
+
+    def is_of_adapter(self, name: str) -> bool:
+        """Whether a module is one that this config, out of a checkpoint, has a product for or leaves dense."""
+        return name in self.rank_pattern or name in (self.dense_modules or ())
+
     def module_rank(self, name: str) -> int | None:
         """The entry of `rank_pattern` for a module: its exact name before any pattern, as PEFT matches patterns."""
-        if name in self.rank_pattern:
-            return self.rank_pattern[name]
-        return next((rank for key, rank in self.rank_pattern.items() if re.match(rf"(.*\.)?({key})$", name)), None)
+        if name in self.rank_pattern or self.is_resolved:
+            return self.rank_pattern.get(name)
+        return next((rank for key, rank in self.rank_pattern.items() if _matches(key, name)), None)
+
+    def check_ranks_used(self, targets: Collection[str]) -> None:
+        """Raise `ValueError` where a key of `rank_pattern` is none of the targets and matches none."""
+        for key in self.rank_pattern.keys() - set(targets):
+            if self.is_resolved or not any(_matches(key, name) for name in targets):
+                raise ValueError(
+                    f"`rank_pattern` holds {key!r}, which none of the {len(targets)} targeted modules is called or matches; "
+                    "correct it or leave it out."
+                )
 
     @classmethod
     def from_pretrained(
@@ -85,16 +111,30 @@ class ReparamConfig(Fields):
             config._make_smaller(keep)
         return config
 
+    def check_saved(self) -> None:
+        """Raise `TypeError` or `ValueError` where a field that was set since would make a file that cannot be loaded."""
+        check_fields(self, from_file=self.is_resolved)
+
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict that JSON can hold; sets as sorted lists, so that equal configs make equal files."""
         return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; when a model is being saved, also its sizes and how to load it into the model card."""
+        self.check_saved()
         saving_model = "auto_mapping_dict" in kwargs  # PEFT passes it from `PeftModel.save_pretrained` only
-        super().save_pretrained(save_directory, **kwargs)
+        written = copy.copy(self)
+        if self.is_resolved:
+            written._name_targets()
+        super(ReparamConfig, written).save_pretrained(save_directory, **kwargs)
         if saving_model:
             update_model_card(save_directory, self)
+
+    def _name_targets(self) -> None:
+        """Names of the targets in place of patterns, which whoever loads the adapter would try on names of modules."""
+        if isinstance(self.target_modules, str) or isinstance(self.exclude_modules, str) or self.layers_pattern is not None:
+            self.target_modules = {*self.rank_pattern, *(self.dense_modules or ())}
+            self.exclude_modules = self.layers_to_transform = self.layers_pattern = None
 
     def _make_smaller(self, keep: float) -> None:
         """The ranks of a smaller size in place of those in the file."""
@@ -118,3 +158,11 @@ class ReparamConfig(Fields):
         self.dense_modules = sorted({*(self.dense_modules or []), *(ranks.keys() - self.rank_pattern.keys())})
         self.keep, self.smaller_keeps, self.smaller_ranks = self.smaller_keeps[index], None, None
         self.evaluation = self.predicted_loss = None  # of the larger size
+
+
+def _matches(pattern: str, name: str) -> bool:
+    """Whether a regular expression matches the end of a module's name; what is none is an exact name."""
+    try:
+        return re.match(rf"(.*\.)?({pattern})$", name) is not None
+    except (re.error, RecursionError, OverflowError):
+        return False

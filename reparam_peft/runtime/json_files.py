@@ -1,4 +1,4 @@
-"""JSON files, read as data of a stranger: of bounded size and depth, with numbers that fit 64 bits, and errors that name them."""
+"""JSON files, read as data of a stranger: of bounded size and depth, with numbers of 64 bits, and errors that name them."""
 
 from __future__ import annotations
 

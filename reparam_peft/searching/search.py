@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
+from ..arguments import check_seed
 from ..calibration.statistics import Batches, Statistics
 from ..compression.compress import calibrate, compress
 from ..config.reparam_config import ReparamConfig
@@ -105,6 +106,7 @@ def find_smallest(
 
     Args, Returns, Raises: as for `search`.
     """
+    check_seed("seed", seed)
     checked = check_goal(goal, config)
     measure = checked.measure
     settings: dict[str, Any] = {}

@@ -93,6 +93,13 @@ class ReparamModel(BaseTuner):
         check_targets(targets, peft_config, model, adapter_name, loading)
         self._targets = targets if loading else factorize_targets(targets, peft_config)
 
+    @staticmethod
+    def _check_target_module_exists(peft_config: ReparamConfig, key: str) -> Any:  # type: ignore[override]
+        """PEFT's matching; out of a checkpoint, no more than the modules that it has factors for or leaves dense."""
+        if peft_config.loading and peft_config.is_resolved and not peft_config.is_of_adapter(key):
+            return False
+        return BaseTuner._check_target_module_exists(peft_config, key)
+
     def _create_and_replace(  # type: ignore[override]
         self,
         peft_config: ReparamConfig,
@@ -302,6 +309,7 @@ class ReparamModel(BaseTuner):
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
         """The adapter's tensors, factors in the base model's dtype: what a checkpoint holds."""
+        config.check_saved()
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         for name, layer in reparam_layers(model):
             cast_to_base(name, layer, adapter_name, selected)

@@ -46,6 +46,8 @@ def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str
                 module = unwrapped(module)
                 storage = matrix_storage(module, config)
                 targets[name] = Target(module, resolve_rank(config, name, storage), storage)
+    if targets:  # else nothing matches, which is told in other words
+        config.check_ranks_used(targets)
     unknown = sorted(set(config.dense_modules or []) - set(targets))
     if unknown:
         warnings.warn(f"`dense_modules` {unknown} are not targeted and were ignored.", RuntimeWarning, stacklevel=2)

@@ -71,7 +71,6 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("rank_pattern", {"q": 8.0}, TypeError, "`rank_pattern` must map module names to ints, got 'q': 8.0"),
     ("rank_pattern", {"q": True}, TypeError, "`rank_pattern` must map module names to ints, got 'q': True"),
     ("rank_pattern", {"q": 0}, ValueError, "`rank_pattern` must hold ranks of at least 1, got 'q': 0"),
-    ("rank_pattern", {"(q": 8}, ValueError, r"`rank_pattern` holds '\(q', which is not a valid regular expression"),
     ("target_modules", 3, TypeError, "`target_modules` must be a str or list of module names, got 3"),
     ("target_modules", [3], TypeError, r"`target_modules` must be a str or list of module names, got \[3\]"),
     ("target_modules", ["q", ""], TypeError, r"`target_modules` must be a str or list of module names, got \['q', ''\]"),
@@ -81,6 +80,7 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("exclude_modules", [None], TypeError, r"`exclude_modules` must be a str or list of module names, got \[None\]"),
     ("exclude_modules", "[", ValueError, r"`exclude_modules` holds '\[', which is not a valid regular expression"),
     ("modules_to_save", "classifier", TypeError, "`modules_to_save` must be a list of module names, got 'classifier'"),
+    ("modules_to_save", ["a|b"], ValueError, r"`modules_to_save` must hold names of letters, digits.* got 'a\|b'"),
     ("modules_to_save", [1], TypeError, r"`modules_to_save` must be a list of module names, got \[1\]"),
     ("dense_modules", "head", TypeError, "`dense_modules` must be a list of module names, got 'head'"),
     ("dense_modules", [""], TypeError, r"`dense_modules` must be a list of module names, got \[''\]"),
@@ -104,7 +104,13 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ),
     ("evaluation", [1.0], TypeError, "`evaluation` must be a dict of names to finite numbers, got"),
     ("evaluation", {"perplexity": "20"}, TypeError, "`evaluation` must be a dict of names to finite numbers, got"),
+    *(
+        ("evaluation", {"perplexity": value}, TypeError, "`evaluation` must be a dict of names to finite numbers, got")
+        for value in (NAN, INFINITY, True, None, 10**400)
+    ),
     ("evaluation", {1: 2.0}, TypeError, "`evaluation` must be a dict of names to finite numbers, got"),
+    *((name, 3, TypeError, f"`{name}` must be a str or None, got 3") for name in ("base_model_name_or_path", "revision")),
+    *(("auto_mapping", value, TypeError, "`auto_mapping` must be a dict of names or None") for value in ("x", {"a": None})),
     ("task_type", "POETRY", ValueError, "Invalid task type: 'POETRY'"),
 ]
 

@@ -11,6 +11,7 @@ import pytest
 from huggingface_hub import ModelCard
 from peft import get_peft_model
 from support.models import llama, token_inputs
+from transformers import LlamaForCausalLM
 
 from reparam_peft import ReparamConfig, compress
 from reparam_peft.config.model_card import (
@@ -128,7 +129,7 @@ def test_writing_again_replaces_the_section_and_nothing_else(tmp_path: Path) -> 
     update_model_card(str(tmp_path), resolved(evaluation={r"C:\1 \g<0> perplexity": 7.5}))
     card = ModelCard.load(path)
     assert (card.text.count(BEGIN), card.text.count(END)) == (1, 1)
-    assert r"| C:\1 \g<0> perplexity | 7.5 |" in card.text
+    assert r"| C:\\1 \\g&lt;0&gt; perplexity | 7.5 |" in card.text
     without = re.sub(f"{BEGIN}.*{END}", "", card.text, flags=re.DOTALL)
     assert without.split() == ["#", "Our", "model", "Before.", "After."]
     assert card.data.license == "mit"
@@ -179,3 +180,28 @@ def test_the_card_of_a_standalone_checkpoint(self_contained: bool, tmp_path: Pat
 def test_a_path_of_this_machine_is_no_base_model_on_the_hub(tmp_path: Path) -> None:
     write_standalone_card(tmp_path, resolved(base_model_name_or_path=str(tmp_path)), "AutoModel")
     assert ModelCard.load(tmp_path / "README.md").data.base_model is None
+
+
+HOSTILE = "x |\n\n# Injected `code` [a](b)\n<script>alert(1)</script> <!-- reparam_peft: end -->"
+
+
+def test_text_of_a_config_stays_in_its_cell(tmp_path: Path) -> None:
+    config = resolved(base_model_name_or_path=HOSTILE, evaluation={HOSTILE: 1.0})
+    for _ in range(3):
+        update_model_card(str(tmp_path), config)
+    write_standalone_card(tmp_path / "standalone", config, "AutoModel")
+    for path in (tmp_path / "README.md", tmp_path / "standalone" / "README.md"):
+        text = ModelCard.load(path).text
+        assert (text.count(BEGIN), text.count(END)) == (1, 1)
+        assert "<script" not in text
+        assert [line for line in text.splitlines() if "Injected" in line] == [
+            r"| x \| # Injected \`code\` \[a\](b) &lt;script&gt;alert(1)&lt;/script&gt; &lt;!-- reparam_peft: end --&gt; | 1 |"
+        ]
+
+
+def test_the_card_of_a_model_of_this_machine_holds_no_path(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+    get_peft_model(base, ReparamConfig(target_modules=["q_proj"], keep=0.5)).save_pretrained(tmp_path / "small")
+    assert str(tmp_path) not in (tmp_path / "small" / "README.md").read_text()
+    assert str(tmp_path) in (tmp_path / "small" / "adapter_config.json").read_text(), "from which it is loaded again"

@@ -5,6 +5,8 @@ from __future__ import annotations
 import copy
 import dataclasses
 import json
+import math
+import re
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -63,6 +65,9 @@ def test_lists_of_modules_become_sets_as_in_peft() -> None:
 @PROPERTY
 @given(configs())
 def test_json_round_trip(config: ReparamConfig) -> None:
+    if config.stored_parameters is None:  # a file holds no patterns
+        patterns = {name: None for name in ("target_modules", "exclude_modules") if isinstance(getattr(config, name), str)}
+        config = dataclasses.replace(config, **patterns)
     with TemporaryDirectory() as folder:
         config.save_pretrained(folder)
         assert [path.name for path in Path(folder).iterdir()] == ["adapter_config.json"], "a model card without a model"
@@ -207,6 +212,70 @@ def test_an_exact_name_comes_before_an_earlier_pattern() -> None:
     assert [config.module_rank(name) for name in ("a.b", "b", "c.b")] == [2, 3, 1]
     # A dot in an exact name is a dot; in a pattern it is any character.
     assert ReparamConfig(rank_pattern={"a.b": 2}).module_rank("aXb") == 2
+
+
+def test_a_name_that_is_no_regular_expression_is_a_name() -> None:
+    config = ReparamConfig(rank_pattern={"a(b": 2, "m.c[0]": 3})
+    assert [config.module_rank(name) for name in ("a(b", "m.c[0]", "m.a(b", "other")] == [2, 3, None, None]
+
+
+def test_of_a_model_that_was_resolved_names_are_names() -> None:
+    config = ReparamConfig(rank_pattern={"a.b": 2, "x|y": 3}, stored_parameters=10)
+    assert [config.module_rank(name) for name in ("a.b", "c.a.b", "aXb", "x", "x|y")] == [2, None, None, None, 3]
+
+
+def test_a_rank_for_no_target_is_told() -> None:
+    targets = ["layers.0.q_proj", "layers.0.v_proj"]
+    ReparamConfig(rank_pattern={"layers.0.q_proj": 4, "v_.*": 4}).check_ranks_used(targets)
+    for key in ("k_projection", "^q_proj", "v_proj(", "layers"):
+        with pytest.raises(ValueError, match=re.escape(f"`rank_pattern` holds {key!r}, which none of the 2 targeted")):
+            ReparamConfig(rank_pattern={"q_proj": 4, key: 4}).check_ranks_used(targets)
+    with pytest.raises(ValueError, match="'q_proj'"):
+        ReparamConfig(rank_pattern={"q_proj": 4}, stored_parameters=10).check_ranks_used(targets)
+
+
+PATTERNS = [
+    {"target_modules": "([a-z.]+)+!"},
+    {"target_modules": ["a"], "exclude_modules": "([a-z.]+)+!"},
+    {"target_modules": ["a"], "layers_to_transform": [0], "layers_pattern": "([a-z]+)+!"},
+]
+
+
+@pytest.mark.parametrize("patterns", PATTERNS, ids=lambda patterns: max(patterns))
+def test_a_file_holds_names_and_no_patterns(patterns: dict[str, Any], tmp_path: Path) -> None:
+    config = ReparamConfig(**patterns, rank_pattern={"m.a": 2}, dense_modules=["m.b(c"])
+    config.stored_parameters = 10  # as a model does
+    config.save_pretrained(str(tmp_path))
+    written = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert written["target_modules"] == ["m.a", "m.b(c"]
+    assert (written["exclude_modules"], written["layers_to_transform"], written["layers_pattern"]) == (None, None, None)
+    assert config.target_modules == ReparamConfig(**patterns).target_modules, "the model's own config is as it was"
+    hostile = {**written, **patterns}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(hostile))
+    loaded = PeftConfig.from_pretrained(tmp_path)
+    assert loaded.target_modules == {"m.a", "m.b(c"}
+    assert (loaded.exclude_modules, loaded.layers_to_transform, loaded.layers_pattern) == (None, None, None)
+
+
+@pytest.mark.parametrize("patterns", [*PATTERNS, {"rank_pattern": {"([a-z.]+)+!": 4}}], ids=lambda patterns: max(patterns))
+def test_a_recipe_in_a_file_holds_no_patterns_either(patterns: dict[str, Any], tmp_path: Path) -> None:
+    ReparamConfig(**patterns).save_pretrained(str(tmp_path))
+    for read in (PeftConfig.from_pretrained, ReparamConfig.from_pretrained):
+        with pytest.raises(
+            ValueError, match=r"adapter_config\.json: `.*` of a file must hold names"
+        ):
+            read(tmp_path)
+    names = {"target_modules": "all-linear", "rank_pattern": {"q_proj": 4}}
+    ReparamConfig(**names).save_pretrained(str(tmp_path))
+    assert PeftConfig.from_pretrained(tmp_path).rank_pattern == names["rank_pattern"]
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path: Path) -> None:
+    config = ReparamConfig()
+    config.evaluation = {"perplexity": math.nan}
+    with pytest.raises(TypeError, match="`evaluation` must be a dict of names to finite numbers"):
+        config.save_pretrained(str(tmp_path / "folder"))
+    assert not (tmp_path / "folder").exists()
 
 
 def test_replace_checks_again_and_keeps_the_rest() -> None:

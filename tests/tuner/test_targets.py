@@ -2,16 +2,18 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LoraConfig, PeftConfig, PeftModel
 from support.adapters import compress
 from support.model_state import assert_untouched
 from support.models import ConvNet, bert, convnet, gpt2, llama, on_meta, tied, token_inputs
-from torch import nn
+from torch import Tensor, nn
 
 from reparam_peft import ReparamConfig
 from reparam_peft.tuner.layer import ReparamLayer
@@ -63,6 +65,61 @@ def test_ranks_follow_pattern_then_r_then_keep() -> None:
     assert ranks["model.layers.1.self_attn.q_proj"] == 8
     assert ranks["model.layers.1.self_attn.v_proj"] == 5
     assert (ranks["model.layers.0.self_attn.k_proj"], ranks["model.layers.1.self_attn.k_proj"]) == (8, 7)
+
+
+def test_a_rank_for_no_target_is_refused() -> None:
+    model = llama()
+    with pytest.raises(ValueError, match="`rank_pattern` holds 'k_projection', which none of the 4 targeted modules"):
+        compress(model, target_modules=["q_proj", "v_proj"], rank_pattern={"q_proj": 4, "k_projection": 4})
+    assert_untouched(model, llama())
+
+
+class Named(nn.Module):
+    """Two linear layers, of which one has a name that is no regular expression."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.m = nn.ModuleDict({"a(b": nn.Linear(16, 16), "x/0": nn.Linear(16, 16), "x": nn.Linear(16, 16)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.m.values():
+            x = layer(x)
+        return x
+
+
+def test_names_of_modules_are_names_and_no_patterns(tmp_path: Path) -> None:
+    small = compress(Named(), target_modules=r"m\..*", keep=0.5)
+    small.save_pretrained(tmp_path)
+    x = torch.randn(3, 16)
+    assert torch.equal(PeftModel.from_pretrained(Named(), tmp_path)(x), small(x))
+    assert sorted(json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"]) == ["m.a(b", "m.x", "m.x/0"]
+
+
+@pytest.mark.parametrize("field", ["rank_pattern", "target_modules", "exclude_modules", "no stored_parameters"])
+def test_patterns_of_a_file_are_not_tried_on_names(field: str, tmp_path: Path) -> None:
+    """`([a-z0-9_.]+)+!` takes hours on any name of a module."""
+    compress(llama(), target_modules=["q_proj"], keep=0.5).save_pretrained(tmp_path)
+    path, evil = tmp_path / "adapter_config.json", "([a-z0-9_.]+)+!"
+    fields = json.loads(path.read_text())
+    if field == "rank_pattern":
+        fields["rank_pattern"] = {evil: 4, **fields["rank_pattern"]}
+    elif field == "no stored_parameters":
+        fields |= {"target_modules": evil, "stored_parameters": None}
+    else:
+        fields[field] = evil
+    path.write_text(json.dumps(fields))
+    if field in ("target_modules", "exclude_modules"):  # the names are in `rank_pattern`
+        assert PeftModel.from_pretrained(llama(), tmp_path).size_report().matrices
+    else:
+        for route in (PeftModel.from_pretrained, with_config):
+            with pytest.raises(ValueError, match=r"adapter_config\.json|adapter_model\.safetensors|`rank_pattern` holds"):
+                route(llama(), tmp_path)
+
+
+def with_config(model: nn.Module, folder: Path) -> PeftModel:
+    """As PEFT's auto classes load."""
+    return PeftModel.from_pretrained(model, folder, config=PeftConfig.from_pretrained(folder))
 
 
 def grouped() -> ConvNet:
