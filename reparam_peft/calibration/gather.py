@@ -73,7 +73,7 @@ def gather_statistics(
     check_whole(batches)
     device = input_device(model)
     count = 0
-    with fails_together(device), evaluating(model), frozen(model), ExitStack() as stack:
+    with fails_together(), evaluating(model), frozen(model), ExitStack() as stack:
         recorder = Recorder(statistics, modules, gradients)
         stack.enter_context(recorder.hooks(model, set(starts) - set(modules.values())))
         bar = tqdm(batches, desc="Calibrating", unit="batch", delay=1, disable=None if progress and rank == 0 else True)

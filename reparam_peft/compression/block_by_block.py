@@ -112,7 +112,11 @@ class BlockByBlock:
         self.folder = RunFolder(steps.run_folder, settings, steps.mapped)
 
     def result(self, plan: Plan | None, adapter_name: str) -> Result:
-        """Compress everything but what an earlier call has finished."""
+        """Compress everything but what an earlier call has finished; then other runs may work in the folder."""
+        with self.folder:
+            return self._result(plan, adapter_name)
+
+    def _result(self, plan: Plan | None, adapter_name: str) -> Result:
         job, order = self.job, self.replay.order
         done = {block: self.folder.tensors(i) for i, block in enumerate(order[: len(self.folder.finished)])}
         if self.folder.plan is not None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..runtime.files import write_whole
 from .fields import OF_ALLOCATION, OF_METRICS, Fields
 
 if TYPE_CHECKING:
@@ -96,7 +97,8 @@ def write_standalone_card(folder: str | Path, config: Fields, auto_class: str, s
 model = {auto_class}.from_pretrained("<this repository or folder>"{option})"""
     base = config.base_model_name_or_path
     data = ModelCardData(library_name="transformers", base_model=None if not base or Path(base).exists() else base, tags=TAGS)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{model_card_section(config, load)}\n").save(Path(folder) / "README.md")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{model_card_section(config, load)}\n")
+    write_whole(Path(folder) / "README.md", str(card))
 
 
 def update_model_card(folder: str, config: Fields) -> None:
@@ -109,7 +111,7 @@ def update_model_card(folder: str, config: Fields) -> None:
     text, replaced = earlier.subn(lambda _: section, card.text)
     card.text = text if replaced else f"\n{section}\n\n{text.lstrip()}"
     card.data.tags = sorted({*(card.data.tags or []), *TAGS})
-    card.save(path)
+    write_whole(path, str(card))
 
 
 def upload_with_section(model: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:

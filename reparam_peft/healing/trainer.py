@@ -8,11 +8,12 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import nested_detach
 
+from ..runtime.files import save_tensors
 from ..runtime.fingerprints import fingerprint_of_model
 from ..runtime.modules import predicts_next_token
 from .checks import TRAINS, check_arguments, check_classes, check_loss, check_teacher, check_trained, checked_model
@@ -171,7 +172,7 @@ class HealingTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.args.should_save and not self.is_fsdp_enabled:
             parts = {n: p for n, p in self.student.named_parameters() if p.requires_grad or ".reparam_factors." in n}
-            save_file({n: p.detach().cpu().contiguous() for n, p in parts.items()}, Path(output_dir) / TRAINED)
+            save_tensors(Path(output_dir) / TRAINED, parts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINED

@@ -220,7 +220,5 @@ def _statistics(
         return Statistics.load(path)
     statistics = calibrate(model, config, batches, seed=seed, progress=progress)
     if path is not None and folder.writes:
-        aside = path.with_suffix(".tmp")
-        statistics.save(aside)
-        aside.replace(path)
+        statistics.save(path)
     return statistics
