@@ -25,7 +25,7 @@ from ..layers.product import Product
 from ..planning.plan import Plan
 from ..runtime.batches import Batch, fitting_mask, padding_masks, split_rows
 from ..runtime.fingerprints import fingerprint_of_batches, fingerprint_of_model
-from ..runtime.modules import encoder_of, naming, parameter_owners, set_module
+from ..runtime.modules import encoder_of, evaluating, naming, parameter_owners, set_module
 from ..runtime.processes import processes
 from ..runtime.run_folder import RunFolder, json_able
 from ..tuner.layer import ReparamLayer
@@ -142,7 +142,7 @@ class BlockByBlock:
             self._outside({name: target for name, target in targets.items() if name not in covered}, result)
             for position, (name, within) in enumerate(inside.items()):
                 bar.set_description(name)
-                with naming(name):
+                with naming(name), evaluating(self.replay.blocks[name]):
                     self._block(position, name, within, done.get(name), result, bar)
                 bar.update((position + 1) * passes - bar.n)
         return result
@@ -168,7 +168,7 @@ class BlockByBlock:
         original = original if self.steps.device is None else copy.deepcopy(original).to(self.steps.device)
         student = copy.deepcopy(original).requires_grad_(False).eval()
         if self.unfinished:
-            self.original.put(position, original.eval())
+            self.original.put(position, original)
         if done is not None:
             restore(student, targets, done)
         else:
