@@ -2,26 +2,36 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
+from ..runtime.files import lock_folder, unfinished, writing
+
 
 class Activations:
     """Outputs of blocks by key, in memory or as files of a temporary folder, which is deleted when the `with` block ends.
 
+    What runs that were killed have left in the same place is deleted with the first folder that a process makes there.
+
     Args:
         folder: where the temporary folder is made; made itself where it does not exist; None: memory.
+
+    Raises:
+        OSError: the folder cannot be made.
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
+        self.folder: Path | None = None
         if folder is not None:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-        self.folder = None if folder is None else TemporaryDirectory(prefix="activations-", dir=folder)
+            with writing(folder):
+                Path(folder).mkdir(parents=True, exist_ok=True)
+                self.folder = unfinished(Path(folder) / "activations")
+            self.lock = lock_folder(self.folder)  # so that other processes do not take it for litter
         self.kept: dict[tuple[Any, ...], Any] = {}
         self.files: dict[tuple[Any, ...], Path] = {}
 
@@ -31,18 +41,24 @@ class Activations:
     def __exit__(self, *error: object) -> None:
         self.kept.clear()
         if self.folder is not None:
-            self.folder.cleanup()
+            self.lock.release()
+            shutil.rmtree(self.folder, ignore_errors=True)
 
     def put(self, key: tuple[Any, ...], tree: Any) -> None:
-        """Keep a tree of tensors and others in place of what is kept under the key; the caller must not change its tensors."""
+        """Keep a tree of tensors and others in place of what is kept under the key; the caller must not change its tensors.
+
+        Raises:
+            OSError: the disk is full, or the folder cannot be written.
+        """
         self.drop(key)
         if self.folder is None:
             self.kept[key] = tree
             return
         leaves, structure = tree_flatten(tree)
-        path = Path(self.folder.name) / ("-".join(map(str, key)) + ".safetensors")
+        path = self.folder / ("-".join(map(str, key)) + ".safetensors")
         tensors = {str(i): leaf.contiguous() for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
-        save_file(tensors, path)
+        with writing(path):
+            save_file(tensors, path)
         self.files[key] = path
         self.kept[key] = ([None if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 

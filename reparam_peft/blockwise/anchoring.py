@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 from ..calibration.statistics import Moments
 from ..layers.kinds import layer_kind
 from ..numerics.grams import add_gram, cross_product, mirror, wide_rows
-from ..numerics.metrics import exact
+from ..numerics.metrics import exact, solve
 from .blocks import Call, main_tensor
 
 
@@ -239,7 +239,8 @@ def anchored(
         bias: of the module, shape (out,); None: none that is moved.
         name: of the module within its block.
         observed: what the group of the module saw, from `observe`.
-        gram: Ĝ, shape (in, in), float64, shrunk, about the mean where there is a bias.
+        gram: Ĝ, shape (in, in), float64, shrunk, about the mean where there is a bias; of a singular one, as of inputs that are
+            all zero, the pseudo-inverse is taken.
         anchoring: β and γ.
 
     Returns:
@@ -261,7 +262,7 @@ def anchored(
             cross = cross - torch.outer(average, mean)
         target += weight * (cross if left is None else left @ cross)
         offset += weight * (average if left is None else left @ average)
-    W = W + torch.linalg.solve(gram, target.mT).mT
+    W = W + solve(gram, target.mT).mT
     return W, None if bias is None else offset + exact(bias).to(offset.device)
 
 

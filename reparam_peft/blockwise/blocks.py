@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any, TypeAlias
 
 import torch
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
 from ..runtime.batches import Batch
-from ..runtime.modules import evaluating, input_device
+from ..runtime.modules import evaluating, forward_as, input_device, without_cache
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
 
@@ -113,9 +113,9 @@ class Replay:
             outputs = {j: _cloned(outputs[j]) for j in range(position)}
         with ExitStack() as stack, torch.no_grad():
             for earlier in range(position):
-                stack.enter_context(_forward_as(self.blocks[self.order[earlier]], _player(outputs[earlier])))
-            stack.enter_context(_forward_as(self.blocks[self.order[position]], _reach))
-            stack.enter_context(_without_cache(self.model))
+                stack.enter_context(forward_as(self.blocks[self.order[earlier]], _player(outputs[earlier])))
+            stack.enter_context(forward_as(self.blocks[self.order[position]], _reach))
+            stack.enter_context(evaluating(self.model))
             try:
                 self._run(batch)
             except _Reached as reached:
@@ -124,7 +124,8 @@ class Replay:
 
     def _run(self, batch: int) -> Any:
         try:
-            return self.model(**send_to_device(dict(self.batches[batch]), input_device(self.model)))
+            arguments = without_cache(self.model, self.batches[batch])  # to which every replay of a block would add
+            return self.model(**send_to_device(arguments, input_device(self.model)))
         except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
             raise ValueError(f"the model does not accept batch {batch} ({sorted(self.batches[batch])}): {error}") from error
 
@@ -140,13 +141,15 @@ class Replay:
                     "out `sequential` and `refine`."
                 )
             self.order.append(name)
+            if _holds_nan((args, kwargs)):
+                raise ValueError(f"{name}: the inputs of this block hold NaN in batch 0; repair the model or its data.")
             calls.append(_cloned((args, kwargs)))
 
         def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
             outputs[self.order.index(name)] = _cloned(output)
 
         with ExitStack() as stack:
-            stack.enter_context(_without_cache(self.model))
+            stack.enter_context(evaluating(self.model))
             for name, block in self.blocks.items():
                 hook = block.register_forward_pre_hook(_bound(before, name), with_kwargs=True)
                 stack.callback(hook.remove)
@@ -216,6 +219,10 @@ def _cloned(tree: Any) -> Any:
     return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
+def _holds_nan(tree: Any) -> bool:
+    return any(isinstance(leaf, Tensor) and bool(leaf.isnan().any()) for leaf in tree_flatten(tree)[0])
+
+
 def _same(one: Any, other: Any) -> bool:
     """Whether tensors are equal, NaN being equal to nothing; other leaves are not compared."""
     leaves, other_leaves = (tree_flatten(tree)[0] for tree in (one, other))
@@ -223,32 +230,3 @@ def _same(one: Any, other: Any) -> bool:
         return False
     pairs = [(a, b) for a, b in zip(leaves, other_leaves, strict=True) if isinstance(a, Tensor) or isinstance(b, Tensor)]
     return all(isinstance(a, Tensor) and isinstance(b, Tensor) and torch.equal(a, b) for a, b in pairs)
-
-
-@contextmanager
-def _forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
-    """Within this block a module computes something else."""
-    replaced = vars(module).get("forward")  # of the instance, as accelerate's hooks put there
-    module.forward = forward
-    try:
-        yield
-    finally:
-        if replaced is None:
-            del module.forward
-        else:
-            module.forward = replaced
-
-
-@contextmanager
-def _without_cache(model: nn.Module) -> Iterator[None]:
-    """Within this block the model keeps no keys and values, which every replay of a block would add to."""
-    configs: list[Any] = [getattr(module, "config", None) for module in model.modules()]
-    distinct = list({id(config): config for config in configs if getattr(config, "use_cache", False)}.values())
-    for config in distinct:
-        config.use_cache = False
-    with evaluating(model):
-        try:
-            yield
-        finally:
-            for config in distinct:
-                config.use_cache = True

@@ -88,7 +88,7 @@ class Task:
     target: Callable[[int], Tensor]
     mask: Callable[[int, Tensor], Tensor | None]
 
-    def loss(self, block: nn.Module, batch: int, precision: torch.dtype | None = None) -> Tensor:
+    def loss(self, block: nn.Module, batch: int, precision: torch.dtype | None = None) -> Tensor | None:
         """Mean of log(1 + |error|² / |target|²) over tokens (or images), a scalar in float32 or wider.
 
         Relative to the target, so that the few tokens of huge norm do not drown the others; the logarithm, so that neither do
@@ -98,6 +98,9 @@ class Task:
             block: the original, or what takes its place.
             batch: number of the batch.
             precision: dtype that floating-point arguments of the block are cast to; None: they stay.
+
+        Returns:
+            The loss; None where all of the batch is padding.
         """
         args, kwargs = self.call(batch) if precision is None else _in_precision(self.call(batch), precision)
         output = main_tensor(block(*args, **kwargs))
@@ -107,12 +110,17 @@ class Task:
         errors = (output.to(wide) - target).square().sum(features)
         relative = (errors / target.square().sum(features).clamp(min=torch.finfo(wide).tiny)).log1p().flatten()
         mask = self.mask(batch, output)
-        return relative.mean() if mask is None or len(mask) != len(relative) else relative[mask].mean()
+        counted = relative if mask is None or len(mask) != len(relative) else relative[mask]
+        return counted.mean() if len(counted) else None
 
     @torch.no_grad()
     def error(self, block: nn.Module, batches: Sequence[int]) -> float:
-        """The mean loss over batches of these numbers, in the block's own precision."""
-        return sum(float(self.loss(block, batch)) for batch in batches) / len(batches)
+        """The mean loss over batches of these numbers, but for those of padding only, in the block's own precision.
+
+        0 where all of them are.
+        """
+        losses = [float(loss) for batch in batches if (loss := self.loss(block, batch)) is not None]
+        return sum(losses) / max(1, len(losses))
 
 
 def refine_block(
@@ -172,10 +180,11 @@ def refine_block(
             for index in torch.randperm(len(train), generator=generator).tolist():
                 with _autocast(options.autocast, trained[0].device):
                     loss = task.loss(master, train[index], precision)
-                loss.backward()
-                if torch.isfinite(nn.utils.clip_grad_norm_(trained, options.max_grad_norm)):
-                    optimizer.step()
-                optimizer.zero_grad(set_to_none=True)
+                if loss is not None:
+                    loss.backward()
+                    if torch.isfinite(nn.utils.clip_grad_norm_(trained, options.max_grad_norm)):
+                        optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
                 schedule.step()
             _assign(parameters, trained)
             errors.append(task.error(block, held))

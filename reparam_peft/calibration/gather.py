@@ -17,7 +17,7 @@ from ..arguments import check_seed
 from ..layers.kinds import kind_and_layer, matrix_shape, stored_weight
 from ..numerics.metrics import device_of_sums
 from ..runtime.batches import rows_in
-from ..runtime.modules import evaluating, frozen, input_device
+from ..runtime.modules import evaluating, frozen, input_device, uncompiled
 from ..runtime.processes import check_whole, fails_together, processes
 from .recorder import Recorder
 from .statistics import Statistics, weight_norm
@@ -75,7 +75,7 @@ def gather_statistics(
     check_whole(batches)
     device = input_device(model)
     count = 0
-    with fails_together(device), evaluating(model), frozen(model), ExitStack() as stack:
+    with fails_together(), evaluating(model), frozen(model), uncompiled(model), ExitStack() as stack:
         recorder = Recorder(statistics, modules, gradients)
         stack.enter_context(recorder.hooks(model, set(starts) - set(modules.values())))
         bar = tqdm(batches, desc="Calibrating", unit="batch", delay=1, disable=None if progress and rank == 0 else True)

@@ -16,7 +16,7 @@ from ..layers.kinds import LayerKind, kind_and_layer
 from ..numerics.grams import add_gram, wide_rows
 from ..numerics.metrics import exact
 from ..runtime.batches import fitting_mask, padding_masks
-from ..runtime.modules import encoder_of
+from ..runtime.modules import encoder_of, without_cache
 from .sampling import sampled_objective
 from .statistics import Statistics
 from .sums import InputSums, OutputSums, WeightedSums
@@ -90,7 +90,7 @@ class Recorder:
         self.source_mask, self.target_mask = padding_masks(batch, bool(self.inside_encoder))
         with torch.set_grad_enabled(self.gradients):
             try:
-                output = model(**batch)
+                output = model(**without_cache(model, batch))
             except (torch.OutOfMemoryError, _InputError):
                 raise
             except (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError) as error:

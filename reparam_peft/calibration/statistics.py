@@ -10,10 +10,11 @@ from typing import Any, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ..layers.kinds import Wrapper, is_quantized, kind_and_layer, layer_kind, stored_weight
+from ..runtime.files import save_tensors
+from ..runtime.fingerprints import fingerprint_of_tensors, fingerprint_of_values
 from ..runtime.modules import naming
 from .sums import InputSums, OutputSums, Sums, WeightedSums
 
@@ -196,17 +197,30 @@ class Statistics:
                 )
 
     def save(self, path: str | Path) -> None:
-        """Write everything to one safetensors file."""
+        """Write everything to one safetensors file; the same statistics give the same bytes.
+
+        Raises:
+            OSError: writing failed. An earlier file is as it was.
+        """
+        tensors, plain = self._content()
+        save_tensors(path, tensors, {"format": FORMAT, "statistics": json.dumps(plain)})
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that `save` writes."""
+        tensors, plain = self._content()
+        return fingerprint_of_values([plain, fingerprint_of_tensors(tensors)])
+
+    def _content(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """What the file holds: tensors by part and name, and the rest for JSON."""
         weighted = {name: record.weighted for name, record in self.inputs.items() if record.weighted is not None}
         parts = {
             **_parts(self.inputs, _INPUT_PARTS),
             **_parts(weighted, _WEIGHTED_PARTS),
             **_parts(self.outputs, _OUTPUT_PARTS),
         }
-        tensors = {f"{part}/{name}": tensor.contiguous().cpu() for part in _TENSORS for name, tensor in parts[part].items()}
+        tensors = {f"{part}/{name}": tensor for part in _TENSORS for name, tensor in parts[part].items()}
         numbers = {part: values for part, values in parts.items() if part not in _TENSORS}
-        plain = {"inputs": self.reads, **numbers, "weight_norms": self.weight_norms, "seed": self.seed}
-        save_file(tensors, path, metadata={"format": FORMAT, "statistics": json.dumps(plain)})
+        return tensors, {"inputs": self.reads, **numbers, "weight_norms": self.weight_norms, "seed": self.seed}
 
     @classmethod
     def load(cls, path: str | Path) -> Statistics:

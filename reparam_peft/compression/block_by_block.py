@@ -25,7 +25,7 @@ from ..layers.product import Product
 from ..planning.plan import Plan
 from ..runtime.batches import Batch, fitting_mask, padding_masks, split_rows
 from ..runtime.fingerprints import fingerprint_of_batches, fingerprint_of_model
-from ..runtime.modules import encoder_of, naming, parameter_owners, set_module
+from ..runtime.modules import encoder_of, evaluating, naming, parameter_owners, set_module
 from ..runtime.processes import processes
 from ..runtime.run_folder import RunFolder, json_able
 from ..tuner.layer import ReparamLayer
@@ -112,7 +112,11 @@ class BlockByBlock:
         self.folder = RunFolder(steps.run_folder, settings, steps.mapped)
 
     def result(self, plan: Plan | None, adapter_name: str) -> Result:
-        """Compress everything but what an earlier call has finished."""
+        """Compress everything but what an earlier call has finished; then other runs may work in the folder."""
+        with self.folder:
+            return self._result(plan, adapter_name)
+
+    def _result(self, plan: Plan | None, adapter_name: str) -> Result:
         job, order = self.job, self.replay.order
         done = {block: self.folder.tensors(i) for i, block in enumerate(order[: len(self.folder.finished)])}
         if self.folder.plan is not None:
@@ -138,7 +142,7 @@ class BlockByBlock:
             self._outside({name: target for name, target in targets.items() if name not in covered}, result)
             for position, (name, within) in enumerate(inside.items()):
                 bar.set_description(name)
-                with naming(name):
+                with naming(name), evaluating(self.replay.blocks[name]):
                     self._block(position, name, within, done.get(name), result, bar)
                 bar.update((position + 1) * passes - bar.n)
         return result
@@ -164,7 +168,7 @@ class BlockByBlock:
         original = original if self.steps.device is None else copy.deepcopy(original).to(self.steps.device)
         student = copy.deepcopy(original).requires_grad_(False).eval()
         if self.unfinished:
-            self.original.put(position, original.eval())
+            self.original.put(position, original)
         if done is not None:
             restore(student, targets, done)
         else:

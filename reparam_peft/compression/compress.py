@@ -19,6 +19,8 @@ from ..config.reparam_config import ReparamConfig
 from ..layers.kinds import is_quantized
 from ..numerics.methods import names_of_methods
 from ..planning.plan import Plan
+from ..runtime.modules import uncompiled
+from ..runtime.restoring import unchanged_on_error
 from ..tuner.data_free import installing
 from ..tuner.targets import check_targets
 from .block_by_block import BlockByBlock, Result, Steps
@@ -48,7 +50,7 @@ def compress(
 
     By default the factorisation is two-sided (`method="whitened"` in the metrics of inputs and gradients), ranks are chosen
     by predicted loss, and products are stored in pivot form. The model is changed in place, as by `get_peft_model`, and only
-    after everything is computed: an error leaves it as it was.
+    after everything is computed: an error, or an interrupt, leaves it as it was.
 
     With `sequential` or `refine` the model is compressed block by block in the order of the data flow, so that each block sees
     what the earlier ones became. What changes beside the factors (norms, and matrices that stay dense) becomes part of the
@@ -109,11 +111,12 @@ def compress(
     for name, value in without_blocks.items():
         if value is not None:
             raise ValueError(f"`{name}` has an effect with `sequential` or `refine` only; leave it out.")
-    job = Job.of_model(model, config, batches, options, adapter_name=adapter_name, plan=plan)
-    plan = job.plan() if plan is None else plan
-    targets = job.ranked(plan)
-    check_targets(targets, job.config, model, adapter_name, loading=False)
-    return _install(model, job, Result(plan, job.products(targets)), adapter_name)
+    with unchanged_on_error(model):
+        job = Job.of_model(model, config, batches, options, adapter_name=adapter_name, plan=plan)
+        plan = job.plan() if plan is None else plan
+        targets = job.ranked(plan)
+        check_targets(targets, job.config, model, adapter_name, loading=False)
+        return _install(model, job, Result(plan, job.products(targets)), adapter_name)
 
 
 def compress_blocks(
@@ -143,27 +146,29 @@ def compress_blocks(
     if not batches:
         raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
     blocks = find_blocks(model)
-    job = Job.of_model(
-        model,
-        config,
-        batches if statistics is None else statistics,
-        options,
-        adapter_name=adapter_name,
-        plan=plan,
-        blocks=list(blocks),
-        moves_bias=steps.refinement is not None,
-    )
-    if steps.anchoring is not None and not job.weigher.calibrated:
-        calibrated = names_of_methods(needs_data=True)
-        raise ValueError(f"`sequential` needs one of the methods {calibrated}, got {job.config.method!r}.")
-    quantized = next((name for name, module in job.modules.items() if is_quantized(module)), None)
-    if quantized is not None:
-        raise ValueError(
-            f"{quantized}: `sequential` and `refine` need weights that can be changed, and these are quantised. Load the base "
-            "model in full precision, or leave both out."
+    with unchanged_on_error(model):
+        job = Job.of_model(
+            model,
+            config,
+            batches if statistics is None else statistics,
+            options,
+            adapter_name=adapter_name,
+            plan=plan,
+            blocks=list(blocks),
+            moves_bias=steps.refinement is not None,
         )
-    result = BlockByBlock(job, blocks, batches, steps).result(plan, adapter_name)
-    return _install(model, job, result, adapter_name, autocast_adapter_dtype)
+        if steps.anchoring is not None and not job.weigher.calibrated:
+            calibrated = names_of_methods(needs_data=True)
+            raise ValueError(f"`sequential` needs one of the methods {calibrated}, got {job.config.method!r}.")
+        quantized = next((name for name, module in job.modules.items() if is_quantized(module)), None)
+        if quantized is not None:
+            raise ValueError(
+                f"{quantized}: `sequential` and `refine` need weights that can be changed, and these are quantised. Load the "
+                "base model in full precision, or leave both out."
+            )
+        with uncompiled(model):
+            result = BlockByBlock(job, blocks, batches, steps).result(plan, adapter_name)
+        return _install(model, job, result, adapter_name, autocast_adapter_dtype)
 
 
 def options_of(name: str, asked_for: bool | OptionsOfStep | None, options: type[OptionsOfStep]) -> OptionsOfStep | None:
@@ -203,7 +208,8 @@ def plan(
 
     Args, Raises: as for `compress`.
     """
-    return Job.of_model(model, config, batches, Options(seed, progress, max_memory)).plan()
+    with unchanged_on_error(model):
+        return Job.of_model(model, config, batches, Options(seed, progress, max_memory)).plan()
 
 
 def calibrate(
@@ -224,5 +230,6 @@ def calibrate(
             with the same seed, `Statistics.merge` of the parts gives the statistics of the whole.
         model, config, batches, seed, progress: as for `compress`, as are the errors.
     """
-    modules = Job.of_model(model, config, batches, Options(seed, progress)).modules
-    return gather_statistics(model, modules, batches, seed=seed, progress=progress, first_row=first_row)
+    with unchanged_on_error(model):
+        modules = Job.of_model(model, config, batches, Options(seed, progress)).modules
+        return gather_statistics(model, modules, batches, seed=seed, progress=progress, first_row=first_row)

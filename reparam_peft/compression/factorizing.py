@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import Product
-from ..numerics.decompositions import Factors, direction_losses, random_factors
+from ..numerics.decompositions import Factors, direction_losses, narrowed, random_factors
 from ..numerics.methods import Method, method_of
 from ..numerics.metrics import exact
 from ..numerics.pivoting import PivotFactors, pivot
@@ -45,8 +45,13 @@ class Factorizer:
         """What each direction is predicted to cost, in nats per token, shape (min(out, in),)."""
         if weighing.fisher is None:
             raise ValueError("losses are predicted by gradients, which these statistics do not hold.")
-        q = direction_losses(W, weighing.gram, weighing.fisher, weighing.input, weighing.output)
-        return q * weighing.loss_scale
+        q = direction_losses(W, weighing.gram, weighing.fisher, weighing.input, weighing.output) * weighing.loss_scale
+        if not q.isfinite().all():
+            raise ValueError(
+                "what its directions cost is too large for a number; look for outliers among its weights, inputs and gradients, "
+                "or leave it out with `exclude_modules`."
+            )
+        return q
 
     def product(self, W: Tensor, rank: int, dtype: torch.dtype, weighing: Weighing, output_mean: Tensor | None) -> Product:
         """The product of a matrix.
@@ -65,7 +70,7 @@ class Factorizer:
         if self.form == "pivot":
             factors = pivot(wide_factors, weighing.input, dtype)
         else:
-            factors = Factors(*(factor.to(dtype) for factor in wide_factors))
+            factors = narrowed(wide_factors, dtype)
         if output_mean is None:
             return Product(factors)
         A, B = map(exact, factors.factors() if isinstance(factors, PivotFactors) else factors)

@@ -82,7 +82,7 @@ class CompressingLoader(CheckpointLoader):
             module.bias = bias  # loaded already, or still on meta and about to be
         for parameter in module.parameters():
             vars(parameter)["_is_hf_initialized"] = not parameter.is_meta
-        set_module(model, name, mark(module).train(layer.training))
+        set_module(model, name, mark(module, name, kind, weight.shape).train(layer.training))
         return module
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

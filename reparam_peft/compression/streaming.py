@@ -25,7 +25,7 @@ from ..config.model_card import write_standalone_card
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import Product, product_of, tensors_of
 from ..planning.plan import Plan
-from ..runtime.files import writing
+from ..runtime.files import remove_whole, writing
 from ..runtime.fingerprints import fingerprint_of_model
 from ..runtime.run_folder import RunFolder, json_able
 from ..standalone.self_contained import auto_class
@@ -127,7 +127,7 @@ def compress_checkpoint(
                 write_standalone_card(aside, config_of(small, "default"), auto_class(plain))
                 shutil.copytree(folder, aside, ignore=shutil.ignore_patterns(*WEIGHTS, *WRITTEN), dirs_exist_ok=True)
                 aside.rename(destination)
-        shutil.rmtree(run)
+        remove_whole(run)
     finally:
         lock.release()
     Path(lock.lock_file).unlink(missing_ok=True)
@@ -160,8 +160,16 @@ def _mapped(folder: Path) -> PreTrainedModel:
 def _data_free(model: PreTrainedModel, config: ReparamConfig, run: Path, progress: bool) -> PeftModel:
     """Factorise without data, one block at a time, each of which goes to disk."""
     settings = {"config": json_able(config.to_dict()), "model": fingerprint_of_model(model)}
-    folder = RunFolder(run, settings, mapped=True)
-    targets = select_targets(model, config, "default")
+    with RunFolder(run, settings, mapped=True) as folder:
+        products = _data_free_products(select_targets(model, config, "default"), model, config, folder, progress)
+    with installing(products):  # in the dtype of the files, in which they stay
+        return get_peft_model(model, config, autocast_adapter_dtype=False)
+
+
+def _data_free_products(
+    targets: Mapping[str, Target], model: PreTrainedModel, config: ReparamConfig, folder: RunFolder, progress: bool
+) -> dict[str, Product]:
+    """The products of all targets, each read from the folder, where an earlier run has left it, or this one puts it."""
     products: dict[str, Product] = {}
     parts = _by_block(model, targets)
     for position, block in enumerate(tqdm(parts, desc="Factorising", unit="block", disable=None if progress else True)):
@@ -181,8 +189,7 @@ def _data_free(model: PreTrainedModel, config: ReparamConfig, run: Path, progres
             if target.rank is not None:
                 count = sum(key.startswith(f"{name}/") for key in state)
                 products[name] = product_of([state[f"{name}/{i}"] for i in range(count)], target.storage.form)
-    with installing(products):  # in the dtype of the files, in which they stay
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+    return products
 
 
 def _by_block(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, dict[str, Target]]:

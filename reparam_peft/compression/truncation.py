@@ -21,8 +21,9 @@ from ..numerics.decompositions import truncate
 from ..numerics.metrics import exact
 from ..planning.ranks import RankChooser, parameter_budget
 from ..runtime.modules import naming
+from ..runtime.restoring import unchanged_on_error
 from ..tuner.layer import ReparamLayer
-from ..tuner.model import config_of
+from ..tuner.model import ReparamModel, config_of
 from ..tuner.targets import Target
 from .job import Job, Options
 from .present import check_model, module_like, present_targets
@@ -77,16 +78,25 @@ def retruncate(
     {'0': 8}
     """
     tuner, adapter_name = check_model(model, keep, adapter_name, batches is not None)
+    options = Options(seed=seed, progress=progress)
+    with unchanged_on_error(model, model.peft_config.values()):
+        return _lowered(model, tuner, keep, batches, adapter_name, options)
+
+
+def _lowered(
+    model: PeftModel, tuner: ReparamModel, keep: float, batches: Batches | None, adapter_name: str, options: Options
+) -> PeftModel:
+    """The model with lower ranks, changed in place."""
     config = config_of(model, adapter_name)
     layers, targets = present_targets(model, adapter_name, config)
     ranks = _same_fraction(targets, _check_keep(targets, keep))
     if ranks == {name: target.rank for name, target in targets.items()}:
         return model
     if batches is None:
-        products = _truncated(layers, ranks, adapter_name, progress)
+        products = _truncated(layers, ranks, adapter_name, options.progress)
         made_by = _MadeBy(method=DATA_FREE["method"], allocation="uniform")
     else:
-        job = _job(model, adapter_name, keep, layers, targets, batches, Options(seed=seed, progress=progress))
+        job = _job(model, adapter_name, keep, layers, targets, batches, options)
         plan = job.plan()
         # Directions beyond the present rank cost nothing: a higher rank is a larger price for the product as it is.
         ranked = {name: _at_most(target, targets[name].rank) for name, target in job.ranked(plan).items()}

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from huggingface_hub import ModelCard, ModelCardData
 
+from ..runtime.files import write_whole
 from .fields import OF_ALLOCATION, OF_METRICS, Fields
 
 if TYPE_CHECKING:
@@ -97,7 +98,8 @@ def write_standalone_card(folder: str | Path, config: Fields, auto_class: str, s
 
 model = {auto_class}.from_pretrained("<this repository or folder>"{option})"""
     data = ModelCardData(library_name="transformers", base_model=name_of_base(config.base_model_name_or_path), tags=TAGS)
-    ModelCard(f"---\n{data.to_yaml()}\n---\n\n{model_card_section(config, load)}\n").save(Path(folder) / "README.md")
+    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{model_card_section(config, load)}\n")
+    write_whole(Path(folder) / "README.md", str(card))
 
 
 def update_model_card(folder: str, config: Fields) -> None:
@@ -114,7 +116,7 @@ def update_model_card(folder: str, config: Fields) -> None:
         card.data.base_model = None
         tags -= {tag for tag in tags if tag.startswith("base_model:") and tag.endswith(f":{base}")}
     card.data.tags = sorted(tags)
-    card.save(path)
+    write_whole(path, str(card))
 
 
 def upload_with_section(model: PeftModel, working_dir: str, *args: Any, **kwargs: Any) -> Any:

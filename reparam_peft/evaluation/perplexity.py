@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..runtime.batches import IGNORED, labels_of
-from ..runtime.modules import evaluating, input_device, predicts_next_token
+from ..runtime.modules import evaluating, input_device, predicts_next_token, without_cache
 
 
 @torch.no_grad()
@@ -102,5 +102,6 @@ def _to_device(batch: Mapping[str, Any], model: nn.Module) -> dict[str, Any]:
 
 def _predictions(model: nn.Module, batch: Mapping[str, Any], labels: Tensor, shifts: bool) -> tuple[Tensor, Tensor]:
     """Logits, and the labels that they are for."""
-    logits = model(**{key: value for key, value in batch.items() if key != "labels" or not shifts}).logits
+    batch = {key: value for key, value in batch.items() if key != "labels" or not shifts}
+    logits = model(**without_cache(model, batch)).logits
     return (logits[:, :-1], labels[:, 1:]) if shifts else (logits, labels)

@@ -142,7 +142,7 @@ def _time_once(model: Any, prompt_length: int, new_tokens: int, batch_size: int)
     tokens = torch.arange(batch_size * prompt_length, device=device).view(batch_size, -1) % vocabulary
     # An encoder has no cache to decode with.
     caches = predicts_next_token(model)
-    options = {"use_cache": True} if caches else {}
+    options = {"use_cache": new_tokens > 0} if caches else {}
 
     def timed(call: Callable[[], Any]) -> tuple[float, Any]:
         flush_caches(device)

@@ -3,16 +3,16 @@
 from __future__ import annotations
 
 import hashlib
-import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from ..runtime.batches import IGNORED
+from ..runtime.files import save_tensors, writing
 from .losses import Sparse
 
 
@@ -27,7 +27,8 @@ class TeacherCache:
 
     def __init__(self, folder: str | Path, top_k: int, teacher: str) -> None:
         self.folder, self.top_k, self.teacher = Path(folder), top_k, teacher
-        self.folder.mkdir(parents=True, exist_ok=True)
+        with writing(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
 
     def read(self, inputs: Mapping[str, Tensor]) -> Sparse | None:
         """What is known of a batch; None where a row is missing."""
@@ -54,10 +55,7 @@ class TeacherCache:
             place = None if logits.ndim == 2 else _real(inputs, row, _PREDICTED)
             chosen = logits[row] if place is None else logits[row][place]
             log_p, indices = chosen.float().log_softmax(-1).topk(min(self.top_k, logits.shape[-1]), sorted=False)
-            path = self._path(inputs, row)
-            aside = path.with_suffix(f".{os.getpid()}.tmp")
-            save_file({"indices": indices.int().cpu().contiguous(), "log_probabilities": log_p.cpu().contiguous()}, aside)
-            os.replace(aside, path)
+            save_tensors(self._path(inputs, row), {"indices": indices.int(), "log_probabilities": log_p})
 
     def _row(self, inputs: Mapping[str, Tensor], row: int) -> Sparse | None:
         path = self._path(inputs, row)

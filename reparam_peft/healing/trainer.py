@@ -8,13 +8,14 @@ from typing import Any, cast
 
 import torch
 from peft import LoraConfig, PeftModel
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import nested_detach
 
+from ..runtime.files import save_tensors
 from ..runtime.fingerprints import fingerprint_of_model
-from ..runtime.modules import predicts_next_token
+from ..runtime.modules import predicts_next_token, without_cache
 from .checks import TRAINS, check_arguments, check_classes, check_loss, check_teacher, check_trained, checked_model
 from .counting import Counts, counted, masks, with_labels
 from .inner_lora import adapted, check_lora, merged
@@ -114,7 +115,7 @@ class HealingTrainer(Trainer):
             taught = self._ask(model, {key: value for key, value in batch.items() if key != "labels" or self.encoder_decoder})
         if self.hidden:
             batch["output_hidden_states"] = True
-        outputs = model(**batch)
+        outputs = model(**without_cache(self.student, batch))
         if getattr(outputs, "logits", None) is None and self.distillation and not self.hidden:
             raise ValueError(f"the outputs of a {type(outputs).__name__} have no `logits` to distil; give `hidden` > 0.")
         mask, count = counted(self._masks(inputs), outputs, num_items_in_batch, self.args.device)
@@ -171,7 +172,7 @@ class HealingTrainer(Trainer):
             super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.args.should_save and not self.is_fsdp_enabled:
             parts = {n: p for n, p in self.student.named_parameters() if p.requires_grad or ".reparam_factors." in n}
-            save_file({n: p.detach().cpu().contiguous() for n, p in parts.items()}, Path(output_dir) / TRAINED)
+            save_tensors(Path(output_dir) / TRAINED, parts)
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINED
@@ -222,9 +223,9 @@ class HealingTrainer(Trainer):
             return Taught(likeliest)
         if self.teacher is None:
             with as_dense(self.accelerator.unwrap_model(model, keep_torch_compile=False)):
-                outputs = model(**batch, output_hidden_states=bool(self.hidden))
+                outputs = model(**without_cache(self.student, batch), output_hidden_states=bool(self.hidden))
         else:
-            outputs = self.teacher(**batch, output_hidden_states=bool(self.hidden))
+            outputs = self.teacher(**without_cache(self.teacher, batch), output_hidden_states=bool(self.hidden))
         if self.cache is not None:
             self.cache.write(batch, outputs.logits)
             return Taught(self.cache.read(batch))

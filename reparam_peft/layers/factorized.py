@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, cast
+from dataclasses import dataclass
+from typing import Any, Protocol, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
@@ -12,10 +13,12 @@ from torch.types import Device
 from ..numerics.decompositions import Factors
 from ..numerics.pivoting import PivotFactors, pivot
 from ..numerics.storage import mask_size
+from .computed_weight import ComputedWeight
 
 Dtype: TypeAlias = torch.dtype | None
 # The operator that PyTorch's compiler emits for linear layers on a CPU; None in builds without oneDNN.
 SINGLE_ROW_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
+MARKER = "weight"  # in checkpoints of standalone models, of one element, where a dense layer has its matrix
 SINGLE_ROW_LEAST = 2**18  # parameters below which starting the operator costs more than it saves
 
 
@@ -25,6 +28,28 @@ def weight_of(layer: nn.Module) -> Tensor:
     No check at run time: under FSDP it may be a plain tensor, in quantised layers a subclass, in a LoRA's layers a property.
     """
     return cast(Tensor, layer.weight)
+
+
+class MatrixInShape(Protocol):
+    """What knows how a kind of layer stores its matrix."""
+
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """W (out, in) in the `shape` of a layer's weight."""
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """The layer that a factorised module stands in place of, without a wrapper around it.
+
+    Attributes:
+        name: in the model.
+        kind: of the layer.
+        shape: of its weight.
+    """
+
+    name: str
+    kind: MatrixInShape
+    shape: torch.Size
 
 
 class PivotExpansion(nn.Module):
@@ -49,8 +74,11 @@ class PivotExpansion(nn.Module):
         self.K, self.rank, self.dim = K, rank, dim
         self.register_buffer("mask", torch.zeros(mask_size(out_features), dtype=torch.uint8, device=device))
         self.register_buffer("order", torch.arange(out_features, device=device), persistent=False)
+        self.is_ordered = False
 
     def forward(self, z: Tensor) -> Tensor:
+        if not self.is_ordered:  # the mask was offloaded, and is here for this pass
+            self.refresh()
         # One copy in place of two scatters: [z, K z] has the pivots first, and `order` says where each output stands in it.
         return z if self.K is None else torch.cat([z, self.K(z)], self.dim).index_select(self.dim, self.order)
 
@@ -88,6 +116,7 @@ class PivotExpansion(nn.Module):
             is_pivot = self.is_pivot
             order = torch.where(is_pivot, is_pivot.cumsum(0), self.rank + (~is_pivot).cumsum(0)) - 1
             self.order = order.clamp(0, len(order) - 1)
+            self.is_ordered = True
 
     def train(self, mode: bool = True) -> PivotExpansion:
         self.refresh()  # every loader ends with `eval()`
@@ -117,9 +146,11 @@ class FactorizedModule(nn.Module):
         A: maps r features to the output: of the class that `expand` makes, or a `PivotExpansion` of it.
         bias: shape (out,), or None.
         feature_mean: mean of B x, shape (r,), by which the bias is moved where the product is cut to a lower rank; or None.
+        replaced: the layer that it stands in place of in a standalone model, whose checkpoints have `MARKER` for it; or None.
     """
 
     feature_mean: Tensor | None
+    replaced: Replaced | None = None
 
     def __init__(
         self,
@@ -159,6 +190,55 @@ class FactorizedModule(nn.Module):
     def dtype(self) -> torch.dtype:
         """The dtype that inputs are cast to."""
         return weight_of(self.B).dtype
+
+    @property
+    def weight(self) -> Tensor:
+        """Of a standalone model, A B in the shape of the weight that it replaces, for models that read that themselves.
+
+        While a checkpoint is loaded, it is the marker in the place of that weight.
+
+        Raises:
+            AttributeError: the module is a part of an adapter, whose layer has the weight.
+        """
+        marker = self._buffers.get(MARKER)
+        if marker is not None:
+            return marker
+        if self.replaced is None:
+            raise AttributeError(f"a {type(self).__name__} of an adapter has no `{MARKER}`; its layer has.")
+        if torch.compiler.is_compiling():  # which leaves out what is not used
+            return self._computed_weight()
+        of_B = weight_of(self.B)
+        return ComputedWeight.of(of_B.new_empty(()), self.replaced.shape, self._computed_weight, self.replaced.name)
+
+    def _computed_weight(self) -> Tensor:
+        if self.replaced is None:
+            raise ValueError("it is not known in which shape this matrix would be stored.")
+        return self.replaced.kind.weight(self.matrix(self.dtype), self.replaced.shape)
+
+    def matrix(self, dtype: Dtype) -> Tensor:
+        """A B (out, in), multiplied in float32 or wider and rounded to a dtype; computed anew at each call."""
+        A, B = self.factors
+        precision = torch.promote_types(A.dtype, torch.float32)
+        return (A.to(precision) @ B.to(precision)).to(dtype)
+
+    def mark(self, replaced: Replaced) -> None:
+        """Have a marker in checkpoints, in place of the weight of a layer: one element, as a buffer until `unmark`."""
+        self.register_buffer(MARKER, weight_of(self.B).detach().new_zeros(1))
+        self.replaced = replaced
+
+    def unmark(self) -> None:
+        """Have the marker in checkpoints only, so that a model that reads the weight gets the product."""
+        self._buffers.pop(MARKER, None)
+
+    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if self.replaced is not None and MARKER not in self._buffers:
+            destination[prefix + MARKER] = weight_of(self.B).detach().new_zeros(1)
+
+    def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
+        if self.replaced is not None and MARKER not in self._buffers:
+            state_dict.pop(prefix + MARKER, None)
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
     def stored(self) -> Factors | PivotFactors:
@@ -213,7 +293,8 @@ class FactorizedModule(nn.Module):
         """
         if isinstance(self.A, PivotExpansion):
             self.A.refresh()
-            _ = self.A.pivots
+            if not self.A.mask.is_meta:
+                _ = self.A.pivots
 
     def shaped_bias(self, bias: Tensor) -> Tensor:
         """A bias in a shape that is added to the output."""

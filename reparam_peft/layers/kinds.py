@@ -136,8 +136,10 @@ class LayerKind(ABC, Generic[Layer]):
 
     def computes_alike(self, layer: Layer) -> bool:
         """Whether the layer computes as its class does; nn.MultiheadAttention reads the weight of its output layer itself."""
-        # accelerate replaces `forward` too, to move inputs between devices
-        patched = "forward" in vars(layer) and not hasattr(layer, "_hf_hook")
+        # accelerate replaces `forward` to move inputs between devices, and leaves the class's own on the layer afterwards.
+        forward = vars(layer).get("forward")
+        patched = forward is not None and getattr(forward, "__func__", None) is not type(layer).forward
+        patched &= not hasattr(layer, "_hf_hook")
         alike = type(layer).forward is self.layer_class.forward and not isinstance(layer, NonDynamicallyQuantizableLinear)
         return alike and not patched
 

@@ -188,11 +188,31 @@ def _empty_factors(weight: Tensor, rank: int) -> Factors:
 
 def _round_into(stored: Factors, A: Tensor, B: Tensor) -> Factors:
     """Copy A and B into `stored`, rounding them to its dtype."""
-    stored.A.copy_(A)
-    stored.B.copy_(B)
-    if not all(torch.isfinite(factor).all() for factor in stored):
-        raise ValueError(f"the factors of `weight` overflow {stored.A.dtype}; scale it down, or convert it to a wider dtype.")
+    for kept, factor in zip(stored, narrowed(Factors(A, B), stored.A.dtype), strict=True):
+        kept.copy_(factor)
     return stored
+
+
+def narrowed(factors: Factors, dtype: torch.dtype) -> Factors:
+    """The factors in a dtype; where one would overflow, powers of two move from it to the other.
+
+    Raises:
+        ValueError: the factors hold NaN or inf, or both are too large for the dtype.
+
+    >>> A, B = narrowed(Factors(torch.full((1, 1), 2.0**20), torch.full((1, 1), 2.0**-6)), torch.float16)
+    >>> A.item(), B.item()
+    (128.0, 128.0)
+    """
+    rounded = Factors(*(factor.to(dtype) for factor in factors))
+    if all(factor.isfinite().all() for factor in rounded):
+        return rounded
+    left, right = (factor.abs().amax(dim).clamp(min=1e-300) for factor, dim in zip(map(exact, factors), (0, 1), strict=True))
+    # Of each direction, so that both have the same largest entry, to within a factor of two; exact but for the rounding.
+    powers = torch.exp2(((right / left).log2() / 2).round()).to(factors.A)
+    rounded = Factors((factors.A * powers).to(dtype), (factors.B / powers[:, None]).to(dtype))
+    if not all(factor.isfinite().all() for factor in rounded):
+        raise ValueError(f"the factors of `weight` overflow {dtype}; scale it down, or convert it to a wider dtype.")
+    return rounded
 
 
 def weighing(weight: Tensor, gram: Tensor | None, output_gram: Tensor | None) -> tuple[Metric, Metric]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -66,19 +67,47 @@ def cross_product(Y: Tensor, X: Tensor) -> Tensor:
 @contextmanager
 def _full_precision(device: torch.device) -> Iterator[None]:
     """Float32 products as such: neither half precision (autocast) nor TF32 or bfloat16 in their place."""
-    candidates: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
-    backends = [backend for backend in candidates if hasattr(backend, "fp32_precision")]  # since PyTorch 2.9
-    before = [backend.fp32_precision for backend in backends]
-    before_of_all = None if backends else torch.get_float32_matmul_precision()
+    _precision.enter()
     try:
-        for backend in backends:
-            backend.fp32_precision = "ieee"
-        if before_of_all is not None:
-            torch.set_float32_matmul_precision("highest")
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
-        for backend, value in zip(backends, before, strict=True):
-            backend.fp32_precision = value
-        if before_of_all is not None:
-            torch.set_float32_matmul_precision(before_of_all)
+        _precision.leave()
+
+
+class _Precision:
+    """PyTorch's settings of float32 products, which all threads share: full while any thread needs that, then as before.
+
+    Were each thread to put back what it found, the last one could put back the full precision that another had set.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._users = 0
+        self._before: list[tuple[Any, str]] = []
+        self._before_of_all: str | None = None
+
+    def enter(self) -> None:
+        with self._lock:
+            if not self._users:
+                candidates: list[Any] = [torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None)]
+                backends = [backend for backend in candidates if hasattr(backend, "fp32_precision")]  # since PyTorch 2.9
+                self._before = [(backend, backend.fp32_precision) for backend in backends]
+                self._before_of_all = None if backends else torch.get_float32_matmul_precision()
+            self._users += 1
+            for backend, _ in self._before:
+                backend.fp32_precision = "ieee"
+            if self._before_of_all is not None:
+                torch.set_float32_matmul_precision("highest")
+
+    def leave(self) -> None:
+        with self._lock:
+            self._users -= 1
+            if not self._users:
+                for backend, value in self._before:
+                    backend.fp32_precision = value
+                if self._before_of_all is not None:
+                    torch.set_float32_matmul_precision(self._before_of_all)
+
+
+_precision = _Precision()

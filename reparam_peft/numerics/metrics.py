@@ -49,6 +49,19 @@ class Metric:
             return inverse[:, None] * X
         if self._cholesky is not None:
             return torch.linalg.solve_triangular(self.root.mT, X, upper=True)
+        return self._inverse_root_times(X)
+
+    def pseudo_inverse_times(self, X: Tensor) -> Tensor:
+        """M⁺ X of a whole metric, for X of shape (n, k)."""
+        return self._inverse_root_times(self._inverse_root_times(X))
+
+    @property
+    def is_definite(self) -> bool:
+        """Whether a whole metric can safely be inverted."""
+        return self._cholesky is not None
+
+    def _inverse_root_times(self, X: Tensor) -> Tensor:
+        """The pseudo-inverse of the symmetric root, times X."""
         roots, Q = self._symmetric
         inverse = torch.where(roots > ABSENT * roots.amax(), 1 / roots, 0)
         return Q @ (inverse[:, None] * (Q.mT @ X))
@@ -75,6 +88,22 @@ class Metric:
         """Square roots of the eigenvalues, and the eigenvectors."""
         eigenvalues, Q = torch.linalg.eigh(self.matrix)
         return eigenvalues.clamp(min=0).sqrt(), Q
+
+
+def solve(metric: Tensor, right: Tensor) -> Tensor:
+    """M⁻¹ R of a metric, or M⁺ R, the solution of least norm, where M is singular or nearly so.
+
+    Args:
+        metric: M, shape (n, n), positive semidefinite, float64.
+        right: R, shape (n, k), float64.
+
+    >>> solve(torch.zeros(2, 2, dtype=torch.float64), torch.ones(2, 1, dtype=torch.float64)).flatten()
+    tensor([0., 0.], dtype=torch.float64)
+    """
+    scaled = Metric(metric)
+    if scaled.is_definite:
+        return torch.linalg.solve(metric, right)
+    return scaled.pseudo_inverse_times(right) / (scaled.scale or 1.0)
 
 
 def exact(tensor: Tensor) -> Tensor:

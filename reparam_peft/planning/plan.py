@@ -16,6 +16,7 @@ from ..config.reparam_config import ReparamConfig
 from ..display.axes import grid_of, heat_map
 from ..display.tables import html_table
 from ..numerics.storage import Storage
+from ..runtime.files import write_whole
 
 FORMAT = "reparam_peft plan 1"
 
@@ -118,8 +119,12 @@ class Plan:
         return {"format": FORMAT, **asdict(self)}
 
     def save(self, path: str | Path) -> None:
-        """Write the plan as JSON."""
-        Path(path).write_text(json.dumps(self.to_dict()), encoding="utf-8")
+        """Write the plan as JSON.
+
+        Raises:
+            OSError: writing failed. An earlier file is as it was.
+        """
+        write_whole(path, json.dumps(self.to_dict()))
 
     @classmethod
     def load(cls, path: str | Path) -> Plan:

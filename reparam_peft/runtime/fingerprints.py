@@ -1,11 +1,13 @@
-"""Fingerprints of models, batches and tensors."""
+"""Fingerprints of models, batches, tensors and settings, by which a run knows what it is of."""
 
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._pytree import keystr, tree_leaves_with_path
@@ -18,13 +20,25 @@ def fingerprint_of_model(model: nn.Module) -> str:
 
 
 def fingerprint_of_batches(batches: Sequence[Mapping[str, Any]]) -> str:
-    """SHA-256 of all tensors in batches, and of where they stand."""
-    leaves = (
+    """SHA-256 of all that batches hold, and of where it stands; of what is no tensor, array, number or text, the type."""
+    return _sha256(
         (f"{index}{keystr(path)}", leaf)
         for index, batch in enumerate(batches)
         for path, leaf in tree_leaves_with_path(dict(batch))
     )
-    return _sha256((name, leaf) for name, leaf in leaves if isinstance(leaf, Tensor))
+
+
+def fingerprint_of_config(model: nn.Module) -> str:
+    """SHA-256 of the class of a model and of its config, but for where it was loaded from; of the class where it has none."""
+    config = getattr(model, "config", None)
+    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    origin = ("_name_or_path", "_commit_hash", "transformers_version")
+    return fingerprint_of_values([type(model).__name__, {key: v for key, v in settings.items() if key not in origin}])
+
+
+def fingerprint_of_values(values: Any) -> str:
+    """SHA-256 of values for JSON; of others, of how they are written."""
+    return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
 
 
 def fingerprint_of_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -32,9 +46,14 @@ def fingerprint_of_tensors(tensors: Mapping[str, Tensor]) -> str:
     return _sha256(sorted(tensors.items()))
 
 
-def _sha256(tensors: Iterable[tuple[str, Tensor]]) -> str:
+def _sha256(leaves: Iterable[tuple[str, Any]]) -> str:
     total = hashlib.sha256()
-    for name, tensor in tensors:
-        total.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        total.update(tensor.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+    for name, leaf in leaves:
+        value = torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf" else leaf
+        if isinstance(value, Tensor):
+            total.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:
+            plain = isinstance(value, (bool, int, float, str, bytes, type(None), torch.dtype, torch.device))
+            total.update(f"{name} {value!r}".encode() if plain else f"{name} {type(value).__name__}".encode())
     return total.hexdigest()

@@ -1,14 +1,16 @@
-"""The modules of a model: found, replaced, named in errors, in eval mode, frozen."""
+"""The modules of a model: found, replaced, named in errors, in eval mode, frozen, uncompiled, without a cache."""
 
 from __future__ import annotations
 
+import inspect
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import nn
+from torch._dynamo.eval_frame import OptimizedModule
 
 
 @contextmanager
@@ -34,9 +36,9 @@ def set_module(model: nn.Module, name: str, module: nn.Module) -> None:
 def frozen(model: nn.Module) -> Iterator[None]:
     """Gradients flow through the model, and none is kept for its parameters."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    for parameter in trained:
-        parameter.requires_grad_(False)
     try:
+        for parameter in trained:
+            parameter.requires_grad_(False)
         yield
     finally:
         for parameter in trained:
@@ -62,18 +64,79 @@ def predicts_next_token(model: nn.Module) -> bool:
 def evaluating(model: nn.Module) -> Iterator[None]:
     """Eval mode, and each module's own mode again afterwards."""
     training = [module for module in model.modules() if module.training]
-    model.eval()
     try:
+        model.eval()
         yield
     finally:
         for module in training:
             module.training = True
 
 
+@contextmanager
+def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]:
+    """Within this block a module computes something else."""
+    attributes = vars(module)  # in which accelerate's hooks, and compiled modules, put a `forward` of their own
+    present = {"forward": attributes["forward"]} if "forward" in attributes else {}
+    try:
+        attributes["forward"] = forward
+        yield
+    finally:
+        attributes.pop("forward", None)
+        attributes.update(present)
+
+
+@contextmanager
+def uncompiled(model: nn.Module) -> Iterator[None]:
+    """Within this block modules that torch.compile has compiled run their own code.
+
+    Compiled code takes no notice of hooks that were registered after it was compiled, nor of modules that were replaced.
+    """
+    compiled = [module for module in model.modules() if module._compiled_call_impl is not None]
+    before = [module._compiled_call_impl for module in compiled]
+    with ExitStack() as stack:
+        try:
+            for module in compiled:
+                module._compiled_call_impl = None
+            for module in model.modules():
+                if isinstance(module, OptimizedModule):
+                    stack.enter_context(forward_as(module, module._orig_mod))
+            yield
+        finally:
+            for module, implementation in zip(compiled, before, strict=True):
+                module._compiled_call_impl = implementation
+
+
+def without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
+    """A batch for a pass that generates nothing: with `use_cache=False`, where the model takes that and the batch says nothing.
+
+    A cache holds memory for nothing there; and with one transformers does not look for documents that are packed into one row,
+    so that these would attend to each other.
+
+    Args:
+        model: that is to be called as `model(**batch)`, wrapped by PEFT or not.
+        batch: its keywords.
+    """
+    host: Any = model
+    base = host.get_base_model() if hasattr(host, "get_base_model") else host
+    base = getattr(base, "_orig_mod", base)
+    parameters = inspect.signature(base.forward).parameters
+    # Models of text and images hand what they do not know on to their text model.
+    hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
+    config = getattr(base, "config", None)
+    caches = hands_on and hasattr(config, "get_text_config") and hasattr(config.get_text_config(), "use_cache")
+    return {"use_cache": False, **batch} if "use_cache" in parameters or caches else dict(batch)
+
+
 def input_device(model: nn.Module) -> torch.device:
     """Where a model takes its inputs: the device of its first parameter that holds data, as others may be offloaded."""
     devices = (parameter.device for parameter in model.parameters())
     return next((device for device in devices if device.type != "meta"), torch.device("cpu"))
+
+
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether accelerate brings a module's own tensors to where it computes in each pass, and takes them away after it."""
+    hook = getattr(module, "_hf_hook", None)
+    return any(getattr(part, "offload", False) for part in getattr(hook, "hooks", [hook]))
 
 
 def parameter_owners(model: nn.Module) -> dict[int, list[str]]:

@@ -28,18 +28,11 @@ def check_whole(batches: object) -> None:
         )
 
 
-def together() -> None:
-    """Wait for all processes of a distributed run."""
-    if processes()[0] > 1:
-        dist.barrier()
-
-
 @contextmanager
-def fails_together(device: torch.device) -> Iterator[None]:
+def fails_together() -> Iterator[None]:
     """Where this block fails in one process of a distributed run, it fails in all, so that none waits for the others.
 
-    Args:
-        device: of a number that the processes exchange at the end of the block; one that their backend works on.
+    All processes leave it together. Within it no process may wait for another.
 
     Raises:
         RuntimeError: in the processes that did not fail themselves.
@@ -50,10 +43,25 @@ def fails_together(device: torch.device) -> Iterator[None]:
         failed = False
     finally:
         if processes()[0] > 1:
-            flag = torch.tensor(int(failed), device=device)
+            flag = torch.tensor(int(failed), device=_device_of_messages())
             dist.all_reduce(flag, dist.ReduceOp.MAX)
             if flag and not failed:
                 raise RuntimeError("another process of this run failed; its own message says why.")
+
+
+def first_of(value: float) -> float:
+    """A number that every process of a distributed run has computed, as the first one has it."""
+    if processes()[0] == 1:
+        return value
+    number = torch.tensor(value, dtype=torch.float64, device=_device_of_messages())
+    dist.broadcast(number, 0)
+    return number.item()
+
+
+def _device_of_messages() -> torch.device:
+    """A device whose tensors the processes can exchange."""
+    kinds = [pair.split(":")[0] for pair in dist.get_backend_config().split(",")]
+    return torch.device("cpu" if "cpu" in kinds else kinds[0])
 
 
 def share_out(
@@ -89,7 +97,7 @@ def share_out(
     world, rank = processes()
     results: dict[str, list[Tensor]] = {}
     bar = tqdm(names[rank::world], desc=what, unit="matrix", delay=1, disable=None if progress and rank == 0 else True)
-    with fails_together(device_of(names[0])):
+    with fails_together():
         for name in bar:
             with naming(name):
                 results[name] = compute(name)

@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
+from filelock import FileLock
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from .files import set_aside, write_whole, writing
-from .processes import processes, together
+from .files import clear_litter, is_ours, lock_folder, save_tensors, write_whole, writing
+from .processes import fails_together, processes
 
 FORMAT = "reparam_peft run 1"
 SETTINGS, PLAN, LOG = "run.json", "plan.json", "log.jsonl"
@@ -21,6 +21,8 @@ SETTINGS, PLAN, LOG = "run.json", "plan.json", "log.jsonl"
 
 class RunFolder:
     """Files of one run; without a folder, nothing is kept. Of several processes, the first one writes, and all read.
+
+    The folder is taken for this run until it is released, by `release` or the end of the `with` block or of the process.
 
     Args:
         folder: made where it does not exist; None: keep nothing.
@@ -31,30 +33,43 @@ class RunFolder:
         finished: the log's entries of the finished blocks, in order.
 
     Raises:
-        ValueError: the folder holds a run with other settings, or other files.
+        ValueError: the folder holds a run with other settings, or other files; or another run is under way in it.
+        OSError: it cannot be written.
     """
 
     def __init__(self, folder: str | Path | None, settings: Mapping[str, Any], mapped: bool = False) -> None:
         self.mapped = mapped
         self.folder = None if folder is None else Path(folder)
         self.finished: list[dict[str, Any]] = []
+        self._lock: FileLock | None = None
         if self.folder is None:
             return
         wanted = json.loads(json.dumps({"format": FORMAT, **settings}, sort_keys=True))
-        path = self.folder / SETTINGS
-        if not path.exists() and self.folder.exists() and any(file != set_aside(path) for file in self.folder.iterdir()):
-            raise ValueError(f"`run_folder` {self.folder} holds other files and no run; give a new folder, or an empty one.")
-        together()  # nobody looks before all have looked
-        if not path.exists() and self.writes:
-            with writing(self.folder):
-                self.folder.mkdir(parents=True, exist_ok=True)
-            write_whole(path, json.dumps(wanted, indent=1))
-        together()
-        self._check_settings(json.loads(path.read_text(encoding="utf-8")), wanted)
-        while (entry := self._entry(len(self.finished))) is not None:
-            self.finished.append(entry)
-        together()
-        self._write_log()
+        with ExitStack() as stack:
+            stack.callback(self.release)
+            with fails_together():
+                if self.writes:
+                    self._open(wanted)
+            with fails_together():  # nobody reads before all is there
+                self._check_settings(self._settings(), wanted)
+                while (entry := self._entry(len(self.finished))) is not None:
+                    self.finished.append(entry)
+            with fails_together():
+                if self.writes:
+                    clear_litter(self._kept, idle=0)
+                self._write_log()
+            stack.pop_all()  # nothing has failed: the folder stays taken
+
+    def __enter__(self) -> RunFolder:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
+    def release(self) -> None:
+        """Let other runs work in the folder."""
+        if self._lock is not None:
+            self._lock.release()
 
     @property
     def _kept(self) -> Path:
@@ -76,19 +91,19 @@ class RunFolder:
 
     def begin(self, plan: Mapping[str, Any]) -> None:
         """Keep the plan, as JSON."""
-        if self.writes:
-            write_whole(self._kept / PLAN, json.dumps(plan))
+        with fails_together():
+            if self.writes:
+                write_whole(self._kept / PLAN, json.dumps(plan))
 
     def finish(self, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Keep a finished block: its line of the log, and its tensors."""
-        if self.writes:
-            path = self._path(len(self.finished))
-            plain = {key: tensor.detach().cpu().contiguous().clone() for key, tensor in tensors.items()}
-            with writing(path):
-                save_file(plain, set_aside(path), metadata={"format": FORMAT, "entry": json.dumps(entry)})
-                os.replace(set_aside(path), path)
-        self.finished.append(entry)
-        self._write_log()
+        with fails_together():
+            if self.writes:
+                separate = {key: tensor.clone() for key, tensor in tensors.items()}  # no two share memory, as safetensors asks
+                metadata = {"format": FORMAT, "entry": json.dumps(entry)}
+                save_tensors(self._path(len(self.finished)), separate, metadata)
+            self.finished.append(entry)
+            self._write_log()
 
     def tensors(self, position: int) -> dict[str, Tensor]:
         """The tensors of a finished block, by its position in `finished`."""
@@ -113,6 +128,29 @@ class RunFolder:
     def _write_log(self) -> None:
         if self.writes:
             write_whole(self._kept / LOG, "".join(json.dumps(entry) + "\n" for entry in self.finished))
+
+    def _open(self, wanted: Mapping[str, Any]) -> None:
+        """Take the folder, which is made where it does not exist, and note in it what the run is of."""
+        folder, path = self._kept, self._kept / SETTINGS
+        if folder.exists() and not path.exists() and not (folder.is_dir() and all(map(is_ours, folder.iterdir()))):
+            raise ValueError(f"`run_folder` {self.folder} holds other files and no run; give a new folder, or an empty one.")
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        self._lock = lock_folder(folder)
+        if not path.exists():
+            write_whole(path, json.dumps(wanted, indent=1))
+
+    def _settings(self) -> dict[str, Any]:
+        """What the folder's run is of."""
+        path = self._kept / SETTINGS
+        try:
+            settings = json.loads(path.read_text(encoding="utf-8"))
+            if isinstance(settings, dict):
+                return settings
+            reason = f"it holds a {type(settings).__name__}"
+        except (ValueError, RecursionError) as error:
+            reason = str(error)
+        raise ValueError(f"{path} does not say what the run is of ({reason}). Give another folder, or delete it.")
 
     def _check_settings(self, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         for key in sorted({*kept, *wanted}):

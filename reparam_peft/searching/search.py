@@ -19,6 +19,7 @@ from ..evaluation.measures import Measure
 from ..planning.plan import Plan
 from ..runtime.fingerprints import fingerprint_of_batches, fingerprint_of_model, fingerprint_of_tensors
 from ..runtime.processes import check_whole
+from ..runtime.restoring import unchanged_on_error
 from ..runtime.run_folder import RunFolder, json_able
 from .family import Family
 from .goal import CheckedGoal, Goal, Metric, check_goal, config_with
@@ -108,6 +109,23 @@ def find_smallest(
     """
     check_seed("seed", seed)
     checked = check_goal(goal, config)
+    with unchanged_on_error(model):
+        return _found(model, config, batches, goal, checked, build=build, run_folder=run_folder, seed=seed, progress=progress)
+
+
+def _found(
+    model: nn.Module,
+    config: ReparamConfig,
+    batches: Batches,
+    goal: Goal,
+    checked: CheckedGoal,
+    *,
+    build: bool,
+    run_folder: str | Path | None,
+    seed: int,
+    progress: bool,
+) -> SearchResult:
+    """What a search for a goal that was checked finds."""
     measure = checked.measure
     settings: dict[str, Any] = {}
     if run_folder is not None:
@@ -144,7 +162,7 @@ def find_smallest(
         warnings.warn(
             f"No trial is within the tolerance: {measure.name} {limit:.5g} was asked for, and the best is {best:.5g}. Allow "
             "more, or larger sizes in `keeps`.",
-            stacklevel=3,  # whoever called `search`
+            stacklevel=4,  # whoever called `search`
         )
     elif build:
         best_config = config_with(config, method=chosen.method, keep=chosen.keep)
@@ -222,7 +240,5 @@ def _statistics(
         return Statistics.load(path)
     statistics = calibrate(model, config, batches, seed=seed, progress=progress)
     if path is not None and folder.writes:
-        aside = path.with_suffix(".tmp")
-        statistics.save(aside)
-        aside.replace(path)
+        statistics.save(path)
     return statistics

@@ -20,16 +20,15 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
-from ..layers.factorized import FactorizedModule, weight_of
-from ..layers.kinds import layer_kind
+from ..layers.factorized import MARKER, FactorizedModule, Replaced, weight_of
+from ..layers.kinds import LayerKind, layer_kind
 from ..numerics.storage import FORMS
-from ..runtime.modules import set_module
+from ..runtime.modules import is_offloaded, set_module
 from .quantization import SCHEMES, check_scheme, finish, prepare, state_dict
 
 METHOD = "reparam"
 FORMAT_VERSION = 1
 ALIGNMENT = 64  # bytes; of PyTorch's allocator for CPUs
-MARKER = "weight"  # of one element, where a dense layer has its matrix
 INTEGERS = {torch.uint8: "U8", torch.int8: "I8"}  # in the words of safetensors
 SPECIFICATION = {"rank": int, "form": str, "bias": bool}
 DAMAGED = "the checkpoint is damaged, or was changed by hand"
@@ -132,9 +131,11 @@ class CheckpointLoader(HfQuantizer):
         for name, module in list(model.named_modules()):
             if isinstance(module, FactorizedModule):
                 _check_content(name, module)
-                marker = getattr(module, MARKER).zero_()  # `_init_weights` of some models fills it
+                marker = module.weight.zero_()  # `_init_weights` of some models fills it
                 if scheme is not None:
                     finish(name, module, scheme, marker.dtype)
+                elif not (marker.is_meta or is_offloaded(module)):  # accelerate would look for it in the files again
+                    module.unmark()
         if scheme is None:
             mark_unquantized(model)
 
@@ -169,13 +170,19 @@ def mark_unquantized(model: PreTrainedModel) -> None:
     vars(model)["is_quantized"] = False
 
 
-def mark(module: FactorizedModule) -> FactorizedModule:
-    """Give a factorised module a buffer named as the matrix that it replaces, of one element, and return the module.
+def mark(module: FactorizedModule, name: str, kind: LayerKind[Any], shape: torch.Size) -> FactorizedModule:
+    """Give a factorised module a buffer named as the weight that it replaces, of one element, and return the module.
 
     A program that does not know the format finds a tensor of another shape there and fails, rather than to make up the
-    weights that it misses. Models read its dtype and device, as those of T5 do.
+    weights that it misses.
+
+    Args:
+        module: the module.
+        name: of the layer that it replaces, in the model.
+        kind: of that layer.
+        shape: of its weight.
     """
-    module.register_buffer(MARKER, weight_of(module.B).detach().new_zeros(1))
+    module.mark(Replaced(name, kind, shape))
     return module
 
 
@@ -194,7 +201,9 @@ def _module(name: str, layer: nn.Module, specification: Mapping[str, Any]) -> Fa
         raise ValueError(
             f"{name}: `rank` in config.json is {specification['rank']}, of a matrix {kind.shape(layer)}; {DAMAGED}."
         )
-    return mark(kind.factorized(layer, **specification, device=torch.device("meta"), dtype=weight_of(layer).dtype))
+    weight = weight_of(layer)
+    module = kind.factorized(layer, **specification, device=torch.device("meta"), dtype=weight.dtype)
+    return mark(module, name, kind, weight.shape)
 
 
 def _name_in(model: PreTrainedModel, name: str) -> str | None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
+from ..runtime.files import write_whole
 from .checkpoint import CheckpointConfig, with_layers_in_config
 
 MODULE = "modeling_reparam"
@@ -36,7 +37,7 @@ def save_self_contained(model: PreTrainedModel, folder: str | Path) -> None:
     text = resources.files(__package__).joinpath(f"{MODULE}.py").read_text(encoding="utf-8")
     for name in sorted(set(classes.values())):
         text += f"\n\nclass Reparam{name}(WithFactors, transformers.{name}):\n    pass\n"
-    (Path(folder) / f"{MODULE}.py").write_text(text, encoding="utf-8")
+    write_whole(Path(folder) / f"{MODULE}.py", text)
 
 
 def auto_class(model: PreTrainedModel) -> str:

@@ -128,6 +128,11 @@ def check_loaded_tensor(key: str, tensor: Tensor | None, present: Tensor, rank: 
         )
     if not torch.isfinite(tensor).all():
         raise ValueError(f"{name}: the checkpoint contains NaN or infinite values; {DAMAGED}.")
+    if not torch.isfinite(tensor.to(present.dtype)).all():
+        raise ValueError(
+            f"{name}: the values in the checkpoint overflow {present.dtype}, which the base model is in; load that in a wider "
+            "dtype."
+        )
     if is_mask:
         marked = int.from_bytes(bytes(tensor.tolist()), "little") & ((1 << out_features) - 1)
         if marked.bit_count() != rank:

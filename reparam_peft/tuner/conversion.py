@@ -57,6 +57,10 @@ def standalone_model(model: nn.Module, quantize: str | None = None) -> PreTraine
     if quantize is not None:
         quantize_factors(plain, quantize)
         plain.is_quantized, plain.quantization_method = True, METHOD
+        return plain
+    for module in plain.modules():
+        if isinstance(module, FactorizedModule):
+            module.unmark()
     return plain
 
 
@@ -96,7 +100,7 @@ def _factorized(name: str, layer: ReparamLayer) -> nn.Module:
     module.set_factors(present.stored)
     if bias is not None:
         module.set_bias(bias)
-    return mark(module)
+    return mark(module, name, layer.kind, layer.weight_shape)
 
 
 def _sharing(tensor: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..layers.computed_weight import ComputedWeight
 from ..layers.factorized import FactorizedModule, weight_of
 from ..layers.kinds import KINDS, Wrapper, layer_kind
 from ..layers.product import Product
@@ -37,13 +38,14 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         arrivals: which of them a loader has yet to fill in.
         base_weight_dropped: whether W is gone.
         weight_shape: shape of the base layer's weight.
+        name: in the model; "" where it is not known.
     """
+
+    name = ""
 
     adapter_layer_names = ("reparam_factors",)
     other_param_names = ("r",)
     placeholder: Tensor
-    unmerged_weight: Tensor | None
-    unmerged_bias: Tensor | None
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
@@ -61,8 +63,6 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         device = torch.device("cpu") if weight.device.type == "meta" else weight.device
         # Follows `.to()` and tells device and dtype when W is gone. Not a parameter: PEFT and its users count those.
         self.register_buffer("placeholder", torch.full((), torch.nan, dtype=weight.dtype, device=device), persistent=False)
-        self.register_buffer("unmerged_weight", None, persistent=False)
-        self.register_buffer("unmerged_bias", None, persistent=False)
         self.weight_shape = weight.shape
 
     def factorized(self, adapter_name: str) -> FactorizedModule:
@@ -77,21 +77,26 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
 
     @property
     def weight(self) -> Tensor:
-        """The base weight where there is one; else NaN in its shape, dtype and device, which takes no memory.
+        """What the layer computes with, in the shape of the base layer's weight, for models that read it themselves.
 
-        transformers reads `weight.dtype` and `weight.device` of some layers in each forward pass. For the values use
-        `dense_matrix`.
+        Where adapters compute, its numbers are made when they are used, with their gradients; shape, dtype and device, which
+        transformers reads of some layers in each forward pass, cost nothing.
         """
-        # The placeholder is one number, and strides of 0 make it (out, in): what is read is NaN, which no result hides.
-        weight = self.base_layer.weight
-        return self.placeholder.expand(self.weight_shape) if weight is None else weight
+        active = [name for name in self.active_adapters if name in self.reparam_factors]
+        dense = self.merged or self.disable_adapters or self.arrivals.awaited or not active
+        if dense and self.base_layer.weight is not None:
+            return self.base_layer.weight
+        if torch.compiler.is_compiling():  # which leaves out what is not used
+            return self._computed_weight()
+        return ComputedWeight.of(self.placeholder, self.weight_shape, self._computed_weight, self.name)
+
+    def _computed_weight(self) -> Tensor:
+        return self.kind.weight(self.computed_matrix(), self.weight_shape)
 
     def dense_matrix(self, adapter_name: str) -> Tensor:
         """A B of an adapter, shape (out, in), in the base dtype; computed anew at each call."""
         self.arrivals.check_complete()
-        A, B = self.factorized(adapter_name).factors
-        precision = torch.promote_types(A.dtype, torch.float32)
-        return (A.to(precision) @ B.to(precision)).to(self.base_dtype)
+        return self.factorized(adapter_name).matrix(self.base_dtype)
 
     def computed_matrix(self) -> Tensor:
         """The matrix (out, in) that the layer computes with: A B, or with several adapters active W + Σ (A_i B_i − W)."""
@@ -207,20 +212,25 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         names = [*self.merged_adapters, *adapter_names]
         matrix = _combined([self.dense_matrix(name) for name in names], self._base_matrix)
         weight = self.kind.weight(matrix, self.weight_shape)
+        parameter = nn.Parameter(weight, requires_grad=False)
         bias = self._base_bias()
         moved = [self.factorized(name).bias for name in names]
         if bias is not None and any(vector is not None for vector in moved):
             merged_bias = _combined([bias if vector is None else vector.detach() for vector in moved], lambda: bias)
-            if self.unmerged_bias is None:
-                self.unmerged_bias = bias
-            self.base_layer.bias.data = merged_bias.to(bias.dtype).clone()
+            merged_bias = merged_bias.to(bias.dtype).clone()
+            self._put_aside("unmerged_bias", bias)
+            self.base_layer.bias.data = merged_bias
         if self.base_weight_dropped:
-            self.base_layer.weight = nn.Parameter(weight, requires_grad=False)
+            self.base_layer.weight = parameter
         else:
-            if not self.merged:
-                self.unmerged_weight = self.base_layer.weight.data
+            self._put_aside("unmerged_weight", self.base_layer.weight.data)
             self.base_layer.weight.data = weight
         self.merged_adapters.extend(adapter_names)
+
+    def _put_aside(self, name: str, value: Tensor) -> None:
+        """Keep what a merge replaces, unless an earlier merge has; as a buffer, which follows `.to()`."""
+        if name not in self._buffers:
+            self.register_buffer(name, value, persistent=False)
 
     def check_mergeable(self, adapter_names: list[str], safe_merge: bool) -> None:
         """Raise `ValueError` where merging these adapters of the layer would fail; changes nothing."""
@@ -229,9 +239,11 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
                 f"adapters {[*self.merged_adapters, *adapter_names]} cannot be merged together: {W_IS_GONE}, and the sum of "
                 f"several is defined by it only. Merge one, or {REMEDY}."
             )
-        for name in adapter_names if safe_merge else ():
+        # In half precision a product may be too large for a number although its factors are not.
+        narrow = torch.finfo(self.base_dtype).max < torch.finfo(torch.bfloat16).max
+        for name in adapter_names if safe_merge or narrow else ():
             if not torch.isfinite(self.dense_matrix(name)).all():
-                raise ValueError(BROKEN.format(name))
+                raise ValueError(f"{BROKEN.format(name)}, or its product overflows {self.base_dtype}.")
 
     def unmerge(self) -> None:
         """Undo `merge`, to the bit."""
@@ -241,11 +253,9 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         if self.base_weight_dropped:
             self.base_layer.weight = None
         else:
-            self.base_layer.weight.data = self.unmerged_weight
-            self.unmerged_weight = None
-        if self.unmerged_bias is not None:
-            self.base_layer.bias.data = self.unmerged_bias
-            self.unmerged_bias = None
+            self.base_layer.weight.data = self._buffers.pop("unmerged_weight")
+        if "unmerged_bias" in self._buffers:
+            self.base_layer.bias.data = self._buffers.pop("unmerged_bias")
         self.merged_adapters.clear()
 
     def set_adapter(self, adapter_names: str | list[str], inference_mode: bool = False) -> None:
@@ -291,13 +301,13 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
 
     def _base_matrix(self) -> Tensor:
         """W, shape (out, in), of a layer that has kept it, merged or not."""
-        weight = self.base_layer.weight if self.unmerged_weight is None else self.unmerged_weight
-        return self.kind.matrix(weight.detach())
+        weight = self._buffers.get("unmerged_weight")
+        return self.kind.matrix((self.base_layer.weight if weight is None else weight).detach())
 
     def _base_bias(self) -> Tensor | None:
         """The base layer's own bias, merged or not."""
         bias = getattr(self.base_layer, "bias", None)
-        return None if bias is None else (bias.detach() if self.unmerged_bias is None else self.unmerged_bias)
+        return None if bias is None else self._buffers.get("unmerged_bias", bias.detach())
 
     def _bias(self, adapter_name: str) -> Tensor | None:
         """The bias that an adapter computes with."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -20,6 +20,7 @@ from ..config.fields import DATA_FREE
 from ..config.model_card import upload_with_section
 from ..config.reparam_config import ReparamConfig
 from ..runtime.modules import naming, parameter_owners
+from ..runtime.restoring import Snapshot, unchanged_on_error
 from .adapter_state import cast_to_base, fit_to_model
 from .conversion import standalone_model
 from .data_free import factorize_targets
@@ -32,7 +33,8 @@ from .targets import Target, check_targets, find_targets
 class ReparamModel(BaseTuner):
     """PEFT's tuner for `ReparamConfig`. Use it through `get_peft_model`, which returns a `PeftModel` around it.
 
-    Nothing of the model is changed before every target is checked and every factor exists: an error leaves it as it was.
+    Nothing of the model is changed before every target is checked and every factor exists, and an error after that leaves it
+    as it was, too.
     """
 
     prefix = "reparam_"
@@ -42,6 +44,22 @@ class ReparamModel(BaseTuner):
     _injection: tuple[str, bool, dict[str, Tensor] | None]
     _targets: dict[str, Target]
     _awaits_factors = False  # whether a loader may have brought none, which the next forward pass finds out
+    _is_cast_next = True  # whether PEFT calls `_cast_adapter_dtype` right after an injection
+    _before_injection: Snapshot | None = None  # which an error undoes, until the new adapter is cast
+
+    def __init__(
+        self,
+        model: nn.Module,
+        peft_config: ReparamConfig | dict[str, ReparamConfig],
+        adapter_name: str,
+        low_cpu_mem_usage: bool = False,
+        state_dict: dict[str, Tensor] | None = None,
+    ) -> None:
+        # `PeftModel` gives a dict and casts the factors next; `inject_adapter_in_model` gives one config and does not.
+        vars(self)["_is_cast_next"] = isinstance(peft_config, dict)
+        with unchanged_on_error(model):
+            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+        self._is_cast_next = True  # after `add_adapter`
 
     def inject_adapter(
         self,
@@ -58,24 +76,38 @@ class ReparamModel(BaseTuner):
             ValueError: a weight is tied, holds no data, or holds NaN or inf; a rank is out of range; or the adapter cannot
                 stand beside the ones that are there.
         """
-        config = self._config(adapter_name)
-        loading = low_cpu_mem_usage or config.loading or _parameters_start_on_meta()
-        if not loading:
-            # What is resolved below belongs to this model, not to a config that may be used for another one too.
-            config = self.peft_config[adapter_name] = copy.deepcopy(config)
-        self._injection = (adapter_name, loading, state_dict)
-        injected = False
-        try:
+        before = Snapshot(self, self._beside())
+        with self._undoing(before, adapter_name):
+            config = self._config(adapter_name)
+            loading = low_cpu_mem_usage or config.loading or _parameters_start_on_meta()
+            if not loading:
+                # What is resolved below belongs to this model, not to a config that may be used for another one too.
+                config = self.peft_config[adapter_name] = copy.deepcopy(config)
+            self._injection = (adapter_name, loading, state_dict)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
-            injected = True
-        finally:
-            if not injected and len(self.peft_config) > 1:  # transformers' models keep the dict from one adapter to the next
-                del self.peft_config[adapter_name]
-            targets = self.__dict__.pop("_targets", {})
             del self._injection
-        self._awaits_factors |= loading
-        self.record_resolved(adapter_name, targets)
-        self._drop_base_weights(model)
+            self._awaits_factors |= loading
+            self.record_resolved(adapter_name, vars(self).pop("_targets", {}))
+            self._drop_base_weights(model)
+            self._before_injection = before if self._is_cast_next else None
+
+    @contextmanager
+    def _undoing(self, before: Snapshot, adapter_name: str) -> Iterator[None]:
+        """Within this block an error takes a new adapter out of the model again."""
+        try:
+            yield
+        except BaseException:
+            before.restore()
+            if len(self.peft_config) > 1:  # transformers' models keep the dict from one adapter to the next
+                self.peft_config.pop(adapter_name, None)
+            raise
+
+    def _beside(self) -> list[object]:
+        """What changes along with the modules: configs, and what layers wait for."""
+        return [*self.peft_config.values(), *(layer.arrivals for _, layer in reparam_layers(self.model))]
+
+    def _unchanged_on_error(self) -> AbstractContextManager[None]:
+        return unchanged_on_error(self, self._beside())
 
     # PEFT's own tuners narrow the type of the config, too.
     def _prepare_model(self, peft_config: ReparamConfig, model: nn.Module) -> None:  # type: ignore[override]
@@ -125,6 +157,7 @@ class ReparamModel(BaseTuner):
             nested=planned.storage.bias and peft_config.smaller_keeps is not None,
         )
         if layer is not target:
+            layer.name = current_key
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
@@ -204,16 +237,19 @@ class ReparamModel(BaseTuner):
         for name, layer in reparam_layers(self.model):
             with naming(name):
                 layer.check_active(names)
-        super().set_adapter(adapter_name, inference_mode=inference_mode)
+        with self._unchanged_on_error():
+            super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def disable_adapter_layers(self) -> None:
         self._check_base_weights("adapters cannot be disabled")
-        super().disable_adapter_layers()
+        with self._unchanged_on_error():
+            super().disable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
         if list(self.peft_config) == [adapter_name]:
             self._check_base_weights(f"adapter {adapter_name!r} is the last one and cannot be deleted")
-        super().delete_adapter(adapter_name)
+        with self._unchanged_on_error():
+            super().delete_adapter(adapter_name)
 
     def unload(self) -> nn.Module:
         """The base model without adapters: its own matrices and norms, and the active adapter's heads, as PEFT has it.
@@ -222,20 +258,26 @@ class ReparamModel(BaseTuner):
             ValueError: W was dropped; `merge_and_unload` gives a dense model of the products.
         """
         self._check_base_weights("the base model cannot be restored (`merge_and_unload` gives a dense model of the products)")
-        for _, layer in reparam_layers(self.model):
-            if layer.merged:
-                layer.unmerge()
-        dense = {name for config in self.peft_config.values() for name in getattr(config, "dense_modules", None) or ()}
-        for name, module in self.model.named_modules():
-            if isinstance(module, ModulesToSaveWrapper):
-                vectors = all(parameter.ndim <= 1 for parameter in module.original_module.parameters())
-                if vectors or name in dense:
-                    module.set_adapter([])
-        return super().unload()
+        with self._unchanged_on_error():
+            for _, layer in reparam_layers(self.model):
+                if layer.merged:
+                    layer.unmerge()
+            dense = {name for config in self.peft_config.values() for name in getattr(config, "dense_modules", None) or ()}
+            for name, module in self.model.named_modules():
+                if isinstance(module, ModulesToSaveWrapper):
+                    vectors = all(parameter.ndim <= 1 for parameter in module.original_module.parameters())
+                    if vectors or name in dense:
+                        module.set_adapter([])
+            return super().unload()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
         self._check_mergeable(adapter_names, safe_merge)
-        super().merge_adapter(adapter_names, safe_merge)
+        with self._unchanged_on_error():
+            super().merge_adapter(adapter_names, safe_merge)
+
+    def unmerge_adapter(self) -> None:
+        with self._unchanged_on_error():
+            super().unmerge_adapter()
 
     def _unload_and_optionally_merge(  # type: ignore[override]  # PEFT says None, and returns the model
         self,
@@ -246,9 +288,10 @@ class ReparamModel(BaseTuner):
     ) -> nn.Module:
         if merge:
             self._check_mergeable(adapter_names, safe_merge)
-        return super()._unload_and_optionally_merge(  # type: ignore[return-value]
-            merge, progressbar, safe_merge, adapter_names
-        )
+        with self._unchanged_on_error():
+            return super()._unload_and_optionally_merge(  # type: ignore[return-value]
+                merge, progressbar, safe_merge, adapter_names
+            )
 
     def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
         """Raise before the first layer is merged where a later one could not be."""
@@ -281,6 +324,7 @@ class ReparamModel(BaseTuner):
             )
         if self._awaits_factors:
             self._factorize_awaited()
+        self._before_injection = None
         yield
 
     def _factorize_awaited(self) -> None:
@@ -297,7 +341,12 @@ class ReparamModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Upcast half-precision factors to float32 for training only: for inference it would double the stored bytes."""
         trains = not self.peft_config[adapter_name].inference_mode
-        super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype and trains)
+        before = self._before_injection
+        with self._unchanged_on_error() if before is None else self._undoing(before, adapter_name):
+            super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype and trains)
+        # What a loader has yet to fill in is cast once more when that is done; until then an error takes it out again.
+        if not any(adapter_name in layer.arrivals.awaited for _, layer in reparam_layers(self.model)):
+            self._before_injection = None
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]

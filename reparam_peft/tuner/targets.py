@@ -14,7 +14,7 @@ from ..layers.kinds import is_quantized, note_dtype
 from ..layers.product import Product
 from ..numerics.storage import Storage
 from ..planning.ranks import resolve_rank
-from ..runtime.modules import naming, parameter_owners
+from ..runtime.modules import is_offloaded, naming, parameter_owners
 from .layer import REMEDY, W_IS_GONE, ReparamLayer, reparam_layers
 from .matrices import matrix_storage, unwrapped
 
@@ -96,6 +96,12 @@ def check_targets(
 
 def _check_weight(module: nn.Module, owners: list[str], keep_base: bool, loading: bool) -> None:
     """Raise `ValueError` where a module's weight cannot be read, or cannot be dropped because it has other owners."""
+    if is_offloaded(module):
+        raise ValueError(
+            "accelerate moves the weight of this layer to where it computes at each pass (it is offloaded), and would move one "
+            "that is gone. Load the model without offloading, or take the hooks away first: "
+            "`accelerate.hooks.remove_hook_from_submodules(model)`."
+        )
     if module.weight.device.type == "meta" and not loading:
         raise ValueError(
             "the weight is on the meta device (offloaded or not loaded) and holds no data; load the model without offloading "

@@ -3,12 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
-import signal
-import subprocess
-import sys
 import time
 from collections.abc import Callable
+from multiprocessing.process import BaseProcess
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +18,7 @@ from support.block_by_block import ALL, TEXT, WAYS, by_block
 from support.compressing import config_of, layers
 from support.model_state import assert_same_model, state_of
 from support.models import bert, convnet, gpt2, llama, qwen_moe, t5, vit
-from support.processes import run_in_processes
+from support.processes import run_in_processes, started
 from support.tolerances import assert_close
 from torch import Tensor, nn
 
@@ -232,33 +229,27 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     assert_same_model(by_block(build(), TEXT, arguments), expected)  # everything is finished
 
 
-SCRIPT = """
-import sys, torch
-sys.path.insert(0, {tests!r})
-from support.block_by_block import TEXT, WAYS, by_block
-from support.models import llama
-torch.set_num_threads(1)
-small = by_block(llama(num_hidden_layers=6), TEXT, {{**WAYS["both"], "run_folder": {run!r}}})
-small.save_pretrained({saved!r})
-"""
+def run_to_be_killed(run: str, saved: str) -> None:
+    by_block(llama(num_hidden_layers=6), TEXT, {**WAYS["both"], "run_folder": run}).save_pretrained(saved)
 
 
 def test_a_process_that_is_killed_at_any_moment(tmp_path: Path) -> None:
-    def script(name: str) -> list[str]:
-        tests, run, saved = (str(path) for path in (Path(__file__).parents[1], tmp_path / name, tmp_path / f"{name}-saved"))
-        return [sys.executable, "-c", SCRIPT.format(tests=tests, run=run, saved=saved)]
+    def process(name: str) -> BaseProcess:
+        return started(run_to_be_killed, str(tmp_path / name), str(tmp_path / f"{name}-saved"))
 
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    subprocess.run(script("whole"), check=True, env=environment, capture_output=True)
+    whole = process("whole")
     for blocks in (1, 4):
-        process = subprocess.Popen(script("killed"), env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        killed = process("killed")
         deadline = time.monotonic() + 120
         while len(list((tmp_path / "killed").glob("block-*.safetensors"))) < blocks and time.monotonic() < deadline:
             time.sleep(0.002)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        killed.kill()
+        killed.join()
         assert not (tmp_path / "killed-saved").exists()
-    subprocess.run(script("killed"), check=True, env=environment, capture_output=True)
+    resumed = process("killed")
+    for finished in (whole, resumed):
+        finished.join()
+        assert finished.exitcode == 0
     name = "adapter_model.safetensors"
     assert (tmp_path / "killed-saved" / name).read_bytes() == (tmp_path / "whole-saved" / name).read_bytes()
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import random
+import resource
+import shutil
+import signal
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +16,7 @@ import torch
 from filelock import FileLock
 from peft import get_peft_model
 from support.models import bert, byte_tokenizer, gpt2, llama
+from support.processes import started
 from support.standalone import logits
 from support.tolerances import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
@@ -77,27 +81,23 @@ def test_half_precision_is_never_widened(
     assert not widened
 
 
-FULL_DISK = """
-import resource, signal, sys
-from reparam_peft import ReparamConfig, compress_checkpoint
-signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails as on a full disk
-resource.setrlimit(resource.RLIMIT_FSIZE, (int(sys.argv[3]), resource.RLIM_INFINITY))
-try:
-    compress_checkpoint(sys.argv[1], sys.argv[2], ReparamConfig(target_modules="all-linear", keep=0.6), progress=False)
-except OSError as error:
-    assert "cannot be written" in str(error) and "call again" in str(error), error
-    sys.exit(3)
-"""
+def fill_disk(dense: Path, small: Path, limit: int) -> None:
+    nowhere = os.open(os.devnull, os.O_WRONLY)
+    for printed in (1, 2):  # the limit holds for the files of a test's output, too
+        os.dup2(nowhere, printed)
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # writing then fails as on a full disk
+    resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+    with pytest.raises(OSError, match=r"cannot be written.*call again"):
+        compress_checkpoint(dense, small, ReparamConfig(**CONFIG), progress=False)
 
 
 @pytest.mark.parametrize("limit", [100, 20_000, 150_000], ids=["settings", "block", "checkpoint"])
 def test_a_full_disk_loses_nothing(limit: int, tmp_path: Path) -> None:
     dense = source(tmp_path)
     before = {path.name: path.read_bytes() for path in dense.iterdir()}
-    run = subprocess.run(
-        [sys.executable, "-c", FULL_DISK, dense, tmp_path / "small", str(limit)], capture_output=True, text=True
-    )
-    assert run.returncode == 3, run.stderr
+    full = started(fill_disk, dense, tmp_path / "small", limit)
+    full.join()
+    assert full.exitcode == 0
     assert not (tmp_path / "small").exists()
     assert {path.name: path.read_bytes() for path in dense.iterdir()} == before
     compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
@@ -156,48 +156,32 @@ def test_an_error_in_the_middle_leaves_nothing_and_is_taken_up(tmp_path: Path, m
     assert (tmp_path / "small/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
 
 
-KILLS = """
-import multiprocessing, random, shutil, sys, time
-from pathlib import Path
-from reparam_peft import ReparamConfig, compress_checkpoint
-folder = Path(sys.argv[1])
-dense, whole, small = folder / "dense", folder / "whole", folder / "small"
-config = ReparamConfig(target_modules="all-linear", keep=0.6)
-start = time.perf_counter()
-compress_checkpoint(dense, whole, config, progress=False)
-seconds = time.perf_counter() - start
-moments, kills, finished = random.Random(0), 0, 0
-files = {path.name: path.read_bytes() for path in whole.iterdir()}
-for _ in range(200):
-    running = multiprocessing.get_context("fork").Process(
-        target=compress_checkpoint, args=(dense, small, config), kwargs={"progress": False}
-    )
-    running.start()
-    running.join(moments.uniform(0, seconds) if kills < 20 else None)
-    if running.is_alive():
-        running.kill()
-        running.join()
-        kills += 1
-    else:
-        assert running.exitcode == 0
-    if small.exists():
-        assert {path.name: path.read_bytes() for path in small.iterdir()} == files
-        if not (folder / ".small.run").exists():
-            shutil.rmtree(small)
-            finished += 1
-    if kills == 20 and finished:
-        break
-assert kills == 20 and finished
-"""
+def compress_to_be_killed(dense: Path, small: Path) -> None:
+    compress_checkpoint(dense, small, ReparamConfig(**CONFIG), progress=False)
 
 
 def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
-    source(tmp_path, num_hidden_layers=8)
-    # One thread: a process that has started threads cannot be forked.
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", KILLS, str(tmp_path)]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+    dense, whole, small = source(tmp_path, num_hidden_layers=8), tmp_path / "whole", tmp_path / "small"
+    start = time.perf_counter()
+    running = started(compress_to_be_killed, dense, whole)
+    running.join()
+    seconds = time.perf_counter() - start
+    files = {path.name: path.read_bytes() for path in whole.iterdir()}
+    moments, kills, finished = random.Random(0), 0, 0
+    while kills < 20 or not finished:
+        running = started(compress_to_be_killed, dense, small)
+        running.join(moments.uniform(0, seconds) if kills < 20 else None)
+        if running.exitcode is None:
+            running.kill()
+            running.join()
+            kills += 1
+        else:
+            assert running.exitcode == 0
+        if small.exists():
+            assert {path.name: path.read_bytes() for path in small.iterdir()} == files
+            if not (tmp_path / ".small.run").exists():
+                shutil.rmtree(small)
+                finished += 1
 
 
 def test_killed_before_the_last_clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

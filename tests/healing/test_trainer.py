@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import os
-import subprocess
-import sys
+import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils import DistributedType
 from peft import LoraConfig, PeftModel
 from support.batches import pairs, text
 from support.healing import BERT, LENGTH, ROWS, arguments, falls, losses, padded, small, stacked, trainer
 from support.models import bert, classifier, llama, masked_lm, t5
+from support.processes import run_in_processes
 from torch import Tensor, nn
 from transformers import Trainer
 
-from reparam_peft import perplexity
+from reparam_peft import HealingTrainer, perplexity
 
 
 def moved(model: PeftModel) -> Tensor:
@@ -315,45 +317,35 @@ def test_half_precision_is_trained_in_float32(tmp_path: Path) -> None:
 # Several processes
 
 
-SCRIPT = """
-import sys
-sys.path.insert(0, {tests!r})
-import os
-from pathlib import Path
-import torch
-from support.healing import ROWS, arguments, small
-from support.models import llama
-from reparam_peft import HealingTrainer
-from accelerate import PartialState
-from accelerate.utils import DistributedType
-torch.set_num_threads(1)
-options = {options!r}
-last = options.pop("resume", None)
-shards = "fsdp" in options
-given = arguments(Path({folder!r}), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, **options)
-assert given.device.type == "cpu"
-if shards:  # accelerate shards on accelerators only, unless it takes this for one
-    PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
-made = HealingTrainer(small(), given, train_dataset=ROWS, teacher=llama())
-assert made.is_fsdp_enabled == shards
-made.train(resume_from_checkpoint=last)
-kinds = {{type(parameter).__name__ for parameter in made.model_wrapped.parameters()}}
-assert ("DTensor" in kinds) == shards, kinds
-made.save_model({folder!r} + "/saved")
-torch.distributed.barrier()
-os._exit(0)  # gloo's threads do not always end in order
-"""
 FSDP = {"fsdp": True, "fsdp_config": {"transformer_layer_cls_to_wrap": ["LlamaDecoderLayer"]}}
 
 
+def heal_in_process(rank: int, folder: str, options: dict[str, Any], port: int) -> None:
+    """What a launcher starts in each of two processes."""
+    torch.set_num_threads(1)
+    os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "WORLD_SIZE": "2", "ACCELERATE_USE_CPU": "true"}
+    os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}
+    last = options.pop("resume", None)
+    shards = "fsdp" in options
+    given = arguments(Path(folder), max_steps=4, per_device_train_batch_size=2, learning_rate=1e-2, **options)
+    assert given.device.type == "cpu"
+    if shards:  # accelerate shards on accelerators only, unless it takes this for one
+        PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
+    made = HealingTrainer(small(), given, train_dataset=ROWS, teacher=llama())
+    assert made.is_fsdp_enabled == shards
+    made.train(resume_from_checkpoint=last)
+    kinds = {type(parameter).__name__ for parameter in made.model_wrapped.parameters()}
+    assert ("DTensor" in kinds) == shards, kinds
+    made.save_model(f"{folder}/saved")
+    torch.distributed.barrier()
+    os._exit(0)  # gloo's threads do not always end in order
+
+
 def launched(folder: Path, options: dict[str, Any]) -> None:
-    script = folder / "script.py"
-    folder.mkdir(exist_ok=True)
-    script.write_text(SCRIPT.format(tests=str(Path(__file__).parents[1]), folder=str(folder), options=options))
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node=2", "--standalone", str(script)]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-4000:]
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    run_in_processes(heal_in_process, str(folder), options, port)
 
 
 def saved_state(folder: Path) -> dict[str, Tensor]:

@@ -12,6 +12,7 @@ from support.block_by_block import REFINE, TEXT, WAYS, by_block
 from support.model_state import assert_same_model
 from support.models import llama
 
+from reparam_peft.runtime.files import LOCK
 from reparam_peft.runtime.run_folder import RunFolder
 
 
@@ -20,12 +21,21 @@ def test_what_is_finished_is_read_again(tmp_path: Path) -> None:
     weight = torch.arange(6.0).reshape(2, 3)
     folder.finish({"block": "a", "after": 0.25}, {"A.weight": weight.t()})
     folder.finish({"block": "b", "after": 0.5}, {})
+    with pytest.raises(ValueError, match="another run is under way in"):
+        RunFolder(tmp_path / "run", {"keep": 0.5})
+    folder.release()
     again = RunFolder(tmp_path / "run", {"keep": 0.5})
     assert again.finished == [{"block": "a", "after": 0.25}, {"block": "b", "after": 0.5}]
     assert torch.equal(again.tensors(0)["A.weight"], weight.t())
     assert again.tensors(1) == {}
     assert [json.loads(line)["block"] for line in (tmp_path / "run" / "log.jsonl").read_text().splitlines()] == ["a", "b"]
-    assert not list((tmp_path / "run").glob("*.tmp"))
+    assert {path.name for path in (tmp_path / "run").iterdir()} == {
+        LOCK,
+        "run.json",
+        "log.jsonl",
+        "block-0000.safetensors",
+        "block-0001.safetensors",
+    }
 
 
 def test_without_a_folder_nothing_is_kept(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

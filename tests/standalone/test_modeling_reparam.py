@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import json
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 import torch
 from support.models import bert, gpt2, llama, t5, token_inputs, vit
+from support.processes import run_stock
 from support.standalone import IDS, STOCK, small
 from torch import nn
 from transformers import PreTrainedModel
@@ -38,9 +37,8 @@ def read(auto: str, folder: Path, batch: dict[str, torch.Tensor]) -> torch.Tenso
     """What a model computes in a process of its own, without this package."""
     torch.save(batch, folder / "inputs.pt")
     paths = [folder, folder / "inputs.pt", folder / "outputs.pt"]
-    command = [sys.executable, "-c", READER, auto, *map(str, paths)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    done = run_stock(READER, auto, *paths)
+    assert done.returncode == 0, done.output
     return torch.load(folder / "outputs.pt", weights_only=True)
 
 
@@ -81,8 +79,9 @@ def test_the_base_model_from_the_same_checkpoint(tmp_path: Path) -> None:
 
 def test_without_trust_it_fails(tmp_path: Path) -> None:
     save_self_contained(small("pivot").to_standalone(), tmp_path)
-    command = [sys.executable, "-c", STOCK, "AutoModelForCausalLM", str(tmp_path)]
-    assert subprocess.run(command, capture_output=True, check=False).returncode != 0
+    done = run_stock(STOCK, "AutoModelForCausalLM", tmp_path)
+    assert done.returncode != 0
+    assert "ignore_mismatched_sizes" in done.output.splitlines()[-1]
 
 
 def test_the_reader_needs_torch_and_transformers_only() -> None:

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import subprocess
-import sys
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -13,6 +11,7 @@ import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.models import bert, byte_tokenizer, gpt2, llama, t5, token_inputs, vit
+from support.processes import run_stock
 from support.standalone import IDS, STOCK, logits, saved, small
 from support.tolerances import assert_close
 from torch import nn
@@ -255,6 +254,6 @@ def test_lora_on_top(tmp_path: Path) -> None:
 def test_stock_transformers_fails_rather_than_to_make_up_weights(case: str, auto: str, tmp_path: Path) -> None:
     model = small("pivot") if case != "full rank" else small(keep=1.0, r="full")
     model.to_standalone().save_pretrained(tmp_path, max_shard_size="50KB" if case == "sharded" else "50GB")
-    done = subprocess.run([sys.executable, "-c", STOCK, auto, tmp_path], capture_output=True, text=True, check=False)
+    done = run_stock(STOCK, auto, tmp_path)
     assert done.returncode != 0
-    assert "ignore_mismatched_sizes" in done.stderr.splitlines()[-1]
+    assert "ignore_mismatched_sizes" in done.output.splitlines()[-1]

@@ -1,0 +1,90 @@
+"""The weight of a layer that holds a product in its place: computed where a model reads its numbers."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_flatten, tree_map
+
+# What is known without the numbers. Models of transformers ask for dtype and device of some layers in each forward pass.
+_ATTRIBUTES = ("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")
+_OF_TENSORS: Any = Tensor  # its types do not know what its attributes are made of
+WITHOUT_NUMBERS = {
+    *(getattr(_OF_TENSORS, name).__get__ for name in (*_ATTRIBUTES, "requires_grad", "is_leaf", "itemsize", "nbytes")),
+    *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.get_device, Tensor.__len__),
+    *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex, torch.numel),
+}
+DETACHED = {_OF_TENSORS.data.__get__, Tensor.detach, torch.detach}
+
+
+class ComputedWeight(Tensor):
+    """A tensor in the shape, dtype and device of a weight, whose numbers are computed by each operation that needs them.
+
+    It takes no memory, and cannot be written to: what holds its numbers are the factors.
+    """
+
+    compute: Callable[[], Tensor]
+    layer_name: str
+
+    @staticmethod
+    def of(placeholder: Tensor, shape: Sequence[int], compute: Callable[[], Tensor], layer_name: str) -> ComputedWeight:
+        """A weight of a layer.
+
+        Args:
+            placeholder: any number, of its dtype and on its device.
+            shape: of it.
+            compute: makes its numbers, of this shape, dtype and device, through which gradients flow.
+            layer_name: for messages; "" where it is not known.
+        """
+        weight = placeholder.detach().expand(tuple(shape)).as_subclass(ComputedWeight)
+        weight.compute, weight.layer_name = compute, layer_name
+        return weight
+
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in WITHOUT_NUMBERS:
+            with torch._C.DisableTorchFunctionSubclass():
+                return func(*args, **kwargs)
+        first = args[0] if args else None
+        if isinstance(first, ComputedWeight) and func in DETACHED:  # and can be written to no more than this one
+            with torch._C.DisableTorchFunctionSubclass():
+                return cls.of(first, first.shape, lambda: first.compute().detach(), first.layer_name)
+        written = [first if _writes(func) else None, *tree_flatten(kwargs.get("out"))[0]]
+        for target in written:
+            if isinstance(target, ComputedWeight):
+                raise RuntimeError(
+                    f"{target.layer_name or 'a factorised layer'}: its weight is the product of its factors and cannot be written "
+                    "to. Change the factors, or merge the adapter first (`merge_and_unload`)."
+                )
+        args, kwargs = tree_map(lambda leaf: _numbers(leaf) if isinstance(leaf, ComputedWeight) else leaf, (args, kwargs))
+        return func(*args, **kwargs)
+
+
+def _writes(func: Any) -> bool:
+    """Whether a function of torch's changes its first argument."""
+    name = func.__name__
+    in_place = name.endswith("_") and not name.endswith("__")
+    return in_place or name in ("__set__", "__setitem__") or bool(re.fullmatch("__i(add|sub|mul|div|truediv|pow|and|or|xor)__", name))
+
+
+def _numbers(weight: ComputedWeight) -> Tensor:
+    _tell_of_reading(re.sub(r"(?<=\.)\d+(?=\.)", "*", weight.layer_name))
+    return weight.compute()
+
+
+@cache  # once for all layers of a kind
+def _tell_of_reading(layer_name: str) -> None:
+    warnings.warn(
+        f"{layer_name or 'a factorised layer'}: the model reads this weight itself, so that it is computed from the factors in "
+        "each pass: such a layer saves storage, and no arithmetic. Leave it out with `exclude_modules` where speed counts.",
+        stacklevel=4,  # whoever read it
+    )

@@ -1,0 +1,68 @@
+"""What a model is made of, noted before it is changed, so that an error leaves it as it was."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+
+CONTAINERS = (dict, OrderedDict, list, set)
+
+
+class Snapshot:
+    """The modules of a model, their attributes, parameters, buffers and hooks, by reference: no tensor is copied.
+
+    What is noted is kept in memory for as long as the snapshot is, also where the model has dropped it.
+
+    Args:
+        model: any model.
+        beside: other objects that change along with it, such as configs.
+    """
+
+    def __init__(self, model: nn.Module, beside: Iterable[object] = ()) -> None:
+        self._attributes: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        self._contents: list[tuple[Any, Any]] = []
+        for owner in (*model.modules(), *beside):
+            held = vars(owner)
+            self._attributes.append((held, dict(held)))
+            self._contents += [(value, value.copy()) for value in held.values() if type(value) in CONTAINERS]
+        self._parameters = [(parameter, parameter.requires_grad, _numbers(parameter)) for parameter in model.parameters()]
+
+    def restore(self) -> None:
+        """Put everything back in place: the same objects hold what they held."""
+        for held, before in self._attributes:
+            held.clear()
+            held.update(before)
+        for container, before in self._contents:
+            container.clear()
+            put: Callable[[Any], None] = container.extend if isinstance(container, list) else container.update
+            put(before)
+        for parameter, trained, numbers in self._parameters:
+            if numbers is not None and parameter.data_ptr() != numbers.data_ptr():
+                parameter.data = numbers
+            if parameter.requires_grad != trained:
+                parameter.requires_grad_(trained)
+
+
+def _numbers(parameter: nn.Parameter) -> Tensor | None:
+    """What `parameter.data` is put back to; None for the parameters of other libraries, which nothing here assigns to."""
+    return parameter.data if type(parameter) is nn.Parameter else None
+
+
+@contextmanager
+def unchanged_on_error(model: nn.Module, beside: Iterable[object] = ()) -> Iterator[None]:
+    """Where this block ends with an error or is interrupted, the model is as it was before, to the very same tensors.
+
+    Args:
+        model: what the block changes; numbers within its tensors must not be written to, only replaced.
+        beside: other objects whose attributes the block changes.
+    """
+    before = Snapshot(model, beside)
+    try:
+        yield
+    except BaseException:
+        before.restore()
+        raise
