@@ -13,11 +13,11 @@ from torch import Tensor, nn
 
 from ..config.reparam_config import ReparamConfig
 from ..layers.kinds import is_quantized
-from .target_modules import SAVED_BY_TASK
 
 PARAMETERS = 32  # of which a number each is kept
 ELEMENTS = 64  # of a parameter, among which the number of largest magnitude is chosen
 TOLERANCE = 0.01  # relative; rounding to bfloat16 changes a number by less than 0.4 %
+SMALLEST = 1e-7  # absolute, for numbers that float16 can hardly hold
 
 
 def sample_base(model: nn.Module, config: ReparamConfig) -> dict[str, list[float]] | None:
@@ -34,11 +34,11 @@ def sample_base(model: nn.Module, config: ReparamConfig) -> dict[str, list[float
         None where there is nothing to take.
     """
     left_out = {*config.rank_pattern, *(config.dense_modules or ())}
-    saved = {*(config.modules_to_save or ()), *SAVED_BY_TASK.get(config.task_type, ())}
+    saved = tuple(f".{name}." for name in config.modules_to_save or ())
     readable = [
         (name, tensor)
         for name, tensor in _base_parameters(model)
-        if (module := name.rpartition(".")[0]) not in left_out and not saved & set(module.split(".")) and module not in saved
+        if name.rpartition(".")[0] not in left_out and not any(part in f".{name}" for part in saved)
     ]
     step = max(1, math.ceil(len(readable) / PARAMETERS))
     sample: dict[str, list[float]] = {}
@@ -60,7 +60,7 @@ def check_base(model: nn.Module, config: ReparamConfig) -> None:
             continue
         tensor, position = here[name], int(index)
         value = float(tensor.detach().flatten()[position]) if position < tensor.numel() else None
-        if value is None or not abs(value - number) <= TOLERANCE * abs(number):
+        if value is None or not abs(value - number) <= max(TOLERANCE * abs(number), SMALLEST):
             made_of = config.base_model_name_or_path or "a model without a name"
             warnings.warn(
                 f"The base model is not the one that the adapter was made of ({made_of}): number {position} of {name!r} is "

@@ -25,6 +25,7 @@ from .base_sample import check_base, sample_base
 from .conversion import standalone_model
 from .copies import adapter_to_copy, copied, copy_saved_modules
 from .data_free import factorize_targets
+from .host_checks import AdapterConfigs
 from .layer import W_IS_GONE, ReparamLayer, reparam_layer, reparam_layers
 from .sizes import SizeReport, size_report
 from .target_modules import TARGET_MODULES
@@ -87,6 +88,8 @@ class ReparamModel(BaseTuner):
             check_base(model, config)
         else:
             config.base_sample = sample_base(model, config)
+        if not isinstance(self.peft_config, AdapterConfigs):
+            self.peft_config = AdapterConfigs(self.peft_config)
         self._drop_base_weights(model)
 
     # PEFT's own tuners narrow the type of the config, too.
