@@ -44,11 +44,15 @@ class CheckpointConfig(QuantizationConfigMixin):
         quant_method: "reparam", by which transformers finds this class.
         quantization: how the matrices of the factors are stored, one of `quantization.SCHEMES`; None: in the model's dtype.
 
+    Attributes:
+        being_loaded: whether `from_pretrained` is making the model, in which it will place the factorised layers itself.
+
     Raises:
         ValueError: another version, or anything that is not as described.
     """
 
     quantization: str | None = None
+    being_loaded = False
 
     def __init__(
         self,
@@ -79,6 +83,10 @@ class CheckpointConfig(QuantizationConfigMixin):
                 )
             self.quantization = quantization
 
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json says."""
+        return {key: value for key, value in super().to_dict().items() if key != "being_loaded"}
+
 
 def _check_specification(name: Any, layer: Any) -> None:
     is_complete = isinstance(layer, Mapping) and layer.keys() == SPECIFICATION.keys()
@@ -108,9 +116,13 @@ class CheckpointLoader(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        self.described.being_loaded = True  # what follows makes the model
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        self.described.being_loaded = False
         layers, scheme = self.described.layers, self.described.quantization
         check_scheme(scheme)
         layers_here = place_factorized(model, layers)

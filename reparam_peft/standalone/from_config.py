@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -22,11 +23,15 @@ def register_from_config() -> None:
 
 def _with_factors(original: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
     def from_config(cls: type[PreTrainedModel], config: Any, **kwargs: Any) -> PreTrainedModel:
-        model = original(cls, config, **kwargs)
         described = getattr(config, "quantization_config", None)
         if isinstance(described, Mapping) and described.get("quant_method") == METHOD:
             described = CheckpointConfig(**described)
-        return factorized(model, described) if isinstance(described, CheckpointConfig) else model
+        if not isinstance(described, CheckpointConfig) or described.being_loaded:
+            return original(cls, config, **kwargs)
+        # The models within this one are made by `from_config` too, some of them with the very same config.
+        config = copy.deepcopy(config)
+        del config.quantization_config
+        return factorized(original(cls, config, **kwargs), described)
 
     return from_config
 
