@@ -41,9 +41,13 @@ def register() -> None:
     from .config.adapter_file import read_adapter_config
     from .config.reparam_config import ReparamConfig
     from .standalone.checkpoint import register_checkpoints
+    from .standalone.from_config import register_from_config
+    from .tuner.host_checks import register_host_checks
     from .tuner.model import ReparamModel
 
     register_checkpoints()
+    register_from_config()
+    register_host_checks()
     register_loading()
     PeftConfigMixin.from_json_file = classmethod(read_adapter_config)
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME.upper()])

@@ -139,11 +139,28 @@ def _check_filled_in(config: Fields) -> None:
     loss = config.predicted_loss
     if loss is not None and not is_finite(loss):
         raise TypeError(f"`predicted_loss` is filled in by `compress` and must be a finite number or None, got {loss!r}.")
+    _check_base_sample(config.base_sample)
     figures = config.evaluation
     if figures is not None and not (
         isinstance(figures, dict) and all(isinstance(name, str) and is_finite(value) for name, value in figures.items())
     ):
         raise TypeError(f"`evaluation` must be a dict of names to finite numbers, got {figures!r}.")
+
+
+def _check_base_sample(sample: object) -> None:
+    if sample is None:
+        return
+    if not isinstance(sample, dict) or not all(isinstance(name, str) and _is_entry(entry) for name, entry in sample.items()):
+        raise TypeError(
+            "`base_sample` is filled in by the model and must map names of parameters to an index and a finite number, or be "
+            f"None, got {sample!r:.200}."
+        )
+
+
+def _is_entry(entry: object) -> bool:
+    """Whether it is an index of a parameter and the number there."""
+    pair = isinstance(entry, (list, tuple)) and len(entry) == 2
+    return pair and is_int(entry[0]) and 0 <= entry[0] < 2**63 and is_finite(entry[1])
 
 
 def _check_smaller_sizes(config: Fields) -> None:
@@ -198,6 +215,12 @@ def check_weights(path: Path, ranks: dict[str, int], form: str | None) -> None:
             shapes = {name: tuple(file.get_slice(key).get_shape()) for key, name in names.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from error
+    others = {name.partition(".reparam_factors.")[0] for name in shapes if ".reparam_factors." in name} - ranks.keys()
+    if others:
+        raise ValueError(
+            f"{path} has factors of {min(others)}, which `rank_pattern` of its config does not name; the two do not belong "
+            "together."
+        )
     expanding = "A.K.weight" if form == "pivot" else "A.weight"
     for name, rank in ranks.items():
         for tensor in ("B.weight", "A.mask" if form == "pivot" else "A.weight"):

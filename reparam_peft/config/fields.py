@@ -172,6 +172,13 @@ class Fields(PeftConfig):
     smaller_ranks: dict[str, list[int | None]] | None = field(
         default=None, metadata={"help": "Filled in: rank per module at each of these sizes; None: dense."}
     )
+    base_sample: dict[str, list[float]] | None = field(
+        default=None,
+        metadata={
+            "help": "Filled in: a few numbers of the base model, as name of a parameter to [index, number], by which loading "
+            "warns of another base."
+        },
+    )
     evaluation: dict[str, float] | None = field(
         default=None,
         metadata={"help": "Figures for the model card, e.g. {'dense perplexity': 19.4, 'perplexity': 25.4}; set by you."},

@@ -117,7 +117,10 @@ class ReparamConfig(Fields):
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as a dict that JSON can hold; sets as sorted lists, so that equal configs make equal files."""
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+        fields = {key: sorted(value) if isinstance(value, set) else value for key, value in super().to_dict().items()}
+        if fields["modules_to_save"]:  # PEFT adds the heads of some tasks each time that an adapter is made
+            fields["modules_to_save"] = list(dict.fromkeys(fields["modules_to_save"]))
+        return fields
 
     def save_pretrained(self, save_directory: str, **kwargs: Any) -> None:
         """Write `adapter_config.json`; when a model is being saved, also its sizes and how to load it into the model card."""

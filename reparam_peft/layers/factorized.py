@@ -187,6 +187,13 @@ class FactorizedModule(nn.Module):
         return "pivot" if isinstance(self.A, PivotExpansion) else "factors"
 
     @property
+    def pieces(self) -> dict[str, nn.Module]:
+        """The layers that it consists of, without bias, under their names: B, and A or the K of the pivot form."""
+        if not isinstance(self.A, PivotExpansion):
+            return {"B": self.B, "A": self.A}
+        return {"B": self.B} if self.A.K is None else {"B": self.B, "A.K": self.A.K}
+
+    @property
     def dtype(self) -> torch.dtype:
         """The dtype that inputs are cast to."""
         return weight_of(self.B).dtype

@@ -25,7 +25,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class FactorizedLinear(FactorizedModule):
-    """`nn.Linear` (or GPT-2's `Conv1D`) of a product: x (..., in) → A (B x) (..., out)."""
+    """`nn.Linear` (or GPT-2's `Conv1D`) of a product: x (..., in) → A (B x) (..., out), with the features of the layer."""
 
     def __init__(
         self,
@@ -40,6 +40,7 @@ class FactorizedLinear(FactorizedModule):
         B = FactorLinear(in_features, rank, bias=False, device=device, dtype=dtype)
         expand = partial(FactorLinear, rank, bias=False, device=device, dtype=dtype)
         super().__init__(B, expand, rank, out_features, form, bias, device=device, dtype=dtype)
+        self.in_features, self.out_features = in_features, out_features
 
 
 class FactorizedConv2d(FactorizedModule):

@@ -43,11 +43,15 @@ class CheckpointConfig(QuantizationConfigMixin):
         quant_method: "reparam", by which transformers finds this class.
         quantization: how the matrices of the factors are stored, one of `quantization.SCHEMES`; None: in the model's dtype.
 
+    Attributes:
+        being_loaded: whether `from_pretrained` is making the model, in which it will place the factorised layers itself.
+
     Raises:
         ValueError: another version, or anything that is not as described.
     """
 
     quantization: str | None = None
+    being_loaded = False
 
     def __init__(
         self,
@@ -78,6 +82,10 @@ class CheckpointConfig(QuantizationConfigMixin):
                 )
             self.quantization = quantization
 
+    def to_dict(self) -> dict[str, Any]:
+        """What config.json says."""
+        return {key: value for key, value in super().to_dict().items() if key != "being_loaded"}
+
 
 def _check_specification(name: Any, layer: Any) -> None:
     is_complete = isinstance(layer, Mapping) and layer.keys() == SPECIFICATION.keys()
@@ -107,20 +115,19 @@ class CheckpointLoader(HfQuantizer):
     def is_serializable(self) -> bool:
         return True
 
+    def validate_environment(self, *args: Any, **kwargs: Any) -> None:
+        self.described.being_loaded = True  # what follows makes the model
+
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
     ) -> None:
+        self.described.being_loaded = False
         layers, scheme = self.described.layers, self.described.quantization
         check_scheme(scheme)
-        names_here = {name: _name_in(model, name) for name in layers}
-        layers_here = {here: layers[name] for name, here in names_here.items() if here is not None}
-        if not layers_here:
-            raise ValueError(f"a {type(model).__name__} has none of the factorised layers {list(layers)[:3]} …; {DAMAGED}.")
-        for name, specification in layers_here.items():
-            module = _module(name, model.get_submodule(name), specification)
-            if scheme is not None:
-                prepare(module, scheme)
-            set_module(model, name, module)
+        layers_here = place_factorized(model, layers)
+        if scheme is not None:
+            for name in layers_here:
+                prepare(cast(FactorizedModule, model.get_submodule(name)), scheme)
         if checkpoint_files is not None:
             _check_files(checkpoint_files, model)
         self.described.layers = layers_here  # under this model's names, for when it is saved
@@ -140,6 +147,10 @@ class CheckpointLoader(HfQuantizer):
             mark_unquantized(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
+        for name, module in model.named_modules():
+            for key, tensor in module.state_dict().items() if isinstance(module, FactorizedModule) else ():
+                if tensor.numel() == 0:
+                    raise ValueError(f"{name}.{key}: the tensor is empty, as of a model that is sharded. Gather the model first.")
         scheme = self.described.quantization
         return (None if scheme is None else state_dict(model, scheme)), {}
 
@@ -149,6 +160,25 @@ def register_checkpoints() -> None:
     if METHOD not in AUTO_QUANTIZER_MAPPING:
         register_quantization_config(METHOD)(CheckpointConfig)
         register_quantizer(METHOD)(CheckpointLoader)
+
+
+def place_factorized(model: PreTrainedModel, layers: Mapping[str, Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Put factorised modules without memory in the places of layers, and return the layers under this model's names.
+
+    Args:
+        model: may be the base of the model that was saved, or have another head.
+        layers: name of a module → {"rank", "form", "bias"}, as in config.json.
+
+    Raises:
+        ValueError: the model has none of them, one of its base is missing, or one cannot be factorised so.
+    """
+    names_here = {name: _name_in(model, name) for name in layers}
+    layers_here = {here: dict(layers[name]) for name, here in names_here.items() if here is not None}
+    if not layers_here:
+        raise ValueError(f"a {type(model).__name__} has none of the factorised layers {list(layers)[:3]} …; {DAMAGED}.")
+    for name, specification in layers_here.items():
+        set_module(model, name, _module(name, model.get_submodule(name), specification))
+    return layers_here
 
 
 def with_layers_in_config(model: PreTrainedModel, described: CheckpointConfig) -> PreTrainedModel:

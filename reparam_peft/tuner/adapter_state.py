@@ -23,6 +23,34 @@ def factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str, 
     return {f"{prefix}reparam_factors.{adapter_name}.{key}": tensor for key, tensor in state.items()}
 
 
+def check_whole(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
+    """Raise `ValueError` where a state dict lacks tensors of an adapter, or has them empty or in part, as sharded models do.
+
+    Args:
+        model: that holds the adapter.
+        adapter_name: its name.
+        state: tensors under the names that they have in the model, of all that is to be saved.
+    """
+    remedy = "Gather the whole state dict first, for example with `accelerator.get_state_dict(model)`; nothing was saved."
+    for name, layer in reparam_layers(model):
+        if adapter_name not in layer.reparam_factors:
+            continue
+        module = layer.factorized(adapter_name)
+        whole = layer.kind.factorized(layer.base_layer, module.rank, module.form, module.bias is not None, device="meta")
+        expected = whole.state_dict()
+        if module.feature_mean is not None:
+            expected["feature_mean"] = whole.B.weight.new_empty(module.rank)
+        for key, tensor in expected.items():
+            full = f"{name}.reparam_factors.{adapter_name}.{key}" if name else f"reparam_factors.{adapter_name}.{key}"
+            present = state.get(full)
+            if present is None or present.shape != tensor.shape:
+                shape = "is missing" if present is None else f"has shape {tuple(present.shape)}, not {tuple(tensor.shape)}"
+                raise ValueError(f"{full}: the tensor {shape} in the state dict, as of a model that is sharded. {remedy}")
+    for key, tensor in state.items():
+        if f".modules_to_save.{adapter_name}." in key and tensor.numel() == 0:
+            raise ValueError(f"{key}: the tensor is empty in the state dict, as of a model that is sharded. {remedy}")
+
+
 def cast_to_base(name: str, layer: ReparamLayer, adapter_name: str, state: dict[str, Tensor]) -> None:
     """Bring the factors of a layer in a state dict, which may train in float32, to the base model's dtype.
 
@@ -52,21 +80,31 @@ def fit_to_model(model: nn.Module, config: ReparamConfig, adapter_name: str, loa
             is merged.
     """
     try:
+        expected: set[str] = set()
         for name, layer in reparam_layers(model):
             rank_in_file = config.ranks_in_file.get(name.removeprefix("base_model.model."))
             if rank_in_file is not None and adapter_name in layer.r:
                 cut(name, layer, adapter_name, rank_in_file, loaded)
-            for key, present in factor_keys(name, layer, adapter_name).items():
+            keys = factor_keys(name, layer, adapter_name)
+            expected.update(keys)
+            for key, present in keys.items():
                 check_loaded_tensor(key, loaded.get(key), present, layer.r[adapter_name], layer.out_features)
             if adapter_name in layer.merged_adapters:
                 raise ValueError(f"{name}: adapter {adapter_name!r} is merged; unmerge it before loading others into it.")
+        # A config for a lower size may leave targets dense whose factors are in the file.
+        dense = config.ranks_in_file.keys() - config.rank_pattern.keys()
+        owners = {key: key.removeprefix("base_model.model.").partition(".reparam_factors.")[0] for key in loaded}
+        fitting = {key: tensor for key, tensor in loaded.items() if owners[key] not in dense}
+        homeless = sorted(key for key in fitting if ".reparam_factors." in key and key not in expected)
+        if homeless:
+            raise ValueError(
+                f"{homeless[0]}: the model has no place for this factor, nor for {len(homeless) - 1} other tensors of the "
+                "checkpoint; it is of another base model, or its config was changed."
+            )
     except ValueError:
         withdraw(model, adapter_name)
         raise
-    # A config for a lower size may leave targets dense whose factors are in the file.
-    dense = config.ranks_in_file.keys() - config.rank_pattern.keys()
-    owners = {key: key.removeprefix("base_model.model.").partition(".reparam_factors.")[0] for key in loaded}
-    return {key: tensor for key, tensor in loaded.items() if owners[key] not in dense}
+    return fitting
 
 
 def withdraw(model: nn.Module, adapter_name: str) -> None:

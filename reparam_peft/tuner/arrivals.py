@@ -47,6 +47,11 @@ class Arrivals:
         """Call `action` once, when the last awaited adapter has arrived."""
         self._when_complete = action
 
+    @property
+    def drops_base(self) -> bool:
+        """Whether W is to go as soon as the last awaited adapter has arrived."""
+        return self._when_complete is not None
+
     def has_arrived(self, adapter_name: str) -> bool:
         """Whether a loader has filled in the factors: they are not on meta, nor still the NaN of `expect`."""
         parameters = self._factors[adapter_name].parameters()

@@ -128,7 +128,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         self,
         adapter_name: str,
         rank: int,
-        product: Product | None,
+        product: Product | FactorizedModule | None,
         inference_mode: bool = False,
         form: str = "factors",
         bias: bool = False,
@@ -139,30 +139,39 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         Args:
             adapter_name: its name.
             rank: r.
-            product: its factors and, with `bias`, its bias; None where a loader is about to fill them in.
+            product: its factors and, with `bias`, its bias; or a factorised module that becomes the adapter's; None where a
+                loader is about to fill them in.
             inference_mode: whether the factors are frozen.
             form: "factors" or "pivot".
             bias: whether it has a bias in place of the base layer's.
             nested: whether it has the mean of its features, too.
         """
-        # On meta a module takes no memory until it is given its factors, which are not copied.
-        device = self.placeholder.device if product is None else torch.device("meta")
-        module = self.kind.factorized(self.base_layer, rank, form, bias, device=device, dtype=self.base_dtype)
-        if product is None:
-            if nested:
-                module.feature_mean = torch.full((rank,), torch.nan, device=device, dtype=self.base_dtype)
-            self.arrivals.expect(adapter_name, module)
+        if isinstance(product, FactorizedModule):
+            module = product
         else:
-            if (bias and product.bias is None) or (nested and product.feature_mean is None):
-                raise ValueError("`product` lacks the bias, or the mean of the features, that the adapter is to have.")
-            module.set_factors(product.factors)
-            if bias and product.bias is not None:
-                module.set_bias(product.bias)
-            if nested and product.feature_mean is not None:
-                module.feature_mean = product.feature_mean.to(module.dtype)
+            # On meta a module takes no memory until it is given its factors, which are not copied.
+            device = self.placeholder.device if product is None else torch.device("meta")
+            module = self.kind.factorized(self.base_layer, rank, form, bias, device=device, dtype=self.base_dtype)
+            self._fill(adapter_name, module, product, bias, nested)
         self.r[adapter_name] = rank
         self.reparam_factors[adapter_name] = module.train(self.training)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def _fill(self, adapter_name: str, module: FactorizedModule, product: Product | None, bias: bool, nested: bool) -> None:
+        """Give a new module its product, or have it wait for a loader."""
+        if product is None:
+            if nested:
+                device = self.placeholder.device
+                module.feature_mean = torch.full((module.rank,), torch.nan, device=device, dtype=self.base_dtype)
+            self.arrivals.expect(adapter_name, module)
+            return
+        if (bias and product.bias is None) or (nested and product.feature_mean is None):
+            raise ValueError("`product` lacks the bias, or the mean of the features, that the adapter is to have.")
+        module.set_factors(product.factors)
+        if bias and product.bias is not None:
+            module.set_bias(product.bias)
+        if nested and product.feature_mean is not None:
+            module.feature_mean = product.feature_mean.to(module.dtype)
 
     def drop_base_weight(self) -> None:
         """Forget W; with factors still on their way, as soon as they have arrived."""
@@ -180,6 +189,13 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
     def train(self, mode: bool = True) -> ReparamLayer:
         self.arrivals.accept_arrived()  # loaders end with `eval()`
         return super().train(mode)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any, **kwargs: Any) -> None:
+        key = f"{prefix}base_layer.weight"
+        if self.arrivals.drops_base and key not in state_dict:
+            # W goes once the factors are here, and is not in the state dict of a model that has them: nothing is missing.
+            state_dict[key] = self.base_layer.weight
+        super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         if self.disable_adapters and self.merged:

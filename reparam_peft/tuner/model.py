@@ -21,13 +21,16 @@ from ..config.model_card import upload_with_section
 from ..config.reparam_config import ReparamConfig
 from ..runtime.modules import naming, parameter_owners
 from ..runtime.restoring import Snapshot, unchanged_on_error
-from .adapter_state import cast_to_base, fit_to_model
+from .adapter_state import cast_to_base, check_whole, fit_to_model
+from .base_sample import check_base, sample_base
 from .conversion import standalone_model
+from .copies import adapter_to_copy, copied, copy_saved_modules
 from .data_free import factorize_targets
+from .host_checks import AdapterConfigs
 from .layer import W_IS_GONE, ReparamLayer, reparam_layer, reparam_layers
 from .sizes import SizeReport, size_report
 from .target_modules import TARGET_MODULES
-from .targets import Target, check_targets, find_targets
+from .targets import Target, check_targets, find_targets, save_heads
 
 
 class ReparamModel(BaseTuner):
@@ -40,8 +43,9 @@ class ReparamModel(BaseTuner):
     prefix = "reparam_"
     tuner_layer_cls = ReparamLayer
     target_module_mapping = TARGET_MODULES
-    # Of the injection that is under way: adapter, whether a loader is to bring the factors, and PEFT's state dict.
-    _injection: tuple[str, bool, dict[str, Tensor] | None]
+    # Of the injection that is under way: adapter, whether a loader is to bring the factors, PEFT's state dict, and the adapter
+    # that is copied.
+    _injection: tuple[str, bool, dict[str, Tensor] | None, str | None]
     _targets: dict[str, Target]
     _awaits_factors = False  # whether a loader may have brought none, which the next forward pass finds out
     _is_cast_next = True  # whether PEFT calls `_cast_adapter_dtype` right after an injection
@@ -79,15 +83,26 @@ class ReparamModel(BaseTuner):
         before = Snapshot(self, self._beside())
         with self._undoing(before, adapter_name):
             config = self._config(adapter_name)
-            loading = low_cpu_mem_usage or config.loading or _parameters_start_on_meta()
+            factors_follow = low_cpu_mem_usage or _parameters_start_on_meta()
+            source = None if factors_follow else adapter_to_copy(model, self._configs, adapter_name)
+            loading = factors_follow or (source is None and config.loading)
             if not loading:
                 # What is resolved below belongs to this model, not to a config that may be used for another one too.
                 config = self.peft_config[adapter_name] = copy.deepcopy(config)
-            self._injection = (adapter_name, loading, state_dict)
+                save_heads(config)
+            self._injection = (adapter_name, loading, state_dict, source)
             super().inject_adapter(model, adapter_name, autocast_adapter_dtype, low_cpu_mem_usage, state_dict)
             del self._injection
             self._awaits_factors |= loading
             self.record_resolved(adapter_name, vars(self).pop("_targets", {}))
+            if source is not None:
+                copy_saved_modules(model, source, adapter_name)
+            elif loading:
+                check_base(model, config)
+            else:
+                config.base_sample = sample_base(model, config)
+            if not isinstance(self.peft_config, AdapterConfigs):
+                self.peft_config = AdapterConfigs(self.peft_config)
             self._drop_base_weights(model)
             self._before_injection = before if self._is_cast_next else None
 
@@ -112,9 +127,9 @@ class ReparamModel(BaseTuner):
     # PEFT's own tuners narrow the type of the config, too.
     def _prepare_model(self, peft_config: ReparamConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Check and factorise all targets; PEFT calls this before it replaces the first."""
-        adapter_name, loading, state_dict = self._injection
+        adapter_name, loading, state_dict, source = self._injection
         _maybe_include_all_linear_layers(peft_config, model)  # in place
-        if not loading:
+        if not loading and source is None:
             # A further adapter that starts from a product takes the bias that goes with it.
             peft_config.moved_bias |= any(layer.source_has_bias for _, layer in reparam_layers(model))
         if state_dict is None:
@@ -123,7 +138,11 @@ class ReparamModel(BaseTuner):
             names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
             targets = find_targets(peft_config, model, names.__contains__)
         check_targets(targets, peft_config, model, adapter_name, loading)
-        self._targets = targets if loading else factorize_targets(targets, peft_config)
+        copies = None if source is None else copied(targets, source)
+        if copies is not None:
+            self._targets = copies
+        else:
+            self._targets = targets if loading else factorize_targets(targets, peft_config)
 
     @staticmethod
     def _check_target_module_exists(peft_config: ReparamConfig, key: str) -> Any:  # type: ignore[override]
@@ -331,8 +350,8 @@ class ReparamModel(BaseTuner):
         """Factorise W where a config out of a checkpoint was used without its weights, so that none of them has arrived."""
         layers = list(reparam_layers(self.model))
         awaited = [(name, layer, adapter) for name, layer in layers for adapter in sorted(layer.arrivals.awaited)]
-        on_meta = any(layer.base_layer.weight.is_meta for _, layer, _ in awaited)
-        if not on_meta and not any(layer.arrivals.has_arrived(adapter) for _, layer, adapter in awaited):
+        has_base = not any(layer.base_weight_dropped or layer.base_layer.weight.is_meta for _, layer, _ in awaited)
+        if has_base and not any(layer.arrivals.has_arrived(adapter) for _, layer, adapter in awaited):
             for name, layer, adapter in awaited:
                 with naming(name):
                     layer.factorize_base(adapter)
@@ -357,9 +376,17 @@ class ReparamModel(BaseTuner):
         state_dict: dict[str, Tensor],
         unwanted_adapter_names: list[str],
     ) -> dict[str, Tensor]:
-        """The adapter's tensors, factors in the base model's dtype: what a checkpoint holds."""
+        """The adapter's tensors, factors in the base model's dtype: what a checkpoint holds.
+
+        Raises:
+            RuntimeError: the factors were never loaded.
+            TypeError: the config holds what could not be loaded again.
+            ValueError: the state dict lacks some, holds them empty or sharded, or one is not finite in that dtype.
+        """
         config.check_saved()
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
+        if state_dict:  # of processes that save nothing it may be empty
+            check_whole(model, adapter_name, state_dict)
         for name, layer in reparam_layers(model):
             cast_to_base(name, layer, adapter_name, selected)
             # PEFT adds the base weight of targeted embeddings, which the factors stand in for.
@@ -399,6 +426,7 @@ def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, l
         TypeError, ValueError: as for `get_peft_model`.
     """
     config = copy.deepcopy(config)
+    save_heads(config)
     tuner = ReparamModel.__new__(ReparamModel)
     prepared = tuner._prepare_adapter_config(config, BaseTuner.get_model_config(model))
     config = cast(ReparamConfig, _maybe_include_all_linear_layers(prepared, model))  # each returns what it was given

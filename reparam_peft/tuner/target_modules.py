@@ -1,4 +1,4 @@
-"""Default `target_modules`: the attention and MLP projections of known architectures, by transformers' `model_type`.
+"""Modules by name: the heads of tasks, and default `target_modules`: the attention and MLP projections of known architectures, by transformers' `model_type`.
 
 Names are endings of module names, in the spelling of the transformers versions that setup.cfg allows. An architecture that
 is not listed needs `target_modules`, for example "all-linear".
@@ -54,4 +54,10 @@ _FAMILIES: list[tuple[list[str], list[str]]] = [
     (["Wqkv", "Wo", "Wi"], ["modernbert"]),
     (["Wqkv", "out_proj", "up_proj", "down_proj"], ["mpt"]),
 ]
+# Modules that PEFT trains and saves whole for a task, whatever `modules_to_save` says; for some tasks after the injection.
+SAVED_BY_TASK: dict[str | None, tuple[str, ...]] = {
+    "SEQ_CLS": ("classifier", "score"),
+    "TOKEN_CLS": ("classifier", "score"),
+    "QUESTION_ANS": ("qa_outputs",),
+}
 TARGET_MODULES: dict[str, list[str]] = {model_type: names for names, model_types in _FAMILIES for model_type in model_types}

@@ -7,9 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..config.reparam_config import ReparamConfig
+from ..layers.factorized import FactorizedModule
 from ..layers.kinds import is_quantized, note_dtype
 from ..layers.product import Product
 from ..numerics.storage import Storage
@@ -17,16 +19,33 @@ from ..planning.ranks import resolve_rank
 from ..runtime.modules import is_offloaded, naming, parameter_owners
 from .layer import REMEDY, W_IS_GONE, ReparamLayer, reparam_layers
 from .matrices import matrix_storage, unwrapped
+from .target_modules import SAVED_BY_TASK
+
+# What PEFT's and our own modules add to the names in a state dict.
+ADDED_NAMES = ("base_model model base_layer original_module modules_to_save reparam_factors A B K weight bias mask feature_mean").split()
 
 
 @dataclass(frozen=True)
 class Target:
-    """A module to factorise at `rank`, or to leave dense where `rank` is None; with its product once that exists."""
+    """A module to factorise at `rank`, or to leave dense where `rank` is None; with its product once that exists.
+
+    The product of an adapter that starts as a copy of another is a factorised module.
+    """
 
     module: nn.Module
     rank: int | None
     storage: Storage
-    product: Product | None = None
+    product: Product | FactorizedModule | None = None
+
+
+def save_heads(config: ReparamConfig) -> None:
+    """Name the heads that PEFT saves whole for the config's task in `modules_to_save`, in place, so that they are no targets.
+
+    For some tasks PEFT adds them to the config that it was given only after the injection, when the tuner has its own copy.
+    """
+    heads = SAVED_BY_TASK.get(config.task_type, ())
+    if heads:
+        config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
 
 
 def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str], object]) -> dict[str, Target]:
@@ -62,6 +81,18 @@ def check_targets(
         raise ValueError(
             f"`adapter_name` must hold no dot and not be the name of a method of torch modules, got {adapter_name!r}."
         )
+    if adapter_name in _parts_of_names(model):
+        raise ValueError(
+            f"`adapter_name` must not be a part of the name of a module, got {adapter_name!r}: PEFT tells tensors of adapters "
+            "by such parts, and would leave out those of other adapters when it saves. Choose another name."
+        )
+    if loading and config.stored_parameters is not None:
+        missing = sorted(config.rank_pattern.keys() - targets.keys())
+        if missing:
+            raise ValueError(
+                f"the adapter has factors for {len(missing)} modules that the model does not have, or that `target_modules` "
+                f"of its config does not name, the first {missing[0]!r}. Load it onto the base model that it was made of."
+            )
     factorized = {name: target.module for name, target in targets.items() if target.rank is not None}
     if targets and not factorized:
         warnings.warn(
@@ -92,6 +123,14 @@ def check_targets(
                 f"{name}: adapter {adapter_name!r} has no factors for this layer and {W_IS_GONE}, so that it could never be "
                 f"active. Give all adapters the same factorised modules, or {REMEDY}."
             )
+
+
+def _parts_of_names(model: nn.Module) -> set[str]:
+    """What stands between the dots of names in a state dict, but for the names of adapters."""
+    wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, wrappers))
+    names = [name for name, _ in model.named_modules() if not name.startswith(inside)]
+    return {part for name in names for part in name.split(".")} | {*ADDED_NAMES}
 
 
 def _check_weight(module: nn.Module, owners: list[str], keep_base: bool, loading: bool) -> None:

@@ -1,0 +1,76 @@
+"""`from_config` of a standalone checkpoint's config: factorised layers, as the checkpoint has them, with random factors."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..layers.factorized import FactorizedModule, PivotExpansion
+from ..runtime.hosts import extend
+from .checkpoint import METHOD, CheckpointConfig, CheckpointLoader, mark_unquantized, place_factorized
+from .quantization import check_scheme, quantize
+
+
+def register_from_config() -> None:
+    """Make transformers' `from_config` know standalone checkpoints. Idempotent."""
+    extend(PreTrainedModel, "_from_config", _with_factors)
+
+
+def _with_factors(original: Callable[..., PreTrainedModel]) -> Callable[..., PreTrainedModel]:
+    def from_config(cls: type[PreTrainedModel], config: Any, **kwargs: Any) -> PreTrainedModel:
+        described = getattr(config, "quantization_config", None)
+        if isinstance(described, Mapping) and described.get("quant_method") == METHOD:
+            described = CheckpointConfig(**described)
+        if not isinstance(described, CheckpointConfig) or described.being_loaded:
+            return original(cls, config, **kwargs)
+        # The models within this one are made by `from_config` too, some of them with the very same config.
+        config = copy.deepcopy(config)
+        del config.quantization_config
+        return factorized(original(cls, config, **kwargs), described)
+
+    return from_config
+
+
+def factorized(model: PreTrainedModel, described: CheckpointConfig) -> PreTrainedModel:
+    """A model whose named layers are factorised, in place, with random factors: what a state dict is loaded into.
+
+    Args:
+        model: dense, of random weights.
+        described: the layers.
+
+    Raises:
+        ImportError: the library of its quantisation is missing.
+        ValueError: the model has none of the layers.
+    """
+    scheme = described.quantization
+    check_scheme(scheme)
+    devices = {name: next(module.parameters(), torch.empty(0)).device for name, module in model.named_modules()}
+    layers = place_factorized(model, described.layers)
+    for name in layers:
+        module = model.get_submodule(name)
+        module.to_empty(device=devices[name])
+        _fill_at_random(module)
+    model.config.quantization_config = CheckpointConfig(layers, quantization=scheme)
+    model.hf_quantizer = CheckpointLoader(model.config.quantization_config)  # type: ignore[assignment]
+    mark_unquantized(model)
+    if scheme is not None:
+        quantize(model, scheme)
+    return model
+
+
+def _fill_at_random(module: nn.Module) -> None:
+    for child in module.modules():
+        reset: Any = getattr(child, "reset_parameters", None)
+        if reset is not None:
+            reset()
+        if isinstance(child, PivotExpansion):
+            child.set_pivots(torch.arange(child.rank, device=child.mask.device))
+        if isinstance(child, FactorizedModule):
+            for tensor in [child.bias, *(buffer for _, buffer in child.named_buffers(recurse=False))]:
+                if tensor is not None:
+                    nn.init.zeros_(tensor)
