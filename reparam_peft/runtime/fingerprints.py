@@ -31,7 +31,7 @@ def fingerprint_of_batches(batches: Sequence[Mapping[str, Any]]) -> str:
 def fingerprint_of_config(model: nn.Module) -> str:
     """SHA-256 of the class of a model and of its config, but for where it was loaded from; of the class where it has none."""
     config = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = {} if config is None or not hasattr(config, "to_dict") else config.to_dict()
     origin = ("_name_or_path", "_commit_hash", "transformers_version")
     return fingerprint_of_values([type(model).__name__, {key: v for key, v in settings.items() if key not in origin}])
 
