@@ -16,7 +16,7 @@ from ..compression.compress import calibrate, compress
 from ..config.reparam_config import ReparamConfig
 from ..evaluation.measures import Measure
 from ..planning.plan import Plan
-from ..runtime.fingerprints import fingerprint_of_batches, fingerprint_of_config, fingerprint_of_model
+from ..runtime.fingerprints import fingerprint_of_batches, fingerprint_of_config, fingerprint_of_model, fingerprint_of_values
 from ..runtime.processes import check_whole, fails_together
 from ..runtime.restoring import unchanged_on_error
 from ..runtime.run_folder import RunFolder, json_able
@@ -217,10 +217,19 @@ def _settings(
         "model's config": fingerprint_of_config(model),
         "metric": [measure.name, measure.higher_is_better, str(goal.tolerance), measure.details],
         "evaluation": fingerprint_of_batches(goal.evaluation or []),
+        "tokenizer": _fingerprint_of_tokenizer(goal.tokenizer),
         "calibration": batches.fingerprint() if isinstance(batches, Statistics) else fingerprint_of_batches(batches),
         "candidates": [checked.keeps, checked.methods, goal.max_trials],
         "seed": seed,
     }
+
+
+def _fingerprint_of_tokenizer(tokenizer: Any) -> str | None:
+    """Of its class and its vocabulary."""
+    if tokenizer is None:
+        return None
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else None
+    return fingerprint_of_values([type(tokenizer).__name__, vocabulary])
 
 
 def _statistics(
