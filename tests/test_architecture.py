@@ -59,6 +59,20 @@ def test_the_package_is_used_without_the_command_line() -> None:
 
 
 @modules
+def test_files_are_written_by_one_writer(module: str) -> None:
+    """Whole, under unique names, never through a link: `runtime/files.py` does it, and others give it what they write."""
+    exempt = {
+        "runtime.files": {"write_bytes", "save_file"},
+        "blockwise.activations": {"save_file"},  # in a folder of its own
+        "report.page": {"savefig"},  # to memory
+        "cli.demo": {"write_bytes"},
+        "cli.outputs": {"mkdtemp"},
+    }
+    writers = {"write_text", "write_bytes", "save_file", "savefig", "dump", "mkstemp", "mkdtemp", "tofile"}
+    assert {name.split(".")[-1] for name in called(parse(module))} & writers <= exempt.get(module, set())
+
+
+@modules
 def test_a_package_holds_its_docstring_only(module: str) -> None:
     if MODULES[module].name == "__init__.py" and module != "__init__":
         tree = parse(module)

@@ -70,7 +70,8 @@ def gather_statistics(
     check_seed("seed", seed)
     if gradients and torch.is_inference_mode_enabled():
         raise RuntimeError("calibration needs gradients, which `torch.inference_mode` rules out; leave it, or use `no_grad`.")
-    statistics = Statistics(seed=seed, weight_norms={name: weight_norm(module) for name, module in modules.items()})
+    with fails_together():
+        statistics = Statistics(seed=seed, weight_norms={name: weight_norm(module) for name, module in modules.items()})
     world, rank = processes()
     check_whole(batches)
     device = input_device(model)

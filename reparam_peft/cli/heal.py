@@ -11,9 +11,9 @@ from typing import Annotated, Any
 import typer
 from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments
-from transformers.trainer_utils import get_last_checkpoint
 
 from ..evaluation.perplexity import perplexity
+from ..healing.checkpoints import last_whole
 from ..healing.trainer import HealingTrainer
 from ..report.record import record_of_adapter, saving_with
 from .inputs import load_compressed, load_dense_of, read_batches
@@ -65,12 +65,16 @@ def heal(
     test = read_batches(tokenizer, "--text", text.text, text.length, text.windows, skip)
     batches = read_batches(tokenizer, "--calibration", calibration, text.length, training.train_windows)
     rows = [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))]
-    figures = {
-        "dense perplexity": perplexity(dense, test, progress=True),
-        "perplexity before": perplexity(small, test, progress=True),
-    }
-    err.print(f"training on {len(rows)} windows …")
-    losses = _train(small, dense, rows, training)
+    with tempfile.TemporaryDirectory() as temporary:
+        trainer = _trainer(small, dense, rows, training, Path(temporary))
+        last = None if training.run_folder is None else last_whole(training.run_folder, trainer.training)
+        figures = {
+            "dense perplexity": perplexity(dense, test, progress=True),
+            "perplexity before": perplexity(small, test, progress=True),
+        }
+        err.print(f"training on {len(rows)} windows …")
+        trainer.train(resume_from_checkpoint=last)
+    losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # of tenths of the training
     figures["perplexity"] = perplexity(small.eval(), test, progress=True)
     record = record.with_(evaluation=note_evaluation(small, figures), losses=losses, samples=[], speed=None, angles={})
     save_whole(small, tokenizer, output, saving_with(record))
@@ -81,37 +85,35 @@ def heal(
     out.print(f"loss {' → '.join(f'{loss:.3f}' for loss in losses)}, saved to {output}", highlight=False, soft_wrap=True)
 
 
-def _train(model: Any, teacher: Any, rows: list[dict[str, Tensor]], training: TrainingOptions) -> list[float]:
-    """Train a compressed model in place; returns the losses of tenths of the training."""
-    folder = training.run_folder
-    with tempfile.TemporaryDirectory() as temporary:
-        arguments = TrainingArguments(
-            str(folder or temporary),
-            num_train_epochs=training.epochs,
-            max_steps=-1 if training.steps is None else training.steps,
-            per_device_train_batch_size=training.batch_size,
-            learning_rate=training.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.1,
-            bf16=training.bf16,
-            use_cpu=model.device.type == "cpu",
-            seed=training.seed,
-            save_strategy="no" if folder is None else "steps",
-            save_steps=0.1,
-            save_total_limit=2,
-            logging_steps=0.1,
-            report_to="none",
-            disable_tqdm=not err.is_terminal,
-        )
-        trainer = HealingTrainer(
-            model,
-            arguments,
-            train_dataset=rows,
-            teacher=teacher,
-            distillation=training.distillation,
-            temperature=training.temperature,
-        )
-        trainer.remove_callback(PrinterCallback)  # stdout is for the result
-        last = get_last_checkpoint(str(folder)) if folder is not None and folder.is_dir() else None
-        trainer.train(resume_from_checkpoint=last)
-    return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
+def _trainer(
+    model: Any, teacher: Any, rows: list[dict[str, Tensor]], training: TrainingOptions, temporary: Path
+) -> HealingTrainer:
+    """What trains a compressed model in place."""
+    arguments = TrainingArguments(
+        str(training.run_folder or temporary),
+        num_train_epochs=training.epochs,
+        max_steps=-1 if training.steps is None else training.steps,
+        per_device_train_batch_size=training.batch_size,
+        learning_rate=training.learning_rate,
+        lr_scheduler_type="cosine",
+        warmup_steps=0.1,
+        bf16=training.bf16,
+        use_cpu=model.device.type == "cpu",
+        seed=training.seed,
+        save_strategy="no" if training.run_folder is None else "steps",
+        save_steps=0.1,
+        save_total_limit=2,
+        logging_steps=0.1,
+        report_to="none",
+        disable_tqdm=not err.is_terminal,
+    )
+    trainer = HealingTrainer(
+        model,
+        arguments,
+        train_dataset=rows,
+        teacher=teacher,
+        distillation=training.distillation,
+        temperature=training.temperature,
+    )
+    trainer.remove_callback(PrinterCallback)  # stdout is for the result
+    return trainer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
@@ -20,13 +21,19 @@ from ..blockwise.anchoring import Anchoring, Observed, anchored, input_groups, o
 from ..blockwise.blocks import Call, Replay
 from ..blockwise.refinement import Refinement, Task, refine_block
 from ..blockwise.streams import Stream
+from ..calibration.statistics import Statistics
 from ..layers.kinds import layer_kind
 from ..layers.product import Product
 from ..planning.plan import Plan
 from ..runtime.batches import Batch, fitting_mask, padding_masks, split_rows
-from ..runtime.fingerprints import fingerprint_of_batches, fingerprint_of_model
+from ..runtime.fingerprints import (
+    fingerprint_of_batches,
+    fingerprint_of_config,
+    fingerprint_of_model,
+    fingerprint_of_values,
+)
 from ..runtime.modules import encoder_of, evaluating, naming, parameter_owners, set_module
-from ..runtime.processes import processes
+from ..runtime.processes import fails_together, processes
 from ..runtime.run_folder import RunFolder, json_able
 from ..tuner.layer import ReparamLayer
 from ..tuner.matrices import base_dtype, own_bias, source_matrix
@@ -87,46 +94,62 @@ class BlockByBlock:
         blocks: of the model, by name.
         batches: keyword batches.
         steps: what is done.
+        plan: the ranks; None: the job chooses them.
     """
 
-    def __init__(self, job: Job, blocks: Mapping[str, nn.Module], batches: Sequence[Batch], steps: Steps) -> None:
-        self.job, self.steps, refinement = job, steps, steps.refinement
-        self.batches = list(batches)
-        if refinement is not None:
-            self.batches = [part for batch in batches for part in split_rows(batch, refinement.batch_size)]
-        self.replay = Replay(job.model, blocks, self.batches)
-        encoder = encoder_of(job.model)
-        self.encoder = None if encoder is None else set(encoder.modules())
-        self.shared = {name for names in parameter_owners(job.model).values() if len(names) > 1 for name in names}
+    def __init__(
+        self, job: Job, blocks: Mapping[str, nn.Module], batches: Sequence[Batch], steps: Steps, plan: Plan | None
+    ) -> None:
+        self.job, self.steps, self.plan = job, steps, plan
         self.outside: dict[str, nn.Module] = {}  # targets outside of blocks, factorised
-        settings: dict[str, Any] = {}
-        if steps.run_folder is not None:
-            settings = {
-                "config": json_able(job.config.to_dict()),
-                "sequential": None if steps.anchoring is None else asdict(steps.anchoring),
-                "refine": None if refinement is None else asdict(refinement),
-                "seed": job.seed,
-                "model": fingerprint_of_model(job.model),
-                "batches": fingerprint_of_batches(batches),
-            }
+        with fails_together():
+            settings = {} if steps.run_folder is None else self._settings(batches)
         self.folder = RunFolder(steps.run_folder, settings, steps.mapped)
+        with ExitStack() as stack:
+            stack.callback(self.folder.release)
+            with fails_together():
+                self.batches = list(batches)
+                if steps.refinement is not None:
+                    self.batches = [part for batch in batches for part in split_rows(batch, steps.refinement.batch_size)]
+                self.replay = Replay(job.model, blocks, self.batches)
+                encoder = encoder_of(job.model)
+                self.encoder = None if encoder is None else set(encoder.modules())
+                self.shared = {name for names in parameter_owners(job.model).values() if len(names) > 1 for name in names}
+            stack.pop_all()
 
-    def result(self, plan: Plan | None, adapter_name: str) -> Result:
+    def _settings(self, batches: Sequence[Batch]) -> dict[str, Any]:
+        """All that the result depends on, by which a folder knows its run."""
+        job, steps = self.job, self.steps
+        return {
+            "config": json_able(job.config.to_dict()),
+            "sequential": None if steps.anchoring is None else asdict(steps.anchoring),
+            "refine": None if steps.refinement is None else asdict(steps.refinement),
+            "seed": job.seed,
+            "model": fingerprint_of_model(job.model),
+            "model's config": fingerprint_of_config(job.model),
+            "batches": fingerprint_of_batches(batches),
+            "plan": None if self.plan is None else fingerprint_of_values(self.plan.to_dict()),
+            "statistics": job.batches.fingerprint() if isinstance(job.batches, Statistics) else None,
+        }
+
+    def result(self, adapter_name: str) -> Result:
         """Compress everything but what an earlier call has finished; then other runs may work in the folder."""
         with self.folder:
-            return self._result(plan, adapter_name)
+            return self._result(adapter_name)
 
-    def _result(self, plan: Plan | None, adapter_name: str) -> Result:
-        job, order = self.job, self.replay.order
-        done = {block: self.folder.tensors(i) for i, block in enumerate(order[: len(self.folder.finished)])}
-        if self.folder.plan is not None:
-            plan = Plan.load(self.folder.plan)
-            job.resume(plan, [name for name in job.modules if any(name.startswith(f"{block}.") for block in done)])
+    def _result(self, adapter_name: str) -> Result:
+        job, order, plan = self.job, self.replay.order, self.plan
+        with fails_together():
+            done = {block: self.folder.tensors(i) for i, block in enumerate(order[: len(self.folder.finished)])}
+            if self.folder.plan is not None:
+                plan = Plan.load(self.folder.plan)
+                job.resume(plan, [name for name in job.modules if any(name.startswith(f"{block}.") for block in done)])
         if plan is None:
             plan = job.plan()
         self.unfinished = len(done) < len(order)  # else nobody needs what blocks compute
-        targets = job.ranked(plan)
-        check_targets(targets, job.config, job.model, adapter_name, loading=False)
+        with fails_together():
+            targets = job.ranked(plan)
+            check_targets(targets, job.config, job.model, adapter_name, loading=False)
         self.folder.begin(plan.to_dict())
         result = Result(plan)
         passes = 1 + (self.steps.refinement.epochs if self.steps.refinement else 0)
@@ -150,9 +173,10 @@ class BlockByBlock:
     def _outside(self, targets: Mapping[str, Target], result: Result) -> None:
         """Targets that belong to no block are factorised one-shot; those before the blocks change what the blocks see."""
         result.products |= self.job.products(targets)
-        for name, target in targets.items():
-            if target.rank is not None:
-                self.outside[name] = factorized_layer(target, result.products[name], target.module)
+        with fails_together():
+            for name, target in targets.items():
+                if target.rank is not None:
+                    self.outside[name] = factorized_layer(target, result.products[name], target.module)
 
     def _block(
         self,
@@ -164,39 +188,62 @@ class BlockByBlock:
         bar: tqdm[Any],
     ) -> None:
         start = time.perf_counter()
-        original = self.replay.blocks[name]
-        original = original if self.steps.device is None else copy.deepcopy(original).to(self.steps.device)
-        student = copy.deepcopy(original).requires_grad_(False).eval()
-        if self.unfinished:
-            self.original.put(position, original)
-        if done is not None:
-            restore(student, targets, done)
-        else:
+        with fails_together():
+            original = self.replay.blocks[name]
+            original = original if self.steps.device is None else copy.deepcopy(original).to(self.steps.device)
+            student = copy.deepcopy(original).requires_grad_(False).eval()
+            if self.unfinished:
+                self.original.put(position, original)
+            if done is not None:
+                restore(student, targets, done)
+        if done is None:
             errors = self._compress(position, name, original, student, targets, bar) if targets else {}
             entry = {"block": name, "position": position, **errors, "seconds": round(time.perf_counter() - start, 2)}
             self.folder.finish(entry, state_of(original, student))
-            if self.folder.mapped:  # the file's pages in place of memory
+        with fails_together():
+            if done is None and self.folder.mapped:  # the file's pages in place of memory
                 student = copy.deepcopy(original).requires_grad_(False).eval()
                 restore(student, targets, self.folder.tensors(position))
-        result.products |= {f"{name}.{relative}": product for relative, product in products_of(student).items()}
-        result.changed |= {f"{name}.{relative}": values for relative, values in changed_parameters(original, student).items()}
-        if self.unfinished:
-            self.compressed.put(position, student)
-            self.original.forget(position)
-            self.compressed.forget(position)
+            result.products |= {f"{name}.{relative}": product for relative, product in products_of(student).items()}
+            changed = changed_parameters(original, student)
+            result.changed |= {f"{name}.{relative}": values for relative, values in changed.items()}
+            if self.unfinished:
+                self.compressed.put(position, student)
+                self.original.forget(position)
+                self.compressed.forget(position)
 
     def _compress(
         self, position: int, name: str, original: nn.Module, student: nn.Module, targets: Mapping[str, Target], bar: tqdm[Any]
     ) -> dict[str, Any]:
         """Factorise and refine a block; returns its errors."""
-        anchoring, refinement = self.steps.anchoring, self.steps.refinement
+        refinement = self.steps.refinement
         task = Task(
             call=partial(self.compressed.call, position),
             target=partial(self.original.main, position),
             mask=lambda batch, output: self._rows(position, batch, output),
         )
         train, held = (refinement or Refinement()).split(len(self.batches))
-        errors: dict[str, Any] = {"original": task.error(original, held or train)}
+        if self.steps.anchoring is not None or any(target.rank is not None for target in targets.values()):
+            self.job.statistics_of(f"{name}.{next(iter(targets))}")  # of the whole block, by all processes
+        with fails_together():
+            errors: dict[str, Any] = {"original": task.error(original, held or train)}
+            self._factorize_all(position, name, original, student, targets)
+        share_block(student)
+        with fails_together():
+            errors["before"] = errors["after"] = task.error(student, held or train)
+            if refinement is not None:
+                trained = self._trained(name, student, targets)
+                by_epoch = refine_block(student, trained, task, len(self.batches), refinement, partial(bar.update, 1))
+                errors |= {"after": min(by_epoch), "epochs": by_epoch[1:]}
+        if refinement is not None:
+            share_block(student)
+        return errors
+
+    def _factorize_all(
+        self, position: int, name: str, original: nn.Module, student: nn.Module, targets: Mapping[str, Target]
+    ) -> None:
+        """Factorise the targets of a block, those with one input together, in the order of the data flow."""
+        anchoring = self.steps.anchoring
         first = self.original.call(position, 0)
         sources = {}
         if anchoring is not None and anchoring.residual:
@@ -209,14 +256,6 @@ class BlockByBlock:
             for relative in group:
                 with naming(relative):
                     self._factorize(f"{name}.{relative}", relative, targets[relative], student, observed)
-        share_block(student)
-        errors["before"] = errors["after"] = task.error(student, held or train)
-        if refinement is not None:
-            trained = self._trained(name, student, targets)
-            by_epoch = refine_block(student, trained, task, len(self.batches), refinement, partial(bar.update, 1))
-            share_block(student)
-            errors |= {"after": min(by_epoch), "epochs": by_epoch[1:]}
-        return errors
 
     def _factorize(self, name: str, relative: str, target: Target, student: nn.Module, observed: Observed | None) -> None:
         """Put the product of a matrix, or the matrix that takes its place, in a block under construction."""

@@ -20,6 +20,7 @@ from ..layers.kinds import is_quantized
 from ..numerics.methods import names_of_methods
 from ..planning.plan import Plan
 from ..runtime.modules import uncompiled
+from ..runtime.processes import fails_together
 from ..runtime.restoring import unchanged_on_error
 from ..tuner.data_free import installing
 from ..tuner.targets import check_targets
@@ -114,9 +115,12 @@ def compress(
     with unchanged_on_error(model):
         job = Job.of_model(model, config, batches, options, adapter_name=adapter_name, plan=plan)
         plan = job.plan() if plan is None else plan
-        targets = job.ranked(plan)
-        check_targets(targets, job.config, model, adapter_name, loading=False)
-        return _install(model, job, Result(plan, job.products(targets)), adapter_name)
+        with fails_together():
+            targets = job.ranked(plan)
+            check_targets(targets, job.config, model, adapter_name, loading=False)
+        result = Result(plan, job.products(targets))
+        with fails_together():
+            return _install(model, job, result, adapter_name)
 
 
 def compress_blocks(
@@ -142,10 +146,11 @@ def compress_blocks(
         raise ValueError(
             "`sequential` and `refine` need the data themselves; give them as `batches`, and the statistics as `statistics`."
         )
-    batches = list(batches)
-    if not batches:
-        raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
-    blocks = find_blocks(model)
+    with fails_together():
+        batches = list(batches)
+        if not batches:
+            raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
+        blocks = find_blocks(model)
     with unchanged_on_error(model):
         job = Job.of_model(
             model,
@@ -167,8 +172,9 @@ def compress_blocks(
                 "base model in full precision, or leave both out."
             )
         with uncompiled(model):
-            result = BlockByBlock(job, blocks, batches, steps).result(plan, adapter_name)
-        return _install(model, job, result, adapter_name, autocast_adapter_dtype)
+            result = BlockByBlock(job, blocks, batches, steps, plan).result(adapter_name)
+        with fails_together():
+            return _install(model, job, result, adapter_name, autocast_adapter_dtype)
 
 
 def options_of(name: str, asked_for: bool | OptionsOfStep | None, options: type[OptionsOfStep]) -> OptionsOfStep | None:

@@ -25,7 +25,7 @@ from ..numerics.methods import method_of
 from ..planning.plan import Plan, make_plan
 from ..planning.ranks import RankChooser, is_nested
 from ..runtime.modules import naming
-from ..runtime.processes import check_whole, share_out
+from ..runtime.processes import check_whole, fails_together, share_out
 from ..tuner.matrices import base_dtype, own_bias, source_matrix
 from ..tuner.model import select_targets
 from ..tuner.targets import Target
@@ -95,6 +95,7 @@ class Job:
         self._at_hand: tuple[list[str], Statistics] | None = None
 
     @classmethod
+    @fails_together()
     def of_model(
         cls,
         model: nn.Module,
@@ -212,8 +213,11 @@ class Job:
 
     def weighing(self, name: str, moments: Moments | None = None) -> Weighing:
         """What a target's factorisation weighs errors by; with `moments`, of these in place of the inputs calibration saw."""
-        statistics = self.statistics(next(group for group in self.passes if name in group))
-        return self.weigher.weighing(name, statistics, self.targets[name].storage.bias, moments)
+        return self.weigher.weighing(name, self.statistics_of(name), self.targets[name].storage.bias, moments)
+
+    def statistics_of(self, name: str) -> Statistics:
+        """The statistics of the group that a target is in. Processes gather them together, where they are not at hand."""
+        return self.statistics(next(group for group in self.passes if name in group))
 
     def resume(self, plan: Plan, finished: Container[str]) -> None:
         """Go on with a plan that this job made earlier; no statistics are gathered any more of targets that are finished."""
@@ -239,7 +243,8 @@ class Job:
                 progress=self.options.progress,
                 starts=self.modules.values(),
             )
-        statistics.check(modules, self.weigher.gradients)
+        with fails_together():
+            statistics.check(modules, self.weigher.gradients)
         self.calibration_tokens = max(self.calibration_tokens, statistics.tokens)
         self.gradient_tokens = max(self.gradient_tokens, statistics.gradient_tokens)
         self.seed = statistics.seed

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from ..arguments import check_count
+from ..runtime.processes import fails_together, first_of
 from .harness import HarnessTask
 from .perplexity import accuracy, perplexity
 
@@ -64,16 +65,20 @@ class Measure:
     def of(self, model: nn.Module) -> float:
         """The metric of a model; the worst there is where the model has become so bad that it is not finite.
 
+        Every process of a distributed run measures, and all get what the first one has measured.
+
         Raises:
             TypeError: the function returns no number.
         """
-        try:
-            value = self.function(model)
-        except (FloatingPointError, OverflowError):
-            value = math.nan
-        if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
-            raise TypeError(f"`metric` must return a number, got {value!r}.")
-        value = float(value)
+        with fails_together():
+            try:
+                value = self.function(model)
+            except (FloatingPointError, OverflowError):
+                value = math.nan
+            if isinstance(value, bool) or not isinstance(value, (int, float, torch.Tensor)):
+                raise TypeError(f"`metric` must return a number, got {value!r}.")
+            value = float(value)
+        value = first_of(value)
         return value if math.isfinite(value) else (-math.inf if self.higher_is_better else math.inf)
 
     def limit(self, dense: float, tolerance: Tolerance) -> float:

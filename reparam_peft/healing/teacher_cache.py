@@ -7,12 +7,12 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from ..runtime.batches import IGNORED
 from ..runtime.files import save_tensors, writing
+from ..runtime.fingerprints import fingerprint_of_tensors
 from .losses import Sparse
 
 
@@ -55,15 +55,23 @@ class TeacherCache:
             place = None if logits.ndim == 2 else _real(inputs, row, _PREDICTED)
             chosen = logits[row] if place is None else logits[row][place]
             log_p, indices = chosen.float().log_softmax(-1).topk(min(self.top_k, logits.shape[-1]), sorted=False)
-            save_tensors(self._path(inputs, row), {"indices": indices.int(), "log_probabilities": log_p})
+            if log_p.isnan().any():
+                raise ValueError(
+                    "the outputs of the teacher are NaN, of which nothing is learned; look at its weights and dtype."
+                )
+            tensors = {"indices": indices.int().cpu(), "log_probabilities": log_p.cpu()}
+            save_tensors(self._path(inputs, row), tensors, {"sha256": fingerprint_of_tensors(tensors)})
 
     def _row(self, inputs: Mapping[str, Tensor], row: int) -> Sparse | None:
+        """What is kept of a row; None: nothing, or what is not as it was written, and is computed anew."""
         path = self._path(inputs, row)
         try:
-            tensors = load_file(path) if path.exists() else {}
+            with safe_open(path, framework="pt") as file:
+                tensors = {name: file.get_tensor(name) for name in ("indices", "log_probabilities")}
+                noted = (file.metadata() or {}).get("sha256")
         except (SafetensorError, OSError):
-            return None  # damaged: computed anew
-        return Sparse(**tensors) if tensors.keys() == {"indices", "log_probabilities"} else None
+            return None
+        return Sparse(**tensors) if noted == fingerprint_of_tensors(tensors) else None
 
     def _path(self, inputs: Mapping[str, Tensor], row: int) -> Path:
         digest = hashlib.sha256(f"{self.teacher} {self.top_k}".encode())

@@ -3,19 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
 import torch
+from filelock import FileLock
 from peft import LoraConfig, PeftModel
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import nested_detach
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
-from ..runtime.files import save_tensors
-from ..runtime.fingerprints import fingerprint_of_model
+from ..runtime.files import clear_litter, lock_folder, remove_whole, save_tensors, writing
+from ..runtime.fingerprints import fingerprint_of_model, fingerprint_of_rows, fingerprint_of_tensors, is_of_adapter
 from ..runtime.modules import predicts_next_token, without_cache
+from ..runtime.processes import fails_together
+from ..runtime.run_folder import json_able
+from .checkpoints import last_whole, note_whole, this_or_last_whole, writing_checkpoint
 from .checks import TRAINS, check_arguments, check_classes, check_loss, check_teacher, check_trained, checked_model
 from .counting import Counts, counted, masks, with_labels
 from .inner_lora import adapted, check_lora, merged
@@ -24,6 +32,18 @@ from .teacher_cache import TeacherCache
 from .trained import as_dense, set_trained
 
 TRAINED = "healing.safetensors"
+# Of `TrainingArguments`, what the result depends on.
+ARGUMENTS = (
+    *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args"),
+    *("num_train_epochs", "max_steps", "lr_scheduler_type", "lr_scheduler_kwargs", "warmup_steps", "warmup_ratio"),
+    *("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "train_sampling_strategy"),
+    *("seed", "data_seed", "bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),
+)
+
+
+def _kept(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that a checkpoint keeps: those that are trained, and all factors."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or ".reparam_factors." in name}
 
 
 class HealingTrainer(Trainer):
@@ -81,6 +101,7 @@ class HealingTrainer(Trainer):
         check_lora(student, lora)
         check_arguments(args, trainer_args, trainer_kwargs, distillation, lora)
         self.distillation, self.temperature, self.hidden, self.lora = distillation, temperature, hidden, lora
+        self.trains = list(trains)
         self.teacher = teacher
         self.shifts = predicts_next_token(student)
         self.encoder_decoder = bool(getattr(student.config, "is_encoder_decoder", False))
@@ -91,7 +112,8 @@ class HealingTrainer(Trainer):
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         self.cache = None
         if teacher_cache is not None:
-            self.cache = TeacherCache(teacher_cache, top_k, fingerprint_of_model(student if teacher is None else teacher))
+            computed_by = fingerprint_of_model(student if teacher is None else teacher)
+            self.cache = TeacherCache(teacher_cache, top_k, f"{computed_by} {self.args.bf16} {self.args.fp16}")
 
     @property
     def student(self) -> PeftModel:
@@ -153,15 +175,88 @@ class HealingTrainer(Trainer):
         logits = nested_detach(tuple(value for key, value in outputs.items() if key not in [*ignored, "loss"]))
         return loss.detach(), logits[0] if len(logits) == 1 else logits, None
 
-    def train(self, *args: Any, **kwargs: Any) -> Any:
-        """Train as `Trainer` does; a LoRA on the factors is merged into them at the end."""
-        if self.lora is None:
-            return super().train(*args, **kwargs)
-        # Each run trains a LoRA of its own: an optimizer and a wrapper of an earlier run would hold one that is gone.
-        self.optimizer = self.lr_scheduler = None
-        self.model_wrapped = self.student
-        with adapted(self.student, self.lora):
-            return super().train(*args, **kwargs)
+    @cached_property
+    def training(self) -> dict[str, Any]:
+        """All that the result of the first `train` depends on, for JSON, by which a checkpoint knows its training."""
+        tensors = self.student.state_dict()
+        adapter = {name: tensor for name, tensor in tensors.items() if is_of_adapter(name)}
+        return {
+            "adapter": fingerprint_of_tensors(adapter),
+            "base model": fingerprint_of_model(self.student),
+            "teacher": None if self.teacher is None else fingerprint_of_model(self.teacher),
+            "data": fingerprint_of_rows(self.train_dataset),
+            "distillation": self.distillation,
+            "temperature": self.temperature,
+            "hidden": self.hidden,
+            "trains": self.trains,
+            "lora": None if self.lora is None else json_able(self.lora.to_dict()),
+            "processes": self.args.world_size,
+            **{name: json_able(getattr(self.args, name, None)) for name in ARGUMENTS},
+        }
+
+    def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
+        """Train as `Trainer` does; a LoRA on the factors is merged into them at the end.
+
+        Args:
+            resume_from_checkpoint: as for `Trainer`. One that is not whole, since a run was killed while it wrote it, is passed
+                over with a warning, for the last whole one beside it.
+            *args, **kwargs: as for `Trainer`.
+
+        Raises:
+            ValueError: the checkpoint is of another training, or none is whole; or another training saves to the same folder.
+        """
+        with ExitStack() as stack:
+            with fails_together():
+                if self.args.save_strategy != SaveStrategy.NO and self.is_world_process_zero():
+                    stack.callback(self._take_folder().release)
+                if self.args.save_strategy != SaveStrategy.NO or resume_from_checkpoint:
+                    self.training  # noqa: B018  of the factors as they are before training
+                checkpoint = self._whole(resume_from_checkpoint)
+            if self.lora is not None:
+                # Each run trains a LoRA of its own: an optimizer and a wrapper of an earlier run would hold one that is gone.
+                self.optimizer = self.lr_scheduler = None
+                self.model_wrapped = self.student
+                stack.enter_context(adapted(self.student, self.lora))
+            return super().train(checkpoint, *args, **kwargs)
+
+    def _take_folder(self) -> FileLock:
+        folder = Path(str(self.args.output_dir))
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+        lock = lock_folder(folder)
+        clear_litter(folder, idle=0)
+        return lock
+
+    def _whole(self, asked_for: str | Path | bool | None) -> str | None:
+        """The checkpoint that is asked for, or the last whole one beside it; None: none is asked for."""
+        if not asked_for:
+            return None
+        if asked_for is True:
+            checkpoint = last_whole(str(self.args.output_dir), self.training)
+        else:
+            checkpoint = this_or_last_whole(asked_for, self.training)
+        if checkpoint is None:
+            where = self.args.output_dir if asked_for is True else asked_for
+            raise ValueError(f"there is no whole checkpoint at {where}; leave out `resume_from_checkpoint` to begin anew.")
+        return str(checkpoint)
+
+    def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
+        """Save as `Trainer` does, then note that the checkpoint is whole, and only then delete older ones."""
+        folder = Path(str(self._get_output_dir(trial=trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
+        with fails_together():
+            if self.args.should_save and folder.exists():  # of a run that was killed
+                remove_whole(folder)
+        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        try:
+            with fails_together(), writing_checkpoint(folder):
+                super()._save_checkpoint(model, trial)
+        finally:
+            self.args.save_total_limit = limit
+        with fails_together():
+            if self.args.should_save:
+                with writing_checkpoint(folder):
+                    note_whole(folder, self.training)
+                rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as `Trainer` does, a LoRA merged.
@@ -171,20 +266,28 @@ class HealingTrainer(Trainer):
         with merged(self.student):
             super().save_model(output_dir, _internal_call)
         if _internal_call and output_dir is not None and self.args.should_save and not self.is_fsdp_enabled:
-            parts = {n: p for n, p in self.student.named_parameters() if p.requires_grad or ".reparam_factors." in n}
-            save_tensors(Path(output_dir) / TRAINED, parts)
+            save_tensors(Path(output_dir) / TRAINED, _kept(self.student))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINED
-        if not path.exists():
+        if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        parameters, saved = dict((model or self.student).named_parameters()), load_file(path)
+        try:
+            saved = load_file(path)
+        except (SafetensorError, OSError) as error:
+            raise ValueError(f"{path} cannot be read ({error}); go on from another checkpoint.") from error
+        parameters = _kept(model or self.student)
         wrong = [name for name in saved if name not in parameters or parameters[name].shape != saved[name].shape]
-        if wrong:
+        if wrong or saved.keys() != parameters.keys():
+            name = wrong[0] if wrong else min(parameters.keys() - saved.keys())
             raise ValueError(
-                f"{path} does not belong to this model and these arguments: {wrong[0]} is not trained, or has another shape."
+                f"{path} does not belong to this model and these arguments: {name} is missing, not trained, or has another "
+                "shape."
             )
+        broken = next((name for name, value in saved.items() if not torch.isfinite(value).all()), None)
+        if broken is not None:
+            raise ValueError(f"{path}: {broken} holds NaN or infinite values; go on from an earlier checkpoint.")
         for name, value in saved.items():
             parameters[name].data.copy_(value)
 

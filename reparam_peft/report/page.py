@@ -13,7 +13,7 @@ from typing import Any
 
 from ..display.tables import html_table
 from ..planning.plan import ModulePlan, Plan
-from ..runtime.files import write_whole, writing
+from ..runtime.files import is_ours, write_whole, writing
 from .plots import plot_angles, plot_blocks, plot_effective_ranks, plot_losses, plot_predictions, plot_spectra
 from .record import Record
 
@@ -43,7 +43,7 @@ def write_report(record: Record, folder: str | Path) -> Path:
         The path of `index.html`.
 
     Raises:
-        FileExistsError: the folder holds other files and no report.
+        FileExistsError: the folder holds other files and no report, or is a link.
         ImportError: matplotlib is not installed.
         OSError: it cannot be written.
     """
@@ -54,12 +54,12 @@ def write_report(record: Record, folder: str | Path) -> Path:
     page = _page(record, {name: _figure(name, data, caption) for name, caption, data in drawn})
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
+        write_whole(folder / INDEX, page)  # first: by it the folder is known, whenever this is killed
+        for name, data in pictures.items():
+            write_whole(folder / f"{name}.png", data)
         for path in folder.glob("*.png"):
             if path.stem not in pictures and path.stem in _NAMES:
                 path.unlink()
-        for name, data in pictures.items():
-            write_whole(folder / f"{name}.png", data)
-        write_whole(folder / INDEX, page)
     return folder / INDEX
 
 
@@ -67,9 +67,11 @@ def check_report_folder(folder: Path) -> None:
     """Raise, before any work, what `write_report` would raise of a folder or of a library that is missing."""
     if importlib.util.find_spec("matplotlib") is None:
         raise ImportError("reports need matplotlib: pip install 'reparam_peft[plot]'")
+    if folder.is_symlink():
+        raise FileExistsError(f"{folder} is a link, and nothing is written through links; give the folder that it leads to.")
     index = folder / INDEX
     ours = index.is_file() and GENERATOR in index.read_text(encoding="utf-8", errors="replace")
-    if folder.exists() and (folder.is_file() or (any(folder.iterdir()) and not ours)):
+    if folder.exists() and (folder.is_file() or not (ours or all(map(is_ours, folder.iterdir())))):
         raise FileExistsError(f"{folder} holds other files and no report; give a new folder, or an empty one.")
 
 

@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -15,8 +16,12 @@ from torch.utils._pytree import keystr, tree_leaves_with_path
 
 def fingerprint_of_model(model: nn.Module) -> str:
     """SHA-256 of names, shapes, dtypes and values of all parameters and buffers, but for those of adapters."""
-    adapters = (".reparam_factors.", ".modules_to_save.")
-    return _sha256((n, tensor) for n, tensor in model.state_dict().items() if not any(part in n for part in adapters))
+    return _sha256((name, tensor) for name, tensor in model.state_dict().items() if not is_of_adapter(name))
+
+
+def is_of_adapter(name: str) -> bool:
+    """Whether a tensor, by its name in a state dict, is of an adapter, and not of the base model."""
+    return ".reparam_factors." in name or ".modules_to_save." in name
 
 
 def fingerprint_of_batches(batches: Sequence[Mapping[str, Any]]) -> str:
@@ -31,7 +36,7 @@ def fingerprint_of_batches(batches: Sequence[Mapping[str, Any]]) -> str:
 def fingerprint_of_config(model: nn.Module) -> str:
     """SHA-256 of the class of a model and of its config, but for where it was loaded from; of the class where it has none."""
     config = getattr(model, "config", None)
-    settings = config.to_dict() if hasattr(config, "to_dict") else {}
+    settings = {} if config is None or not hasattr(config, "to_dict") else config.to_dict()
     origin = ("_name_or_path", "_commit_hash", "transformers_version")
     return fingerprint_of_values([type(model).__name__, {key: v for key, v in settings.items() if key not in origin}])
 
@@ -39,6 +44,17 @@ def fingerprint_of_config(model: nn.Module) -> str:
 def fingerprint_of_values(values: Any) -> str:
     """SHA-256 of values for JSON; of others, of how they are written."""
     return hashlib.sha256(json.dumps(values, sort_keys=True, default=str).encode()).hexdigest()
+
+
+def fingerprint_of_rows(rows: Any, most: int = 1000) -> str:
+    """SHA-256 of a data set: how many rows it has, and so many of them, evenly spaced, where it is a list or of `datasets`.
+
+    Rows of another kind of data set may be other ones each time, so that its type and its length are all that counts.
+    """
+    count = len(rows) if hasattr(rows, "__len__") else -1
+    kept = isinstance(rows, (list, tuple, datasets.Dataset))
+    places = range(0, count, -(-count // most)) if kept and count else ()
+    return fingerprint_of_values([type(rows).__name__, count, fingerprint_of_batches([{"row": rows[i]} for i in places])])
 
 
 def fingerprint_of_tensors(tensors: Mapping[str, Tensor]) -> str:
@@ -52,6 +68,8 @@ def _sha256(leaves: Iterable[tuple[str, Any]]) -> str:
         value = torch.from_numpy(leaf) if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "biuf" else leaf
         if isinstance(value, Tensor):
             total.update(f"{name} {tuple(value.shape)} {value.dtype}".encode())
+            if value.is_meta:  # it is elsewhere, on a disk say
+                continue
             total.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
         else:
             plain = isinstance(value, (bool, int, float, str, bytes, type(None), torch.dtype, torch.device))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import cast
 
 import torch
@@ -21,6 +21,7 @@ from ..numerics.metrics import exact
 from ..planning.plan import Plan
 from ..planning.ranks import RankChooser
 from ..runtime.modules import naming
+from ..runtime.processes import fails_together
 from ..tuner.matrices import base_dtype, source_matrix
 from .result import Trial
 
@@ -56,7 +57,9 @@ class Family:
             plan = self.plan(keep)
         except ValueError:
             return None
-        with self.truncated(plan):
+        with ExitStack() as stack:
+            with fails_together():
+                stack.enter_context(self.truncated(plan))
             value = measure.of(self.model)
         within = measure.within(value, limit)
         seconds = round(time.perf_counter() - start, 2)

@@ -17,8 +17,8 @@ from ..compression.compress import calibrate, compress
 from ..config.reparam_config import ReparamConfig
 from ..evaluation.measures import Measure
 from ..planning.plan import Plan
-from ..runtime.fingerprints import fingerprint_of_batches, fingerprint_of_model, fingerprint_of_tensors
-from ..runtime.processes import check_whole
+from ..runtime.fingerprints import fingerprint_of_batches, fingerprint_of_config, fingerprint_of_model, fingerprint_of_values
+from ..runtime.processes import check_whole, fails_together
 from ..runtime.restoring import unchanged_on_error
 from ..runtime.run_folder import RunFolder, json_able
 from .family import Family
@@ -128,22 +128,25 @@ def _found(
     """What a search for a goal that was checked finds."""
     measure = checked.measure
     settings: dict[str, Any] = {}
-    if run_folder is not None:
-        if not isinstance(batches, Statistics):
-            check_whole(batches)
-            batches = list(batches)
-        settings = _settings(model, config, batches, goal, checked, seed)
-    folder = RunFolder(run_folder, settings)
-    statistics = _statistics(model, config, batches, folder, seed, progress)
-    if not folder.finished:
-        folder.finish({"dense": measure.of(model)}, {})
-    dense = folder.finished[0]["dense"]
-    limit = measure.limit(dense, checked.tolerance)
+    with fails_together():
+        if run_folder is not None:
+            if not isinstance(batches, Statistics):
+                check_whole(batches)
+                batches = list(batches)
+            settings = _settings(model, config, batches, goal, checked, seed)
     trials: list[Trial] = []
     plans: dict[Trial, Plan] = {}
     dense_parameters = 0
     most = goal.max_trials * len(checked.methods)
-    with tqdm(total=most, desc="Searching", unit="trial", disable=None if progress else True) as bar:
+    with (
+        RunFolder(run_folder, settings) as folder,
+        tqdm(total=most, desc="Searching", unit="trial", disable=None if progress else True) as bar,
+    ):
+        statistics = _statistics(model, config, batches, folder, seed, progress)
+        if not folder.finished:
+            folder.finish({"dense": measure.of(model)}, {})
+        dense = folder.finished[0]["dense"]
+        limit = measure.limit(dense, checked.tolerance)
         for method in checked.methods:
             family = Family(model, config_with(config, method=method), statistics, seed)
             dense_parameters = family.dense_parameters
@@ -213,20 +216,22 @@ def _settings(
     return {
         "config": json_able(config.to_dict()),
         "model": fingerprint_of_model(model),
+        "model's config": fingerprint_of_config(model),
         "metric": [measure.name, measure.higher_is_better, str(goal.tolerance), measure.details],
         "evaluation": fingerprint_of_batches(goal.evaluation or []),
-        "calibration": _fingerprint(batches),
+        "tokenizer": _fingerprint_of_tokenizer(goal.tokenizer),
+        "calibration": batches.fingerprint() if isinstance(batches, Statistics) else fingerprint_of_batches(batches),
         "candidates": [checked.keeps, checked.methods, goal.max_trials],
         "seed": seed,
     }
 
 
-def _fingerprint(batches: Sequence[Mapping[str, Any]] | Statistics) -> str:
-    """Of what a search is calibrated on."""
-    if not isinstance(batches, Statistics):
-        return fingerprint_of_batches(batches)
-    energies = {f"energies of {name}": record.energies for name, record in batches.outputs.items()}
-    return fingerprint_of_tensors({**energies, **{name: record.sum for name, record in batches.inputs.items()}})
+def _fingerprint_of_tokenizer(tokenizer: Any) -> str | None:
+    """Of its class and its vocabulary."""
+    if tokenizer is None:
+        return None
+    vocabulary = tokenizer.get_vocab() if hasattr(tokenizer, "get_vocab") else None
+    return fingerprint_of_values([type(tokenizer).__name__, vocabulary])
 
 
 def _statistics(
@@ -237,8 +242,12 @@ def _statistics(
         return batches
     path = None if folder.folder is None else folder.folder / STATISTICS
     if path is not None and path.exists():
-        return Statistics.load(path)
+        try:
+            return Statistics.load(path)
+        except ValueError as error:
+            warnings.warn(f"{error} They are gathered anew.", stacklevel=6)  # whoever called `search`
     statistics = calibrate(model, config, batches, seed=seed, progress=progress)
-    if path is not None and folder.writes:
-        statistics.save(path)
+    with fails_together():
+        if path is not None and folder.writes:
+            statistics.save(path)
     return statistics

@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 
+from reparam_peft.blockwise import activations
 from reparam_peft.blockwise.activations import Activations
+from reparam_peft.runtime.files import clear_litter
 
 
 @pytest.mark.parametrize("on_disk", [False, True])
@@ -29,4 +33,26 @@ def test_activations_are_kept_until_they_are_dropped(on_disk: bool, tmp_path: Pa
         with pytest.raises(KeyError):
             store.get(("a", 0))
         store.put(("b", 1), tree)
-    assert not list(tmp_path.rglob("activations-*"))
+    assert not list(tmp_path.rglob("*activations*"))
+
+
+def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: Any) -> None:
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(activations, "save_file", full)
+    with Activations(tmp_path) as store, pytest.raises(OSError, match=r"a-0\.safetensors cannot be written .No space left"):
+        store.put(("a", 0), torch.ones(2))
+    (tmp_path / "file").write_text("no folder")
+    with pytest.raises(OSError, match="file cannot be written"):
+        Activations(tmp_path / "file")
+
+
+def test_what_a_killed_run_has_left_goes_and_what_another_works_with_stays(tmp_path: Path) -> None:
+    killed, alive = Activations(tmp_path), Activations(tmp_path)
+    for store in (killed, alive):
+        store.put(("a", 0), torch.ones(2))
+    killed.lock.release()
+    clear_litter(tmp_path, idle=0)
+    assert list(tmp_path.iterdir()) == [alive.folder]
+    assert torch.equal(alive.get(("a", 0)), torch.ones(2))

@@ -113,6 +113,19 @@ def test_saving_and_loading_keeps_every_bit(statistics: Statistics, tmp_path: Pa
     assert_same(loaded.merge(loaded), statistics.merge(statistics), tolerance=0)
 
 
+def test_the_same_statistics_give_the_same_bytes_and_others_another_fingerprint(statistics: Statistics, tmp_path: Path) -> None:
+    paths = [tmp_path / str(number) for number in range(6)]
+    for path in paths:
+        statistics.save(path)
+    assert len({path.read_bytes() for path in paths}) == 1
+    loaded = Statistics.load(paths[0])
+    assert loaded.fingerprint() == statistics.fingerprint()
+    loaded.seed += 1
+    seeds = loaded.fingerprint()
+    next(iter(loaded.inputs.values())).gram[0, 0] += 1
+    assert len({statistics.fingerprint(), seeds, loaded.fingerprint()}) == 3
+
+
 def saved(statistics: Statistics, path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     statistics.save(path)
     with safe_open(path, framework="pt") as file:

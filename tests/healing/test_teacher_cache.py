@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors import safe_open
+from safetensors.torch import save_file
 from support.batches import text
 from support.healing import BERT, ROWS, losses, padded, small, stacked, trainer
 from support.models import classifier, llama, masked_lm, t5
@@ -51,6 +53,39 @@ def test_padding_does_not_change_what_is_kept_and_damage_is_repaired(counted: An
     path.write_bytes(path.read_bytes()[:50])
     assert float(made.compute_loss(made.model, batch)) == pytest.approx(float(first), rel=1e-6)
     assert len(calls) == 2
+
+
+@pytest.mark.parametrize("damage", ["shape", "NaN", "classes", "names", "empty"])
+def test_rows_that_are_not_as_they_were_written_are_computed_anew(damage: str, counted: Any, tmp_path: Path) -> None:
+    teacher, calls = counted
+    made = trainer(tmp_path, teacher=teacher, teacher_cache=tmp_path / "cache", top_k=20)
+    made.model.eval()
+    batch = text([9], 9, seed=3)
+    expected = float(made.compute_loss(made.model, batch).detach())
+    (path,) = (tmp_path / "cache").iterdir()
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name) for name in file.keys()}, file.metadata()  # noqa: SIM118
+    indices, log_p = tensors["indices"], tensors["log_probabilities"]
+    changed = {
+        "shape": {"indices": indices[:-1].clone(), "log_probabilities": log_p[:-1].clone()},
+        "NaN": {"indices": indices, "log_probabilities": log_p * torch.nan},
+        "classes": {"indices": indices + 10**6, "log_probabilities": log_p},
+        "names": {"indices": indices, "probabilities": log_p},
+        "empty": {},
+    }
+    save_file(changed[damage], path, metadata)
+    for _ in range(2):
+        assert float(made.compute_loss(made.model, batch).detach()) == pytest.approx(expected, rel=1e-6)
+    assert len(calls) == 2, "computed anew, and kept"
+
+
+def test_a_teacher_of_nan_teaches_nothing(tmp_path: Path) -> None:
+    teacher = llama()
+    teacher.lm_head.weight.data.fill_(torch.nan)
+    made = trainer(tmp_path, teacher=teacher, teacher_cache=tmp_path / "cache")
+    with pytest.raises(ValueError, match="outputs of the teacher are NaN"):
+        made.compute_loss(made.model, text([9], 9, seed=3))
+    assert not list((tmp_path / "cache").iterdir())
 
 
 @pytest.mark.parametrize("kind", ["classifier", "masked", "encoder-decoder"])

@@ -219,7 +219,7 @@ def test_a_run_that_is_resumed_ends_with_the_same_bits(options: dict[str, Any], 
 
 def test_a_checkpoint_of_other_arguments_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, save_strategy="steps", save_steps=3, max_steps=3).train()
-    with pytest.raises(ValueError, match="does not belong to this model and these arguments"):
+    with pytest.raises(ValueError, match="checkpoint-3 is of a training with another `adapter`"):
         trainer(tmp_path, small(keep=0.3)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 

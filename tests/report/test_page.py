@@ -7,6 +7,7 @@ import shutil
 import subprocess
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,6 +15,7 @@ from support.models import llama
 
 from reparam_peft import Plan, Record, ReparamConfig, SearchResult, Trial, plan, write_report
 from reparam_peft.report import page as report
+from reparam_peft.runtime.files import unfinished, write_whole
 
 BATCHES = [{"input_ids": torch.arange(3, 51).reshape(2, 24)}]
 TRIALS = tuple(
@@ -113,7 +115,30 @@ def test_a_report_replaces_an_earlier_one_and_nothing_else(record: Record, made:
         write_report(record, tmp_path / "other")
     with pytest.raises(FileExistsError, match="no report"):
         write_report(record, tmp_path / "other" / "thesis.txt")
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "empty")
+    with pytest.raises(FileExistsError, match="link is a link, and nothing is written through links"):
+        write_report(record, tmp_path / "link")
     assert [file.name for file in (tmp_path / "other").iterdir()] == ["thesis.txt"]
+
+
+def test_a_report_that_was_killed_is_written_again(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    written: list[Path] = []
+
+    def killed(path: Path, content: Any) -> None:
+        if len(written) == before:
+            raise KeyboardInterrupt
+        written.append(path)
+        write_whole(path, content)
+
+    for before in (0, 1, 2):
+        written.clear()
+        with monkeypatch.context() as patches:
+            patches.setattr(report, "write_whole", killed)
+            with pytest.raises(KeyboardInterrupt):
+                write_report(record, tmp_path / str(before))
+        unfinished(tmp_path / str(before) / "index.html")
+        assert write_report(record, tmp_path / str(before)).exists()
 
 
 def test_a_drawing_that_fails_leaves_what_was_there(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

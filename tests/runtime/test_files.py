@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 
 from reparam_peft.runtime import files
@@ -20,6 +21,7 @@ from reparam_peft.runtime.files import (
     lock_folder,
     remove_whole,
     replacing,
+    save_tensors,
     unfinished,
     write_whole,
     writing,
@@ -93,6 +95,17 @@ def test_permissions_follow_the_umask(mask: int, tmp_path: Path) -> None:
         os.umask(before)
     modes = [stat.S_IMODE((tmp_path / name).stat().st_mode) for name in ("plan.json", "factors", folder.name)]
     assert modes == [0o666 & ~mask, 0o666 & ~mask, 0o777 & ~mask]
+
+
+def test_the_same_tensors_and_metadata_give_the_same_bytes(tmp_path: Path) -> None:
+    metadata = {f'key "{i}" é\n\\\x7f\u2028': f"value {i} 😀" for i in range(8)}
+    tensors = {"a/é": torch.arange(6.0).view(2, 3).t(), "b": torch.ones(1, dtype=torch.int32)}
+    for number in range(6):
+        save_tensors(tmp_path / str(number), tensors, dict(list(metadata.items())[number:] + list(metadata.items())[:number]))
+    assert len({(tmp_path / str(number)).read_bytes() for number in range(6)}) == 1
+    with safe_open(tmp_path / "0", framework="pt") as file:
+        assert file.metadata() == metadata
+        assert all(torch.equal(file.get_tensor(name), tensor) for name, tensor in tensors.items())
 
 
 def test_names_may_be_as_long_as_the_system_allows(tmp_path: Path) -> None:

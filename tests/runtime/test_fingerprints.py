@@ -4,10 +4,18 @@ from __future__ import annotations
 
 from typing import Any
 
+import datasets
+import numpy as np
 import torch
+from support.models import llama
 from torch import nn
 
-from reparam_peft.runtime.fingerprints import fingerprint_of_batches, fingerprint_of_model
+from reparam_peft.runtime.fingerprints import (
+    fingerprint_of_batches,
+    fingerprint_of_config,
+    fingerprint_of_model,
+    fingerprint_of_rows,
+)
 
 
 def test_fingerprints_tell_values_names_dtypes_and_order_apart() -> None:
@@ -28,3 +36,27 @@ def test_fingerprints_tell_values_names_dtypes_and_order_apart() -> None:
     layers = [nn.Linear(2, 2), nn.Linear(2, 2).half(), nn.Sequential(nn.Linear(2, 2))]
     layers[2][0].load_state_dict(layers[0].state_dict())
     assert len({fingerprint_of_model(layer) for layer in layers}) == 3
+
+
+def test_fingerprints_tell_what_is_no_tensor_apart() -> None:
+    values = [True, False, 1, 1.5, "a", None, np.ones(2), np.zeros(2), np.ones(2, dtype="float32"), [1], object()]
+    assert len({fingerprint_of_batches([{"x": value}]) for value in values}) == len(values)
+    assert fingerprint_of_batches([{"x": object()}]) == fingerprint_of_batches([{"x": object()}])
+    with torch.device("meta"):
+        assert fingerprint_of_model(nn.Linear(2, 2)) == fingerprint_of_model(nn.Linear(2, 2))
+
+
+def test_fingerprints_of_configs_leave_out_where_a_model_is_from() -> None:
+    one, two, other = llama(), llama(), llama(rms_norm_eps=1e-3)
+    two.config._name_or_path = "elsewhere"
+    assert fingerprint_of_config(one) == fingerprint_of_config(two)
+    assert len({fingerprint_of_config(model) for model in (one, other, nn.Linear(2, 2), nn.Identity())}) == 4
+
+
+def test_fingerprints_of_rows_count_and_look_at_them() -> None:
+    rows = [{"x": torch.tensor(i)} for i in range(12)]
+    table = datasets.Dataset.from_dict({"x": list(range(12))})
+    lists = [rows, rows[:-1], [*rows[:5], rows[0], *rows[6:]], []]
+    kinds = [*lists, table, table.select(range(11)), range(12), range(11), iter(rows)]
+    assert len({fingerprint_of_rows(kind) for kind in kinds}) == len(kinds)
+    assert fingerprint_of_rows(rows, most=3) == fingerprint_of_rows([*rows[:5], rows[0], *rows[6:]], most=3)

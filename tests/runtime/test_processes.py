@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
+from datetime import timedelta
 from pathlib import Path
+from unittest.mock import patch
 
 import pytest
 import torch
 import torch.distributed as dist
+from support.block_by_block import TEXT, WAYS, by_block
 from support.compressing import IMAGES, compressed
-from support.models import convnet
+from support.models import convnet, llama
 from support.processes import run_in_processes
 from torch import Tensor
 
+from reparam_peft.evaluation.measures import Measure
 from reparam_peft.runtime.processes import share_out
+from reparam_peft.tuner.layer import ReparamLayer
 
 NAMES = ["one", "three", "fifteen"]
 
@@ -75,3 +81,39 @@ def test_two_processes_do_every_other_and_both_have_all(tmp_path: Path) -> None:
 def test_an_error_has_the_name() -> None:
     with pytest.raises(ValueError, match=r"^three: it cannot be counted"):
         share(["three"], failing)
+
+
+FAILING = {
+    "targets are looked for": (1, "reparam_peft.compression.job.select_targets"),
+    "targets are checked": (1, "reparam_peft.compression.block_by_block.check_targets"),
+    "the run folder is opened": (0, "reparam_peft.runtime.run_folder.lock_folder"),
+    "inputs are replayed": (1, "reparam_peft.compression.block_by_block.Replay"),
+    "a block is factorised": (1, "reparam_peft.compression.block_by_block.BlockByBlock._factorize"),
+    "a block is refined": (0, "reparam_peft.compression.block_by_block.refine_block"),
+    "a block is written": (0, "reparam_peft.runtime.run_folder.save_tensors"),
+    "outputs are computed": (1, "reparam_peft.blockwise.streams.Stream.put"),
+    "layers are put in place": (1, "reparam_peft.compression.compress.get_peft_model"),
+}
+
+
+def run_failing_phases(rank: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    store = f"file://{folder}/rendezvous"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
+    for number, (fails, name) in enumerate(FAILING.values()):
+        model = llama(num_hidden_layers=1)
+        arguments = {**WAYS["both"], "run_folder": f"{folder}/run {number}"}
+        with ExitStack() as stack:
+            if rank == fails:
+                stack.enter_context(patch(name, side_effect=OSError("out of luck")))
+            error, message = (OSError, "out of luck") if rank == fails else (RuntimeError, "another process of this run")
+            stack.enter_context(pytest.raises(error, match=message))
+            by_block(model, TEXT[:1], arguments)
+        assert not any(isinstance(module, ReparamLayer) for module in model.modules()), name
+    measure = Measure("count", lambda model: float(rank), higher_is_better=True)
+    assert measure.of(llama(num_hidden_layers=1)) == 0, "all have what the first has measured"
+    dist.destroy_process_group()
+
+
+def test_processes_fail_together_in_every_phase(tmp_path: Path) -> None:
+    run_in_processes(run_failing_phases, str(tmp_path))

@@ -8,11 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from support.block_by_block import REFINE, TEXT, WAYS, by_block
+from support.block_by_block import ALL, REFINE, TEXT, WAYS, by_block
+from support.compressing import config_of
 from support.model_state import assert_same_model
 from support.models import llama
 
-from reparam_peft.runtime.files import LOCK
+from reparam_peft import calibrate, plan
+from reparam_peft.runtime.files import LOCK, lock_folder
 from reparam_peft.runtime.run_folder import RunFolder
 
 
@@ -57,6 +59,13 @@ def test_a_damaged_block_is_computed_anew(tmp_path: Path) -> None:
     assert_same_model(by_block(llama(), TEXT, arguments), expected)
 
 
+@pytest.fixture(scope="module")
+def finished_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("finished")
+    by_block(llama(), TEXT, {**WAYS["both"], "run_folder": folder})
+    return folder
+
+
 @pytest.mark.parametrize(
     ("changes", "what"),
     [
@@ -65,16 +74,29 @@ def test_a_damaged_block_is_computed_anew(tmp_path: Path) -> None:
         ({"arguments": {"refine": REFINE}}, "sequential"),
         ({"batches": TEXT[:3]}, "batches"),
         ({"model": lambda: llama(vocab_size=101)}, "model"),
+        ({"model": lambda: llama(rms_norm_eps=1e-3)}, "model's config"),
+        ({"made": {"plan": plan}}, "plan"),
+        ({"made": {"statistics": calibrate}}, "statistics"),
     ],
 )
-def test_a_folder_of_another_run_is_refused(changes: dict[str, Any], what: str, tmp_path: Path) -> None:
-    by_block(llama(), TEXT, {**WAYS["both"], "run_folder": tmp_path})
-    files = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    arguments = {**changes.pop("arguments", WAYS["both"]), "run_folder": tmp_path}
-    model, batches = changes.pop("model", llama)(), changes.pop("batches", TEXT)
+def test_a_folder_of_another_run_is_refused(changes: dict[str, Any], what: str, finished_run: Path) -> None:
+    files = {path: path.read_bytes() for path in finished_run.iterdir()}
+    options = dict(changes)
+    arguments = {**options.pop("arguments", WAYS["both"]), "run_folder": finished_run}
+    for name, make in options.pop("made", {}).items():
+        arguments[name] = make(llama(), config_of(**ALL), TEXT, progress=False)
+    model, batches = options.pop("model", llama)(), options.pop("batches", TEXT)
     with pytest.raises(ValueError, match=f"holds a run with another `{what}`: .* Give another folder, or delete it"):
-        by_block(model, batches, arguments, **changes)
-    assert files == {path: path.read_bytes() for path in tmp_path.iterdir()}
+        by_block(model, batches, arguments, **options)
+    assert files == {path: path.read_bytes() for path in finished_run.iterdir()}
+
+
+@pytest.mark.parametrize("content", ["", "[]", "{", "[" * 100_000])
+def test_a_folder_that_does_not_say_what_its_run_is_of_is_refused(content: str, tmp_path: Path) -> None:
+    (tmp_path / "run.json").write_text(content)
+    with pytest.raises(ValueError, match=r"run\.json does not say what the run is of"):
+        RunFolder(tmp_path, {"keep": 0.5})
+    lock_folder(tmp_path).release()
 
 
 def test_a_folder_of_other_files_is_refused(tmp_path: Path) -> None:

@@ -202,6 +202,9 @@ def test_a_search_that_was_killed_goes_on(model: nn.Module, tmp_path: Path) -> N
     assert [t.keep for t in again.trials] == [t.keep for t in whole.trials]
     assert [t.metric for t in again.trials] == [t.metric for t in whole.trials]
     assert len(count) == 3 + (len(whole.trials) + 1 - 2) + (len(whole.trials) + 1)
+    (tmp_path / "run" / "statistics.safetensors").write_bytes(b"half")
+    with pytest.warns(UserWarning, match=r"statistics\.safetensors is damaged .* They are gathered anew"):
+        run(model, metric=loss, tolerance="30%", run_folder=tmp_path / "run", build=False)
     log = [json.loads(line) for line in (tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()]
     assert log[0] == {"dense": whole.dense_metric}
     assert [entry["keep"] for entry in log[1:]] == [t.keep for t in whole.trials]

@@ -1,0 +1,129 @@
+"""Checkpoints that a training goes on from: whole ones only, and those of the same training only."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
+
+from ..runtime.files import write_whole, writing
+
+MANIFEST = "healing.json"
+FORMAT = "reparam_peft healing 1"
+
+
+def note_whole(checkpoint: str | Path, training: Mapping[str, Any]) -> None:
+    """Write, as the last file of a checkpoint, what it is of, and the SHA-256 of every file in it.
+
+    Args:
+        checkpoint: a folder.
+        training: what the result depends on, for JSON.
+
+    Raises:
+        OSError: writing failed.
+    """
+    folder = Path(checkpoint)
+    files = {str(path.relative_to(folder)): _sha256(path) for path in _files(folder)}
+    write_whole(folder / MANIFEST, json.dumps({"format": FORMAT, "training": training, "files": files}, indent=1))
+
+
+@contextmanager
+def writing_checkpoint(checkpoint: Path) -> Iterator[None]:
+    """Within this block a full disk is told with the name of the checkpoint, whose files go, since they take up space.
+
+    Raises:
+        OSError: writing failed.
+    """
+    try:
+        with writing(checkpoint):
+            try:
+                yield
+            except RuntimeError as error:  # what torch says of a full disk
+                if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
+                    raise OSError(str(error)) from error
+                raise
+    except OSError:
+        shutil.rmtree(checkpoint, ignore_errors=True)
+        raise
+
+
+def last_whole(folder: str | Path, training: Mapping[str, Any]) -> Path | None:
+    """The last checkpoint in a folder that is whole; None: there is none.
+
+    Those that are not, since a run was killed while it wrote or deleted them, or since a file is damaged, are passed over with
+    a warning.
+
+    Args:
+        folder: that a training saves to; it need not exist.
+        training: what it is of, for JSON.
+
+    Raises:
+        ValueError: a checkpoint is of another training.
+    """
+    steps = {}
+    for path in Path(folder).glob(f"{PREFIX_CHECKPOINT_DIR}-*"):
+        step = path.name.removeprefix(f"{PREFIX_CHECKPOINT_DIR}-")
+        if step.isdecimal() and path.is_dir():
+            steps[int(step)] = path
+    whole = (steps[step] for step in sorted(steps, reverse=True) if _is_whole(steps[step], training))
+    return next(whole, None)
+
+
+def this_or_last_whole(checkpoint: str | Path, training: Mapping[str, Any]) -> Path | None:
+    """A checkpoint, or, where it is not whole, the last one beside it that is; warnings and errors as of `last_whole`."""
+    checkpoint = Path(os.path.abspath(checkpoint))
+    return checkpoint if _is_whole(checkpoint, training) else last_whole(checkpoint.parent, training)
+
+
+def _is_whole(checkpoint: Path, training: Mapping[str, Any]) -> bool:
+    fault = _fault(checkpoint, training)
+    if fault is not None:
+        warnings.warn(f"{checkpoint} is passed over, since it is not whole: {fault}.", stacklevel=3)
+    return fault is None
+
+
+def _fault(checkpoint: Path, training: Mapping[str, Any]) -> str | None:
+    """What is wrong with the files of a checkpoint; None: nothing."""
+    try:
+        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        files, noted = dict(manifest["files"]), dict(manifest["training"])
+        if manifest["format"] != FORMAT:
+            return f"{MANIFEST} is of the format {manifest['format']!r}, and not of {FORMAT!r}"
+    except FileNotFoundError:
+        return f"it has no {MANIFEST}, which is written last"
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        return f"{MANIFEST} cannot be read ({error})"
+    wanted = json.loads(json.dumps(training))
+    for key in sorted({*noted, *wanted}):
+        if noted.get(key) != wanted.get(key):
+            raise ValueError(
+                f"{checkpoint} is of a training with another `{key}`: {noted.get(key)!r}, and this one has "
+                f"{wanted.get(key)!r}. Give another folder, or delete the checkpoints."
+            )
+    for name, sha256 in files.items():
+        try:
+            if _sha256(checkpoint / name) != sha256:
+                return f"{name} has been changed"
+        except OSError as error:
+            return f"{name} cannot be read ({error.strerror})"
+    return None
+
+
+def _files(folder: Path) -> list[Path]:
+    return sorted(path for path in folder.rglob("*") if path.is_file() and path.name != MANIFEST)
+
+
+def _sha256(path: Path) -> str:
+    total = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(2**20):
+            total.update(piece)
+    return total.hexdigest()

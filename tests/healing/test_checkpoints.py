@@ -1,0 +1,170 @@
+"""Checkpoints: a training goes on from whole ones of its own only."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig
+from safetensors.torch import load_file, save_file
+from support.healing import ROWS, small, trainer
+from support.models import llama
+
+from reparam_peft.healing import trainer as training_module
+from reparam_peft.healing.checkpoints import MANIFEST, last_whole, note_whole, this_or_last_whole
+from reparam_peft.healing.trainer import TRAINED
+from reparam_peft.runtime.files import lock_folder
+
+TRAINING = {"adapter": "abc", "learning_rate": 0.1}
+
+
+class Killed(BaseException):
+    """What no code but a test expects."""
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    for step in (9, 10, 11):
+        path = tmp_path / f"checkpoint-{step}"
+        (path / "adapter").mkdir(parents=True)
+        for name in ("optimizer.pt", "adapter/config.json"):
+            (path / name).write_text(f"{name} of step {step}")
+        note_whole(path, TRAINING)
+    (tmp_path / "checkpoint-12").write_text("no folder")
+    (tmp_path / "checkpoint-best").mkdir()
+    return tmp_path
+
+
+def test_the_last_one_is_taken(folder: Path) -> None:
+    assert last_whole(folder, TRAINING) == folder / "checkpoint-11"
+    assert this_or_last_whole(folder / "checkpoint-9", TRAINING) == folder / "checkpoint-9"
+    assert last_whole(folder / "none", TRAINING) is None
+
+
+@pytest.mark.parametrize("name", ["optimizer.pt", "adapter/config.json", MANIFEST])
+@pytest.mark.parametrize("damage", ["missing", "empty", "half", "changed"])
+def test_one_that_is_not_whole_is_passed_over(name: str, damage: str, folder: Path) -> None:
+    path = folder / "checkpoint-11" / name
+    content = path.read_bytes()
+    changed = bytes([content[0] ^ 1]) + content[1:]
+    path.write_bytes({"empty": b"", "half": content[: len(content) // 2], "changed": changed}.get(damage, b""))
+    if damage == "missing":
+        path.unlink()
+    for take in (lambda: last_whole(folder, TRAINING), lambda: this_or_last_whole(folder / "checkpoint-11", TRAINING)):
+        with pytest.warns(UserWarning, match=rf"checkpoint-11 is passed over, since it is not whole: .*{Path(name).name}"):
+            assert take() == folder / "checkpoint-10"
+
+
+@pytest.mark.parametrize(
+    "content", ["[]", "7", '{"format": "another", "files": {}, "training": {}}', '{"files": 1}', "[" * 100_000]
+)
+def test_a_note_that_is_none_counts_as_damage(content: str, folder: Path) -> None:
+    (folder / "checkpoint-11" / MANIFEST).write_text(content)
+    with pytest.warns(UserWarning, match="checkpoint-11 is passed over"):
+        assert last_whole(folder, TRAINING) == folder / "checkpoint-10"
+
+
+def test_one_of_another_training_is_refused(folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"checkpoint-11 is of a training with another `learning_rate`: 0\.1, and"):
+        last_whole(folder, {**TRAINING, "learning_rate": 0.2})
+
+
+def test_all_that_changes_the_result_tells_trainings_apart(tmp_path: Path) -> None:
+    def training(**options: Any) -> str:
+        return json.dumps(trainer(tmp_path, **options).training)
+
+    teacher = llama()
+    teacher.lm_head.weight.data.mul_(2)
+    base = small()
+    base.get_base_model().model.norm.weight.data.mul_(2)
+    other_rows = [*ROWS[:-1], {**ROWS[-1], "input_ids": ROWS[-1]["input_ids"].flip(0)}]
+    changes: list[dict[str, Any]] = [
+        *({}, {"model": small(keep=0.3)}, {"model": base}, {"teacher": teacher}, {"rows": ROWS[:-1]}, {"rows": other_rows}),
+        *({"distillation": 0.5}, {"temperature": 2.0}, {"hidden": 1.0}, {"trains": ["factors"]}, {"lora": LoraConfig(r=4)}),
+        *({"learning_rate": 1e-4}, {"max_steps": 9}, {"seed": 1}, {"per_device_train_batch_size": 2}, {"weight_decay": 0.1}),
+    ]
+    assert len({training(**change) for change in changes}) == len(changes)
+    assert training() == training(logging_steps=3, save_strategy="steps", save_total_limit=1), "which change nothing"
+
+
+def run(folder: Path, **resume: Any) -> dict[str, torch.Tensor]:
+    model = small()
+    options = {"save_strategy": "steps", "save_steps": 1, "max_steps": 3, "save_total_limit": 1, "seed": 3}
+    trainer(folder, model, per_device_train_batch_size=2, **options).train(**resume)
+    return {name: parameter.detach() for name, parameter in model.named_parameters()}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> dict[str, torch.Tensor]:
+    return run(tmp_path_factory.mktemp("undisturbed"))
+
+
+@pytest.mark.parametrize("where", ["_save_optimizer_and_scheduler", "note_whole"])
+def test_a_training_that_is_killed_while_it_saves_goes_on(
+    where: str, undisturbed: dict[str, torch.Tensor], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    owner = training_module if where == "note_whole" else training_module.HealingTrainer
+    real = getattr(owner, where)
+
+    def killed(*args: Any) -> None:
+        if any("checkpoint-2" in str(arg) for arg in args):
+            raise Killed
+        real(*args)
+
+    with monkeypatch.context() as patches:
+        patches.setattr(owner, where, killed)
+        with pytest.raises(Killed):
+            run(tmp_path)
+    with pytest.warns(UserWarning, match="checkpoint-2 is passed over, since it is not whole: it has no healing"):
+        resumed = run(tmp_path, resume_from_checkpoint=True)
+    assert all(torch.equal(value, resumed[name]) for name, value in undisturbed.items())
+    assert [path.name for path in tmp_path.glob("checkpoint-*")] == ["checkpoint-3"]
+
+
+@pytest.mark.parametrize("error", [OSError(28, "No space left"), RuntimeError("[enforce fail at inline_container.cc:603]")])
+def test_a_full_disk_names_the_checkpoint_and_gets_its_space_back(
+    error: Exception, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise error
+
+    made = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    monkeypatch.setattr(made, "_save_optimizer_and_scheduler", full)
+    with pytest.raises(OSError, match="checkpoint-1 cannot be written"):
+        made.train()
+    assert not list(tmp_path.glob("checkpoint-*"))
+    with pytest.raises(ValueError, match=f"there is no whole checkpoint at {tmp_path}; leave out"):
+        trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_one_training_saves_to_a_folder_at_a_time(tmp_path: Path) -> None:
+    lock = lock_folder(tmp_path)
+    with pytest.raises(ValueError, match="another run is under way in"):
+        trainer(tmp_path, save_strategy="steps").train()
+    lock.release()
+
+
+@pytest.mark.parametrize("damage", ["no tensors", "NaN", "half", "another name"])
+def test_what_was_trained_is_read_whole_or_refused_by_name(damage: str, tmp_path: Path) -> None:
+    made = trainer(tmp_path)
+    made.save_model(str(tmp_path / "checkpoint-1"), _internal_call=True)
+    path = tmp_path / "checkpoint-1" / TRAINED
+    tensors = load_file(path)
+    name, tensor = next(iter(tensors.items()))
+    if damage == "half":
+        path.write_bytes(path.read_bytes()[:-100])
+    else:
+        changed = {
+            "no tensors": {},
+            "NaN": {**tensors, name: tensor * torch.nan},
+            "another name": {**tensors, "x": tensor.clone()},
+        }
+        save_file(changed[damage], path)
+    before = {key: value.clone() for key, value in made.student.state_dict().items()}
+    made.state.best_model_checkpoint = str(tmp_path / "checkpoint-1")
+    with pytest.raises(ValueError, match=TRAINED):
+        made._load_best_model()
+    assert all(torch.equal(value, before[key]) for key, value in made.student.state_dict().items())
