@@ -293,6 +293,6 @@ def _print(options: CompressOptions, compressed: Compressed, before: Quality | N
     if "evaluation" in result:
         out.print(figures_table(result["evaluation"]))
         for name, words in result["sample"].items():
-            out.print(f"[bold]{name}:[/] ", end="")
-            out.print(words, markup=False, highlight=False, soft_wrap=True)
+            out.print(f"{name}: ", end="", style="bold")
+            out.print(words, highlight=False, soft_wrap=True)
     out.print(f"factorised in {result['seconds']:.1f} s, saved to {options.output}", highlight=False, soft_wrap=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shutil
 import tempfile
@@ -89,8 +90,11 @@ def continuation(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) ->
 
 
 def note_evaluation(model: PeftModel, figures: Mapping[str, float]) -> dict[str, float]:
-    """Put figures into the config of a compressed model, which its card shows when it is saved; returns a copy of them."""
-    config_of(model, "default").evaluation = dict(figures)
+    """Put figures into the config of a compressed model, which its card shows when it is saved; returns a copy of them.
+
+    A config holds finite ones only, so that a model that is broken can still be saved, and looked at.
+    """
+    config_of(model, "default").evaluation = {name: value for name, value in figures.items() if math.isfinite(value)}
     return dict(figures)
 
 
@@ -113,4 +117,4 @@ def figures_table(figures: dict[str, Any]) -> Table:
 
 
 # Tables go to stdout, what happens meanwhile to stderr, so that `--json` can be piped.
-out, err = Console(), Console(stderr=True)
+out, err = Console(markup=False, emoji=False), Console(markup=False, emoji=False, stderr=True)

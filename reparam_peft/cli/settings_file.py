@@ -15,6 +15,11 @@ from .errors import CliError
 LISTS = ("target_modules", "exclude_modules", "methods")
 
 
+LARGEST = 1 << 20  # characters of a file
+# Which plain words YAML takes for true, false and null.
+_YAML = {tag: pattern for rows in yaml.SafeLoader.yaml_implicit_resolvers.values() for tag, pattern in rows}
+
+
 class Command(TyperCommand):
     """A command with the option `--config`, for `@app.command(cls=Command)`; the function behind it need not know."""
 
@@ -53,8 +58,13 @@ def _key(parameter: Any) -> str:
     return (long[0][2:] if long else parameter.name).replace("-", "_")
 
 
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which would let the last of two equal keys win."""
+class _Loader(yaml.BaseLoader):
+    """PyYAML's loader of texts, which is all that a command line has, with true, false and null beside; no references."""
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few of which may stand for any number of values
+            raise yaml.YAMLError("it refers to another part of itself by `*`, which is not read; write it out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -64,10 +74,19 @@ class _Loader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
+for _tag, _first in (("bool", "yYnNtTfFoO"), ("null", ["~", "n", "N", ""])):
+    _name = f"tag:yaml.org,2002:{_tag}"
+    _Loader.add_implicit_resolver(_name, _YAML[_name], list(_first))
+    _Loader.add_constructor(_name, yaml.SafeLoader.yaml_constructors[_name])
+
+
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
+        with path.open(encoding="utf-8") as file:
+            settings = yaml.load(file.read(LARGEST), _Loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CliError(f"--config {path} cannot be read: {error}") from error
     if settings is None:
         return {}
@@ -89,10 +108,10 @@ def _as_typed(name: str, value: Any, is_flag: bool) -> Any:
         return ",".join(value)
     if isinstance(value, bool):  # which YAML also makes of yes, no, on and off
         raise ValueError("must be text or a number (put quotes around yes, no, on and off)")
-    if not isinstance(value, (str, int, float)):
+    if not isinstance(value, str):
         names = " or a list of names" if name in LISTS else ""
         raise ValueError(f"must be text or a number{names}")
-    return str(value)
+    return value
 
 
 def _config(

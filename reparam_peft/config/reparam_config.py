@@ -51,6 +51,8 @@ class ReparamConfig(Fields):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        # The modules of an adapter out of a checkpoint.
+        self._in_file = {*self.rank_pattern, *(self.dense_modules or ())} if self._from_file else None
         if self._from_file:
             self._name_targets()
 
@@ -69,8 +71,8 @@ class ReparamConfig(Fields):
         return self.stored_parameters is not None
 
     def is_of_adapter(self, name: str) -> bool:
-        """Whether a module is one that this config, out of a checkpoint, has a product for or leaves dense."""
-        return name in self.rank_pattern or name in (self.dense_modules or ())
+        """Whether a module is one that a config out of a checkpoint has a product for or leaves dense; else True."""
+        return self._in_file is None or name in self._in_file
 
     def module_rank(self, name: str) -> int | None:
         """The entry of `rank_pattern` for a module: its exact name before any pattern, as PEFT matches patterns."""

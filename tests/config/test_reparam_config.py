@@ -261,9 +261,7 @@ def test_a_file_holds_names_and_no_patterns(patterns: dict[str, Any], tmp_path: 
 def test_a_recipe_in_a_file_holds_no_patterns_either(patterns: dict[str, Any], tmp_path: Path) -> None:
     ReparamConfig(**patterns).save_pretrained(str(tmp_path))
     for read in (PeftConfig.from_pretrained, ReparamConfig.from_pretrained):
-        with pytest.raises(
-            ValueError, match=r"adapter_config\.json: `.*` of a file must hold names"
-        ):
+        with pytest.raises(ValueError, match=r"adapter_config\.json: `.*` of a file must hold names"):
             read(tmp_path)
     names = {"target_modules": "all-linear", "rank_pattern": {"q_proj": 4}}
     ReparamConfig(**names).save_pretrained(str(tmp_path))
