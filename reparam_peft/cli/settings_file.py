@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -45,10 +46,12 @@ def _use(context: typer.Context, path: Path | None) -> None:
         try:
             defaults[parameter.name] = _as_typed(name, value, getattr(parameter, "is_flag", False))
             if value is not None:
-                parameter.process_value(context, defaults[parameter.name])
+                processed = parameter.process_value(context, defaults[parameter.name])
+                if isinstance(processed, float) and not math.isfinite(processed):
+                    raise ValueError("must be a finite number")
         except (ValueError, typer.BadParameter) as error:
             rule = error.message.removeprefix("Value error, ") if isinstance(error, typer.BadParameter) else str(error)
-            raise CliError(f"{path}: `{key}`: {rule.rstrip('.')}, got {value!r}.") from error
+            raise CliError(f"{path}: `{key}`: {rule.rstrip('.')}, got {str(value)[:100]!r}.") from error
     context.default_map = {name: value for name, value in defaults.items() if value is not None}
 
 
