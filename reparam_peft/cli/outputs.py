@@ -43,11 +43,11 @@ def check_output(output: Path, model: str, overwrite: bool, *beside: Path | str 
     for path in beside:
         if path is not None and _resolved(path) == output:
             raise CliError(f"{output} is OUT and {path} as well; choose another one.")
+    others = _replaced(output, beside)
+    if (output.is_file() or others) and not overwrite:
+        raise CliError(f"{output} already exists; choose another folder or add --overwrite.")
     if output.is_file():
         raise CliError(f"{output} is a file; OUT must be a folder.")
-    others = _replaced(output, beside)
-    if others and not overwrite:
-        raise CliError(f"{output} already exists; choose another folder or add --overwrite.")
     if Path.cwd().is_relative_to(output):
         raise CliError(f"{output} is or holds the current folder; choose another folder.")
     if os.path.isdir(model) and Path(model).resolve().is_relative_to(output):

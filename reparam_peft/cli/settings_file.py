@@ -17,8 +17,6 @@ LISTS = ("target_modules", "exclude_modules", "methods")
 
 
 LARGEST = 1 << 20  # characters of a file
-# Which plain words YAML takes for true, false and null.
-_YAML = {tag: pattern for rows in yaml.SafeLoader.yaml_implicit_resolvers.values() for tag, pattern in rows}
 
 
 class Command(TyperCommand):
@@ -51,7 +49,7 @@ def _use(context: typer.Context, path: Path | None) -> None:
                     raise ValueError("must be a finite number")
         except (ValueError, typer.BadParameter) as error:
             rule = error.message.removeprefix("Value error, ") if isinstance(error, typer.BadParameter) else str(error)
-            raise CliError(f"{path}: `{key}`: {rule.rstrip('.')}, got {str(value)[:100]!r}.") from error
+            raise CliError(f"{path}: `{key}`: {rule.rstrip('.')}, got {value!r:.100}.") from error
     context.default_map = {name: value for name, value in defaults.items() if value is not None}
 
 
@@ -61,8 +59,16 @@ def _key(parameter: Any) -> str:
     return (long[0][2:] if long else parameter.name).replace("-", "_")
 
 
-class _Loader(yaml.BaseLoader):
-    """PyYAML's loader of texts, which is all that a command line has, with true, false and null beside; no references."""
+class _Loader(yaml.SafeLoader):
+    """PyYAML's safe loader, to which all but true, false and null is text, as on a command line, and nothing refers to another.
+
+    It would let the last of two equal keys win.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in rows if tag.endswith((":bool", ":null"))]
+        for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
         if self.check_event(yaml.AliasEvent):  # a few of which may stand for any number of values
@@ -75,12 +81,6 @@ class _Loader(yaml.BaseLoader):
         if twice is not None:
             raise yaml.YAMLError(f"`{twice}` is there twice.")
         return super().construct_mapping(node, deep)
-
-
-for _tag, _first in (("bool", "yYnNtTfFoO"), ("null", ["~", "n", "N", ""])):
-    _name = f"tag:yaml.org,2002:{_tag}"
-    _Loader.add_implicit_resolver(_name, _YAML[_name], list(_first))
-    _Loader.add_constructor(_name, yaml.SafeLoader.yaml_constructors[_name])
 
 
 def _read(path: Path) -> dict[Any, Any]:

@@ -153,7 +153,7 @@ def test_refuses_what_is_no_plan(name: str, tmp_path: Path) -> None:
         Plan.from_dict(fields)
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=rf"plan\.json does not hold a plan: .*{message}"):
+    with pytest.raises(ValueError, match=rf"plan\.json (does not hold a plan: .*{message}|holds no JSON .* too large)"):
         Plan.load(path)
 
 
