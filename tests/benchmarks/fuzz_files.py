@@ -90,7 +90,8 @@ def loaders(folder: Path) -> dict[str, Loader]:
     found = reparam_peft.search(
         llama(), config, statistics, evaluation=batches, tolerance="90%", max_trials=2, build=False, progress=False
     )
-    made.save(folder / "files" / "plan.json") if (folder / "files").mkdir() is None else None
+    (folder / "files").mkdir()
+    made.save(folder / "files" / "plan.json")
     statistics.save(folder / "files" / "statistics.safetensors")
     (folder / "files" / "search.json").write_text(json.dumps(found.to_dict()))
     Record.of(small, plan=made, search=found, evaluation={"perplexity": 2.0}).save(folder / "files" / "record.json")
@@ -159,9 +160,8 @@ def loaders(folder: Path) -> dict[str, Loader]:
 def damage_bytes(data: bytes, dice: random.Random, limit: int | None = None) -> bytes:
     """Some bytes, up to a limit, flipped, taken out or put in, or the end cut off."""
     place, length = dice.randrange((limit or len(data)) or 1), dice.choice((1, 1, 2, 8))
-    junk = dice.choice(
-        (dice.randbytes(length), b"\xff\xfe", b"\x00", b"[" * 5000, b"&a *a", b"!!python/object:os.system x", b"1" * 5000)
-    )
+    odd = (b"\xff\xfe", b"\x00", b"[" * 5000, b"&a *a", b"!!python/object:os.system x", b"1" * 5000)
+    junk = dice.choice((dice.randbytes(length), *odd))
     return dice.choice(
         (
             lambda: data[:place] + dice.randbytes(length) + data[place + length :],
@@ -208,26 +208,28 @@ def damage_tensors(data: bytes, dice: random.Random) -> bytes:
     tensors = load(data)
     name = dice.choice(sorted(tensors))
     tensor = tensors.pop(name)
-    for _ in range(1):
-        kind = dice.randrange(7)
-        if kind == 1:
-            tensors[name + dice.choice(("x", "/", ".weight"))] = tensor
-        elif kind == 2:
-            tensors[name] = tensor.flatten()
-        elif kind == 3:
-            tensors[name] = tensor[:-1].clone()
-        elif kind == 4 and tensor.is_floating_point():
-            tensors[name] = torch.full_like(tensor, dice.choice((float("nan"), float("inf"))))
-        elif kind == 5:
-            tensors[name] = tensor.to(dice.choice((torch.int32, torch.bool, torch.float64)))
-        elif kind == 6:
-            tensors[name] = tensor.new_zeros((0, *tensor.shape[1:]))
+    kind = dice.randrange(7)
+    if kind == 1:
+        tensors[name + dice.choice(("x", "/", ".weight"))] = tensor
+    elif kind == 2:
+        tensors[name] = tensor.flatten()
+    elif kind == 3:
+        tensors[name] = tensor[:-1].clone()
+    elif kind == 4 and tensor.is_floating_point():
+        tensors[name] = torch.full_like(tensor, dice.choice((float("nan"), float("inf"))))
+    elif kind == 5:
+        tensors[name] = tensor.to(dice.choice((torch.int32, torch.bool, torch.float64)))
+    elif kind == 6:
+        tensors[name] = tensor.new_zeros((0, *tensor.shape[1:]))
     return save(tensors, metadata)
 
 
 def damage(name: str, data: bytes, dice: random.Random) -> bytes:
     if name.endswith(".safetensors"):
         return damage_tensors(data, dice)
+    if name == "config.json":  # of which one part is read here, and the rest is transformers'
+        fields = json.loads(data)
+        return json.dumps({**fields, "quantization_config": damage_json(fields["quantization_config"], dice)}).encode()
     if name.endswith(".json") and dice.random() < 0.7:
         return json.dumps(damage_json(json.loads(data), dice)).encode()
     if name.endswith(".jsonl") and dice.random() < 0.7:
