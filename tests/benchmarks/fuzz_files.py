@@ -4,7 +4,7 @@
 
 Each file is damaged at random: bytes, values and types of JSON, nesting, names, shapes and dtypes of tensors, truncation. A
 loader must refuse it with `ValueError`, `TypeError` or `OSError` that names the file, or load what computes as before. Numbers
-within tensors are left alone, since no loader can tell one weight from another. Errors that PEFT, transformers or safetensors
+within tensors are left alone, since no loader can tell one weight from another, but for NaN and inf in factors and sums. Errors that PEFT, transformers or safetensors
 raise before they ask this package are counted by themselves.
 """
 
@@ -215,8 +215,10 @@ def damage_tensors(data: bytes, dice: random.Random) -> bytes:
         tensors[name] = tensor.flatten()
     elif kind == 3:
         tensors[name] = tensor[:-1].clone()
-    elif kind == 4 and tensor.is_floating_point():
+    elif kind == 4 and tensor.is_floating_point() and any(part in name for part in ("/", ".A.", ".B.")):
         tensors[name] = torch.full_like(tensor, dice.choice((float("nan"), float("inf"))))
+    elif kind == 4:  # what is not of this package is not looked at by it
+        tensors[name] = tensor
     elif kind == 5:
         tensors[name] = tensor.to(dice.choice((torch.int32, torch.bool, torch.float64)))
     elif kind == 6:
