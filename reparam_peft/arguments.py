@@ -126,6 +126,17 @@ def check_names(name: str, value: Any, *, allows_str: bool = False) -> None:
         raise TypeError(f"`{name}` must be a {'str or ' * allows_str}list of module names, got {value!r}.")
 
 
+def check_text(name: str, value: object) -> None:
+    """Raise `ValueError` unless a value is text of one line that any terminal shows as it is.
+
+    >>> check_text("name", "fc\\x1b[31m")
+    Traceback (most recent call last):
+    ValueError: `name` must be text that can be printed, got 'fc\\x1b[31m'.
+    """
+    if not isinstance(value, str) or not value.isprintable():
+        raise ValueError(f"`{name}` must be text that can be printed, got {value!r}.")
+
+
 def check_regex(name: str, pattern: str) -> None:
     """Raise `ValueError` where `re` would fail later, inside PEFT's matching."""
     try:

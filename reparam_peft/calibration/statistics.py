@@ -12,9 +12,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
+from ..arguments import check_seed, check_text, is_finite
 from ..layers.kinds import Wrapper, is_quantized, kind_and_layer, layer_kind, stored_weight
 from ..runtime.files import save_tensors
 from ..runtime.fingerprints import fingerprint_of_tensors, fingerprint_of_values
+from ..runtime.json_files import parse_json
 from ..runtime.modules import naming
 from .sums import InputSums, OutputSums, Sums, WeightedSums
 
@@ -238,7 +240,7 @@ class Statistics:
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); copy it again, or gather the statistics anew.") from error
         try:
-            plain = json.loads(metadata["statistics"])
+            plain = parse_json(metadata["statistics"], "the header")
             reads, weight_norms, seed = (plain.pop(name) for name in ("inputs", "weight_norms", "seed"))
             parts: dict[str, dict[str, Any]] = {**plain, **{part: {} for part in _TENSORS}}
             for key, tensor in tensors.items():
@@ -259,6 +261,11 @@ class Statistics:
 
     def _check_whole(self) -> None:
         """Raise `ValueError` unless all records are whole, and modules have the inputs that they read and norms."""
+        check_seed("seed", self.seed)
+        for name in self.weight_norms:
+            check_text("name of a module", name)
+        if not all(is_finite(norm) and norm >= 0 for norm in self.weight_norms.values()):
+            raise ValueError("a norm of a weight is no finite number")
         have_norms = self.weight_norms.keys() >= self.reads.keys() | self.outputs.keys()
         if not have_norms or set(self.reads.values()) != self.inputs.keys():
             raise ValueError("modules and their inputs do not fit each other")

@@ -8,7 +8,7 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
 from safetensors import SafetensorError
@@ -88,7 +88,19 @@ def main() -> None:
         app()
     try:
         app()
-    except (CliError, ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, SafetensorError) as error:
-        message = " ".join(str(error).split()) or type(error).__name__
-        print(f"error: {message}", file=sys.stderr)
-        sys.exit(1)
+    except EXPECTED as error:
+        _tell(str(error) or type(error).__name__)
+    except Exception as error:  # a fault of a library or of ours, which a file of a stranger may bring about
+        _tell(f"{type(error).__name__}: {error}")
+
+
+EXPECTED = (CliError, ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, SafetensorError)
+LONGEST = 2000  # characters of a message, which may quote a file
+
+
+def _tell(message: str) -> NoReturn:
+    """One line on stderr, of characters that a terminal shows as they are, and exit code 1."""
+    line = " ".join(message.split())
+    plain = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
+    print(f"error: {plain if len(plain) <= LONGEST else plain[:LONGEST] + ' …'}", file=sys.stderr)
+    sys.exit(1)

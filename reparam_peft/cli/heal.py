@@ -56,7 +56,8 @@ def heal(
 ) -> None:
     """Train the compressed MODEL to predict what the dense one predicts, and save it to OUT."""
     output = output.resolve()
-    check_output(output, model, overwrite)
+    beside = (training.run_folder, calibration, text.text)
+    check_output(output, model, overwrite, *beside)
     small, tokenizer = load_compressed(model, load.dtype, load.device, trainable=True, keep=keep)
     check_language_model(small, model, "")
     record = record_of_adapter(model, small)
@@ -77,7 +78,7 @@ def heal(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # of tenths of the training
     figures["perplexity"] = perplexity(small.eval(), test, progress=True)
     record = record.with_(evaluation=note_evaluation(small, figures), losses=losses, samples=[], speed=None, angles={})
-    save_whole(small, tokenizer, output, saving_with(record))
+    save_whole(small, tokenizer, output, *beside, save=saving_with(record))
     if as_json:
         print(json.dumps({"model": model, "output": str(output), "evaluation": figures, "losses": losses}))
         return

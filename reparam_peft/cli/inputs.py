@@ -46,13 +46,14 @@ def load_model(
         if os.path.exists(os.path.join(source, "adapter_config.json")):
             loaded = _load_adapter(model, source, torch_dtype, trainable, keep)
         else:
-            architectures = AutoConfig.from_pretrained(source).architectures or [""]
+            architectures = AutoConfig.from_pretrained(source, trust_remote_code=False).architectures or [""]
             named = getattr(transformers, architectures[0], None)
             loader = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else AutoModel
             if keep is not None:
                 raise _no_smaller_size(model)
-            loaded = loader.from_pretrained(source, dtype=torch_dtype)
-        tokenizer = AutoTokenizer.from_pretrained(source)
+            code = {"trust_remote_code": False} if loader is AutoModel else {}
+            loaded = loader.from_pretrained(source, dtype=torch_dtype, **code)
+        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, SafetensorError) as error:
         raise CliError(f"{model} cannot be loaded: {error}") from error
     return loaded.to(target).eval(), tokenizer
@@ -118,11 +119,16 @@ def _load_adapter(model: str, source: str, dtype: Any, trainable: bool, keep: fl
     config = PeftConfig.from_pretrained(source)
     loader = getattr(peft, AUTO_CLASSES.get(config.task_type, "AutoPeftModel"))
     if keep is None:
-        return loader.from_pretrained(source, dtype=dtype, is_trainable=trainable)
+        return loader.from_pretrained(source, dtype=dtype, is_trainable=trainable, **_code_of(loader))
     if not isinstance(config, ReparamConfig):
         raise _no_smaller_size(model)
     smaller = ReparamConfig.from_pretrained(source, keep=keep)
-    return loader.from_pretrained(source, dtype=dtype, is_trainable=trainable, config=smaller)
+    return loader.from_pretrained(source, dtype=dtype, is_trainable=trainable, config=smaller, **_code_of(loader))
+
+
+def _code_of(loader: Any) -> dict[str, bool]:
+    """That no code of a base model is run; classes of transformers themselves, which have none, take no such argument."""
+    return {} if loader is peft.AutoPeftModel else {"trust_remote_code": False}
 
 
 def _no_smaller_size(model: str) -> CliError:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import json
+import fnmatch
+import math
 import os
 import shutil
-import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,9 @@ from rich.console import Console
 from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
+from ..report.page import INDEX
+from ..runtime.files import unfinished
+from ..runtime.json_files import read_json
 from ..runtime.modules import predicts_next_token
 from ..standalone.checkpoint import METHOD
 from ..tuner.model import config_of
@@ -24,9 +27,24 @@ from .errors import CliError
 PROMPTS = ("The capital of France is", "In the beginning of the twentieth century,", "def factorial(n):")
 
 
-def check_output(output: Path, model: str, overwrite: bool) -> None:
-    """Refuse, before any work, an OUT whose replacement would delete something else than an earlier result."""
-    if output.exists() and (output.is_file() or any(output.iterdir())) and not overwrite:
+# What commands write into OUT, beside the tokenizer's files.
+_OURS = ("*.safetensors", "*.json", "*.jinja", "*.model", "README.md", "vocab.txt", "merges.txt", "modeling_reparam.py")
+
+
+def check_output(output: Path, model: str, overwrite: bool, *beside: Path | str | None) -> None:
+    """Refuse, before any work, an OUT whose replacement would delete something else than an earlier result.
+
+    Args:
+        output: OUT, resolved.
+        model: MODEL.
+        overwrite: whether an earlier result may be replaced.
+        beside: other files and folders that the command is given, which may be in OUT and stay.
+    """
+    for path in beside:
+        if path is not None and _resolved(path) == output:
+            raise CliError(f"{output} is OUT and {path} as well; choose another one.")
+    others = _replaced(output, beside)
+    if (output.is_file() or others) and not overwrite:
         raise CliError(f"{output} already exists; choose another folder or add --overwrite.")
     if output.is_file():
         raise CliError(f"{output} is a file; OUT must be a folder.")
@@ -34,34 +52,71 @@ def check_output(output: Path, model: str, overwrite: bool) -> None:
         raise CliError(f"{output} is or holds the current folder; choose another folder.")
     if os.path.isdir(model) and Path(model).resolve().is_relative_to(output):
         raise CliError(f"{output} holds the model itself, which must not be overwritten; choose another folder.")
-    if output.exists() and any(output.iterdir()) and not _is_compressed(output):
-        raise CliError(f"{output} holds no compressed model but other files, which are not overwritten; choose another folder.")
+    foreign = [path.name for path in others if not _is_result(path)]
+    if others and (foreign or not _is_compressed(output)):
+        named = f" ({foreign[0]})" if foreign else ""
+        raise CliError(
+            f"{output} holds no compressed model but other files{named}, which are not overwritten; choose another folder."
+        )
+
+
+def _resolved(path: Path | str) -> Path:
+    """Where a file or folder is, not where it leads to."""
+    return Path(path).absolute().parent.resolve() / Path(path).name
+
+
+def _replaced(output: Path, beside: Iterable[Path | str | None]) -> list[Path]:
+    """What is in OUT, without what holds other files and folders that a command is given."""
+    kept = {where.relative_to(output).parts[0] for path in beside if path and (where := _resolved(path)).is_relative_to(output)}
+    return sorted(path for path in output.iterdir() if path.name not in kept) if output.is_dir() else []
+
+
+def _is_result(path: Path) -> bool:
+    """Whether something in OUT may have been written by a command."""
+    if path.is_dir():
+        return path.name == "report" and (path / INDEX).is_file()
+    return any(fnmatch.fnmatch(path.name, pattern) for pattern in _OURS)
 
 
 def _is_compressed(folder: Path) -> bool:
-    """Whether a folder holds an adapter or a standalone checkpoint."""
-    if (folder / "adapter_config.json").exists():
-        return True
+    """Whether a folder holds an adapter of this package or a standalone checkpoint."""
     try:
-        config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+        if (folder / "adapter_config.json").exists():
+            return read_json(folder / "adapter_config.json")["peft_type"] == "REPARAM"
+        config = read_json(folder / "config.json")
         return "reparam_layers" in config or config["quantization_config"]["quant_method"] == METHOD
     except (OSError, ValueError, KeyError, TypeError):
         return False
 
 
 def save_whole(
-    model: Any, tokenizer: PreTrainedTokenizerBase, output: Path, save: Callable[[Any, Path], None] | None = None
+    model: Any,
+    tokenizer: PreTrainedTokenizerBase,
+    output: Path,
+    *beside: Path | str | None,
+    save: Callable[[Any, Path], None] | None = None,
 ) -> None:
     """Write model and tokenizer beside `output` and move them there whole, so that nothing half-written stays.
 
-    `save` writes the model; None: its own `save_pretrained`.
+    Args:
+        model: to save.
+        tokenizer: of the model.
+        output: OUT, as `check_output` lets it pass.
+        beside: what stays in OUT, as for `check_output`. Where something does, files are moved in one by one, the config last.
+        save: writes the model; None: its own `save_pretrained`.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder, aside = (Path(tempfile.mkdtemp(prefix=f".{output.name}-", dir=output.parent)) for _ in range(2))
+    folder, aside = unfinished(output), unfinished(output)
     try:
         (save or type(model).save_pretrained)(model, folder)
         tokenizer.save_pretrained(folder)
-        folder.chmod(0o755)
+        replaced = _replaced(output, beside)
+        if output.exists() and len(replaced) < len(list(output.iterdir())):
+            for path in replaced:
+                path.rename(aside / path.name)
+            for path in sorted(folder.iterdir(), key=lambda path: path.name in ("adapter_config.json", "config.json")):
+                path.rename(output / path.name)
+            return
         earlier = output.rename(aside / output.name) if output.exists() else None
         try:
             folder.rename(output)
@@ -89,8 +144,11 @@ def continuation(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str) ->
 
 
 def note_evaluation(model: PeftModel, figures: Mapping[str, float]) -> dict[str, float]:
-    """Put figures into the config of a compressed model, which its card shows when it is saved; returns a copy of them."""
-    config_of(model, "default").evaluation = dict(figures)
+    """Put figures into the config of a compressed model, which its card shows when it is saved; returns a copy of them.
+
+    A config holds finite ones only, so that a model that is broken can still be saved, and looked at.
+    """
+    config_of(model, "default").evaluation = {name: value for name, value in figures.items() if math.isfinite(value)}
     return dict(figures)
 
 
@@ -113,4 +171,4 @@ def figures_table(figures: dict[str, Any]) -> Table:
 
 
 # Tables go to stdout, what happens meanwhile to stderr, so that `--json` can be piped.
-out, err = Console(), Console(stderr=True)
+out, err = Console(markup=False, emoji=False), Console(markup=False, emoji=False, stderr=True)

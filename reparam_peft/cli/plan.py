@@ -9,6 +9,7 @@ from typing import Annotated
 import typer
 
 from ..compression.compress import plan as plan_model
+from ..planning.plan import Plan
 from .errors import CliError
 from .inputs import load_dense
 from .options import CalibrationOptions, ConfigOptions, JsonOption, LengthOption, LoadOptions, ModelArgument, SeedOption
@@ -31,6 +32,11 @@ def plan(
     if is_data_free(config):
         raise CliError(f"a plan needs calibration; leave out --method {config.method} or add --allocation loss.")
     check_folder("--output", output)
+    if output is not None and output.exists():
+        try:
+            Plan.load(output)
+        except ValueError as error:
+            raise CliError(f"--output {output} exists and holds no plan, and is not overwritten; name another file.") from error
     source = Calibration.of(calibration, length, seed)
     earlier = source.earlier(config)
     dense, tokenizer = load_dense(model, load.dtype, load.device)

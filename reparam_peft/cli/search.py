@@ -69,7 +69,8 @@ def search(
 ) -> None:
     """Find the smallest compressed MODEL whose metric gets no worse than allowed, and save it to OUT."""
     output = output.resolve()
-    check_output(output, model, overwrite)
+    beside = (run_folder, calibration.statistics, calibration.calibration, text.text)
+    check_output(output, model, overwrite, *beside)
     config = ConfigOptions(targets=targets, storage=storage).config()
     source = Calibration.of(calibration, text.length, seed)
     statistics = source.earlier(config)
@@ -97,7 +98,7 @@ def search(
     figures = {f"dense {result.metric}": result.dense_metric, result.metric: result.chosen.metric}
     note_evaluation(result.model, figures)
     record = Record.of(result.model, plan=result.plan, search=result, angles=False).with_(model=model)
-    save_whole(result.model, tokenizer, output, saving_with(record))
+    save_whole(result.model, tokenizer, output, *beside, save=saving_with(record))
     if as_json:
         print(json.dumps({"model": model, "output": str(output), **result.to_dict()}))
     else:

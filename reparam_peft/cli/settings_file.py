@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +14,9 @@ from .errors import CliError
 
 # Options that take names separated by commas, and in a file a list of names, too.
 LISTS = ("target_modules", "exclude_modules", "methods")
+
+
+LARGEST = 1 << 20  # characters of a file
 
 
 class Command(TyperCommand):
@@ -40,10 +44,12 @@ def _use(context: typer.Context, path: Path | None) -> None:
         try:
             defaults[parameter.name] = _as_typed(name, value, getattr(parameter, "is_flag", False))
             if value is not None:
-                parameter.process_value(context, defaults[parameter.name])
+                processed = parameter.process_value(context, defaults[parameter.name])
+                if isinstance(processed, float) and not math.isfinite(processed):
+                    raise ValueError("must be a finite number")
         except (ValueError, typer.BadParameter) as error:
             rule = error.message.removeprefix("Value error, ") if isinstance(error, typer.BadParameter) else str(error)
-            raise CliError(f"{path}: `{key}`: {rule.rstrip('.')}, got {value!r}.") from error
+            raise CliError(f"{path}: `{key}`: {rule.rstrip('.')}, got {value!r:.100}.") from error
     context.default_map = {name: value for name, value in defaults.items() if value is not None}
 
 
@@ -54,7 +60,20 @@ def _key(parameter: Any) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, which would let the last of two equal keys win."""
+    """PyYAML's safe loader, to which all but true, false and null is text, as on a command line, and nothing refers to another.
+
+    It would let the last of two equal keys win.
+    """
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in rows if tag.endswith((":bool", ":null"))]
+        for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
+        if self.check_event(yaml.AliasEvent):  # a few of which may stand for any number of values
+            raise yaml.YAMLError("it refers to another part of itself by `*`, which is not read; write it out")
+        return super().compose_node(parent, index)
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = [self.construct_object(key, deep=True) for key, _ in node.value]
@@ -66,8 +85,11 @@ class _Loader(yaml.SafeLoader):
 
 def _read(path: Path) -> dict[Any, Any]:
     try:
-        settings = yaml.load(path.read_text(encoding="utf-8"), _Loader)
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        if path.exists() and not path.is_file():
+            raise OSError("it is no file")
+        with path.open(encoding="utf-8") as file:
+            settings = yaml.load(file.read(LARGEST), _Loader)
+    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
         raise CliError(f"--config {path} cannot be read: {error}") from error
     if settings is None:
         return {}
@@ -89,10 +111,10 @@ def _as_typed(name: str, value: Any, is_flag: bool) -> Any:
         return ",".join(value)
     if isinstance(value, bool):  # which YAML also makes of yes, no, on and off
         raise ValueError("must be text or a number (put quotes around yes, no, on and off)")
-    if not isinstance(value, (str, int, float)):
+    if not isinstance(value, str):
         names = " or a list of names" if name in LISTS else ""
         raise ValueError(f"must be text or a number{names}")
-    return str(value)
+    return value
 
 
 def _config(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
+import json
 import os
-import shutil
 import time
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -17,6 +17,7 @@ from torch import nn
 from tqdm.auto import tqdm
 from transformers import AutoConfig, PreTrainedModel
 
+from ..arguments import check_seed
 from ..blockwise.anchoring import Anchoring
 from ..blockwise.blocks import find_blocks
 from ..blockwise.refinement import Refinement
@@ -25,8 +26,9 @@ from ..config.model_card import write_standalone_card
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import Product, product_of, tensors_of
 from ..planning.plan import Plan
-from ..runtime.files import remove_whole, writing
+from ..runtime.files import remove_whole, unfinished, write_whole, writing
 from ..runtime.fingerprints import fingerprint_of_model
+from ..runtime.json_files import read_json
 from ..runtime.run_folder import RunFolder, json_able
 from ..standalone.self_contained import auto_class
 from ..tuner.data_free import check_data_free, check_standalone, factorize_targets, installing
@@ -36,10 +38,9 @@ from ..tuner.targets import Target
 from .block_by_block import Steps
 from .compress import compress_blocks, options_of
 from .job import Options
+from .sources import copy_files, files_beside_weights
 
-# What of the source is not copied: weights in any format, and what is written anew.
-WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ckpt", "*.index.json")
-WRITTEN = ("config.json", "generation_config.json", "README.md", "adapter_config.json", ".git*")
+MADE = "destination.json"  # of the run folder: which folder the run has made
 
 
 def compress_checkpoint(
@@ -67,9 +68,12 @@ def compress_checkpoint(
     A run that was killed goes on after its last finished block when it is called again with the same arguments, and ends with
     the same bytes. Finished blocks are in `.<name of destination>.run` beside the destination, which appears when all is done.
 
+    Tokenizer and other small files of the source go along. Code does not, nor what configs say of it, nor links that lead out
+    of the source.
+
     Args:
         source: a folder with safetensors, or a Hub id.
-        destination: a folder that does not exist yet.
+        destination: a folder that does not exist yet, outside of the source.
         config: what to compress, and to which size. Without batches, what `get_peft_model` takes.
         batches: keyword batches, for everything that is calibrated; None: the truncated SVD.
         plan, statistics, sequential, refine, max_memory, offload_folder, seed, progress: as for `compress`; with batches only.
@@ -79,15 +83,15 @@ def compress_checkpoint(
         The sizes before and after.
 
     Raises:
-        FileExistsError: the destination exists.
-        ValueError: the source has no safetensors, or is no plain transformers model; another run into the same destination is
-            under way, or was begun with other arguments; or as for `compress`.
+        FileExistsError: the destination exists, or has appeared meanwhile; then the finished work is kept.
+        ValueError: the source has no safetensors, holds named pipes or the destination, or is no plain transformers model;
+            another run into the same destination is under way, or was begun with other arguments; or as for `compress`.
         OSError: the disk is full, or a folder cannot be written. Source and earlier results stay as they are.
     """
     destination = Path(os.path.abspath(destination))
     run = destination.with_name(f".{destination.name}.run")
-    if destination.exists() and not run.exists():  # else a run was killed when all was done but this
-        raise FileExistsError(f"`destination` {destination} exists; give a new folder, or delete it.")
+    check_seed("seed", seed)
+    _check_destination(destination, run)
     check_standalone(config)
     if batches is None:
         with_batches = {"plan": plan, "statistics": statistics, "max_memory": max_memory, "offload_folder": offload_folder}
@@ -96,6 +100,9 @@ def compress_checkpoint(
                 raise ValueError(f"`{name}` has an effect with `batches` only; leave it out.")
         check_data_free(config)
     folder = _local(source, revision)
+    if destination.resolve().is_relative_to(folder.resolve()):
+        raise ValueError(f"`destination` {destination} is inside of `source` {folder}; give a folder elsewhere.")
+    files = files_beside_weights(folder)
     lock = FileLock(run.with_suffix(".lock"))
     with writing(destination.parent):
         destination.parent.mkdir(parents=True, exist_ok=True)
@@ -118,20 +125,42 @@ def compress_checkpoint(
             options = Options(seed, progress, max_memory)
             small = compress_blocks(model, config, batches, steps, options, plan, statistics, autocast_adapter_dtype=False)
         report = small.size_report()
-        if not destination.exists():
-            aside = run / "checkpoint"
-            shutil.rmtree(aside, ignore_errors=True)
+        if not os.path.lexists(destination):
             with writing(destination):
+                aside = unfinished(run / "checkpoint")
                 plain = small.to_standalone()
                 plain.save_pretrained(aside)
                 write_standalone_card(aside, config_of(small, "default"), auto_class(plain))
-                shutil.copytree(folder, aside, ignore=shutil.ignore_patterns(*WEIGHTS, *WRITTEN), dirs_exist_ok=True)
+                copy_files(folder, files, aside)
+                write_whole(run / MADE, json.dumps(_identity(aside)))
+        _check_destination(destination, run)
+        if not destination.exists():
+            with writing(destination):
                 aside.rename(destination)
         remove_whole(run)
     finally:
         lock.release()
     Path(lock.lock_file).unlink(missing_ok=True)
     return report
+
+
+def _check_destination(destination: Path, run: Path) -> None:
+    """Raise `FileExistsError` where there is a destination, unless a run has made it and was killed before it went away."""
+    if not os.path.lexists(destination):
+        return
+    if not run.exists():
+        raise FileExistsError(f"`destination` {destination} exists; give a new folder, or delete it.")
+    if not (run / MADE).exists() or read_json(run / MADE) != _identity(destination):
+        raise FileExistsError(
+            f"`destination` {destination} exists, and the run into it has not made it. Its finished work is in {run}; move "
+            "the destination away, then call again."
+        )
+
+
+def _identity(folder: Path) -> list[int]:
+    """What stays of a folder when it is renamed."""
+    status = folder.lstat()
+    return [status.st_dev, status.st_ino]
 
 
 def _local(source: str | Path, revision: str | None) -> Path:
@@ -147,14 +176,16 @@ def _local(source: str | Path, revision: str | None) -> Path:
 
 def _mapped(folder: Path) -> PreTrainedModel:
     """The model of a folder, with weights that stay in the files until they are read."""
-    config = AutoConfig.from_pretrained(folder)
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
     (name,) = config.architectures or [""]
     model_class = getattr(transformers, name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)) or getattr(
         config, "quantization_config", None
     ):
         raise ValueError(f"{folder} is a checkpoint of {name or 'no known class'}, not of a plain model of transformers.")
-    return model_class.from_pretrained(folder, dtype="auto", local_files_only=True).requires_grad_(False).eval()
+    model = model_class.from_pretrained(folder, dtype="auto", local_files_only=True)
+    vars(model.config).pop("auto_map", None)  # names code, which does not go along
+    return model.requires_grad_(False).eval()
 
 
 def _data_free(model: PreTrainedModel, config: ReparamConfig, run: Path, progress: bool) -> PeftModel:
@@ -187,7 +218,7 @@ def _data_free_products(
         state = folder.tensors(position)
         for name, target in of_block.items():
             if target.rank is not None:
-                count = sum(key.startswith(f"{name}/") for key in state)
+                count = sum(key.rpartition("/")[0] == name for key in state)
                 products[name] = product_of([state[f"{name}/{i}"] for i in range(count)], target.storage.form)
     return products
 

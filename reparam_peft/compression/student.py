@@ -89,12 +89,13 @@ def restore(student: nn.Module, targets: Mapping[str, Target], state: Mapping[st
     for name, target in targets.items():
         if target.rank is not None:
             module = student.get_submodule(name)
-            count = sum(key.startswith(f"product/{name}/") for key in state)
+            count = sum(key.rpartition("/")[0] == f"product/{name}" for key in state)
             device = stored_weight(module).device
             tensors = [state[f"product/{name}/{i}"].to(device) for i in range(count)]
             set_module(student, name, factorized_layer(target, product_of(tensors, target.storage.form), module))
     for key, value in state.items():
-        part, name, parameter_name = key.split("/")
+        part, _, place = key.partition("/")
+        name, _, parameter_name = place.rpartition("/")
         if part == "changed":
             parameter = student.get_submodule(name).get_parameter(parameter_name)
             parameter.data = value.to(parameter.device)

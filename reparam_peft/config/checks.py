@@ -12,6 +12,7 @@ from ..numerics.methods import METHODS
 from ..numerics.storage import FORMS
 from .fields import ALLOCATIONS, INPUT_METRICS, OF_ALLOCATION, OF_METRICS, OUTPUT_METRICS, Fields
 
+FACTORS = ".reparam_factors."
 STORED = "the fraction of the parameters that is stored"
 
 
@@ -215,18 +216,15 @@ def check_weights(path: Path, ranks: dict[str, int], form: str | None) -> None:
             shapes = {name: tuple(file.get_slice(key).get_shape()) for key, name in names.items()}
     except SafetensorError as error:
         raise ValueError(f"{path} is damaged ({error}); copy or download it again.") from error
-    others = {name.partition(".reparam_factors.")[0] for name in shapes if ".reparam_factors." in name} - ranks.keys()
-    if others:
-        raise ValueError(
-            f"{path} has factors of {min(others)}, which `rank_pattern` of its config does not name; the two do not belong "
-            "together."
-        )
+    unknown = sorted({name.partition(FACTORS)[0] for name in shapes if FACTORS in name} - ranks.keys())
+    if unknown:
+        raise ValueError(f"{path} has factors of {unknown[0]}, which its config does not have; the two do not belong together.")
     expanding = "A.K.weight" if form == "pivot" else "A.weight"
     for name, rank in ranks.items():
         for tensor in ("B.weight", "A.mask" if form == "pivot" else "A.weight"):
-            if f"{name}.reparam_factors.{tensor}" not in shapes:
+            if f"{name}{FACTORS}{tensor}" not in shapes:
                 raise ValueError(f"{path} has no factor {tensor[0]} of {name} ({tensor}); it is damaged or of another model.")
-        shape = shapes.get(f"{name}.reparam_factors.{expanding}")  # the pivot form of rank `out` has none
+        shape = shapes.get(f"{name}{FACTORS}{expanding}")  # the pivot form of rank `out` has none
         if shape is not None and (len(shape) < 2 or shape[1] != rank):
             raise ValueError(
                 f"{path} has a factor A of shape {shape} for {name}, and its config says rank {rank}; the two do not belong "

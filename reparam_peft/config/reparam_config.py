@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from peft.utils import SAFETENSORS_WEIGHTS_NAME, PeftType
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, PeftType
 
 from ..arguments import is_number
 from .checks import check_fields, check_plain, check_weights
@@ -51,6 +51,8 @@ class ReparamConfig(Fields):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        # The modules of an adapter out of a checkpoint.
+        self._in_file = {*self.rank_pattern, *(self.dense_modules or ())} if self._from_file else None
         if self._from_file:
             self._name_targets()
 
@@ -69,8 +71,8 @@ class ReparamConfig(Fields):
         return self.stored_parameters is not None
 
     def is_of_adapter(self, name: str) -> bool:
-        """Whether a module is one that this config, out of a checkpoint, has a product for or leaves dense."""
-        return name in self.rank_pattern or name in (self.dense_modules or ())
+        """Whether a module is one that a config out of a checkpoint has a product for or leaves dense; else True."""
+        return self._in_file is None or name in self._in_file
 
     def module_rank(self, name: str) -> int | None:
         """The entry of `rank_pattern` for a module: its exact name before any pattern, as PEFT matches patterns."""
@@ -80,10 +82,11 @@ class ReparamConfig(Fields):
 
     def check_ranks_used(self, targets: Collection[str]) -> None:
         """Raise `ValueError` where a key of `rank_pattern` is none of the targets and matches none."""
-        for key in self.rank_pattern.keys() - set(targets):
+        where = "" if self._in_file is None else f" of {CONFIG_NAME}"
+        for key in sorted(self.rank_pattern.keys() - set(targets)):
             if self.is_resolved or not any(_matches(key, name) for name in targets):
                 raise ValueError(
-                    f"`rank_pattern` holds {key!r}, which none of the {len(targets)} targeted modules is called or matches; "
+                    f"`rank_pattern`{where} holds {key!r}, which none of the {len(targets)} targeted modules is called or matches; "
                     "correct it or leave it out."
                 )
 
@@ -106,6 +109,11 @@ class ReparamConfig(Fields):
         config = super().from_pretrained(pretrained_model_name_or_path, subfolder, **kwargs)
         weights = Path(pretrained_model_name_or_path, subfolder or "", SAFETENSORS_WEIGHTS_NAME)
         if isinstance(config, ReparamConfig) and weights.is_file():
+            if not config.is_resolved:
+                raise ValueError(
+                    f"{weights.with_name(CONFIG_NAME)} has no `stored_parameters`, and so is not of the adapter beside it; copy "
+                    "or download both again."
+                )
             check_weights(weights, config.rank_pattern, config.form)
         if keep is not None:
             config._make_smaller(keep)

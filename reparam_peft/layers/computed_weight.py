@@ -73,7 +73,11 @@ def _writes(func: Any) -> bool:
     """Whether a function of torch's changes its first argument."""
     name = func.__name__
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("__set__", "__setitem__") or bool(re.fullmatch("__i(add|sub|mul|div|truediv|pow|and|or|xor)__", name))
+    return (
+        in_place
+        or name in ("__set__", "__setitem__")
+        or bool(re.fullmatch("__i(add|sub|mul|div|truediv|pow|and|or|xor)__", name))
+    )
 
 
 def _numbers(weight: ComputedWeight) -> Tensor:

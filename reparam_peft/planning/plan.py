@@ -11,12 +11,13 @@ from typing import Any
 
 from torch import Tensor
 
-from ..arguments import is_int
+from ..arguments import check_text, is_finite, is_int
 from ..config.reparam_config import ReparamConfig
 from ..display.axes import grid_of, heat_map
 from ..display.tables import html_table
 from ..numerics.storage import Storage
 from ..runtime.files import write_whole
+from ..runtime.json_files import read_json
 
 FORMAT = "reparam_peft plan 1"
 
@@ -51,8 +52,8 @@ class ModulePlan:
     def effective_rank(self) -> float:
         """How many directions count: exp of the entropy of the spectrum (Roy & Vetterli 2007); 0 without one."""
         total = sum(self.spectrum)
-        parts = [value / total for value in self.spectrum if value > 0] if total else []
-        return math.exp(-sum(part * math.log(part) for part in parts)) if parts else 0.0
+        parts = [value / total for value in self.spectrum] if total else []
+        return math.exp(-sum(part * math.log(part) for part in parts if part > 0)) if parts else 0.0
 
     def energy(self, rank: int) -> float:
         """The fraction of the spectrum that the first `rank` directions hold, in [0, 1]; 1 where there is nothing to lose."""
@@ -133,9 +134,9 @@ class Plan:
         Raises:
             ValueError: the file holds no plan, or a field of it is wrong.
         """
-        text = Path(path).read_text(encoding="utf-8")
+        fields = read_json(path)
         try:
-            return cls.from_dict(json.loads(text))
+            return cls.from_dict(fields)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} does not hold a plan: {error}") from error
 
@@ -250,15 +251,19 @@ def _cells(module: ModulePlan) -> tuple[str, ...]:
 
 def _module_plan(entry: Mapping[str, Any]) -> ModulePlan:
     shape, rank, spectrum = tuple(entry["shape"]), entry["rank"], tuple(entry["spectrum"])
-    if len(shape) != 2 or not all(isinstance(size, int) and size > 0 for size in shape):
+    check_text("name", entry["name"])
+    if len(shape) != 2 or not all(is_int(size) and size > 0 for size in shape):
         raise ValueError(f"{entry['name']}: `shape` must be two positive ints, got {shape!r}.")
     if rank is not None and not (is_int(rank) and 1 <= rank <= min(shape)):
         raise ValueError(f"{entry['name']}: `rank` must be None or in [1, {min(shape)}], got {rank!r}.")
-    stored, losses = entry["stored_parameters"], [*spectrum, entry["predicted_loss"] or 0.0]
+    stored, lost = entry["stored_parameters"], entry["predicted_loss"]
     if not is_int(stored) or stored < 1:
         raise ValueError(f"{entry['name']}: `stored_parameters` must be a positive int, got {stored!r}.")
-    if not all(isinstance(loss, (int, float)) and math.isfinite(loss) for loss in losses):
-        raise ValueError(f"{entry['name']}: `predicted_loss` and `spectrum` must be finite numbers.")
+    losses = [*spectrum, *([] if lost is None else [lost])]
+    if not (all(map(is_finite, losses)) and math.isfinite(sum(map(abs, losses))) and len(spectrum) <= min(shape)):
+        raise ValueError(
+            f"{entry['name']}: `predicted_loss` and `spectrum` must be finite numbers, at most {min(shape)} of them."
+        )
     return ModulePlan(**{**entry, "shape": shape, "spectrum": spectrum})
 
 

@@ -231,12 +231,13 @@ def _has_spectra(plan: Plan) -> bool:
 
 
 def _png(draw: Callable[[], Any]) -> bytes:
-    drawn = draw()
     from matplotlib import pyplot
 
-    figure = getattr(drawn, "figure", None) or drawn  # axes have a figure; a figure has none above it
     buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
+    with pyplot.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+        drawn = draw()
+        figure = getattr(drawn, "figure", None) or drawn  # axes have a figure; a figure has none above it
+        figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)
     return buffer.getvalue()
 

@@ -12,9 +12,11 @@ from typing import Any, cast
 
 from peft import PeftModel
 
+from ..arguments import check_count, check_text, is_number
 from ..config.reparam_config import ReparamConfig
 from ..planning.plan import ModulePlan, Plan
 from ..runtime.files import write_whole
+from ..runtime.json_files import parse_json, read_json
 from ..runtime.run_folder import LOG, PLAN, SETTINGS
 from ..searching.result import SearchResult
 from ..tuner.model import ReparamModel, config_of
@@ -160,8 +162,9 @@ class Record:
         Raises:
             ValueError: the file holds no record, or a field of it is wrong.
         """
+        parts = read_json(path)
         try:
-            return cls._from_dict(json.loads(Path(path).read_text(encoding="utf-8")))
+            return cls._from_dict(parts)
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{path} does not hold the record of a run: {error}") from error
 
@@ -176,13 +179,16 @@ class Record:
         for sample in parts["samples"]:
             if set(sample) != SAMPLE_KEYS or not all(isinstance(words, str) for words in sample.values()):
                 raise ValueError(f"samples must have texts as {sorted(SAMPLE_KEYS)}.")
-        if parts["sizes"] is not None and not all(isinstance(sizes["stored_bytes"], int) for sizes in parts["sizes"].values()):
-            raise ValueError("`sizes` must hold numbers.")
-        if not all(isinstance(block, dict) for block in parts["blocks"]):
-            raise ValueError("`blocks` must hold lines of a log.")
+        for sizes in (parts["sizes"] or {}).values():
+            for name in ("dense_parameters", "stored_parameters", "dense_bytes", "stored_bytes"):
+                check_count(name, sizes[name], least=0)
+        parts["blocks"] = list(map(_block, parts["blocks"]))
+        for speed in (parts["speed"] or {}, (parts["speed"] or {}).get("baseline") or {}):
+            for name in ("prefill_ms", "decode_ms", "peak_bytes"):
+                _number(speed.get(name))
         parts["losses"] = [_number(loss) for loss in parts["losses"]]
         parts["plan"] = Plan.from_dict(parts["plan"])
-        parts["search"] = parts["search"] and SearchResult.from_dict(parts["search"])
+        parts["search"] = None if parts["search"] is None else SearchResult.from_dict(parts["search"])
         parts["evaluation"] = {measure: _number(value) for measure, value in parts["evaluation"].items()}
         parts["angles"] = {
             kind: {int(depth): _number(angle) for depth, angle in by_depth.items()}
@@ -211,8 +217,8 @@ def read_record(folder: str | Path) -> Record | None:
     if (folder / RECORD).exists():
         return Record.load(folder / RECORD)
     if (folder / SETTINGS).exists() and (folder / PLAN).exists():
+        settings = read_json(folder / SETTINGS)
         try:
-            settings = json.loads((folder / SETTINGS).read_text(encoding="utf-8"))
             config = ReparamConfig(**{key: value for key, value in settings["config"].items() if key in _chosen_fields()})
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise ValueError(f"{folder / SETTINGS} does not hold the settings of a run: {error}") from error
@@ -239,9 +245,19 @@ def _finite(value: Any) -> Any:
     return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
-def _number(value: float | None) -> float:
+def _number(value: object) -> float:
     """A number of JSON, in which null stands for what is not finite."""
+    if value is not None and not is_number(value):
+        raise ValueError(f"there must be a number, got {value!r}.")
     return math.nan if value is None else float(value)
+
+
+def _block(entry: dict[str, Any]) -> dict[str, Any]:
+    """A line of the log of a run block by block, its errors checked."""
+    check_text("block", entry["block"])
+    for key in ("original", "before", "after"):
+        _number(entry.get(key))
+    return entry
 
 
 def _bare_plan(config: ReparamConfig, sizes: SizeReport) -> Plan:
@@ -277,5 +293,8 @@ def _blocks(folder: Path) -> list[dict[str, Any]]:
     path = folder / LOG
     if not path.exists():
         raise ValueError(f"{folder} holds no {LOG}, and so no run block by block.")
-    lines = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    return [line for line in lines if "block" in line]
+    lines = [parse_json(line, path) for line in path.read_bytes().splitlines()]
+    try:
+        return [_block(line) for line in lines if "block" in line]
+    except (ValueError, TypeError, AttributeError) as error:
+        raise ValueError(f"{path} does not hold the log of a run: {error}") from error

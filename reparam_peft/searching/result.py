@@ -9,6 +9,7 @@ from typing import Any
 
 from peft import PeftModel
 
+from ..arguments import check_bool, check_count, check_text, is_finite
 from ..display.axes import new_axes
 from ..display.tables import html_table
 from ..planning.plan import Plan
@@ -96,16 +97,30 @@ class SearchResult:
         Raises:
             ValueError: a field is missing, unknown or wrong.
         """
-        worst = -math.inf if fields.get("higher_is_better") else math.inf
+        worst = -math.inf if isinstance(fields, Mapping) and fields.get("higher_is_better") else math.inf
 
         def trial(entry: Mapping[str, Any]) -> Trial:
-            return Trial(**{**entry, "metric": worst if entry["metric"] is None else entry["metric"]})
+            made = Trial(**{**entry, "metric": worst if entry["metric"] is None else entry["metric"]})
+            numbers = [made.keep, made.seconds, *([] if made.predicted_loss is None else [made.predicted_loss])]
+            numbers += [] if entry["metric"] is None else [made.metric]
+            check_text("method", made.method)
+            check_count("stored_parameters", made.stored_parameters)
+            check_bool("within", made.within)
+            if not all(map(is_finite, numbers)):
+                raise ValueError(f"the numbers of a trial must be finite, got {numbers}")
+            return made
 
         try:
-            chosen = fields["chosen"] and trial(fields["chosen"])
-            return cls(**{**fields, "trials": tuple(map(trial, fields["trials"])), "chosen": chosen})
-        except (TypeError, KeyError) as error:
+            chosen = None if fields["chosen"] is None else trial(fields["chosen"])
+            result = cls(**{**fields, "trials": tuple(map(trial, fields["trials"])), "chosen": chosen})
+            check_text("metric", result.metric)
+            check_count("dense_parameters", result.dense_parameters)
+            check_bool("higher_is_better", result.higher_is_better)
+            if not (is_finite(result.dense_metric) and is_finite(result.limit)) or {result.plan, result.model} != {None}:
+                raise ValueError("`dense_metric` and `limit` must be finite numbers, and it has neither plan nor model")
+        except (TypeError, KeyError, ValueError, AttributeError) as error:
             raise ValueError(f"a field of the search is missing, unknown or wrong: {error}") from error
+        return result
 
     def rows(self) -> list[tuple[str, ...]]:
         """The head of the table, and its rows: the dense model, then the trials from large to small."""

@@ -143,11 +143,12 @@ class ReparamModel(BaseTuner):
             self._targets = copies
         else:
             self._targets = targets if loading else factorize_targets(targets, peft_config)
+        peft_config.rank_pattern = {}  # until `record_resolved`: PEFT would try names in it as regular expressions
 
     @staticmethod
     def _check_target_module_exists(peft_config: ReparamConfig, key: str) -> Any:  # type: ignore[override]
         """PEFT's matching; out of a checkpoint, no more than the modules that it has factors for or leaves dense."""
-        if peft_config.loading and peft_config.is_resolved and not peft_config.is_of_adapter(key):
+        if peft_config.loading and not peft_config.is_of_adapter(key):
             return False
         return BaseTuner._check_target_module_exists(peft_config, key)
 

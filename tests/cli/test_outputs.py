@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from pathlib import Path
 
 import pytest
-from support.command_line import DATA_FREE, Run, assert_error
+from peft import LoraConfig, get_peft_model
+from support.command_line import DATA_FREE, Run, assert_error, calibrated
+from support.models import llama
 from transformers import PreTrainedTokenizerBase
+
+from reparam_peft import ReparamConfig
+from reparam_peft.cli.outputs import note_evaluation
 
 
 def test_an_existing_folder_is_replaced_only_on_request(run: Run, models: Path, tmp_path: Path) -> None:
@@ -20,9 +26,10 @@ def test_an_existing_folder_is_replaced_only_on_request(run: Run, models: Path, 
     assert_error(run(*arguments, "--rank", 8), "out already exists; choose another folder or add --overwrite")
     assert (output / "mine.txt").exists()
     assert set(json.loads((output / "adapter_config.json").read_text())["rank_pattern"].values()) == {4}
+    assert_error(run(*arguments, "--rank", 8, "--overwrite"), r"holds no compressed model but other files \(mine.txt\)")
+    (output / "mine.txt").unlink()
     assert run(*arguments, "--rank", 8, "--overwrite").code == 0
     assert set(json.loads((output / "adapter_config.json").read_text())["rank_pattern"].values()) == {8}
-    assert not (output / "mine.txt").exists()
     file = tmp_path / "file"
     file.write_text("mine")
     assert_error(run("compress", models / "llama", file, "--no-evaluate"), "file already exists")
@@ -75,3 +82,37 @@ def test_a_failure_while_writing_leaves_what_was_there(
         assert_error(run(*arguments, "--overwrite"), "No space left on device")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (output / "mine.txt").read_text() == "mine"
+
+
+def test_what_the_command_is_given_stays_in_out(run: Run, models: Path, tmp_path: Path) -> None:
+    output, blocks = tmp_path / "out", tmp_path / "out" / "blocks"
+    arguments = ["compress", models / "llama", output, *calibrated(models), "--sequential", "--run-folder", blocks]
+    assert run(*arguments).code == 0
+    assert (blocks / "run.json").exists()
+    assert (output / "adapter_config.json").exists()
+    statistics = output / "statistics.safetensors"
+    arguments = ["compress", models / "llama", output, *calibrated(models), "--statistics", statistics]
+    assert_error(run(*arguments, "--overwrite"), r"other files \(blocks\)")
+    shutil.rmtree(blocks)
+    assert run(*arguments, "--overwrite").code == 0
+    before = statistics.read_bytes()
+    arguments = [argument for argument in arguments if argument not in ("--calibration", models / "calibration.txt")]
+    assert run(*arguments, "--overwrite").code == 0
+    assert statistics.read_bytes() == before
+    assert_error(run("compress", models / "llama", output, "--overwrite", "--statistics", output), "is OUT and .* as well")
+
+
+def test_another_adapter_is_not_ours_to_replace(run: Run, models: Path, tmp_path: Path) -> None:
+    LoraConfig(target_modules=["q_proj"]).save_pretrained(str(tmp_path / "lora"))
+    assert_error(run("compress", models / "llama", tmp_path / "lora", *DATA_FREE, "--overwrite"), "holds no compressed model")
+
+
+def test_names_with_brackets_are_printed_as_they_are(run: Run, models: Path, tmp_path: Path) -> None:
+    output = tmp_path / "[bold]out[/] :smile:"
+    assert f"saved to {output}" in run("compress", models / "llama", output, *DATA_FREE).out
+
+
+def test_figures_that_are_not_finite_are_not_saved_with_the_model() -> None:
+    small = get_peft_model(llama(), ReparamConfig(target_modules=["q_proj"], keep=0.5))
+    assert note_evaluation(small, {"a": 1.0, "b": math.inf}) == {"a": 1.0, "b": math.inf}
+    assert small.peft_config["default"].evaluation == {"a": 1.0}

@@ -57,5 +57,7 @@ def test_plans_that_are_refused(run: Run, models: Path, tmp_path: Path) -> None:
     assert_error(result, "--plan is for calibrated methods; leave out --method svd")
     for text in ("{", "[]", "{}", '{"format": "reparam_peft plan 1"}'):
         file.write_text(text)
-        assert_error(run(*compress), "plan.json does not hold a plan")
+        assert_error(run(*compress), "plan.json (does not hold a plan|holds no JSON)")
+        assert_error(run("plan", *arguments, "--output", file), "--output .*plan.json exists and holds no plan")
+        assert file.read_text() == text
     assert not (tmp_path / "out").exists()

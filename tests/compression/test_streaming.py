@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import random
 import resource
@@ -21,8 +22,8 @@ from support.standalone import logits
 from support.tolerances import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
-import reparam_peft.compression.streaming
 from reparam_peft import ReparamConfig, compress, compress_checkpoint
+from reparam_peft.compression import streaming
 
 CONFIG: dict[str, Any] = {"target_modules": "all-linear", "keep": 0.6}
 BATCHES = [{"input_ids": torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(i))} for i in range(4)]
@@ -70,13 +71,13 @@ def test_half_precision_is_never_widened(
     """Factors of a checkpoint larger than memory stay in their files: PEFT would copy them to float32, to be trained."""
     dense = source(tmp_path, llama().bfloat16())
     widened = []
-    made = reparam_peft.compression.streaming.PeftModel.__init__
+    made = streaming.PeftModel.__init__
 
     def counted(self: Any, *args: Any, **kwargs: Any) -> None:
         made(self, *args, **kwargs)
         widened.extend(name for name, p in self.named_parameters() if p.dtype != torch.bfloat16)
 
-    monkeypatch.setattr(reparam_peft.compression.streaming.PeftModel, "__init__", counted)
+    monkeypatch.setattr(streaming.PeftModel, "__init__", counted)
     compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), batches, progress=False)
     assert not widened
 
@@ -133,7 +134,7 @@ def test_an_error_in_the_middle_leaves_nothing_and_is_taken_up(tmp_path: Path, m
     dense = source(tmp_path)
     compress_checkpoint(dense, tmp_path / "whole", ReparamConfig(**CONFIG), progress=False)
     done = []
-    original = reparam_peft.compression.streaming.factorize_targets
+    original = streaming.factorize_targets
 
     def fails(targets: Any, *args: Any, **kwargs: Any) -> Any:
         if len(done) == 1:
@@ -141,16 +142,14 @@ def test_an_error_in_the_middle_leaves_nothing_and_is_taken_up(tmp_path: Path, m
         done.append([*targets])
         return original(targets, *args, **kwargs)
 
-    monkeypatch.setattr(reparam_peft.compression.streaming, "factorize_targets", fails)
+    monkeypatch.setattr(streaming, "factorize_targets", fails)
     with pytest.raises(OSError, match="No space left"):
         compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
     assert not (tmp_path / "small").exists()
     with pytest.raises(ValueError, match="another `config`"):
         compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**{**CONFIG, "keep": 0.5}), progress=False)
     first = done.pop()
-    monkeypatch.setattr(
-        reparam_peft.compression.streaming, "factorize_targets", lambda t, *a, **k: done.append([*t]) or original(t, *a, **k)
-    )
+    monkeypatch.setattr(streaming, "factorize_targets", lambda t, *a, **k: done.append([*t]) or original(t, *a, **k))
     compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
     assert first not in done
     assert (tmp_path / "small/model.safetensors").read_bytes() == (tmp_path / "whole/model.safetensors").read_bytes()
@@ -187,7 +186,7 @@ def test_killed_at_twenty_random_moments(tmp_path: Path) -> None:
 def test_killed_before_the_last_clean_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     dense = source(tmp_path)
     with monkeypatch.context() as patch:
-        patch.setattr(reparam_peft.compression.streaming.shutil, "rmtree", lambda *args, **kwargs: None)
+        patch.setattr(streaming, "remove_whole", lambda folder: None)
         compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
     assert (tmp_path / ".small.run").exists()
     before = (tmp_path / "small/model.safetensors").stat().st_mtime_ns
@@ -215,3 +214,51 @@ def test_what_is_refused(tmp_path: Path) -> None:
         compress_checkpoint(tmp_path / "small", tmp_path / "smaller", ReparamConfig(**CONFIG))
     assert {path.name: path.read_bytes() for path in dense.iterdir()} == before
     assert not (tmp_path / "smaller").exists()
+
+
+def test_a_destination_inside_of_its_source_is_refused_before_any_work(tmp_path: Path) -> None:
+    dense = source(tmp_path)
+    before = sorted(dense.rglob("*"))
+    (tmp_path / "link").symlink_to(dense)
+    for inside in (dense / "small", dense / "a" / "small", tmp_path / "link" / "small"):
+        with pytest.raises(ValueError, match=r"`destination` .* is inside of `source`"):
+            compress_checkpoint(dense, inside, ReparamConfig(**CONFIG), progress=False)
+    assert sorted(dense.rglob("*")) == before
+
+
+def test_code_of_the_source_is_neither_run_nor_published(tmp_path: Path) -> None:
+    dense = source(tmp_path)
+    config = json.loads((dense / "config.json").read_text())
+    names_code = {"auto_map": {"AutoConfig": "code.A", "AutoModelForCausalLM": "code.B"}}
+    (dense / "config.json").write_text(json.dumps({**config, **names_code}))
+    (dense / "code.py").write_text("raise SystemExit")
+    compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), progress=False)
+    assert not list((tmp_path / "small").glob("*.py"))
+    assert "auto_map" not in json.loads((tmp_path / "small" / "config.json").read_text())
+
+
+@pytest.mark.parametrize("holds", [[], ["precious.txt"]])
+def test_a_destination_that_appears_meanwhile_is_left_and_finished_work_kept(
+    holds: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    dense, small = source(tmp_path), tmp_path / "small"
+    with monkeypatch.context() as patch:
+        write_card = streaming.write_standalone_card
+
+        def meanwhile(*args: Any) -> None:
+            write_card(*args)
+            small.mkdir()
+            for name in holds:
+                (small / name).write_text(name)
+
+        patch.setattr(streaming, "write_standalone_card", meanwhile)
+        with pytest.raises(FileExistsError, match=r"the run into it has not made it. Its finished work is in .*\.small\.run"):
+            compress_checkpoint(dense, small, ReparamConfig(**CONFIG), progress=False)
+    with pytest.raises(FileExistsError, match="the run into it has not made it"):
+        compress_checkpoint(dense, small, ReparamConfig(**CONFIG), progress=False)
+    assert [path.name for path in small.iterdir()] == holds
+    small.rename(tmp_path / "elsewhere")
+    monkeypatch.setattr(streaming, "factorize_targets", None)  # all blocks are finished
+    assert compress_checkpoint(dense, small, ReparamConfig(**CONFIG), progress=False).keep <= 0.6
+    assert (small / "config.json").exists()
+    assert not (tmp_path / ".small.run").exists()

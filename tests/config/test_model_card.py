@@ -189,6 +189,7 @@ def test_text_of_a_config_stays_in_its_cell(tmp_path: Path) -> None:
     config = resolved(base_model_name_or_path=HOSTILE, evaluation={HOSTILE: 1.0})
     for _ in range(3):
         update_model_card(str(tmp_path), config)
+    (tmp_path / "standalone").mkdir()
     write_standalone_card(tmp_path / "standalone", config, "AutoModel")
     for path in (tmp_path / "README.md", tmp_path / "standalone" / "README.md"):
         text = ModelCard.load(path).text

@@ -131,6 +131,13 @@ def test_weights_beside_the_config_are_looked_at(form: str, tmp_path: Path) -> N
     path.write_bytes(b"")
     with pytest.raises(ValueError, match=r"adapter_model\.safetensors is damaged"):
         load()
+    save_file({**tensors, f"{prefix.replace('.q.', '.k.')}.B.weight": torch.zeros(4, 5)}, path)
+    with pytest.raises(ValueError, match=r"has factors of layer\.k, which its config does not have"):
+        load()
+    save_file(tensors, path)
+    ReparamConfig(rank_pattern={"layer.q": 4}, form=form).save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=r"adapter_config\.json has no `stored_parameters`"):
+        ReparamConfig.from_pretrained(str(tmp_path))
     for missing in ("A.weight" if form == "factors" else "A.mask", "B.weight"):
         save_file({key: tensor for key, tensor in tensors.items() if not key.endswith(f".{missing}")}, path)
         message = rf"has no factor {missing[0]} of layer.q \({missing}\); it is damaged or of another model"
@@ -261,9 +268,7 @@ def test_a_file_holds_names_and_no_patterns(patterns: dict[str, Any], tmp_path: 
 def test_a_recipe_in_a_file_holds_no_patterns_either(patterns: dict[str, Any], tmp_path: Path) -> None:
     ReparamConfig(**patterns).save_pretrained(str(tmp_path))
     for read in (PeftConfig.from_pretrained, ReparamConfig.from_pretrained):
-        with pytest.raises(
-            ValueError, match=r"adapter_config\.json: `.*` of a file must hold names"
-        ):
+        with pytest.raises(ValueError, match=r"adapter_config\.json: `.*` of a file must hold names"):
             read(tmp_path)
     names = {"target_modules": "all-linear", "rank_pattern": {"q_proj": 4}}
     ReparamConfig(**names).save_pretrained(str(tmp_path))

@@ -129,6 +129,12 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "tokens that are no count": ({**GOOD, "calibration_tokens": -1}, "`calibration_tokens` is filled in .* a count"),
     "stored numbers that are no count": (with_module(stored_parameters=1.5), "a.b: `stored_parameters` must be a positive int"),
     "a loss that is NaN": (with_module(predicted_loss=math.nan), "a.b: `predicted_loss` and `spectrum` must be finite"),
+    "a loss beyond floats": (with_module(predicted_loss=10**400), "a.b: `predicted_loss` and `spectrum` must be finite"),
+    "a loss that is False": (with_module(predicted_loss=False), "a.b: `predicted_loss` and `spectrum` must be finite"),
+    "a sum beyond floats": (with_module(spectrum=[1e308, 1e308]), "a.b: `predicted_loss` and `spectrum` must be finite"),
+    "too long a spectrum": (with_module(spectrum=[0.0] * 5), "a.b: .* at most 4 of them"),
+    "a name that is a number": (with_module(name=5), "`name` must be text that can be printed, got 5"),
+    "a name for the terminal": (with_module(name="\x1b[2J"), "`name` must be text that can be printed"),
     "a spectrum of words": (with_module(spectrum=["1"]), "a.b: `predicted_loss` and `spectrum` must be finite"),
     "a rank above the shape": (with_module(rank=5), r"a.b: `rank` must be None or in \[1, 4\], got 5"),
     "rank 0": (with_module(rank=0), r"a.b: `rank` must be None or in \[1, 4\], got 0"),
@@ -147,7 +153,7 @@ def test_refuses_what_is_no_plan(name: str, tmp_path: Path) -> None:
         Plan.from_dict(fields)
     path = tmp_path / "plan.json"
     path.write_text(json.dumps(fields))
-    with pytest.raises(ValueError, match=rf"plan\.json does not hold a plan: .*{message}"):
+    with pytest.raises(ValueError, match=rf"plan\.json (does not hold a plan: .*{message}|holds no JSON .* too large)"):
         Plan.load(path)
 
 
@@ -155,7 +161,7 @@ def test_refuses_what_is_no_plan(name: str, tmp_path: Path) -> None:
 def test_refuses_a_file_that_holds_something_else(text: str, tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
     path.write_text(text)
-    with pytest.raises(ValueError, match=r"plan\.json does not hold a plan"):
+    with pytest.raises(ValueError, match=r"plan\.json (does not hold a plan|holds no JSON)"):
         Plan.load(path)
 
 

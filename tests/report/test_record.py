@@ -112,6 +112,11 @@ def test_what_does_not_belong_together_is_refused(small: PeftModel, made: Plan, 
         lambda kept: kept.update(blocks=["x"]),
         lambda kept: kept.update(speed=[1]),
         lambda kept: kept.update(model=5),
+        lambda kept: kept.update(blocks=[{"block": "a", "before": "x"}]),
+        lambda kept: kept.update(speed={"prefill_ms": "x"}),
+        lambda kept: kept.update(speed={"baseline": 5}),
+        lambda kept: kept.update(evaluation={"perplexity": "5"}),
+        lambda kept: kept.update(search=[]),
         lambda kept: kept.update(samples=[{"prompt": 1, "dense": "", "compressed": ""}]),
     ],
 )
@@ -127,7 +132,7 @@ def test_damaged_files_are_refused(made: Plan, tmp_path: Path, change: object) -
 def test_a_truncated_file_is_refused(made: Plan, tmp_path: Path) -> None:
     Record(made).save(tmp_path / RECORD)
     (tmp_path / RECORD).write_bytes((tmp_path / RECORD).read_bytes()[:100])
-    with pytest.raises(ValueError, match="does not hold the record of a run"):
+    with pytest.raises(ValueError, match=f"{RECORD} holds no JSON"):
         read_record(tmp_path)
 
 
