@@ -45,6 +45,7 @@ class ReparamModel(BaseTuner):
     _targets: dict[str, Target]
     _awaits_factors = False  # whether a loader may have brought none, which the next forward pass finds out
     _is_cast_next = True  # whether PEFT calls `_cast_adapter_dtype` right after an injection
+    _arriving = ""  # the adapter whose factors PEFT was handed, checked
     _before_injection: Snapshot | None = None  # which an error undoes, until the new adapter is cast
 
     def __init__(
@@ -76,8 +77,8 @@ class ReparamModel(BaseTuner):
             ValueError: a weight is tied, holds no data, or holds NaN or inf; a rank is out of range; or the adapter cannot
                 stand beside the ones that are there.
         """
-        before = Snapshot(self, self._beside())
-        with self._undoing(before, adapter_name):
+        with self._undoing(adapter_name):
+            self._before_injection = Snapshot(self, self._beside())
             config = self._config(adapter_name)
             loading = low_cpu_mem_usage or config.loading or _parameters_start_on_meta()
             if not loading:
@@ -89,15 +90,18 @@ class ReparamModel(BaseTuner):
             self._awaits_factors |= loading
             self.record_resolved(adapter_name, vars(self).pop("_targets", {}))
             self._drop_base_weights(model)
-            self._before_injection = before if self._is_cast_next else None
+            if not self._is_cast_next:
+                self._before_injection = None
 
     @contextmanager
-    def _undoing(self, before: Snapshot, adapter_name: str) -> Iterator[None]:
+    def _undoing(self, adapter_name: str) -> Iterator[None]:
         """Within this block an error takes a new adapter out of the model again."""
         try:
             yield
         except BaseException:
-            before.restore()
+            before, self._before_injection = self._before_injection, None
+            if before is not None:
+                before.restore()
             if len(self.peft_config) > 1:  # transformers' models keep the dict from one adapter to the next
                 self.peft_config.pop(adapter_name, None)
             raise
@@ -324,8 +328,10 @@ class ReparamModel(BaseTuner):
         """Factorise W where a config out of a checkpoint was used without its weights, so that none of them has arrived."""
         layers = list(reparam_layers(self.model))
         awaited = [(name, layer, adapter) for name, layer in layers for adapter in sorted(layer.arrivals.awaited)]
-        on_meta = any(layer.base_layer.weight.is_meta for _, layer, _ in awaited)
-        if not on_meta and not any(layer.arrivals.has_arrived(adapter) for _, layer, adapter in awaited):
+        # Of layers whose W is gone, or on meta, `forward` says that the factors were never loaded.
+        weights = [layer.base_layer.weight for _, layer, _ in awaited]
+        dense = all(weight is not None and not weight.is_meta for weight in weights)
+        if dense and not any(layer.arrivals.has_arrived(adapter) for _, layer, adapter in awaited):
             for name, layer, adapter in awaited:
                 with naming(name):
                     layer.factorize_base(adapter)
@@ -334,9 +340,12 @@ class ReparamModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Upcast half-precision factors to float32 for training only: for inference it would double the stored bytes."""
         trains = not self.peft_config[adapter_name].inference_mode
-        before = self._before_injection
-        with self._unchanged_on_error() if before is None else self._undoing(before, adapter_name):
+        with self._unchanged_on_error() if self._before_injection is None else self._undoing(adapter_name):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype and trains)
+        if adapter_name == self._arriving:  # what was checked as a whole need not be looked for in every layer
+            for _, layer in reparam_layers(self.model):
+                layer.arrivals.stop_waiting(adapter_name)
+        self._arriving = ""
         # What a loader has yet to fill in is cast once more when that is done; until then an error takes it out again.
         if not any(adapter_name in layer.arrivals.awaited for _, layer in reparam_layers(self.model)):
             self._before_injection = None
@@ -376,9 +385,10 @@ class ReparamModel(BaseTuner):
         """
         remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
         fitting = fit_to_model(model, config, adapter_name, remapped)
-        # PEFT loads them now. What was checked as a whole need not be looked for in every layer.
-        for _, layer in reparam_layers(model):
-            layer.arrivals.stop_waiting(adapter_name)
+        # PEFT loads them now, and then casts them: W stays until it has.
+        tuner = model.base_model if isinstance(model, PeftModel) else None
+        if isinstance(tuner, ReparamModel):
+            tuner._arriving = adapter_name
         return fitting
 
 
