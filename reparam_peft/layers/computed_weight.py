@@ -62,8 +62,8 @@ class ComputedWeight(Tensor):
         for target in written:
             if isinstance(target, ComputedWeight):
                 raise RuntimeError(
-                    f"{target.layer_name or 'a factorised layer'}: its weight is the product of its factors and cannot be written "
-                    "to. Change the factors, or merge the adapter first (`merge_and_unload`)."
+                    f"{target.layer_name or 'a factorised layer'}: its weight is the product of its factors and cannot be "
+                    "written to. Change the factors, or merge the adapter first (`merge_and_unload`)."
                 )
         leaves, structure = tree_flatten((args, kwargs))
         for index, leaf in enumerate(leaves):
@@ -78,7 +78,11 @@ def _writes(func: Any) -> bool:
     """Whether a function of torch's changes its first argument."""
     name = func.__name__
     in_place = name.endswith("_") and not name.endswith("__")
-    return in_place or name in ("__set__", "__setitem__") or bool(re.fullmatch("__i(add|sub|mul|div|truediv|pow|and|or|xor)__", name))
+    return (
+        in_place
+        or name in ("__set__", "__setitem__")
+        or bool(re.fullmatch("__i(add|sub|mul|div|truediv|pow|and|or|xor)__", name))
+    )
 
 
 @cache  # once for all layers of a kind

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -59,7 +59,7 @@ class ReparamModel(BaseTuner):
         # `PeftModel` gives a dict and casts the factors next; `inject_adapter_in_model` gives one config and does not.
         vars(self)["_is_cast_next"] = isinstance(peft_config, dict)
         with unchanged_on_error(model):
-            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+            super().__init__(model, cast(Any, peft_config), adapter_name, low_cpu_mem_usage, state_dict)
         self._is_cast_next = True  # after `add_adapter`
 
     def inject_adapter(
@@ -383,12 +383,13 @@ class ReparamModel(BaseTuner):
         Raises:
             ValueError: the checkpoint lacks factors, holds NaN or inf, or their shapes are not those of the config.
         """
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        fitting = fit_to_model(model, config, adapter_name, remapped)
-        # PEFT loads them now, and then casts them: W stays until it has.
         tuner = model.base_model if isinstance(model, PeftModel) else None
+        is_new = isinstance(tuner, ReparamModel) and tuner._before_injection is not None
+        with cast(ReparamModel, tuner)._undoing(adapter_name) if is_new else nullcontext():
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            fitting = fit_to_model(model, config, adapter_name, remapped)
         if isinstance(tuner, ReparamModel):
-            tuner._arriving = adapter_name
+            tuner._arriving = adapter_name  # PEFT loads them now, and then casts them: W stays until it has
         return fitting
 
 

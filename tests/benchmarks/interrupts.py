@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
 import reparam_peft
-from reparam_peft import ReparamConfig, Refinement, calibrate, compress, retruncate, search
+from reparam_peft import Refinement, ReparamConfig, calibrate, compress, retruncate, search
 
 PACKAGES = {"reparam_peft": Path(reparam_peft.__file__).parent, "peft": Path(sys.modules["peft"].__file__ or "").parent}
 TOKENS = torch.arange(16).view(2, 8) % 20

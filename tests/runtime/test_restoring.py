@@ -33,23 +33,30 @@ CHANGES: dict[str, Callable[[nn.Module], object]] = {
 
 
 def state(model: nn.Module) -> list[object]:
-    return [
-        [(name, id(module), module.training, sorted(vars(module)), sorted(module._buffers), len(module._forward_hooks)) for name, module in model.named_modules()],
-        [(name, id(p), p.requires_grad, p.data_ptr(), p.shape) for name, p in model.named_parameters()],
-        (list(model.names), dict(model.ranks)),
-    ]  # fmt: skip
+    modules = [
+        (name, id(module), module.training, sorted(vars(module)), sorted(module._buffers), len(module._forward_hooks))
+        for name, module in model.named_modules()
+    ]
+    parameters = [(name, id(p), p.requires_grad, p.data_ptr(), p.shape) for name, p in model.named_parameters()]
+    return [modules, parameters, list(model.names), dict(model.ranks)]
+
+
+def attempt(model: nn.Module, change: Callable[[nn.Module], object], error: BaseException, *beside: object) -> None:
+    with unchanged_on_error(model, beside):
+        change(model)
+        raise error
 
 
 @pytest.mark.parametrize("change", CHANGES.values(), ids=CHANGES)
 @pytest.mark.parametrize("error", [ValueError, KeyboardInterrupt])
-def test_an_error_undoes_a_change_and_success_does_not(change: Callable[[nn.Module], object], error: type[BaseException]) -> None:
+def test_an_error_undoes_a_change_and_success_does_not(
+    change: Callable[[nn.Module], object], error: type[BaseException]
+) -> None:
     model = net()
     model.names, model.ranks = ["one"], {"first": 2}
     before = state(model)
-    with pytest.raises(error), unchanged_on_error(model):
-        change(model)
-        assert state(model) != before
-        raise error
+    with pytest.raises(error):
+        attempt(model, change, error())
     assert state(model) == before
     with unchanged_on_error(model):
         change(model)
@@ -60,8 +67,7 @@ def test_objects_beside_the_model_and_the_order_of_sets() -> None:
     chosen = {"q_proj", "k_proj", "v_proj"}
     config = SimpleNamespace(rank=2, names=chosen)
     order = list(chosen)
-    with pytest.raises(ValueError, match="stop"), unchanged_on_error(net(), [config]):
-        config.rank, config.other = 3, 1
-        raise ValueError("stop")
+    with pytest.raises(ValueError, match="stop"):
+        attempt(net(), lambda _: vars(config).update(rank=3, other=1), ValueError("stop"), config)
     assert vars(config) == {"rank": 2, "names": chosen}
     assert list(chosen) == order
