@@ -48,7 +48,7 @@ class Factorizer:
         q = direction_losses(W, weighing.gram, weighing.fisher, weighing.input, weighing.output) * weighing.loss_scale
         if not q.isfinite().all():
             raise ValueError(
-                "what its directions cost is too large for a number; look for outliers among its weights, inputs and gradients, "
+                "what its directions cost is too large for a number; look for outliers in its weights, inputs and gradients, "
                 "or leave it out with `exclude_modules`."
             )
         return q
@@ -67,10 +67,7 @@ class Factorizer:
         start = random_factors(wide, rank) if self.from_random else None
         wide_factors = self.method.function(wide, rank, weighing.input, weighing.output, start)
         factors: Factors | PivotFactors
-        if self.form == "pivot":
-            factors = pivot(wide_factors, weighing.input, dtype)
-        else:
-            factors = narrowed(wide_factors, dtype)
+        factors = pivot(wide_factors, weighing.input, dtype) if self.form == "pivot" else narrowed(wide_factors, dtype)
         if output_mean is None:
             return Product(factors)
         A, B = map(exact, factors.factors() if isinstance(factors, PivotFactors) else factors)

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import tree_flatten, tree_unflatten
 
 # What is known without the numbers. Models of transformers ask for dtype and device of some layers in each forward pass.
 _ATTRIBUTES = ("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")
@@ -54,7 +54,7 @@ class ComputedWeight(Tensor):
         if func in WITHOUT_NUMBERS:
             with torch._C.DisableTorchFunctionSubclass():
                 return func(*args, **kwargs)
-        first = args[0] if args else None
+        first = next(iter((*args, *kwargs.values())), None)
         if isinstance(first, ComputedWeight) and func in DETACHED:  # and can be written to no more than this one
             with torch._C.DisableTorchFunctionSubclass():
                 return cls.of(first, first.shape, lambda: first.compute().detach(), first.layer_name)
@@ -62,10 +62,15 @@ class ComputedWeight(Tensor):
         for target in written:
             if isinstance(target, ComputedWeight):
                 raise RuntimeError(
-                    f"{target.layer_name or 'a factorised layer'}: its weight is the product of its factors and cannot be written "
-                    "to. Change the factors, or merge the adapter first (`merge_and_unload`)."
+                    f"{target.layer_name or 'a factorised layer'}: its weight is the product of its factors and cannot be "
+                    "written to. Change the factors, or merge the adapter first (`merge_and_unload`)."
                 )
-        args, kwargs = tree_map(lambda leaf: _numbers(leaf) if isinstance(leaf, ComputedWeight) else leaf, (args, kwargs))
+        leaves, structure = tree_flatten((args, kwargs))
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, ComputedWeight):
+                _tell_of_reading(re.sub(r"(?<=\.)\d+(?=\.|$)", "*", leaf.layer_name))
+                leaves[index] = leaf.compute()
+        args, kwargs = tree_unflatten(leaves, structure)
         return func(*args, **kwargs)
 
 
@@ -80,15 +85,10 @@ def _writes(func: Any) -> bool:
     )
 
 
-def _numbers(weight: ComputedWeight) -> Tensor:
-    _tell_of_reading(re.sub(r"(?<=\.)\d+(?=\.)", "*", weight.layer_name))
-    return weight.compute()
-
-
 @cache  # once for all layers of a kind
 def _tell_of_reading(layer_name: str) -> None:
     warnings.warn(
         f"{layer_name or 'a factorised layer'}: the model reads this weight itself, so that it is computed from the factors in "
         "each pass: such a layer saves storage, and no arithmetic. Leave it out with `exclude_modules` where speed counts.",
-        stacklevel=4,  # whoever read it
+        stacklevel=3,  # whoever read it
     )

@@ -250,17 +250,22 @@ class FactorizedModule(nn.Module):
     @property
     def stored(self) -> Factors | PivotFactors:
         """The product in the form in which it is stored; views of the parameters."""
+        if not isinstance(self.A, PivotExpansion):
+            return self.factors
         B = self.matrix_of_B(weight_of(self.B))
-        if isinstance(self.A, PivotExpansion):
-            K = B.new_empty(0, len(B)) if self.A.K is None else weight_of(self.A.K).flatten(1)
-            return PivotFactors(B, K, self.A.pivots)
-        return Factors(weight_of(self.A).flatten(1), B)
+        K = B.new_empty(0, len(B)) if self.A.K is None else weight_of(self.A.K).flatten(1)
+        return PivotFactors(B, K, self.A.pivots)
 
     @property
     def factors(self) -> Factors:
         """A (out, r) and B (r, in); views of the parameters, but for the A of the pivot form."""
-        stored = self.stored
-        return stored.factors() if isinstance(stored, PivotFactors) else stored
+        B = self.matrix_of_B(weight_of(self.B))
+        if not isinstance(self.A, PivotExpansion):
+            return Factors(weight_of(self.A).flatten(1), B)
+        identity = torch.eye(len(B), dtype=B.dtype, device=B.device)
+        rows = [identity] if self.A.K is None else [identity, weight_of(self.A.K).flatten(1)]
+        # By `order`, as outputs are, and not by indices of pivots, whose number a graph of PyTorch's exporter cannot know.
+        return Factors(torch.cat(rows).index_select(0, self.A.order), B)
 
     def set_factors(self, factors: Factors | PivotFactors) -> None:
         """Make a product the parameters, in their dtype; copied only where needed. Works on meta.

@@ -122,7 +122,7 @@ def without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     parameters = inspect.signature(base.forward).parameters
     # Models of text and images hand what they do not know on to their text model.
     hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
-    config = getattr(base, "config", None)
+    config: Any = getattr(base, "config", None)
     caches = hands_on and hasattr(config, "get_text_config") and hasattr(config.get_text_config(), "use_cache")
     return {"use_cache": False, **batch} if "use_cache" in parameters or caches else dict(batch)
 

@@ -37,14 +37,26 @@ class Snapshot:
             held.clear()
             held.update(before)
         for container, before in self._contents:
-            container.clear()
-            put: Callable[[Any], None] = container.extend if isinstance(container, list) else container.update
-            put(before)
+            if not _holds_the_same(container, before):
+                container.clear()
+                put: Callable[[Any], None] = container.extend if isinstance(container, list) else container.update
+                put(before)
         for parameter, trained, numbers in self._parameters:
             if numbers is not None and parameter.data_ptr() != numbers.data_ptr():
                 parameter.data = numbers
             if parameter.requires_grad != trained:
                 parameter.requires_grad_(trained)
+
+
+def _holds_the_same(one: Any, other: Any) -> bool:
+    """Whether two containers of a kind hold the same objects, in the same order where they have one."""
+    if isinstance(one, set):
+        return one == other
+
+    def objects(container: Any) -> list[Any]:
+        return container if isinstance(container, list) else [*container.keys(), *container.values()]
+
+    return len(one) == len(other) and all(a is b for a, b in zip(objects(one), objects(other), strict=True))
 
 
 def _numbers(parameter: nn.Parameter) -> Tensor | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -49,6 +49,7 @@ class ReparamModel(BaseTuner):
     _targets: dict[str, Target]
     _awaits_factors = False  # whether a loader may have brought none, which the next forward pass finds out
     _is_cast_next = True  # whether PEFT calls `_cast_adapter_dtype` right after an injection
+    _arriving = ""  # the adapter whose factors PEFT was handed, checked
     _before_injection: Snapshot | None = None  # which an error undoes, until the new adapter is cast
 
     def __init__(
@@ -62,7 +63,7 @@ class ReparamModel(BaseTuner):
         # `PeftModel` gives a dict and casts the factors next; `inject_adapter_in_model` gives one config and does not.
         vars(self)["_is_cast_next"] = isinstance(peft_config, dict)
         with unchanged_on_error(model):
-            super().__init__(model, peft_config, adapter_name, low_cpu_mem_usage, state_dict)
+            super().__init__(model, cast(Any, peft_config), adapter_name, low_cpu_mem_usage, state_dict)
         self._is_cast_next = True  # after `add_adapter`
 
     def inject_adapter(
@@ -80,8 +81,8 @@ class ReparamModel(BaseTuner):
             ValueError: a weight is tied, holds no data, or holds NaN or inf; a rank is out of range; or the adapter cannot
                 stand beside the ones that are there.
         """
-        before = Snapshot(self, self._beside())
-        with self._undoing(before, adapter_name):
+        with self._undoing(adapter_name):
+            self._before_injection = Snapshot(self, self._beside())
             config = self._config(adapter_name)
             factors_follow = low_cpu_mem_usage or _parameters_start_on_meta()
             source = None if factors_follow else adapter_to_copy(model, self._configs, adapter_name)
@@ -104,15 +105,18 @@ class ReparamModel(BaseTuner):
             if not isinstance(self.peft_config, AdapterConfigs):
                 self.peft_config = AdapterConfigs(self.peft_config)
             self._drop_base_weights(model)
-            self._before_injection = before if self._is_cast_next else None
+            if not self._is_cast_next:
+                self._before_injection = None
 
     @contextmanager
-    def _undoing(self, before: Snapshot, adapter_name: str) -> Iterator[None]:
+    def _undoing(self, adapter_name: str) -> Iterator[None]:
         """Within this block an error takes a new adapter out of the model again."""
         try:
             yield
         except BaseException:
-            before.restore()
+            before, self._before_injection = self._before_injection, None
+            if before is not None:
+                before.restore()
             if len(self.peft_config) > 1:  # transformers' models keep the dict from one adapter to the next
                 self.peft_config.pop(adapter_name, None)
             raise
@@ -361,9 +365,12 @@ class ReparamModel(BaseTuner):
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Upcast half-precision factors to float32 for training only: for inference it would double the stored bytes."""
         trains = not self.peft_config[adapter_name].inference_mode
-        before = self._before_injection
-        with self._unchanged_on_error() if before is None else self._undoing(before, adapter_name):
+        with self._unchanged_on_error() if self._before_injection is None else self._undoing(adapter_name):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype and trains)
+        if adapter_name == self._arriving:  # what was checked as a whole need not be looked for in every layer
+            for _, layer in reparam_layers(self.model):
+                layer.arrivals.stop_waiting(adapter_name)
+        self._arriving = ""
         # What a loader has yet to fill in is cast once more when that is done; until then an error takes it out again.
         if not any(adapter_name in layer.arrivals.awaited for _, layer in reparam_layers(self.model)):
             self._before_injection = None
@@ -410,11 +417,13 @@ class ReparamModel(BaseTuner):
         Raises:
             ValueError: the checkpoint lacks factors, holds NaN or inf, or their shapes are not those of the config.
         """
-        remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
-        fitting = fit_to_model(model, config, adapter_name, remapped)
-        # PEFT loads them now. What was checked as a whole need not be looked for in every layer.
-        for _, layer in reparam_layers(model):
-            layer.arrivals.stop_waiting(adapter_name)
+        tuner = model.base_model if isinstance(model, PeftModel) else None
+        is_new = isinstance(tuner, ReparamModel) and tuner._before_injection is not None
+        with cast(ReparamModel, tuner)._undoing(adapter_name) if is_new else nullcontext():
+            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            fitting = fit_to_model(model, config, adapter_name, remapped)
+        if isinstance(tuner, ReparamModel):
+            tuner._arriving = adapter_name  # PEFT loads them now, and then casts them: W stays until it has
         return fitting
 
 

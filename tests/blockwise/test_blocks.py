@@ -148,3 +148,10 @@ def test_hollow_outputs_have_shapes_and_no_numbers() -> None:
     assert output[1].tolist() == [0, 0, 0, 0]
     assert output[2] == "text"
     assert main_tensor((output[1], output[0])) is output[0]
+
+
+def test_activations_of_nan_are_called_that_and_their_place_is_named() -> None:
+    model = skipping()
+    model.stages[1].linear.weight.data.fill_(torch.nan)
+    with pytest.raises(ValueError, match=r"stages\.2: the inputs of this block hold NaN in batch 0"):
+        Replay(model, find_blocks(model), [{"x": torch.ones(2, 8)}])

@@ -207,3 +207,13 @@ def test_training_does_not_touch_copies() -> None:
 def test_what_is_refused(field: str, value: Any, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         Refinement(**{field: value})
+
+
+@pytest.mark.parametrize("padding", [{0}, {7}, set(range(8))], ids=["in training", "held out", "everywhere"])
+def test_batches_of_padding_only_count_nowhere(padding: set[int]) -> None:
+    whole, block = task(), Block(2).eval()
+    mask = lambda i, output: torch.full((15,), i not in padding)  # noqa: E731
+    errors = refine_block(block, list(block.parameters()), Task(whole.call, whole.target, mask), 8, OPTIONS)
+    assert all(math.isfinite(error) for error in errors)
+    assert all(parameter.isfinite().all() for parameter in block.parameters())
+    assert (min(errors) < errors[0]) == (padding == {0})

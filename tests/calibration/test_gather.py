@@ -381,3 +381,20 @@ def test_batches_that_cannot_be_used(batches: list[Any], match: str) -> None:
     with pytest.raises(ValueError, match=match):
         gather(model, linear_layers, batches)
     assert state_of(model) == before
+
+
+def test_documents_that_are_packed_into_one_row_do_not_see_each_other() -> None:
+    apart = [{"input_ids": tokens(3, 8)}]
+    packed = [{"input_ids": apart[0]["input_ids"].view(1, -1), "position_ids": torch.arange(8).repeat(3)[None]}]
+    one, other = (gather(llama(), linear_layers, batches, gradients=False) for batches in (apart, packed))
+    for name, of_input in one.inputs.items():
+        assert relative_error(other.inputs[name].gram, of_input.gram) < 1e-5, name
+
+
+def test_what_was_compiled_is_seen_by_the_hooks() -> None:
+    batches = [{"input_ids": tokens(2, 8)}]
+    expected, model = gather(llama(), linear_layers, batches), llama()
+    for layer in model.model.layers:
+        layer.compile(backend="eager")
+    assert_same(gather(model, linear_layers, batches), expected)
+    assert all(layer._compiled_call_impl is not None for layer in model.model.layers)

@@ -12,16 +12,17 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.batches import Batch, images, pairs, read
-from support.compressing import ALL, IMAGES, ROWS, TEXT, Q, batches_of, compressed, output_errors, planned, scale_of
+from support.compressing import ALL, IMAGES, ROWS, TEXT, Q, batches_of, compressed, config_of, output_errors, planned, scale_of
 from support.model_state import assert_same_model, state_of
 from support.models import Case, bert, convnet, gpt2, image_inputs, llama, mixture, net, qwen_moe, t5, token_inputs, vit
 from support.tolerances import assert_close
 from torch import Tensor, nn
 from transformers import BertModel
 
-from reparam_peft import ReparamConfig, Statistics, calibrate, compress
+from reparam_peft import Refinement, ReparamConfig, Statistics, calibrate, compress
 from reparam_peft.layers.kinds import layer_kind
 from reparam_peft.numerics.storage import uniform_rank
+from reparam_peft.tuner.layer import ReparamLayer
 from reparam_peft.tuner.matrices import matrix_storage
 
 # The budget
@@ -432,3 +433,26 @@ def test_the_config_of_the_caller_is_not_changed() -> None:
 def test_inputs_of_the_cases_are_accepted(case: Case) -> None:
     assert image_inputs()["x"].shape[1:] == IMAGES[0]["x"].shape[1:]
     assert case.output(compressed(case.model(), [case.inputs()], target_modules=case.target_modules)).isfinite().all()
+
+
+@pytest.mark.parametrize(
+    "ways", [{}, {"sequential": True}, {"refine": Refinement(epochs=1)}], ids=["one-shot", "sequential", "refine"]
+)
+def test_an_error_while_layers_are_put_in_place_undoes_all(ways: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    model, calls = llama().train(), []
+    before = state_of(model), [type(module) for module in model.modules()]
+    own = ReparamLayer.update_layer
+
+    def fails(self: ReparamLayer, name: str, *args: Any, **options: Any) -> None:
+        calls.append(name)
+        if calls.count("adapter") == 2:  # others are those of students
+            raise torch.OutOfMemoryError("injected")
+        own(self, name, *args, **options)
+
+    monkeypatch.setattr(ReparamLayer, "update_layer", fails)
+    with pytest.raises(torch.OutOfMemoryError):
+        compress(model, config_of(**Q), TEXT, adapter_name="adapter", progress=False, **ways)
+    assert (state_of(model), [type(module) for module in model.modules()]) == before
+    assert not hasattr(model, "peft_config")
+    monkeypatch.undo()
+    assert all(module.training for module in compress(model, config_of(**Q), TEXT, progress=False, **ways).modules())

@@ -21,7 +21,13 @@ from support.tolerances import TOLERANCE
 from torch import Tensor, nn
 
 from reparam_peft import Factors, factorize
-from reparam_peft.numerics.decompositions import _leading_left_singular_vectors, direction_losses, random_factors, truncate
+from reparam_peft.numerics.decompositions import (
+    _leading_left_singular_vectors,
+    direction_losses,
+    narrowed,
+    random_factors,
+    truncate,
+)
 
 SHAPES = [(200, 320), (320, 200), (256, 256)]
 
@@ -504,3 +510,14 @@ def test_truncation_is_that_of_the_product(weight: Tensor, data: st.DataObject) 
 def test_rank_out_of_range(rank: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         truncate(Factors(torch.eye(4, 2), torch.eye(2, 4)), rank)
+
+
+def test_factors_share_their_size_where_one_would_overflow() -> None:
+    A, B = torch.tensor([[1e5, 1.0], [2e4, 0.5]]), torch.tensor([[1e-3, 2e-3], [3.0, 4.0]])
+    narrow = narrowed(Factors(A, B), torch.float16)
+    assert all(factor.isfinite().all() and factor.dtype == torch.float16 for factor in narrow)
+    torch.testing.assert_close(narrow.A.float() @ narrow.B.float(), A @ B, rtol=2e-3, atol=0)
+    fitting = Factors(torch.eye(2), B)
+    assert all(torch.equal(x, y.half()) for x, y in zip(narrowed(fitting, torch.float16), fitting, strict=True))
+    with pytest.raises(ValueError, match=r"overflow torch\.float16"):
+        narrowed(Factors(A, 1e8 * B), torch.float16)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+
 import pytest
 import torch
 from support.batches import text
@@ -9,6 +11,8 @@ from support.gathering import gather, linear_layers, named
 from support.models import llama
 from support.tolerances import assert_close, relative_error
 from torch import nn
+
+from reparam_peft.numerics import grams
 
 ROWS_64 = [{"input": torch.randn(200, 64, generator=torch.Generator().manual_seed(0))}]
 
@@ -55,3 +59,29 @@ def test_half_precision_models_have_wide_statistics(dtype: torch.dtype) -> None:
     for name in exact.reads:
         assert got.gram(name).dtype == torch.float64
         assert relative_error(got.gram(name), exact.gram(name)) < 0.05, name
+
+
+def test_the_precision_is_as_before_once_the_last_of_several_threads_is_done() -> None:
+    backend = torch.backends.cuda.matmul
+    if not hasattr(backend, "fp32_precision"):
+        pytest.skip("this PyTorch has one setting for all")
+    before = backend.fp32_precision
+    inside, leave = threading.Event(), threading.Event()
+
+    def other() -> None:
+        with grams._full_precision(torch.device("cpu")):
+            inside.set()
+            leave.wait(10)
+
+    try:
+        backend.fp32_precision = "tf32"
+        thread = threading.Thread(target=other)
+        thread.start()
+        inside.wait(10)
+        with grams._full_precision(torch.device("cpu")):
+            leave.set()
+            thread.join()
+            assert backend.fp32_precision == "ieee"
+        assert backend.fp32_precision == "tf32"
+    finally:
+        backend.fp32_precision = before

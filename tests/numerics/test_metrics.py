@@ -10,7 +10,7 @@ from support.strategies import METRICS, PROPERTY, gram_with, metrics
 from support.tolerances import TOLERANCE, assert_close
 from torch import Tensor
 
-from reparam_peft.numerics.metrics import Metric, check_metric, shrink
+from reparam_peft.numerics.metrics import Metric, check_metric, shrink, solve
 
 EXACT = TOLERANCE[torch.float64]
 DEFINITE = ("full", "diagonal", "ill-conditioned")
@@ -149,3 +149,11 @@ def test_refuses(name: str) -> None:
 @given(sized_metrics())
 def test_accepts_every_metric_of_the_right_size(matrix: Tensor) -> None:
     check_metric("gram", matrix, len(matrix))
+
+
+@pytest.mark.parametrize("rank", [0, 2, 5])
+def test_equations_of_a_singular_metric_have_the_solution_of_least_norm(rank: int) -> None:
+    generator = torch.Generator().manual_seed(rank)
+    root, right = (torch.randn(5, n, dtype=torch.float64, generator=generator) for n in (rank, 3))
+    metric = 7 * root @ root.mT
+    torch.testing.assert_close(solve(metric, right), torch.linalg.pinv(metric, hermitian=True, rtol=1e-9) @ right)

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import pytest
+import torch
+from accelerate import cpu_offload
+from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
 from peft import get_peft_model
 from support.models import Residual, bert, convnet, gpt2, llama, masked_lm, skipping, t5
 
 from reparam_peft import ReparamConfig
-from reparam_peft.runtime.modules import predicts_next_token, replaced
+from reparam_peft.runtime.modules import is_offloaded, predicts_next_token, replaced, uncompiled, without_cache
 
 
 def test_modules_are_replaced_for_a_while() -> None:
@@ -24,3 +27,37 @@ def test_which_models_predict_the_next_token() -> None:
     wrapped = get_peft_model(llama(), ReparamConfig(target_modules="all-linear", r=4))
     assert all(predicts_next_token(model) for model in (llama(), gpt2(), wrapped))
     assert not any(predicts_next_token(model) for model in (t5(), masked_lm(), bert(), convnet()))
+
+
+def test_a_pass_that_generates_nothing_has_no_cache() -> None:
+    wrapped = get_peft_model(llama(), ReparamConfig(target_modules="all-linear", r=4))
+    for model in (llama(), gpt2(), t5(), wrapped, torch.compile(llama(), backend="eager")):
+        assert without_cache(model, {"x": 1}) == {"use_cache": False, "x": 1}
+        assert without_cache(model, {"use_cache": True}) == {"use_cache": True}
+    assert without_cache(convnet(), {"x": 1}) == {"x": 1}
+
+
+def test_compiled_modules_run_their_own_code_for_a_while() -> None:
+    model = skipping()
+    model.stages[0].compile(backend="eager")
+    model.stages[1] = torch.compile(model.stages[1], backend="eager")
+    x, seen = torch.ones(2, 8), []
+    expected = model(x)
+    before = [dict(vars(stage)) for stage in model.stages]
+    for name in ("0", "1._orig_mod"):
+        model.stages.get_submodule(name).linear.register_forward_hook(lambda *_: seen.append(1))
+    with uncompiled(model):
+        assert torch.equal(model(x), expected)
+    assert len(seen) == 2
+    assert [dict(vars(stage)) for stage in model.stages] == before
+
+
+def test_offloaded_layers_are_told_by_their_hooks() -> None:
+    model = skipping()
+    attach_align_device_hook(model, execution_device=torch.device("cpu"))
+    assert not is_offloaded(model.stages[0].linear)
+    model = skipping()
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    assert is_offloaded(model.stages[0].linear)
+    remove_hook_from_submodules(model)
+    assert not is_offloaded(model.stages[0].linear)

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support.standalone import saved, small
+from support.standalone import logits, saved, small
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -99,3 +99,14 @@ def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
 def test_the_config_survives_json() -> None:
     config = CheckpointConfig({"a.b": GOOD})
     assert CheckpointConfig(**json.loads(config.to_json_string())).to_dict() == config.to_dict()
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+@pytest.mark.parametrize("buffers", [False, True])
+def test_layers_on_disk_compute_the_same(form: str, buffers: bool, tmp_path: Path) -> None:
+    path = str(saved(tmp_path / "model", form))
+    places = {"model.embed_tokens": "cpu", "model.layers.0": "disk", "model.layers.1": "cpu", "model.norm": "cpu"}
+    device_map = {**places, "lm_head": "cpu", "model.rotary_emb": "cpu"}
+    expected = logits(AutoModelForCausalLM.from_pretrained(path))
+    options: dict[str, Any] = {"device_map": device_map, "offload_folder": str(tmp_path / "off"), "offload_buffers": buffers}
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(path, **options)), expected)

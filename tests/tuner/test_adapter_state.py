@@ -193,3 +193,17 @@ def test_checkpoint_of_another_model_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="the checkpoint has shape"):
         PeftModel.from_pretrained(base, tmp_path)
     assert torch.equal(base.model.layers[0].mlp.up_proj.weight, llama(intermediate_size=96).model.layers[0].mlp.up_proj.weight)
+
+
+def test_values_that_overflow_the_base_model_are_refused_and_the_base_is_as_it_was(tmp_path: Path) -> None:
+    compress(llama(), r=4).save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    key = next(key for key in tensors if key.endswith("B.weight"))
+    tensors[key][0, 0] = 1e5
+    save_file(tensors, path, {"format": "pt"})
+    base = llama().half()
+    with pytest.raises(ValueError, match=r"B\.weight: the values in the checkpoint overflow torch\.float16"):
+        PeftModel.from_pretrained(base, str(tmp_path))
+    assert_untouched(base, llama().half())
+    assert PeftModel.from_pretrained(llama(), str(tmp_path))

@@ -4,16 +4,21 @@ from __future__ import annotations
 
 import copy
 import pickle
+import weakref
+from collections.abc import Callable
 from pathlib import Path
+from pkgutil import resolve_name
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload
+from accelerate.hooks import remove_hook_from_submodules
 from huggingface_hub import ModelCard
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from support.adapters import compress
-from support.model_state import assert_untouched
+from support.model_state import assert_untouched, state_of
 from support.models import bert, llama, tied, token_inputs
 from torch import nn
 
@@ -186,3 +191,110 @@ def test_push_to_hub_uploads_the_card_and_the_weights(tmp_path: Path, monkeypatc
         "stored parameters",
     ):
         assert words in uploaded["README.md"]
+
+
+# Errors on the way
+
+
+def modules_of(model: nn.Module) -> list[tuple[str, type]]:
+    return [(name, type(module)) for name, module in model.named_modules()]
+
+
+OPERATIONS: dict[str, tuple[Callable[[], nn.Module], Callable[[Any], object], str]] = {
+    "inject": (llama, lambda m: get_peft_model(m, ReparamConfig(r=4)), "ReparamLayer.update_layer"),
+    "cast": (lambda: llama().half(), lambda m: get_peft_model(m, ReparamConfig(r=4)), "model.BaseTuner._cast_adapter_dtype"),
+    "add": (
+        lambda: compress(llama(), r=4),
+        lambda m: m.add_adapter("second", ReparamConfig(r=3)),
+        "ReparamLayer.update_layer",
+    ),
+    "merge": (lambda: compress(llama(), r=4), lambda m: m.merge_adapter(), "ReparamLayer.merge"),
+    "merge and unload": (lambda: compress(llama(), r=4), lambda m: m.merge_and_unload(), "ReparamLayer.merge"),
+    "unmerge": (lambda: merged(keep_base=True), lambda m: m.unmerge_adapter(), "ReparamLayer.unmerge"),
+    "delete": (
+        lambda: compress(llama(), r=4, keep_base=True),
+        lambda m: m.delete_adapter("default"),
+        "ReparamLayer.delete_adapter",
+    ),
+}
+
+
+def merged(**options: Any) -> PeftModel:
+    model = compress(llama(), r=4, **options)
+    model.merge_adapter()
+    return model
+
+
+@pytest.mark.parametrize(("make", "operate", "place"), OPERATIONS.values(), ids=OPERATIONS)
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError, KeyboardInterrupt])
+def test_an_error_on_the_way_undoes_what_was_done(
+    make: Callable[[], nn.Module],
+    operate: Callable[[Any], object],
+    place: str,
+    error: type[BaseException],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model, calls = make(), []
+    expected = model(**token_inputs()).logits
+    before = modules_of(model), state_of(model), {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    full_place = f"reparam_peft.tuner.{place if place.startswith('model.') else f'layer.{place}'}"
+    module = full_place.partition(".BaseTuner" if "cast" in place else ".ReparamLayer")[0]
+    own = resolve_name(f"{module}:{full_place.removeprefix(f'{module}.')}")
+
+    def fails(*args: Any, **options: Any) -> Any:
+        result = own(*args, **options)
+        calls.append(result)
+        if len(calls) == (1 if "cast" in place else 4):
+            raise error("injected")
+        return result
+
+    monkeypatch.setattr(full_place, fails)
+    with pytest.raises(error, match="injected"):
+        operate(model)
+    assert (modules_of(model), state_of(model)) == before[:2]
+    assert model.state_dict().keys() == before[2].keys()
+    assert all(torch.equal(tensor, before[2][name]) for name, tensor in model.state_dict().items())
+    assert list(getattr(model, "peft_config", {})) == (["default"] if isinstance(model, PeftModel) else [])
+    monkeypatch.undo()
+    torch.testing.assert_close(model(**token_inputs()).logits, expected)
+    operate(model)
+
+
+def test_nothing_is_kept_of_what_was_dropped() -> None:
+    base = llama()
+    weight = weakref.ref(base.model.layers[0].mlp.up_proj.weight)
+    small = get_peft_model(base, ReparamConfig(r=4))
+    assert small.base_model._before_injection is None
+    assert weight() is None
+
+
+@pytest.mark.parametrize("safe", [False, True])
+def test_a_product_that_overflows_half_precision_is_not_merged(safe: bool) -> None:
+    model = compress(llama().half(), r=4, target_modules=["up_proj"])
+    factors = model.base_model.model.model.layers[1].mlp.up_proj.reparam_factors["default"]
+    with torch.no_grad():
+        for parameter in factors.parameters():
+            parameter.fill_(300.0)
+    with pytest.raises(ValueError, match=r"layers\.1\.mlp\.up_proj: NaNs .* overflows torch\.float16"):
+        model.merge_and_unload(safe_merge=safe)
+    assert not any(layer.merged for layer in model.modules() if isinstance(layer, ReparamLayer))
+
+
+def test_bases_whose_hooks_are_gone_are_taken_and_offloaded_ones_refused(tmp_path: Path) -> None:
+    compress(llama(), r=4).save_pretrained(tmp_path)
+    base = llama()
+    expected = compress(llama(), r=4)(**token_inputs()).logits
+    cpu_offload(base, execution_device=torch.device("cpu"))
+    for load in (lambda: compress(base, r=4), lambda: PeftModel.from_pretrained(base, str(tmp_path))):
+        with pytest.raises(ValueError, match="accelerate moves the weight of this layer"):
+            load()
+    remove_hook_from_submodules(base)
+    torch.testing.assert_close(compress(base, r=4)(**token_inputs()).logits, expected)
+
+
+def test_an_adapter_can_be_offloaded_with_its_buffers() -> None:
+    model = compress(llama(), r=4, form="pivot").eval()
+    with torch.no_grad():
+        expected = model(**token_inputs()).logits
+        cpu_offload(model, execution_device=torch.device("cpu"), offload_buffers=True)
+        assert torch.equal(model(**token_inputs()).logits, expected)
