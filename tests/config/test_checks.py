@@ -107,7 +107,15 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("evaluation", {1: 2.0}, TypeError, "`evaluation` must be a dict of names to finite numbers, got"),
     *(
         ("base_sample", value, TypeError, "`base_sample` is filled in by the model and must map names of parameters")
-        for value in ([], {1: [0, 1.0]}, {"w": [0]}, {"w": [-1, 1.0]}, {"w": [0, float("nan")]}, {"w": [0, 10**400]}, {"w": "01"})
+        for value in (
+            [],
+            {1: [0, 1.0]},
+            {"w": [0]},
+            {"w": [-1, 1.0]},
+            {"w": [0, float("nan")]},
+            {"w": [0, 10**400]},
+            {"w": "01"},
+        )
     ),
     ("task_type", "POETRY", ValueError, "Invalid task type: 'POETRY'"),
 ]
