@@ -76,9 +76,10 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     unread = {id(p) for module in model.modules() if is_quantized(module) for p in module.parameters(recurse=False)}
     added: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            own = (child for child, _ in module.named_children() if child not in ("base_layer", "original_module"))
-            added += [f"{name}.{child}." for child in own]
+        is_wrapper = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for child, _ in module.named_children():
+            if is_wrapper and child not in ("base_layer", "original_module"):
+                added.append(f"{name}.{child}.")
     prefixes = tuple(added)
     for name, parameter in model.named_parameters():
         floating = parameter.is_floating_point() and parameter.dtype.itemsize > 1

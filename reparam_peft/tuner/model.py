@@ -126,11 +126,11 @@ class ReparamModel(BaseTuner):
         if planned.rank is None:
             return
         layer = target if isinstance(target, ReparamLayer) else reparam_layer(target)
-        self._targets[current_key] = replace(planned, product=None)  # the layer is its only owner now
+        self._targets[current_key] = replace(planned, product=None, copied=None)  # the layer is its only owner now
         layer.update_layer(
             adapter_name,
             planned.rank,
-            planned.product,
+            planned.product if planned.copied is None else planned.copied,
             peft_config.inference_mode,
             form=planned.storage.form,
             bias=planned.storage.bias,

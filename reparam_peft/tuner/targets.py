@@ -31,13 +31,14 @@ ADDED_NAMES = {"base_model", "model", "base_layer", "original_module", "modules_
 class Target:
     """A module to factorise at `rank`, or to leave dense where `rank` is None; with its product once that exists.
 
-    The product of an adapter that starts as a copy of another is a factorised module.
+    An adapter that starts as a copy of another has the copied factorised module in place of a product.
     """
 
     module: nn.Module
     rank: int | None
     storage: Storage
-    product: Product | FactorizedModule | None = None
+    product: Product | None = None
+    copied: FactorizedModule | None = None
 
 
 def save_heads(config: ReparamConfig) -> None:
