@@ -84,10 +84,6 @@ class ReparamModel(BaseTuner):
         self.record_resolved(adapter_name, targets)
         if source is not None:
             copy_saved_modules(model, source, adapter_name)
-        elif loading:
-            check_base(model, config)
-        else:
-            config.base_sample = sample_base(model, config)
         if not isinstance(self.peft_config, AdapterConfigs):
             self.peft_config = AdapterConfigs(self.peft_config)
         self._drop_base_weights(model)
@@ -109,8 +105,12 @@ class ReparamModel(BaseTuner):
         copies = None if source is None else copied(targets, source)
         if copies is not None:
             self._targets = copies
+        elif loading:
+            check_base(model, peft_config)
+            self._targets = targets
         else:
-            self._targets = targets if loading else factorize_targets(targets, peft_config)
+            peft_config.base_sample = sample_base(model, targets, peft_config.modules_to_save)
+            self._targets = factorize_targets(targets, peft_config)
 
     def _create_and_replace(  # type: ignore[override]
         self,
