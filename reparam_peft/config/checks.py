@@ -160,8 +160,10 @@ def _check_base_sample(sample: object) -> None:
 
 def _is_entry(entry: object) -> bool:
     """Whether it is an index of a parameter and the number there."""
-    pair = isinstance(entry, (list, tuple)) and len(entry) == 2
-    return pair and is_int(entry[0]) and 0 <= entry[0] < 2**63 and is_finite(entry[1])
+    if not isinstance(entry, (list, tuple)) or len(entry) != 2:
+        return False
+    index, number = entry
+    return is_int(index) and 0 <= index < 2**63 and is_finite(number)
 
 
 def _check_smaller_sizes(config: Fields) -> None:

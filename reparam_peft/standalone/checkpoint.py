@@ -116,7 +116,8 @@ class CheckpointLoader(HfQuantizer):
         return True
 
     def validate_environment(self, *args: Any, **kwargs: Any) -> None:
-        self.described.being_loaded = True  # what follows makes the model
+        if isinstance(self.quantization_config, CheckpointConfig):
+            self.quantization_config.being_loaded = True  # what follows makes the model
 
     def _process_model_before_weight_loading(
         self, model: PreTrainedModel, checkpoint_files: Sequence[str] | None = None, **kwargs: Any
@@ -150,7 +151,9 @@ class CheckpointLoader(HfQuantizer):
         for name, module in model.named_modules():
             for key, tensor in module.state_dict().items() if isinstance(module, FactorizedModule) else ():
                 if tensor.numel() == 0:
-                    raise ValueError(f"{name}.{key}: the tensor is empty, as of a model that is sharded. Gather the model first.")
+                    raise ValueError(
+                        f"{name}.{key}: the tensor is empty, as of a model that is sharded. Gather the model first."
+                    )
         scheme = self.described.quantization
         return (None if scheme is None else state_dict(model, scheme)), {}
 

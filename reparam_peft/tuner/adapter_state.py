@@ -39,7 +39,7 @@ def check_whole(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -
         whole = layer.kind.factorized(layer.base_layer, module.rank, module.form, module.bias is not None, device="meta")
         expected = whole.state_dict()
         if module.feature_mean is not None:
-            expected["feature_mean"] = whole.B.weight.new_empty(module.rank)
+            expected["feature_mean"] = torch.empty(module.rank, device="meta")
         for key, tensor in expected.items():
             full = f"{name}.reparam_factors.{adapter_name}.{key}" if name else f"reparam_factors.{adapter_name}.{key}"
             present = state.get(full)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Iterator
+from collections.abc import Collection, Iterable, Iterator
 
 import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -20,7 +20,9 @@ TOLERANCE = 0.01  # relative; rounding to bfloat16 changes a number by less than
 SMALLEST = 1e-7  # absolute, for numbers that float16 can hardly hold
 
 
-def sample_base(model: nn.Module, config: ReparamConfig) -> dict[str, list[float]] | None:
+def sample_base(
+    model: nn.Module, targets: Collection[str], modules_to_save: Iterable[str] | None
+) -> dict[str, list[float]] | None:
     """Name of a parameter of the base model → index in the flattened parameter, and the number there.
 
     Taken are up to `PARAMETERS` parameters, evenly spread over those that the adapter leaves as they are, and of each the
@@ -28,17 +30,17 @@ def sample_base(model: nn.Module, config: ReparamConfig) -> dict[str, list[float
 
     Args:
         model: the base model, with or without adapters.
-        config: of the adapter, resolved: its targets and what it saves whole are left out.
+        targets: names of the adapter's targets, which are left out.
+        modules_to_save: names, or endings of names, of what it saves whole, which is left out too.
 
     Returns:
         None where there is nothing to take.
     """
-    left_out = {*config.rank_pattern, *(config.dense_modules or ())}
-    saved = tuple(f".{name}." for name in config.modules_to_save or ())
+    saved = tuple(f".{name}." for name in modules_to_save or ())
     readable = [
         (name, tensor)
         for name, tensor in _base_parameters(model)
-        if name.rpartition(".")[0] not in left_out and not any(part in f".{name}" for part in saved)
+        if name.rpartition(".")[0] not in targets and not any(part in f".{name}" for part in saved)
     ]
     step = max(1, math.ceil(len(readable) / PARAMETERS))
     sample: dict[str, list[float]] = {}
@@ -76,9 +78,10 @@ def _base_parameters(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     unread = {id(p) for module in model.modules() if is_quantized(module) for p in module.parameters(recurse=False)}
     added: list[str] = []
     for name, module in model.named_modules():
-        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
-            own = (child for child, _ in module.named_children() if child not in ("base_layer", "original_module"))
-            added += [f"{name}.{child}." for child in own]
+        is_wrapper = isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper))
+        for child, _ in module.named_children():
+            if is_wrapper and child not in ("base_layer", "original_module"):
+                added.append(f"{name}.{child}.")
     prefixes = tuple(added)
     for name, parameter in model.named_parameters():
         floating = parameter.is_floating_point() and parameter.dtype.itemsize > 1

@@ -63,7 +63,7 @@ def copied(targets: Mapping[str, Target], source: str) -> dict[str, Target] | No
         module = layer.factorized(source)
         if (module.rank, module.form, module.bias is not None) != (target.rank, target.storage.form, target.storage.bias):
             return None
-        done[name] = replace(target, product=copy.deepcopy(module))
+        done[name] = replace(target, copied=copy.deepcopy(module))
     return done
 
 

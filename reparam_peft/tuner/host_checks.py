@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from typing import Any
 
 from peft import LoraConfig, LoraModel, PeftConfig
@@ -158,8 +159,15 @@ def aim_at_factors(tuner: LoraModel, config: LoraConfig, model: nn.Module) -> No
             "it into the dense model before that is compressed."
         )
     pieces = {name: [f"{name}.{piece}" for piece in module.pieces] for name, module in factorized.items()}
-    for patterns in (config.rank_pattern, config.alpha_pattern):
-        of_layer = {name: patterns[key] for name in pieces if (key := get_pattern_key(patterns.keys(), name)) in patterns}
-        for name, value in of_layer.items():
-            patterns.update(dict.fromkeys(map(re.escape, pieces[name]), value))
-    config.target_modules = (matched.keys() - factorized.keys()).union(*pieces.values())
+    config.target_modules = sorted((matched.keys() - factorized.keys()).union(*pieces.values()))
+    config.rank_pattern = _of_pieces(config.rank_pattern or {}, pieces, matched.keys() - factorized.keys())
+    config.alpha_pattern = _of_pieces(config.alpha_pattern or {}, pieces, matched.keys() - factorized.keys())
+
+
+def _of_pieces(patterns: dict[str, int], pieces: Mapping[str, list[str]], plain: AbstractSet[str]) -> dict[str, int]:
+    """Patterns that say of the pieces of layers what they said of the layers; `plain`: names of the other targets."""
+    keys = list(patterns)
+    of_layer = {name: key for name in pieces if (key := get_pattern_key(keys, name)) in patterns}
+    of_plain = {get_pattern_key(keys, name) for name in plain}
+    kept = {key: value for key, value in patterns.items() if key in of_plain or key not in of_layer.values()}
+    return kept | {re.escape(piece): patterns[key] for name, key in of_layer.items() for piece in pieces[name]}

@@ -98,10 +98,6 @@ class ReparamModel(BaseTuner):
             self.record_resolved(adapter_name, vars(self).pop("_targets", {}))
             if source is not None:
                 copy_saved_modules(model, source, adapter_name)
-            elif loading:
-                check_base(model, config)
-            else:
-                config.base_sample = sample_base(model, config)
             if not isinstance(self.peft_config, AdapterConfigs):
                 self.peft_config = AdapterConfigs(self.peft_config)
             self._drop_base_weights(model)
@@ -145,8 +141,12 @@ class ReparamModel(BaseTuner):
         copies = None if source is None else copied(targets, source)
         if copies is not None:
             self._targets = copies
+        elif loading:
+            check_base(model, peft_config)
+            self._targets = targets
         else:
-            self._targets = targets if loading else factorize_targets(targets, peft_config)
+            peft_config.base_sample = sample_base(model, targets, peft_config.modules_to_save)
+            self._targets = factorize_targets(targets, peft_config)
         peft_config.rank_pattern = {}  # until `record_resolved`: PEFT would try names in it as regular expressions
 
     @staticmethod
@@ -170,11 +170,11 @@ class ReparamModel(BaseTuner):
         if planned.rank is None:
             return
         layer = target if isinstance(target, ReparamLayer) else reparam_layer(target)
-        self._targets[current_key] = replace(planned, product=None)  # the layer is its only owner now
+        self._targets[current_key] = replace(planned, product=None, copied=None)  # the layer is its only owner now
         layer.update_layer(
             adapter_name,
             planned.rank,
-            planned.product,
+            planned.product if planned.copied is None else planned.copied,
             peft_config.inference_mode,
             form=planned.storage.form,
             bias=planned.storage.bias,

@@ -1,7 +1,8 @@
-"""Modules by name: the heads of tasks, and default `target_modules`: the attention and MLP projections of known architectures, by transformers' `model_type`.
+"""Modules by name: the heads of tasks, and the default `target_modules` of known architectures.
 
-Names are endings of module names, in the spelling of the transformers versions that setup.cfg allows. An architecture that
-is not listed needs `target_modules`, for example "all-linear".
+The defaults are the attention and MLP projections, by transformers' `model_type`. Names are endings of module names, in the
+spelling of the transformers versions that setup.cfg allows. An architecture that is not listed needs `target_modules`, for
+example "all-linear".
 """
 
 from __future__ import annotations

@@ -22,20 +22,23 @@ from .matrices import matrix_storage, unwrapped
 from .target_modules import SAVED_BY_TASK
 
 # What PEFT's and our own modules add to the names in a state dict.
-ADDED_NAMES = ("base_model model base_layer original_module modules_to_save reparam_factors A B K weight bias mask feature_mean").split()
+ADDED_NAMES = {"base_model", "model", "base_layer", "original_module", "modules_to_save", "reparam_factors"} | {
+    *("A", "B", "K", "weight", "bias", "mask", "feature_mean")
+}
 
 
 @dataclass(frozen=True)
 class Target:
     """A module to factorise at `rank`, or to leave dense where `rank` is None; with its product once that exists.
 
-    The product of an adapter that starts as a copy of another is a factorised module.
+    An adapter that starts as a copy of another has the copied factorised module in place of a product.
     """
 
     module: nn.Module
     rank: int | None
     storage: Storage
-    product: Product | FactorizedModule | None = None
+    product: Product | None = None
+    copied: FactorizedModule | None = None
 
 
 def save_heads(config: ReparamConfig) -> None:
@@ -130,7 +133,7 @@ def _parts_of_names(model: nn.Module) -> set[str]:
     wrappers = (BaseTunerLayer, AuxiliaryTrainingWrapper)
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, wrappers))
     names = [name for name, _ in model.named_modules() if not name.startswith(inside)]
-    return {part for name in names for part in name.split(".")} | {*ADDED_NAMES}
+    return {part for name in names for part in name.split(".")} | ADDED_NAMES
 
 
 def _check_weight(module: nn.Module, owners: list[str], keep_base: bool, loading: bool) -> None:

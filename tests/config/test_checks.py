@@ -113,7 +113,15 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     *(("auto_mapping", value, TypeError, "`auto_mapping` must be a dict of names or None") for value in ("x", {"a": None})),
     *(
         ("base_sample", value, TypeError, "`base_sample` is filled in by the model and must map names of parameters")
-        for value in ([], {1: [0, 1.0]}, {"w": [0]}, {"w": [-1, 1.0]}, {"w": [0, float("nan")]}, {"w": [0, 10**400]}, {"w": "01"})
+        for value in (
+            [],
+            {1: [0, 1.0]},
+            {"w": [0]},
+            {"w": [-1, 1.0]},
+            {"w": [0, float("nan")]},
+            {"w": [0, 10**400]},
+            {"w": "01"},
+        )
     ),
     ("task_type", "POETRY", ValueError, "Invalid task type: 'POETRY'"),
 ]

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 import reparam_peft.layers.factorized as products_module
 from reparam_peft.layers.factorized import FactorizedModule, FactorLinear, PivotExpansion, mask_size
+from reparam_peft.layers.kinds import FactorizedLinear
 from reparam_peft.numerics.decompositions import Factors, random_factors
 from reparam_peft.numerics.pivoting import PivotFactors, other_rows, pivot
 
@@ -289,3 +290,12 @@ def test_the_pivot_form_is_not_turned_back() -> None:
 def test_a_bias_needs_a_place() -> None:
     with pytest.raises(ValueError, match="`bias=True`"):
         linear(5, 9, 3, "factors").set_bias(torch.ones(9))
+
+
+def test_pieces_are_the_layers_that_multiply() -> None:
+    for form, names in (("factors", ["B", "A"]), ("pivot", ["B", "A.K"])):
+        module = FactorizedLinear(6, 5, 2, form)
+        assert list(module.pieces) == names
+        assert all(module.get_submodule(name) is piece for name, piece in module.pieces.items())
+        assert (module.in_features, module.out_features) == (6, 5)
+    assert list(FactorizedLinear(6, 5, 5, "pivot").pieces) == ["B"]

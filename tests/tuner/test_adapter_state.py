@@ -11,11 +11,12 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel
+from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from support.adapters import compress
 from support.model_state import assert_untouched
 from support.models import llama, token_inputs
+from transformers import LlamaForCausalLM
 
 from reparam_peft.tuner.layer import ReparamLayer
 
@@ -207,3 +208,115 @@ def test_values_that_overflow_the_base_model_are_refused_and_the_base_is_as_it_w
         PeftModel.from_pretrained(base, str(tmp_path))
     assert_untouched(base, llama().half())
     assert PeftModel.from_pretrained(llama(), str(tmp_path))
+
+
+# What has no place, and what is not whole
+
+
+def one_layer() -> LlamaForCausalLM:
+    return llama(num_hidden_layers=1)
+
+
+def narrow_config(folder: Path) -> None:
+    edit_config(folder, target_modules=["up_proj"])
+
+
+def short_rank_pattern(folder: Path) -> None:
+    ranks = json.loads((folder / "adapter_config.json").read_text())["rank_pattern"]
+    kept = {name: rank for name, rank in ranks.items() if "layers.1" not in name}
+    edit_config(folder, rank_pattern=kept, target_modules=r".*layers\.0.*(q|up)_proj")
+
+
+def edit_config(folder: Path, **fields: Any) -> None:
+    path = folder / "adapter_config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), **fields}))
+
+
+LOADERS = {
+    "PeftModel": PeftModel.from_pretrained,
+    "low_cpu_mem_usage": lambda base, folder: PeftModel.from_pretrained(base, folder, low_cpu_mem_usage=True),
+    "is_trainable": lambda base, folder: PeftModel.from_pretrained(base, folder, is_trainable=True),
+    "transformers": lambda base, folder: base.load_adapter(str(folder)),
+}
+
+
+@pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS.keys())
+@pytest.mark.parametrize(
+    ("base", "edit", "match"),
+    [
+        (one_layer, None, "has factors for 2 modules that the model does not have"),
+        (llama, narrow_config, "has factors for 2 modules .* that `target_modules` of its config does not name"),
+    ],
+    ids=["another depth", "target_modules"],
+)
+def test_factors_without_a_place_are_refused_on_every_route(
+    base: Callable[[], LlamaForCausalLM],
+    edit: Callable[[Path], None] | None,
+    match: str,
+    load: Callable[[LlamaForCausalLM, Path], object],
+    tmp_path: Path,
+) -> None:
+    compress(llama(), target_modules=["q_proj", "up_proj"], keep=0.5).save_pretrained(tmp_path)
+    if edit is not None:
+        edit(tmp_path)
+    model = base()
+    with pytest.raises(ValueError, match=match):
+        load(model, tmp_path)
+    assert_untouched(model, base())
+
+
+def test_factors_that_the_config_does_not_name_are_refused(tmp_path: Path) -> None:
+    compress(llama(), target_modules=["q_proj", "up_proj"], keep=0.5).save_pretrained(tmp_path)
+    short_rank_pattern(tmp_path)
+    with pytest.raises(ValueError, match=r"has factors of model.layers.1.*, which its config does not have"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_a_state_dict_of_more_modules_is_refused() -> None:
+    state = get_peft_model_state_dict(compress(llama(), target_modules=["q_proj", "up_proj"], keep=0.5))
+    small = compress(llama(), target_modules=["q_proj"], keep=0.5)
+    expected = small(**token_inputs()).logits
+    with pytest.raises(ValueError, match=r"up_proj.reparam_factors.*: the model has no place for this factor"):
+        set_peft_model_state_dict(small, state)
+    assert torch.equal(small(**token_inputs()).logits, expected)
+
+
+def emptied(key: str, tensor: torch.Tensor) -> torch.Tensor | None:
+    return tensor.new_empty(0)
+
+
+def half_of_it(key: str, tensor: torch.Tensor) -> torch.Tensor | None:
+    return tensor.flatten()[: tensor.numel() // 2]
+
+
+def without_masks(key: str, tensor: torch.Tensor) -> torch.Tensor | None:
+    return None if key.endswith(".mask") else tensor
+
+
+@pytest.mark.parametrize("shard", [emptied, half_of_it, without_masks])
+def test_sharded_factors_are_not_saved(shard: Callable[[str, torch.Tensor], torch.Tensor | None], tmp_path: Path) -> None:
+    small = compress(llama(), target_modules=["q_proj"], keep=0.5, form="pivot")
+    sharded = {key: shard(key, tensor) for key, tensor in small.state_dict().items()}
+    state = {key: tensor for key, tensor in sharded.items() if tensor is not None}
+    with pytest.raises(
+        ValueError, match=r"q_proj.reparam_factors.default.*the tensor .*(has shape|is missing).*Gather the whole"
+    ):
+        small.save_pretrained(tmp_path, state_dict=state)
+    assert not (tmp_path / "adapter_model.safetensors").exists()
+
+
+def test_heads_that_are_empty_are_not_saved(tmp_path: Path) -> None:
+    small = compress(llama(), target_modules=["q_proj"], keep=0.5, modules_to_save=["lm_head"])
+    state = {key: tensor.new_empty(0) if "modules_to_save" in key else tensor for key, tensor in small.state_dict().items()}
+    with pytest.raises(ValueError, match=r"lm_head.modules_to_save.default.weight: the tensor is empty"):
+        small.save_pretrained(tmp_path, state_dict=state)
+
+
+def test_a_whole_state_dict_is_saved_as_the_model_is_and_other_processes_give_none(tmp_path: Path) -> None:
+    small = compress(llama(), target_modules=["q_proj"], keep=0.5, form="pivot")
+    small.save_pretrained(tmp_path / "model")
+    small.save_pretrained(tmp_path / "state", state_dict=small.state_dict())
+    files = [(tmp_path / name / "adapter_model.safetensors").read_bytes() for name in ("model", "state")]
+    assert files[0] == files[1]
+    small.save_pretrained(tmp_path / "other", state_dict={}, is_main_process=False)
+    assert not (tmp_path / "other" / "adapter_model.safetensors").exists()

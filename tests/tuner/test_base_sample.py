@@ -55,7 +55,9 @@ def test_another_base_is_told_on_every_route(load: Callable[..., object], tmp_pa
     base = llama()
     base.name_or_path = "me/base"
     saved(tmp_path, base)
-    with pytest.warns(UserWarning, match=r"The base model is not the one .* \(me/base\): number \d+ of '.*' is .* here, and was"):
+    with pytest.warns(
+        UserWarning, match=r"The base model is not the one .* \(me/base\): number \d+ of '.*' is .* here, and was"
+    ):
         load(other_seed(), tmp_path)
 
 

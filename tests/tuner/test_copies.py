@@ -38,9 +38,7 @@ def test_an_adapter_of_the_config_of_another_is_its_copy(made: str, given: str, 
     else:
         model = calibrated(gpt2 if made == "moved biases" else llama)
     if made == "half precision":
-        model = compress(
-            llama().bfloat16(), ReparamConfig(target_modules="all-linear", keep=0.6), BATCHES, progress=False
-        )
+        model = compress(llama().bfloat16(), ReparamConfig(target_modules="all-linear", keep=0.6), BATCHES, progress=False)
     train_a_little(model)
     if made == "loaded":
         model.save_pretrained(tmp_path)

@@ -4,13 +4,18 @@ from __future__ import annotations
 
 import copy
 import pickle
+from pathlib import Path
 
 import pytest
 import torch
+from peft import get_peft_model
 from peft.tuners.tuners_utils import BaseTunerLayer
+from support.adapters import compress
+from support.models import llama, token_inputs
 from torch import nn
 from transformers.pytorch_utils import Conv1D
 
+from reparam_peft import ReparamConfig
 from reparam_peft.layers import kinds
 from reparam_peft.layers.product import Product
 from reparam_peft.numerics.decompositions import factorize
@@ -86,3 +91,25 @@ def test_a_product_without_the_bias_that_is_asked_for_is_refused() -> None:
     with pytest.raises(ValueError, match="`product` lacks the bias"):
         layer.update_layer("default", 2, product, bias=True)
     assert list(layer.reparam_factors) == []
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+@pytest.mark.parametrize("keep_base", [False, True])
+def test_a_state_dict_is_loaded_strictly_into_a_model_of_its_config(keep_base: bool, form: str, tmp_path: Path) -> None:
+    small = compress(llama(), target_modules="all-linear", r=8, form=form, keep_base=keep_base).eval()
+    small.save_pretrained(tmp_path)
+    again = get_peft_model(llama(), ReparamConfig.from_pretrained(tmp_path))
+    again.load_state_dict(small.state_dict(), strict=True)
+    assert torch.equal(again.eval()(**token_inputs()).logits, small(**token_inputs()).logits)
+    assert {key: value.shape for key, value in again.state_dict().items()} == {
+        k: v.shape for k, v in small.state_dict().items()
+    }
+
+
+def test_a_state_dict_without_factors_is_not_loaded_strictly(tmp_path: Path) -> None:
+    small = compress(llama(), target_modules=["q_proj"], r=8)
+    small.save_pretrained(tmp_path)
+    again = get_peft_model(llama(), ReparamConfig.from_pretrained(tmp_path))
+    state = {key: value for key, value in small.state_dict().items() if "layers.1.self_attn.q_proj" not in key}
+    with pytest.raises(RuntimeError, match=r"Missing key.*layers.1.self_attn.q_proj.reparam_factors"):
+        again.load_state_dict(state, strict=True)

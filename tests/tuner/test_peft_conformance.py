@@ -16,9 +16,10 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
-from support.models import CASES, Case, bert, gpt2, image_inputs, llama, token_inputs
+from support.models import CASES, Case, bert, gpt2, image_inputs, llama, t5, token_inputs
 from support.tolerances import assert_close
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
@@ -435,6 +436,74 @@ def test_modules_to_save(tmp_path: Path) -> None:
     loaded = PeftModel.from_pretrained(bert(), tmp_path)
     assert torch.equal(loaded(**token_inputs()).logits, small(**token_inputs()).logits)
     assert not torch.equal(loaded(**token_inputs()).logits, bert()(**token_inputs()).logits)
+
+
+def headed(name: str) -> Callable[[], PreTrainedModel]:
+    """A tiny BERT with the head of a task, whose weights are new in each model, as those of a base model's are."""
+
+    def build() -> PreTrainedModel:
+        torch.manual_seed(0)
+        config = copy.deepcopy(bert().config)
+        config.num_labels = 2
+        return getattr(transformers, f"BertFor{name}")(config).eval()
+
+    return build
+
+
+TASKS: dict[str, tuple[Callable[[], PreTrainedModel], dict[str, torch.Tensor]]] = {
+    "SEQ_CLS": (bert, {}),
+    "TOKEN_CLS": (headed("TokenClassification"), {}),
+    "QUESTION_ANS": (headed("QuestionAnswering"), {}),
+    "FEATURE_EXTRACTION": (lambda: bert().bert, {}),
+    "CAUSAL_LM": (llama, {}),
+    "SEQ_2_SEQ_LM": (t5, {"decoder_input_ids": token_inputs()["input_ids"]}),
+}
+HEADS = {"SEQ_CLS": "classifier", "TOKEN_CLS": "classifier", "QUESTION_ANS": "qa_outputs"}
+
+
+@pytest.mark.parametrize("calibrated", [False, True], ids=["get_peft_model", "compress"])
+@pytest.mark.parametrize("task", TASKS)
+def test_every_task_type_trains_saves_loads_and_merges(task: str, calibrated: bool, tmp_path: Path) -> None:
+    build, more = TASKS[task]
+    inputs = {**token_inputs(), **more}
+    config = ReparamConfig(task_type=task, target_modules="all-linear", keep=0.6)
+    model = compress(build(), config, [inputs], progress=False) if calibrated else get_peft_model(build(), config)
+    assert type(model) is peft.MODEL_TYPE_TO_PEFT_MODEL_MAPPING[task]
+    head = HEADS.get(task)
+    trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
+    assert any("reparam_factors" in name for name in trained)
+    assert head is None or any(f"{head}.modules_to_save.default" in name for name in trained)
+    assert head is None or not any(head in name for name in model.peft_config["default"].rank_pattern)
+
+    def output(model: nn.Module) -> torch.Tensor:
+        with torch.no_grad():
+            return model(**inputs)[0]
+
+    before = output(model.eval())
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    model.train()(**inputs)[0].exp().mean().backward()
+    optimizer.step()
+    expected = output(model.eval())
+    assert not torch.equal(expected, before)
+    model.save_pretrained(tmp_path)
+    for options in ROUTES.values():
+        loaded = PeftModel.from_pretrained(build(), tmp_path, **options).eval()
+        assert type(loaded) is type(model)
+        assert torch.equal(output(loaded), expected)
+    saved = (loaded.peft_config["default"].to_dict()["modules_to_save"], model.peft_config["default"].modules_to_save)
+    assert saved[0] == saved[1]
+    loaded.add_adapter("ref", loaded.peft_config["default"])
+    loaded.set_adapter("ref")
+    assert torch.equal(output(loaded), expected)
+    assert_close(output(model.merge_and_unload()), expected)
+
+
+def test_a_config_with_a_task_serves_two_models() -> None:
+    config = ReparamConfig(task_type="TOKEN_CLS", target_modules=["query"], r=4)
+    first = get_peft_model(TASKS["TOKEN_CLS"][0](), config)
+    second = get_peft_model(TASKS["TOKEN_CLS"][0](), config)
+    for model in (first, second):
+        assert model.peft_config["default"].modules_to_save == ["classifier", "score"]
 
 
 def test_status_and_counts(case: Way, capsys: pytest.CaptureFixture[str]) -> None:

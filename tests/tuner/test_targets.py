@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from peft import LoraConfig, PeftConfig, PeftModel
+from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
 from support.adapters import compress
 from support.model_state import assert_untouched
 from support.models import ConvNet, bert, convnet, gpt2, llama, on_meta, tied, token_inputs
@@ -196,3 +196,27 @@ def test_layers_of_another_method_are_refused() -> None:
         model.add_adapter(ReparamConfig(target_modules=["q_proj"], keep=0.5), "reparam")
     assert list(model.peft_config) == ["lora"]
     assert [type(module) for module in model.modules()] == before
+
+
+@pytest.mark.parametrize("name", ["mlp", "layers", "0", "model", "q_proj", "weight", "A", "mask", "base_layer", "lm_head"])
+@pytest.mark.parametrize("first", [False, True])
+def test_an_adapter_is_not_named_as_a_part_of_a_name(first: bool, name: str) -> None:
+    config = ReparamConfig(target_modules=["q_proj", "up_proj"], r=8)
+    model = llama() if first else get_peft_model(llama(), config)
+    with pytest.raises(ValueError, match="`adapter_name` must not be a part of the name of a module"):
+        get_peft_model(model, config, adapter_name=name) if first else model.add_adapter(name, config)
+    if first:
+        assert_untouched(model, llama())
+    else:
+        assert list(model.peft_config) == ["default"]
+
+
+def test_adapters_with_names_that_are_within_names_are_saved_whole(tmp_path: Path) -> None:
+    config = ReparamConfig(target_modules=["q_proj", "up_proj"], r=8)
+    model = get_peft_model(llama(), config, adapter_name="q")
+    for name in ("proj", "layer", "lp", "Q_proj"):
+        model.add_adapter(name, model.peft_config["q"])
+    expected = model(**token_inputs()).logits
+    model.save_pretrained(tmp_path)
+    for name in model.peft_config:
+        assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path / name)(**token_inputs()).logits, expected)
