@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -96,15 +96,18 @@ class ReparamModel(BaseTuner):
     @contextmanager
     def _undoing(self, adapter_name: str) -> Iterator[None]:
         """Within this block an error takes a new adapter out of the model again."""
-        try:
+        with ExitStack() as on_error:
+            on_error.callback(self._undo, adapter_name)
             yield
-        except BaseException:
-            before, self._before_injection = self._before_injection, None
-            if before is not None:
-                before.restore()
-            if len(self.peft_config) > 1:  # transformers' models keep the dict from one adapter to the next
-                self.peft_config.pop(adapter_name, None)
-            raise
+            on_error.pop_all()
+
+    def _undo(self, adapter_name: str) -> None:
+        """Take an adapter that is being added out of the model again."""
+        before, self._before_injection = self._before_injection, None
+        if before is not None:
+            before.restore()
+        if len(self.peft_config) > 1:  # transformers' models keep the dict from one adapter to the next
+            self.peft_config.pop(adapter_name, None)
 
     def _beside(self) -> list[object]:
         """What changes along with the modules: configs, and what layers wait for."""
