@@ -345,13 +345,13 @@ class ReparamModel(BaseTuner):
         trains = not self.peft_config[adapter_name].inference_mode
         with self._unchanged_on_error() if self._before_injection is None else self._undoing(adapter_name):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype and trains)
-        if adapter_name == self._arriving:  # what was checked as a whole need not be looked for in every layer
-            for _, layer in reparam_layers(self.model):
-                layer.arrivals.stop_waiting(adapter_name)
-        self._arriving = ""
-        # What a loader has yet to fill in is cast once more when that is done; until then an error takes it out again.
-        if not any(adapter_name in layer.arrivals.awaited for _, layer in reparam_layers(self.model)):
-            self._before_injection = None
+            if adapter_name == self._arriving:  # what was checked as a whole need not be looked for in every layer
+                for _, layer in reparam_layers(self.model):
+                    layer.arrivals.stop_waiting(adapter_name)
+            self._arriving = ""
+            # What a loader has yet to fill in is cast once more when that is done; until then an error takes it out again.
+            if not any(adapter_name in layer.arrivals.awaited for _, layer in reparam_layers(self.model)):
+                self._before_injection = None
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
