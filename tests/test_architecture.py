@@ -103,7 +103,18 @@ def test_no_private_attribute_of_another_file_is_used(module: str) -> None:
 @pytest.mark.parametrize("module", [module for module in MODULES if room(module) == "numerics"])
 def test_pure_mathematics_needs_torch_only(module: str) -> None:
     others = other_imports(parse(module))
-    assert others <= {"__future__", "collections", "contextlib", "dataclasses", "functools", "heapq", "math", "typing", "torch"}
+    assert others <= {
+        "__future__",
+        "collections",
+        "contextlib",
+        "dataclasses",
+        "functools",
+        "heapq",
+        "threading",
+        "math",
+        "typing",
+        "torch",
+    }
 
 
 @modules

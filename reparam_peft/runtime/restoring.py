@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
@@ -72,9 +72,7 @@ def unchanged_on_error(model: nn.Module, beside: Iterable[object] = ()) -> Itera
         model: what the block changes; numbers within its tensors must not be written to, only replaced.
         beside: other objects whose attributes the block changes.
     """
-    before = Snapshot(model, beside)
-    try:
+    with ExitStack() as on_error:
+        on_error.callback(Snapshot(model, beside).restore)
         yield
-    except BaseException:
-        before.restore()
-        raise
+        on_error.pop_all()

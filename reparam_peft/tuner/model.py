@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, cast
@@ -107,15 +107,18 @@ class ReparamModel(BaseTuner):
     @contextmanager
     def _undoing(self, adapter_name: str) -> Iterator[None]:
         """Within this block an error takes a new adapter out of the model again."""
-        try:
+        with ExitStack() as on_error:
+            on_error.callback(self._undo, adapter_name)
             yield
-        except BaseException:
-            before, self._before_injection = self._before_injection, None
-            if before is not None:
-                before.restore()
-            if len(self.peft_config) > 1:  # transformers' models keep the dict from one adapter to the next
-                self.peft_config.pop(adapter_name, None)
-            raise
+            on_error.pop_all()
+
+    def _undo(self, adapter_name: str) -> None:
+        """Take an adapter that is being added out of the model again."""
+        before, self._before_injection = self._before_injection, None
+        if before is not None:
+            before.restore()
+        if len(self.peft_config) > 1:  # transformers' models keep the dict from one adapter to the next
+            self.peft_config.pop(adapter_name, None)
 
     def _beside(self) -> list[object]:
         """What changes along with the modules: configs, and what layers wait for."""
@@ -367,13 +370,13 @@ class ReparamModel(BaseTuner):
         trains = not self.peft_config[adapter_name].inference_mode
         with self._unchanged_on_error() if self._before_injection is None else self._undoing(adapter_name):
             super()._cast_adapter_dtype(adapter_name, autocast_adapter_dtype=autocast_adapter_dtype and trains)
-        if adapter_name == self._arriving:  # what was checked as a whole need not be looked for in every layer
-            for _, layer in reparam_layers(self.model):
-                layer.arrivals.stop_waiting(adapter_name)
-        self._arriving = ""
-        # What a loader has yet to fill in is cast once more when that is done; until then an error takes it out again.
-        if not any(adapter_name in layer.arrivals.awaited for _, layer in reparam_layers(self.model)):
-            self._before_injection = None
+            if adapter_name == self._arriving:  # what was checked as a whole need not be looked for in every layer
+                for _, layer in reparam_layers(self.model):
+                    layer.arrivals.stop_waiting(adapter_name)
+            self._arriving = ""
+            # What a loader has yet to fill in is cast once more when that is done; until then an error takes it out again.
+            if not any(adapter_name in layer.arrivals.awaited for _, layer in reparam_layers(self.model)):
+                self._before_injection = None
 
     @classmethod
     def _get_adapter_state_dict(  # type: ignore[override]
