@@ -124,6 +124,7 @@ def test_a_report_replaces_an_earlier_one_and_nothing_else(record: Record, made:
 
 def test_a_report_that_was_killed_is_written_again(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     written: list[Path] = []
+    monkeypatch.setattr(report, "_png", lambda draw: b"a picture")
 
     def killed(path: Path, content: Any) -> None:
         if len(written) == before:
