@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from support.models import llama
 from support.standalone import saved, small
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from reparam_peft import ReparamConfig
 from reparam_peft.standalone.checkpoint import CheckpointConfig
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -99,3 +102,12 @@ def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
 def test_the_config_survives_json() -> None:
     config = CheckpointConfig({"a.b": GOOD})
     assert CheckpointConfig(**json.loads(config.to_json_string())).to_dict() == config.to_dict()
+
+
+def test_empty_factors_of_a_sharded_model_are_not_saved(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), ReparamConfig(target_modules=["q_proj"], r=8)).to_standalone()
+    B = model.model.layers[1].self_attn.q_proj.B
+    B.weight.data = B.weight.new_empty(0)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj\.B\.weight: the tensor is empty"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
