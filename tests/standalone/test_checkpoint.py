@@ -9,11 +9,14 @@ from typing import Any
 
 import pytest
 import torch
+from peft import get_peft_model
 from safetensors.torch import load_file, save_file
+from support.models import llama
 from support.standalone import logits, saved, small
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from reparam_peft import ReparamConfig
 from reparam_peft.standalone.checkpoint import CheckpointConfig
 
 LAYER = "model.layers.1.mlp.up_proj"
@@ -110,3 +113,12 @@ def test_layers_on_disk_compute_the_same(form: str, buffers: bool, tmp_path: Pat
     expected = logits(AutoModelForCausalLM.from_pretrained(path))
     options: dict[str, Any] = {"device_map": device_map, "offload_folder": str(tmp_path / "off"), "offload_buffers": buffers}
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(path, **options)), expected)
+
+
+def test_empty_factors_of_a_sharded_model_are_not_saved(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), ReparamConfig(target_modules=["q_proj"], r=8)).to_standalone()
+    B = model.model.layers[1].self_attn.q_proj.B
+    B.weight.data = B.weight.new_empty(0)
+    with pytest.raises(ValueError, match=r"layers\.1\.self_attn\.q_proj\.B\.weight: the tensor is empty"):
+        model.save_pretrained(tmp_path)
+    assert not list(tmp_path.glob("*.safetensors"))
