@@ -90,11 +90,12 @@ def main() -> None:
         app()
     except EXPECTED as error:
         _tell(str(error) or type(error).__name__)
-    except Exception as error:  # a fault of a library or of ours, which a file of a stranger may bring about
+    except FAULTS as error:  # of a library or of ours, which a file of a stranger may bring about
         _tell(f"{type(error).__name__}: {error}")
 
 
 EXPECTED = (CliError, ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, SafetensorError)
+FAULTS = (LookupError, AttributeError, AssertionError, MemoryError, NameError, EOFError, BufferError)
 LONGEST = 2000  # characters of a message, which may quote a file
 
 

@@ -86,8 +86,8 @@ class ReparamConfig(Fields):
         for key in sorted(self.rank_pattern.keys() - set(targets)):
             if self.is_resolved or not any(_matches(key, name) for name in targets):
                 raise ValueError(
-                    f"`rank_pattern`{where} holds {key!r}, which none of the {len(targets)} targeted modules is called or matches; "
-                    "correct it or leave it out."
+                    f"`rank_pattern`{where} holds {key!r}, which none of the {len(targets)} targeted modules is called or "
+                    "matches; correct it or leave it out."
                 )
 
     @classmethod
@@ -111,8 +111,8 @@ class ReparamConfig(Fields):
         if isinstance(config, ReparamConfig) and weights.is_file():
             if not config.is_resolved:
                 raise ValueError(
-                    f"{weights.with_name(CONFIG_NAME)} has no `stored_parameters`, and so is not of the adapter beside it; copy "
-                    "or download both again."
+                    f"{weights.with_name(CONFIG_NAME)} has no `stored_parameters`, and so is not of the adapter beside it; "
+                    "copy or download both again."
                 )
             check_weights(weights, config.rank_pattern, config.form)
         if keep is not None:

@@ -4,8 +4,8 @@
 
 Each file is damaged at random: bytes, values and types of JSON, nesting, names, shapes and dtypes of tensors, truncation. A
 loader must refuse it with `ValueError`, `TypeError` or `OSError` that names the file, or load what computes as before. Numbers
-within tensors are left alone, since no loader can tell one weight from another, but for NaN and inf in factors and sums. Errors that PEFT, transformers or safetensors
-raise before they ask this package are counted by themselves.
+within tensors are left alone, since no loader can tell one weight from another, but for NaN and inf in factors and sums.
+Errors that PEFT, transformers or safetensors raise before they ask this package are counted by themselves.
 """
 
 from __future__ import annotations
