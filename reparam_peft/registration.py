@@ -38,8 +38,9 @@ def register() -> None:
     extend_peft_types(NAME.upper())
     # Imported here because the config's class body needs the enum's member.
     from .compression.loading import register_loading
-    from .config.adapter_file import read_adapter_config
+    from .config.adapter_file import reading_adapter_config
     from .config.reparam_config import ReparamConfig
+    from .runtime.hosts import extend
     from .standalone.checkpoint import register_checkpoints
     from .standalone.from_config import register_from_config
     from .tuner.host_checks import register_host_checks
@@ -49,7 +50,7 @@ def register() -> None:
     register_from_config()
     register_host_checks()
     register_loading()
-    PeftConfigMixin.from_json_file = classmethod(read_adapter_config)
+    extend(PeftConfigMixin, "from_json_file", reading_adapter_config)
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME.upper()])
     if registered is None:
         register_peft_method(name=NAME, config_cls=ReparamConfig, model_cls=ReparamModel)

@@ -51,7 +51,7 @@ def load_model(
             loader = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else AutoModel
             if keep is not None:
                 raise _no_smaller_size(model)
-            code = {"trust_remote_code": False} if loader is AutoModel else {}
+            code: dict[str, Any] = {"trust_remote_code": False} if loader is AutoModel else {}
             loaded = loader.from_pretrained(source, dtype=torch_dtype, **code)
         tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
     except (OSError, ValueError, KeyError, SafetensorError) as error:

@@ -28,7 +28,18 @@ PROMPTS = ("The capital of France is", "In the beginning of the twentieth centur
 
 
 # What commands write into OUT, beside the tokenizer's files.
-_OURS = ("*.safetensors", "*.json", "*.jinja", "*.model", "README.md", "vocab.txt", "merges.txt", "modeling_reparam.py")
+_OURS = (
+    "*.safetensors",
+    "*.json",
+    "*.jinja",
+    "*.model",
+    "README.md",
+    "vocab.txt",
+    "merges.txt",
+    "modeling_reparam.py",
+    "*.onnx",
+    "*.onnx.data",
+)
 
 
 def check_output(output: Path, model: str, overwrite: bool, *beside: Path | str | None) -> None:

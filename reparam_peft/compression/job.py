@@ -27,7 +27,7 @@ from ..planning.ranks import RankChooser, is_nested
 from ..runtime.modules import naming
 from ..runtime.processes import check_whole, fails_together, share_out
 from ..tuner.matrices import base_dtype, own_bias, source_matrix
-from ..tuner.model import select_targets
+from ..tuner.selection import select_targets
 from ..tuner.targets import Target
 from .factorizing import Factorizer
 from .weighing import Weigher, Weighing, mean_output

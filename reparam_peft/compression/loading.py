@@ -19,7 +19,7 @@ from ..layers.product import Product
 from ..runtime.modules import naming, set_module
 from ..standalone.checkpoint import CheckpointConfig, CheckpointLoader, mark, specification_of
 from ..tuner.data_free import check_data_free, check_standalone, data_free_factors
-from ..tuner.model import select_targets
+from ..tuner.selection import select_targets
 from ..tuner.targets import Target
 
 

@@ -9,6 +9,8 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..runtime.files import write_whole
+
 # What is not copied: weights in any format, what is written anew, and code, which a factorised model has no use for.
 WEIGHTS = ("*.safetensors", "*.bin", "*.pt", "*.pth", "*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ckpt", "*.index.json")
 WRITTEN = ("config.json", "generation_config.json", "README.md", "adapter_config.json", ".*")
@@ -74,4 +76,4 @@ def copy_files(source: Path, files: Iterable[Path], destination: Path) -> None:
             except (ValueError, RecursionError):  # which transformers cannot read either
                 continue
             if isinstance(fields, dict) and fields.pop("auto_map", None) is not None:
-                (destination / file).write_text(json.dumps(fields, indent=2), encoding="utf-8")
+                write_whole(destination / file, json.dumps(fields, indent=2))

@@ -32,7 +32,8 @@ from ..runtime.json_files import read_json
 from ..runtime.run_folder import RunFolder, json_able
 from ..standalone.self_contained import auto_class
 from ..tuner.data_free import check_data_free, check_standalone, factorize_targets, installing
-from ..tuner.model import config_of, select_targets
+from ..tuner.model import config_of
+from ..tuner.selection import select_targets
 from ..tuner.sizes import SizeReport
 from ..tuner.targets import Target
 from .block_by_block import Steps

@@ -144,7 +144,8 @@ class ReparamConfig(Fields):
     def _name_targets(self) -> None:
         """Names of the targets in place of patterns, which whoever loads the adapter would try on names of modules."""
         if isinstance(self.target_modules, str) or isinstance(self.exclude_modules, str) or self.layers_pattern is not None:
-            self.target_modules = {*self.rank_pattern, *(self.dense_modules or ())}
+            names: Any = {*self.rank_pattern, *(self.dense_modules or ())}  # PEFT makes sets of lists, too
+            self.target_modules = names
             self.exclude_modules = self.layers_to_transform = self.layers_pattern = None
 
     def _make_smaller(self, keep: float) -> None:

@@ -12,10 +12,15 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from peft.utils import SAFETENSORS_WEIGHTS_NAME
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..runtime.files import write_whole, writing
+from ..runtime.fingerprints import fingerprint_of_tensors
 
+ADAPTER = "adapter"  # in what a training is of: the fingerprint of its factors
 MANIFEST = "healing.json"
 FORMAT = "reparam_peft healing 1"
 
@@ -103,7 +108,7 @@ def _fault(checkpoint: Path, training: Mapping[str, Any]) -> str | None:
         return f"{MANIFEST} cannot be read ({error})"
     wanted = json.loads(json.dumps(training))
     for key in sorted({*noted, *wanted}):
-        if noted.get(key) != wanted.get(key):
+        if noted.get(key) != wanted.get(key) and not (key == ADAPTER and _saved_adapter(checkpoint) == wanted.get(key)):
             raise ValueError(
                 f"{checkpoint} is of a training with another `{key}`: {noted.get(key)!r}, and this one has "
                 f"{wanted.get(key)!r}. Give another folder, or delete the checkpoints."
@@ -115,6 +120,14 @@ def _fault(checkpoint: Path, training: Mapping[str, Any]) -> str | None:
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
+
+
+def _saved_adapter(checkpoint: Path) -> str | None:
+    """The fingerprint of the adapter in a checkpoint, which may have been loaded to go on from it; None: it has none."""
+    try:
+        return fingerprint_of_tensors(load_file(checkpoint / SAFETENSORS_WEIGHTS_NAME))
+    except (OSError, SafetensorError):
+        return None
 
 
 def _files(folder: Path) -> list[Path]:

@@ -10,7 +10,7 @@ from typing import Any, cast
 
 import torch
 from filelock import FileLock
-from peft import LoraConfig, PeftModel
+from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
@@ -19,11 +19,11 @@ from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
 
 from ..runtime.files import clear_litter, lock_folder, remove_whole, save_tensors, writing
-from ..runtime.fingerprints import fingerprint_of_model, fingerprint_of_rows, fingerprint_of_tensors, is_of_adapter
+from ..runtime.fingerprints import fingerprint_of_model, fingerprint_of_rows, fingerprint_of_tensors
 from ..runtime.modules import predicts_next_token, without_cache
 from ..runtime.processes import fails_together
 from ..runtime.run_folder import json_able
-from .checkpoints import last_whole, note_whole, this_or_last_whole, writing_checkpoint
+from .checkpoints import ADAPTER, last_whole, note_whole, this_or_last_whole, writing_checkpoint
 from .checks import TRAINS, check_arguments, check_classes, check_loss, check_teacher, check_trained, checked_model
 from .counting import Counts, counted, masks, with_labels
 from .inner_lora import adapted, check_lora, merged
@@ -178,10 +178,8 @@ class HealingTrainer(Trainer):
     @cached_property
     def training(self) -> dict[str, Any]:
         """All that the result of the first `train` depends on, for JSON, by which a checkpoint knows its training."""
-        tensors = self.student.state_dict()
-        adapter = {name: tensor for name, tensor in tensors.items() if is_of_adapter(name)}
         return {
-            "adapter": fingerprint_of_tensors(adapter),
+            ADAPTER: fingerprint_of_tensors(get_peft_model_state_dict(self.student, save_embedding_layers=False)),
             "base model": fingerprint_of_model(self.student),
             "teacher": None if self.teacher is None else fingerprint_of_model(self.teacher),
             "data": fingerprint_of_rows(self.train_dataset),

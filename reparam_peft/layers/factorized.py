@@ -262,6 +262,10 @@ class FactorizedModule(nn.Module):
         B = self.matrix_of_B(weight_of(self.B))
         if not isinstance(self.A, PivotExpansion):
             return Factors(weight_of(self.A).flatten(1), B)
+        if not torch.compiler.is_compiling():
+            _ = self.A.pivots  # refuses a damaged mask
+            if not self.A.is_ordered:
+                self.A.refresh()
         identity = torch.eye(len(B), dtype=B.dtype, device=B.device)
         rows = [identity] if self.A.K is None else [identity, weight_of(self.A.K).flatten(1)]
         # By `order`, as outputs are, and not by indices of pivots, whose number a graph of PyTorch's exporter cannot know.

@@ -139,10 +139,9 @@ class LayerKind(ABC, Generic[Layer]):
         """Whether the layer computes as its class does; nn.MultiheadAttention reads the weight of its output layer itself."""
         # accelerate replaces `forward` to move inputs between devices, and leaves the class's own on the layer afterwards.
         forward = vars(layer).get("forward")
-        patched = forward is not None and getattr(forward, "__func__", None) is not type(layer).forward
-        patched &= not hasattr(layer, "_hf_hook")
+        own = forward is None or getattr(forward, "__func__", None) is type(layer).forward
         alike = type(layer).forward is self.layer_class.forward and not isinstance(layer, NonDynamicallyQuantizableLinear)
-        return alike and not patched
+        return alike and (own or hasattr(layer, "_hf_hook"))
 
     @abstractmethod
     def shape(self, layer: Layer) -> tuple[int, int]:

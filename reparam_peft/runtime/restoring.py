@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from torch import Tensor, nn
 
-CONTAINERS = (dict, OrderedDict, list, set)
+CONTAINERS = (dict, list, set)
 
 
 class Snapshot:
@@ -28,7 +27,7 @@ class Snapshot:
         for owner in (*model.modules(), *beside):
             held = vars(owner)
             self._attributes.append((held, dict(held)))
-            self._contents += [(value, value.copy()) for value in held.values() if type(value) in CONTAINERS]
+            self._contents += [(value, value.copy()) for value in held.values() if isinstance(value, CONTAINERS)]
         self._parameters = [(parameter, parameter.requires_grad, _numbers(parameter)) for parameter in model.parameters()]
 
     def restore(self) -> None:

@@ -30,7 +30,7 @@ from .host_checks import AdapterConfigs
 from .layer import W_IS_GONE, ReparamLayer, reparam_layer, reparam_layers
 from .sizes import SizeReport, size_report
 from .target_modules import TARGET_MODULES
-from .targets import Target, check_targets, find_targets, save_heads
+from .targets import Target, check_targets, find_targets, is_target, save_heads
 
 
 class ReparamModel(BaseTuner):
@@ -136,7 +136,7 @@ class ReparamModel(BaseTuner):
             # A further adapter that starts from a product takes the bias that goes with it.
             peft_config.moved_bias |= any(layer.source_has_bias for _, layer in reparam_layers(model))
         if state_dict is None:
-            targets = find_targets(peft_config, model, partial(self._check_target_module_exists, peft_config))
+            targets = find_targets(peft_config, model, partial(is_target, peft_config))
         else:  # PEFT replaces what the state dict has keys of
             names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
             targets = find_targets(peft_config, model, names.__contains__)
@@ -154,10 +154,7 @@ class ReparamModel(BaseTuner):
 
     @staticmethod
     def _check_target_module_exists(peft_config: ReparamConfig, key: str) -> Any:  # type: ignore[override]
-        """PEFT's matching; out of a checkpoint, no more than the modules that it has factors for or leaves dense."""
-        if peft_config.loading and not peft_config.is_of_adapter(key):
-            return False
-        return BaseTuner._check_target_module_exists(peft_config, key)
+        return is_target(peft_config, key)
 
     def _create_and_replace(  # type: ignore[override]
         self,
@@ -428,26 +425,6 @@ class ReparamModel(BaseTuner):
         if isinstance(tuner, ReparamModel):
             tuner._arriving = adapter_name  # PEFT loads them now, and then casts them: W stays until it has
         return fitting
-
-
-def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, loading: bool = False) -> dict[str, Target]:
-    """The targets that `get_peft_model` would take for a config, checked; changes neither model nor config.
-
-    With `loading`, weights may be on the meta device.
-
-    Raises:
-        TypeError, ValueError: as for `get_peft_model`.
-    """
-    config = copy.deepcopy(config)
-    save_heads(config)
-    tuner = ReparamModel.__new__(ReparamModel)
-    prepared = tuner._prepare_adapter_config(config, BaseTuner.get_model_config(model))
-    config = cast(ReparamConfig, _maybe_include_all_linear_layers(prepared, model))  # each returns what it was given
-    targets = find_targets(config, model, partial(ReparamModel._check_target_module_exists, config))
-    if not targets:
-        raise ValueError(f"`target_modules` {config.target_modules!r} match no module of the model; check the names.")
-    check_targets(targets, config, model, adapter_name, loading)
-    return targets
 
 
 def _parameters_start_on_meta() -> bool:

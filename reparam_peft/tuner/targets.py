@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -51,6 +51,13 @@ def save_heads(config: ReparamConfig) -> None:
         config.modules_to_save = list(dict.fromkeys([*(config.modules_to_save or ()), *heads]))
 
 
+def is_target(config: ReparamConfig, name: str) -> object:
+    """PEFT's matching; out of a checkpoint, no more than the modules that it has factors for or leaves dense."""
+    if config.loading and not config.is_of_adapter(name):
+        return False
+    return BaseTuner._check_target_module_exists(config, name)
+
+
 def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str], object]) -> dict[str, Target]:
     """The modules whose names match, except inside of tuner layers, by name and with their ranks.
 
@@ -68,8 +75,6 @@ def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str
                 module = unwrapped(module)
                 storage = matrix_storage(module, config)
                 targets[name] = Target(module, resolve_rank(config, name, storage), storage)
-    if targets:  # else nothing matches, which is told in other words
-        config.check_ranks_used(targets)
     unknown = sorted(set(config.dense_modules or []) - set(targets))
     if unknown:
         warnings.warn(f"`dense_modules` {unknown} are not targeted and were ignored.", RuntimeWarning, stacklevel=2)
@@ -96,6 +101,8 @@ def check_targets(
                 f"the adapter has factors for {len(missing)} modules that the model does not have, or that `target_modules` "
                 f"of its config does not name, the first {missing[0]!r}. Load it onto the base model that it was made of."
             )
+    elif targets:  # else nothing matches, which is told in other words
+        config.check_ranks_used(targets)
     factorized = {name: target.module for name, target in targets.items() if target.rank is not None}
     if targets and not factorized:
         warnings.warn(

@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, Llama
 from reparam_peft import ReparamConfig, compress, text_batches
 from reparam_peft.calibration.gather import gather_statistics
 from reparam_peft.cli.demo import demo_folder
-from reparam_peft.tuner.model import select_targets
+from reparam_peft.tuner.selection import select_targets
 
 
 def main() -> None:

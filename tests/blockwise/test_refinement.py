@@ -194,7 +194,7 @@ def test_training_does_not_touch_copies() -> None:
         ("batch_size", 0, "`batch_size` must be a whole number of at least 1"),
         ("epochs", 1.5, "`epochs` must be a whole number"),
         ("patience", True, "`patience` must be a whole number"),
-        ("seed", -1, "`seed` must be a whole number of at least 0"),
+        ("seed", -1, r"`seed` must be a whole number in \[0, 2\*\*63\)"),
         ("learning_rate", 0.0, r"`learning_rate` must be positive and finite, got 0\.0"),
         ("learning_rate", float("nan"), "`learning_rate` must be positive"),
         ("max_grad_norm", float("inf"), "`max_grad_norm` must be positive"),

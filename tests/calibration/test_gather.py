@@ -323,6 +323,8 @@ def test_inference_mode_is_refused_where_gradients_are_needed() -> None:
 def test_batches_that_are_shared_out_already_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(distributed, "processes", lambda: (2, 0))
     monkeypatch.setattr(calibration, "processes", lambda: (2, 0))
+    monkeypatch.setattr(distributed.dist, "all_reduce", lambda *args: None)
+    monkeypatch.setattr(distributed.dist, "get_backend_config", lambda: "cpu:gloo")
     loader = DataLoaderShard([text([4], 4)])
     with pytest.raises(ValueError, match="shared out among the processes by accelerate already; give every process"):
         gather(llama(), linear_layers, loader)

@@ -65,7 +65,7 @@ def test_compress_prints_json_and_writes_what_can_be_loaded(run: Run, models: Pa
     card = (output / "README.md").read_text()
     assert f"| perplexity | {figures['perplexity']:.6g} |" in card
     assert f"| dense perplexity | {figures['dense perplexity']:.6g} |" in card
-    assert f"| base model | {models / 'llama'} |" in card
+    assert str(models) not in card, "no path of this machine is published"
     assert f"| method | {config.method} |" in card
     assert ("| calibration tokens | 256 |" in card) == (method == "default")
     assert os.stat(output).st_mode & 0o777 == 0o755

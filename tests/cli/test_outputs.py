@@ -77,11 +77,13 @@ def test_a_failure_while_writing_leaves_what_was_there(
         assert_error(run(*arguments), "No space left on device")
         assert list(tmp_path.iterdir()) == []
         output.mkdir()
-        (output / "mine.txt").write_text("mine")
-        (output / "adapter_config.json").write_text("{}")
+        (output / "adapter_config.json").write_text('{"peft_type": "REPARAM"}')
         assert_error(run(*arguments, "--overwrite"), "No space left on device")
+        (output / "mine.txt").write_text("mine")
+        assert_error(run(*arguments, "--overwrite"), r"other files \(mine.txt\), which are not overwritten")
     assert [path.name for path in tmp_path.iterdir()] == ["out"]
     assert (output / "mine.txt").read_text() == "mine"
+    assert (output / "adapter_config.json").read_text() == '{"peft_type": "REPARAM"}'
 
 
 def test_what_the_command_is_given_stays_in_out(run: Run, models: Path, tmp_path: Path) -> None:
