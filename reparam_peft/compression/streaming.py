@@ -10,7 +10,6 @@ from pathlib import Path
 from typing import Any
 
 import transformers
-from filelock import FileLock, Timeout
 from huggingface_hub import snapshot_download
 from peft import PeftModel, get_peft_model
 from torch import nn
@@ -26,7 +25,7 @@ from ..config.model_card import write_standalone_card
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import Product, product_of, tensors_of
 from ..planning.plan import Plan
-from ..runtime.files import remove_whole, unfinished, write_whole, writing
+from ..runtime.files import remove_whole, take_lock, unfinished, write_whole, writing
 from ..runtime.fingerprints import fingerprint_of_model
 from ..runtime.json_files import read_json
 from ..runtime.run_folder import RunFolder, json_able
@@ -104,13 +103,9 @@ def compress_checkpoint(
     if destination.resolve().is_relative_to(folder.resolve()):
         raise ValueError(f"`destination` {destination} is inside of `source` {folder}; give a folder elsewhere.")
     files = files_beside_weights(folder)
-    lock = FileLock(run.with_suffix(".lock"))
     with writing(destination.parent):
         destination.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        lock.acquire(timeout=0)
-    except Timeout:
-        raise ValueError(f"another run into {destination} is under way (it holds {lock.lock_file}); wait for it.") from None
+    lock = take_lock(run.with_suffix(".lock"), destination)
     try:
         model = _mapped(folder)
         if batches is None:
@@ -139,9 +134,9 @@ def compress_checkpoint(
             with writing(destination):
                 aside.rename(destination)
         remove_whole(run)
+        Path(lock.lock_file).unlink(missing_ok=True)  # while it is held, so that no other run has locked this very file
     finally:
         lock.release()
-    Path(lock.lock_file).unlink(missing_ok=True)
     return report
 
 

@@ -130,11 +130,12 @@ def remove_whole(folder: str | Path) -> None:
     Raises:
         OSError: it cannot be renamed.
     """
-    aside = unfinished(folder)
-    try:
-        os.rename(folder, aside / "removed")
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with writing(folder):
+        aside = unfinished(folder)
+        try:
+            os.rename(folder, aside / "removed")
+        finally:
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def lock_folder(folder: str | Path) -> FileLock:
@@ -147,7 +148,20 @@ def lock_folder(folder: str | Path) -> FileLock:
         ValueError: it is taken, by another process or by another run of this one.
         OSError: it cannot be written.
     """
-    path = Path(folder) / LOCK
+    return take_lock(Path(folder) / LOCK, folder)
+
+
+def take_lock(path: Path, what: str | Path) -> FileLock:
+    """Take a lock for this process until it is released or the process ends, however it ends.
+
+    Args:
+        path: of the lock's file, in a folder that exists.
+        what: what is locked, for messages.
+
+    Raises:
+        ValueError: it is taken, by another process or by another run of this one.
+        OSError: it cannot be written.
+    """
     if path.is_symlink():
         raise ValueError(f"{path} is a link, and a lock must be a file of its own; delete it.")
     lock = FileLock(path, thread_local=False)
@@ -158,7 +172,7 @@ def lock_folder(folder: str | Path) -> FileLock:
         except Timeout:
             pass
     raise ValueError(
-        f"another run is under way in {folder}, by a process that holds {path}; wait for it, or give another folder."
+        f"another run is under way in {what}, by a process that holds {path}; wait for it, or give another folder."
     )
 
 

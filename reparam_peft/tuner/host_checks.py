@@ -6,9 +6,10 @@ import math
 import re
 from collections.abc import Callable, Mapping
 from collections.abc import Set as AbstractSet
+from contextlib import nullcontext
 from typing import Any
 
-from peft import LoraConfig, LoraModel, PeftConfig
+from peft import LoraConfig, LoraModel, PeftConfig, PeftModel
 from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
@@ -17,6 +18,7 @@ from transformers import PreTrainedModel
 from ..config.reparam_config import ReparamConfig
 from ..layers.factorized import FactorizedModule
 from ..runtime.hosts import extend
+from ..runtime.restoring import unchanged_on_error
 from .layer import ReparamLayer, reparam_layers
 
 LORA_ON_ADAPTER = (
@@ -29,6 +31,7 @@ def register_host_checks() -> None:
     """Put the checks of this file before the methods of PEFT and transformers that need them. Idempotent."""
     extend(PreTrainedModel, "save_pretrained", _saving)
     extend(PreTrainedModel, "resize_token_embeddings", _resizing)
+    extend(PeftModel, "load_adapter", _loading)
     extend(LoraModel, "_prepare_model", _aimed)
 
 
@@ -54,6 +57,22 @@ class AdapterConfigs(dict[str, PeftConfig]):
                 f"adapter {adapter_name!r} of the model is one of a ReparamConfig, which a {type(config).__name__} cannot take "
                 f"the place of; {LORA_ON_ADAPTER}."
             )
+
+
+def changed_along(model: nn.Module, configs: Mapping[str, PeftConfig]) -> list[object]:
+    """What changes along with a model, for a snapshot of it: the configs of its adapters, and what its layers wait for."""
+    return [*configs.values(), *(layer.arrivals for _, layer in reparam_layers(model))]
+
+
+def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
+    def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
+        is_new = adapter_name not in self.peft_config  # else `from_pretrained` has added it, and the tuner takes it away
+        has_ours = any(isinstance(config, ReparamConfig) for config in self.peft_config.values())
+        along = changed_along(self, self.peft_config)
+        with unchanged_on_error(self, along) if is_new and has_ours else nullcontext():
+            return original(self, model_id, adapter_name, *args, **kwargs)
+
+    return load_adapter
 
 
 def _saving(original: Callable[..., None]) -> Callable[..., None]:

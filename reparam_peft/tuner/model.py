@@ -26,7 +26,7 @@ from .base_sample import check_base, sample_base
 from .conversion import standalone_model
 from .copies import adapter_to_copy, copied, copy_saved_modules
 from .data_free import factorize_targets
-from .host_checks import AdapterConfigs
+from .host_checks import AdapterConfigs, changed_along
 from .layer import W_IS_GONE, ReparamLayer, reparam_layer, reparam_layers
 from .sizes import SizeReport, size_report
 from .target_modules import TARGET_MODULES
@@ -82,7 +82,7 @@ class ReparamModel(BaseTuner):
                 stand beside the ones that are there.
         """
         with self._undoing(adapter_name):
-            self._before_injection = Snapshot(self, self._beside())
+            self._before_injection = Snapshot(self, changed_along(self, self.peft_config))
             config = self._config(adapter_name)
             factors_follow = low_cpu_mem_usage or _parameters_start_on_meta()
             source = None if factors_follow else adapter_to_copy(model, self._configs, adapter_name)
@@ -120,12 +120,8 @@ class ReparamModel(BaseTuner):
         if len(self.peft_config) > 1:  # transformers' models keep the dict from one adapter to the next
             self.peft_config.pop(adapter_name, None)
 
-    def _beside(self) -> list[object]:
-        """What changes along with the modules: configs, and what layers wait for."""
-        return [*self.peft_config.values(), *(layer.arrivals for _, layer in reparam_layers(self.model))]
-
     def _unchanged_on_error(self) -> AbstractContextManager[None]:
-        return unchanged_on_error(self, self._beside())
+        return unchanged_on_error(self, changed_along(self, self.peft_config))
 
     # PEFT's own tuners narrow the type of the config, too.
     def _prepare_model(self, peft_config: ReparamConfig, model: nn.Module) -> None:  # type: ignore[override]

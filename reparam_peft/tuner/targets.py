@@ -7,7 +7,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import CONFIG_NAME, AuxiliaryTrainingWrapper
 from torch import nn
 
 from ..config.reparam_config import ReparamConfig
@@ -99,7 +99,7 @@ def check_targets(
         if missing:
             raise ValueError(
                 f"the adapter has factors for {len(missing)} modules that the model does not have, or that `target_modules` "
-                f"of its config does not name, the first {missing[0]!r}. Load it onto the base model that it was made of."
+                f"of its {CONFIG_NAME} does not name, the first {missing[0]!r}. Load it onto the base model that it is of."
             )
     elif targets:  # else nothing matches, which is told in other words
         config.check_ranks_used(targets)

@@ -201,7 +201,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     (tmp_path / "there").mkdir()
     with pytest.raises(FileExistsError, match=r"`destination` .*there exists"):
         compress_checkpoint(dense, tmp_path / "there", ReparamConfig(**CONFIG))
-    with FileLock(tmp_path / ".small.lock"), pytest.raises(ValueError, match=r"another run into .*small is under way"):
+    with (
+        FileLock(tmp_path / ".small.lock"),
+        pytest.raises(ValueError, match=r"run is under way in .*small, by a process"),
+    ):
         compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG))
     with pytest.raises(ValueError, match="`max_memory` has an effect with `batches` only"):
         compress_checkpoint(dense, tmp_path / "small", ReparamConfig(**CONFIG), max_memory=1)

@@ -245,7 +245,7 @@ LOADERS = {
     ("base", "edit", "match"),
     [
         (one_layer, None, "has factors for 2 modules that the model does not have"),
-        (llama, narrow_config, "has factors for 2 modules .* that `target_modules` of its config does not name"),
+        (llama, narrow_config, "has factors for 2 modules .* that `target_modules` of its adapter_config.json does not name"),
     ],
     ids=["another depth", "target_modules"],
 )
