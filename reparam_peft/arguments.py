@@ -8,6 +8,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any, TypeGuard
 
 
+class ReparamWarning(UserWarning):
+    """What this package warns of, so that the command line can show it without what other libraries warn of."""
+
+
 def listed(names: Iterable[str]) -> str:
     """Names as prose has them.
 

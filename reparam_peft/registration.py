@@ -9,6 +9,8 @@ from peft.config import PeftConfigMixin
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import PeftType, register_peft_method
 
+from .arguments import ReparamWarning
+
 NAME = "reparam"  # transformers derives the adapter's key prefix from it
 
 
@@ -58,5 +60,6 @@ def register() -> None:
         warnings.warn(
             f"PEFT already has a method REPARAM ({registered.__module__}); reparam_peft leaves it in place. Its own "
             "checkpoints cannot be loaded in this process.",
+            ReparamWarning,
             stacklevel=2,
         )

@@ -8,17 +8,19 @@ import sys
 import warnings
 from collections.abc import Callable
 from importlib.metadata import version
-from typing import Annotated, NoReturn
+from typing import Annotated, Any, NoReturn
 
 import typer
 from safetensors import SafetensorError
 
+from ..arguments import ReparamWarning
 from .compress import compress
 from .errors import CliError
 from .evaluate import evaluate
 from .export import export
 from .groups import spread
 from .heal import heal
+from .outputs import err
 from .plan import plan
 from .report import report
 from .search import search
@@ -79,9 +81,16 @@ _add(
 )
 
 
+def _show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+    """A warning of this package, in one line; those of other libraries are not shown."""
+    err.print(f"warning: {' '.join(str(message).split())}", soft_wrap=True)
+
+
 def main() -> None:
     """Entry point: errors in one line on stderr, exit code 1; wrong usage exits with 2; REPARAM_DEBUG=1 shows tracebacks."""
     warnings.filterwarnings("ignore")
+    warnings.filterwarnings("always", category=ReparamWarning)
+    warnings.showwarning = _show
     logging.disable(logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if os.environ.get("REPARAM_DEBUG"):

@@ -232,7 +232,7 @@ def _compress(settings: Settings, inputs: Inputs) -> Compressed:
     if blocks.run_folder is not None:
         plan = Plan.load(blocks.run_folder / PLAN)  # a run that goes on keeps the plan that it began with
     record = Record.of(model, plan=plan, run_folder=blocks.run_folder, angles=False).with_(model=options.model)
-    save_whole(model, inputs.tokenizer, options.output, *options.beside, save=saving_with(record))
+    save_whole(model, inputs.tokenizer, options.output, *options.beside, overwrite=options.overwrite, save=saving_with(record))
     return Compressed(record, model.size_report(), seconds)
 
 
@@ -276,7 +276,7 @@ def _measure_again(
     figures = note_evaluation(model, {"dense perplexity": before.perplexity, "perplexity": after.perplexity})
     sample = {"prompt": PROMPTS[0], "dense": before.sample, "compressed": after.sample}
     record = record.with_(evaluation=figures, samples=[sample])
-    save_whole(model, tokenizer, options.output, *options.beside, save=saving_with(record))
+    save_whole(model, tokenizer, options.output, *options.beside, overwrite=options.overwrite, save=saving_with(record))
     return after
 
 

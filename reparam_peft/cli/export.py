@@ -69,7 +69,13 @@ def export(
             plain = adapter.merge_and_unload(safe_merge=True)
         else:
             plain = adapter.to_standalone(quantize.value if quantize else None)
-        save_whole(plain, tokenizer, output, save=partial(_save, adapter.peft_config["default"], to, self_contained))
+        save_whole(
+            plain,
+            tokenizer,
+            output,
+            overwrite=overwrite,
+            save=partial(_save, adapter.peft_config["default"], to, self_contained),
+        )
     except ImportError as error:
         raise CliError(str(error)) from error
     weights = (path for pattern in ("*.safetensors", "*.onnx*") for path in output.glob(pattern))

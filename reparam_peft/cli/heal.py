@@ -78,7 +78,7 @@ def heal(
     losses = [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]  # of tenths of the training
     figures["perplexity"] = perplexity(small.eval(), test, progress=True)
     record = record.with_(evaluation=note_evaluation(small, figures), losses=losses, samples=[], speed=None, angles={})
-    save_whole(small, tokenizer, output, *beside, save=saving_with(record))
+    save_whole(small, tokenizer, output, *beside, overwrite=overwrite, save=saving_with(record))
     if as_json:
         print(json.dumps({"model": model, "output": str(output), "evaluation": figures, "losses": losses}))
         return

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import fnmatch
+import glob
 import math
 import os
+import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +20,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from ..report.page import INDEX
-from ..runtime.files import unfinished
+from ..runtime.files import is_ours, unfinished
 from ..runtime.json_files import read_json
 from ..runtime.modules import predicts_next_token
 from ..standalone.checkpoint import METHOD
@@ -28,18 +32,26 @@ PROMPTS = ("The capital of France is", "In the beginning of the twentieth centur
 
 
 # What commands write into OUT, beside the tokenizer's files.
-_OURS = (
-    "*.safetensors",
-    "*.json",
-    "*.jinja",
-    "*.model",
-    "README.md",
-    "vocab.txt",
-    "merges.txt",
-    "modeling_reparam.py",
-    "*.onnx",
-    "*.onnx.data",
+_OURS = frozenset(
+    [
+        "*.safetensors",
+        "*.json",
+        "*.jinja",
+        "*.model",
+        "*.spm",
+        "*.codes",
+        "*.onnx",
+        "*.onnx.data",
+        "README.md",
+        "vocab.txt",
+        "dict.txt",
+        "merges.txt",
+        "modeling_reparam.py",
+        ".gitattributes",
+    ]
 )
+_FOLDERS = ("additional_chat_templates",)  # of the tokenizer
+_WHOLE = "whole"  # the name of all of an earlier OUT, where it is moved away to
 
 
 def check_output(output: Path, model: str, overwrite: bool, *beside: Path | str | None) -> None:
@@ -54,6 +66,8 @@ def check_output(output: Path, model: str, overwrite: bool, *beside: Path | str 
     for path in beside:
         if path is not None and _resolved(path) == output:
             raise CliError(f"{output} is OUT and {path} as well; choose another one.")
+    for earlier in _earlier(output):  # of a run that was killed while it put its result in place
+        _put_back(earlier, output)
     others = _replaced(output, beside)
     if (output.is_file() or others) and not overwrite:
         raise CliError(f"{output} already exists; choose another folder or add --overwrite.")
@@ -61,7 +75,7 @@ def check_output(output: Path, model: str, overwrite: bool, *beside: Path | str 
         raise CliError(f"{output} is a file; OUT must be a folder.")
     if Path.cwd().is_relative_to(output):
         raise CliError(f"{output} is or holds the current folder; choose another folder.")
-    if os.path.isdir(model) and Path(model).resolve().is_relative_to(output):
+    if model and os.path.isdir(model) and Path(model).resolve().is_relative_to(output):
         raise CliError(f"{output} holds the model itself, which must not be overwritten; choose another folder.")
     foreign = [path.name for path in others if not _is_result(path)]
     if others and (foreign or not _is_compressed(output)):
@@ -84,8 +98,10 @@ def _replaced(output: Path, beside: Iterable[Path | str | None]) -> list[Path]:
 
 def _is_result(path: Path) -> bool:
     """Whether something in OUT may have been written by a command."""
+    if is_ours(path):
+        return True
     if path.is_dir():
-        return path.name == "report" and (path / INDEX).is_file()
+        return path.name in _FOLDERS or (path.name == "report" and (path / INDEX).is_file())
     return any(fnmatch.fnmatch(path.name, pattern) for pattern in _OURS)
 
 
@@ -105,6 +121,7 @@ def save_whole(
     tokenizer: PreTrainedTokenizerBase,
     output: Path,
     *beside: Path | str | None,
+    overwrite: bool,
     save: Callable[[Any, Path], None] | None = None,
 ) -> None:
     """Write model and tokenizer beside `output` and move them there whole, so that nothing half-written stays.
@@ -114,30 +131,60 @@ def save_whole(
         tokenizer: of the model.
         output: OUT, as `check_output` lets it pass.
         beside: what stays in OUT, as for `check_output`. Where something does, files are moved in one by one, the config last.
+        overwrite: whether an earlier result may be replaced.
         save: writes the model; None: its own `save_pretrained`.
+
+    Raises:
+        CliError: OUT has appeared or changed meanwhile. It stays as it is, and the result is kept beside it.
     """
     output.parent.mkdir(parents=True, exist_ok=True)
-    folder, aside = unfinished(output), unfinished(output)
+    folder = unfinished(output)
     try:
         (save or type(model).save_pretrained)(model, folder)
         tokenizer.save_pretrained(folder)
-        replaced = _replaced(output, beside)
-        if output.exists() and len(replaced) < len(list(output.iterdir())):
-            for path in replaced:
-                path.rename(aside / path.name)
-            for path in sorted(folder.iterdir(), key=lambda path: path.name in ("adapter_config.json", "config.json")):
-                path.rename(output / path.name)
-            return
-        earlier = output.rename(aside / output.name) if output.exists() else None
         try:
-            folder.rename(output)
-        except OSError:
-            if earlier is not None:
-                earlier.rename(output)
-            raise
+            check_output(output, "", overwrite, *beside)
+        except CliError as error:
+            kept = next(path for n in count(1) if not (path := output.with_name(f"{output.name}-{n}")).exists())
+            folder.rename(kept)
+            raise CliError(f"{error} The result is in {kept}.") from error
+        _replace(output, folder, beside)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
-        shutil.rmtree(aside, ignore_errors=True)
+
+
+def _replace(output: Path, folder: Path, beside: Iterable[Path | str | None]) -> None:
+    """Put what is in a folder in the place of an earlier result, which an error or an interrupt brings back."""
+    replaced = _replaced(output, beside)
+    stays = output.exists() and len(replaced) < len(list(output.iterdir()))
+    earlier = output.with_name(f".{output.name}.{secrets.token_hex(8)}.earlier")
+    earlier.mkdir()
+    with ExitStack() as on_error:
+        on_error.callback(_put_back, earlier, output)
+        for path in replaced if stays else [output] if output.exists() else []:
+            path.rename(earlier / (path.name if stays else _WHOLE))
+        if stays:
+            for path in sorted(folder.iterdir(), key=lambda path: path.name in ("adapter_config.json", "config.json")):
+                on_error.callback((output / path.name).unlink, missing_ok=True)
+                path.rename(output / path.name)
+        else:
+            folder.rename(output)
+        on_error.pop_all()
+    shutil.rmtree(earlier, ignore_errors=True)
+
+
+def _earlier(output: Path) -> list[Path]:
+    """Where results that were in OUT were moved to, by runs that did not come to an end."""
+    return sorted(output.parent.glob(f".{glob.escape(output.name)}.*.earlier"))
+
+
+def _put_back(earlier: Path, output: Path) -> None:
+    """Move back what a run has moved out of OUT, where nothing has taken its place."""
+    for path in earlier.iterdir():
+        place = output if path.name == _WHOLE else output / path.name
+        if not place.exists():
+            path.rename(place)
+    shutil.rmtree(earlier, ignore_errors=True)
 
 
 def check_language_model(model: Any, name: str, remedy: str) -> None:

@@ -98,7 +98,7 @@ def search(
     figures = {f"dense {result.metric}": result.dense_metric, result.metric: result.chosen.metric}
     note_evaluation(result.model, figures)
     record = Record.of(result.model, plan=result.plan, search=result, angles=False).with_(model=model)
-    save_whole(result.model, tokenizer, output, *beside, save=saving_with(record))
+    save_whole(result.model, tokenizer, output, *beside, overwrite=overwrite, save=saving_with(record))
     if as_json:
         print(json.dumps({"model": model, "output": str(output), **result.to_dict()}))
     else:

@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..arguments import check_seed
+from ..arguments import ReparamWarning, check_seed
 from ..calibration.gather import gather_statistics
 from ..calibration.statistics import Batches, Moments, Statistics
 from ..config.fields import CALIBRATED
@@ -171,7 +171,7 @@ class Job:
             ValueError: the budget cannot be met.
         """
         for name in chooser.unreached(losses):
-            warnings.warn(f"{name}: no gradient reaches its output, so that its rank is uniform.", stacklevel=4)
+            warnings.warn(f"{name}: no gradient reaches its output, so that its rank is uniform.", ReparamWarning, stacklevel=4)
         return make_plan(
             self.config,
             chooser.keep,

@@ -9,6 +9,7 @@ import warnings
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
+from ..arguments import ReparamWarning
 from ..runtime.files import write_whole
 
 # What is not copied: weights in any format, what is written anew, and code, which a factorised model has no use for.
@@ -34,13 +35,15 @@ def files_beside_weights(folder: Path) -> list[Path]:
         warnings.warn(
             f"{folder}: links that lead out of the folder, or nowhere, are not copied: {', '.join(sorted(left_out))}. Put "
             "files in their place where they are needed.",
+            ReparamWarning,
             stacklevel=3,
         )
     return sorted(files)
 
 
 def _walk(folder: Path, root: Path, left_out: list[str]) -> Iterator[Path]:
-    blobs = root.parent.parent / "blobs" if root.parent.name == "snapshots" else root
+    snapshots = next((parent for parent in root.parents if parent.name == "snapshots"), None)  # of a Hub cache
+    blobs = root if snapshots is None else (snapshots.parent / "blobs").resolve()
     for path in folder.iterdir():
         if path.is_symlink():
             try:
@@ -75,5 +78,14 @@ def copy_files(source: Path, files: Iterable[Path], destination: Path) -> None:
                 fields = json.loads((destination / file).read_bytes())
             except (ValueError, RecursionError):  # which transformers cannot read either
                 continue
-            if isinstance(fields, dict) and fields.pop("auto_map", None) is not None:
+            if _forget_code(fields):
                 write_whole(destination / file, json.dumps(fields, indent=2))
+
+
+def _forget_code(fields: object) -> bool:
+    """Take every `auto_map` out of what a config holds, in place; returns whether there was one."""
+    if not isinstance(fields, (dict, list)):
+        return False
+    own = isinstance(fields, dict) and fields.pop("auto_map", None) is not None
+    below = [_forget_code(field) for field in (fields.values() if isinstance(fields, dict) else fields)]
+    return own or any(below)

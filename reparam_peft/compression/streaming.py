@@ -121,7 +121,8 @@ def compress_checkpoint(
             options = Options(seed, progress, max_memory)
             small = compress_blocks(model, config, batches, steps, options, plan, statistics, autocast_adapter_dtype=False)
         report = small.size_report()
-        if not os.path.lexists(destination):
+        is_made = os.path.lexists(destination)
+        if not is_made:
             with writing(destination):
                 aside = unfinished(run / "checkpoint")
                 plain = small.to_standalone()
@@ -130,7 +131,7 @@ def compress_checkpoint(
                 copy_files(folder, files, aside)
                 write_whole(run / MADE, json.dumps(_identity(aside)))
         _check_destination(destination, run)
-        if not destination.exists():
+        if not is_made:
             with writing(destination):
                 aside.rename(destination)
         remove_whole(run)
@@ -173,7 +174,8 @@ def _local(source: str | Path, revision: str | None) -> Path:
 def _mapped(folder: Path) -> PreTrainedModel:
     """The model of a folder, with weights that stay in the files until they are read."""
     config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-    (name,) = config.architectures or [""]
+    names = config.architectures
+    name = names[0] if isinstance(names, list) and len(names) == 1 and isinstance(names[0], str) else ""
     model_class = getattr(transformers, name, None)
     if not (isinstance(model_class, type) and issubclass(model_class, PreTrainedModel)) or getattr(
         config, "quantization_config", None

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from types import CodeType
 from typing import Any
 
 import torch
@@ -121,7 +123,8 @@ def measure_named(
     if documents is not None:
         check_count("documents", documents)
     if callable(metric):
-        return Measure(getattr(metric, "__name__", type(metric).__name__), metric, bool(higher_is_better))
+        name = getattr(metric, "__name__", type(metric).__name__)
+        return Measure(name, metric, bool(higher_is_better), details=_fingerprint(metric))
     if not isinstance(metric, str):
         raise TypeError(f"`metric` must be a name or a function of a model, got {metric!r}.")
     if is_task:
@@ -139,3 +142,21 @@ def measure_named(
     function = perplexity if metric == "perplexity" else accuracy
     higher = metric == "accuracy" if higher_is_better is None else higher_is_better
     return Measure(metric, lambda model: function(model, batches), higher)
+
+
+def _fingerprint(function: Callable[..., Any]) -> str:
+    """SHA-256 of where a function stands, what it computes, and the plain values that it has from around it."""
+    code = getattr(function, "__code__", None)
+    around = [cell.cell_contents for cell in getattr(function, "__closure__", None) or ()]
+    given = [*around, *(getattr(function, "__defaults__", None) or ())]
+    plain = [value if isinstance(value, (bool, int, float, str, tuple)) else type(value).__qualname__ for value in given]
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return hashlib.sha256(f"{named.__module__} {named.__qualname__} {_parts(code)} {plain}".encode()).hexdigest()
+
+
+def _parts(code: CodeType | None) -> list[Any]:
+    """What a function computes, without the lines and the file that it stands in."""
+    if code is None:
+        return []
+    constants = [_parts(part) if isinstance(part, CodeType) else repr(part) for part in code.co_consts]
+    return [code.co_code, code.co_names, constants]

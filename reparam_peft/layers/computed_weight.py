@@ -12,6 +12,8 @@ import torch
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_unflatten
 
+from ..arguments import ReparamWarning
+
 # What is known without the numbers. Models of transformers ask for dtype and device of some layers in each forward pass.
 _ATTRIBUTES = ("dtype", "device", "shape", "ndim", "layout", "is_cuda", "is_cpu", "is_meta", "is_sparse", "is_quantized")
 _OF_TENSORS: Any = Tensor  # its types do not know what its attributes are made of
@@ -90,5 +92,6 @@ def _tell_of_reading(layer_name: str) -> None:
     warnings.warn(
         f"{layer_name or 'a factorised layer'}: the model reads this weight itself, so that it is computed from the factors in "
         "each pass: such a layer saves storage, and no arithmetic. Leave it out with `exclude_modules` where speed counts.",
+        ReparamWarning,
         stacklevel=3,  # whoever read it
     )

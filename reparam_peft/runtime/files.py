@@ -74,8 +74,11 @@ def replacing(path: str | Path) -> Iterator[Path]:
 
     Raises:
         OSError: writing failed. The earlier file is as it was.
+        ValueError: something else than a file is there, such as a folder or a device.
     """
     path = Path(path)
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path} is no file that can be replaced; give the path of a file.")
     with writing(path):
         folder = unfinished(path)
         try:
@@ -188,7 +191,11 @@ def clear_litter(folder: str | Path, idle: float = _HOUR) -> None:
         folder: to look in.
         idle: seconds in which nobody has written to it, or holds a lock in it.
     """
-    for path in Path(folder).iterdir() if os.path.isdir(folder) else ():
+    try:
+        paths = list(Path(folder).iterdir())
+    except OSError:  # there is none, or it may be written but not listed
+        return
+    for path in paths:
         if not _UNFINISHED.fullmatch(path.name) or path.is_symlink() or not path.is_dir():
             continue
         try:

@@ -29,7 +29,8 @@ def read_json(path: str | Path) -> Any:
 
 
 def parse_json(content: str | bytes, source: str | Path) -> Any:
-    """What a JSON text holds: not nested deeper than 32, with text that can be written as UTF-8, and no number beyond 64 bits.
+    """What a JSON text holds: not nested deeper than 32, with text that can be written as UTF-8, and no number beyond 64 bits;
+    NaN and infinities as Python writes them.
 
     Args:
         content: UTF-8, where it is bytes.

@@ -11,7 +11,7 @@ from typing import Any
 from torch import nn
 from tqdm.auto import tqdm
 
-from ..arguments import check_seed
+from ..arguments import ReparamWarning, check_seed
 from ..calibration.statistics import Batches, Statistics
 from ..compression.compress import calibrate, compress
 from ..config.reparam_config import ReparamConfig
@@ -165,6 +165,7 @@ def _found(
         warnings.warn(
             f"No trial is within the tolerance: {measure.name} {limit:.5g} was asked for, and the best is {best:.5g}. Allow "
             "more, or larger sizes in `keeps`.",
+            ReparamWarning,
             stacklevel=4,  # whoever called `search`
         )
     elif build:
@@ -245,7 +246,7 @@ def _statistics(
         try:
             return Statistics.load(path)
         except ValueError as error:
-            warnings.warn(f"{error} They are gathered anew.", stacklevel=6)  # whoever called `search`
+            warnings.warn(f"{error} They are gathered anew.", ReparamWarning, stacklevel=6)  # whoever called `search`
     statistics = calibrate(model, config, batches, seed=seed, progress=progress)
     with fails_together():
         if path is not None and folder.writes:

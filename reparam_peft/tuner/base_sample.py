@@ -11,6 +11,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from ..arguments import ReparamWarning
 from ..config.reparam_config import ReparamConfig
 from ..layers.kinds import is_quantized
 
@@ -68,6 +69,7 @@ def check_base(model: nn.Module, config: ReparamConfig) -> None:
                 f"The base model is not the one that the adapter was made of ({made_of}): number {position} of {name!r} is "
                 f"{'missing' if value is None else format(value, '.6g')} here, and was {number:.6g}. The factors stand for "
                 "weights of that model, so that the result is likely to be of no use; load the adapter onto that base.",
+                ReparamWarning,
                 stacklevel=2,
             )
             return

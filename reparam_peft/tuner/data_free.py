@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..arguments import ReparamWarning
 from ..config.fields import DATA_FREE, OF_ALLOCATION, OF_METRICS
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import Product
@@ -93,6 +94,7 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progres
         warnings.warn(
             f"The new adapter factorises the product of adapter {', '.join(map(repr, sorted(sources)))}, because {W_IS_GONE}. "
             f"To factorise the original, {REMEDY}.",
+            ReparamWarning,
             stacklevel=2,
         )
     return done

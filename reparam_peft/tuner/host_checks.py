@@ -166,7 +166,7 @@ def aim_at_factors(tuner: LoraModel, config: LoraConfig, model: nn.Module) -> No
     Raises:
         ValueError: the LoRA comes from a checkpoint, in which targets are named as they are here.
     """
-    if not config.target_modules:
+    if not config.target_modules or not any(isinstance(module, FactorizedModule) for module in model.modules()):
         return
     matched = {name: m for name, m in model.named_modules() if name and tuner._check_target_module_exists(config, name)}
     factorized = {name: module for name, module in matched.items() if isinstance(module, FactorizedModule)}

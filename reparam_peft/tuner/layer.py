@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable, Iterator
 from functools import cache
@@ -11,6 +12,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from ..arguments import ReparamWarning
 from ..layers.computed_weight import ComputedWeight
 from ..layers.factorized import FactorizedModule, weight_of
 from ..layers.kinds import KINDS, Wrapper, layer_kind
@@ -264,7 +266,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
     def unmerge(self) -> None:
         """Undo `merge`, to the bit."""
         if not self.merged:
-            warnings.warn("Already unmerged. Nothing to do.", stacklevel=2)
+            warnings.warn("Already unmerged. Nothing to do.", ReparamWarning, stacklevel=2)
             return
         if self.base_weight_dropped:
             self.base_layer.weight = None
@@ -374,7 +376,7 @@ def reparam_layer(module: nn.Module) -> ReparamLayer:
 
 
 def reparam_layers(model: nn.Module) -> Iterator[tuple[str, ReparamLayer]]:
-    """The tuner layers by name; names as in a state dict, also under FSDP."""
+    """The tuner layers by name; names as in a state dict, also under FSDP and checkpointing of activations."""
     for name, module in model.named_modules():
         if isinstance(module, ReparamLayer):
-            yield name.replace("_fsdp_wrapped_module.", ""), module
+            yield re.sub(r"\b_(fsdp|checkpoint)_wrapped_module\.", "", name), module

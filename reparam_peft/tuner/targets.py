@@ -10,6 +10,7 @@ from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import CONFIG_NAME, AuxiliaryTrainingWrapper
 from torch import nn
 
+from ..arguments import ReparamWarning
 from ..config.reparam_config import ReparamConfig
 from ..layers.factorized import FactorizedModule
 from ..layers.kinds import is_quantized, note_dtype
@@ -107,6 +108,7 @@ def check_targets(
     if targets and not factorized:
         warnings.warn(
             f"All {len(targets)} targets stay dense: at this size factors would be no smaller. Lower `r` or `keep`.",
+            ReparamWarning,
             stacklevel=2,
         )
     owners = parameter_owners(model)
@@ -159,6 +161,7 @@ def _check_weight(module: nn.Module, owners: list[str], keep_base: bool, loading
     if module._forward_hooks or module._forward_pre_hooks:
         warnings.warn(
             f"The forward hooks of {owners[0].removesuffix('.weight')} do not run once it is factorised; register them again.",
+            ReparamWarning,
             stacklevel=3,
         )
     if len(owners) > 1 and not keep_base:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,8 @@ from support.models import llama
 from transformers import PreTrainedTokenizerBase
 
 from reparam_peft import ReparamConfig
-from reparam_peft.cli.outputs import note_evaluation
+from reparam_peft.cli.errors import CliError
+from reparam_peft.cli.outputs import check_output, note_evaluation, save_whole
 
 
 def test_an_existing_folder_is_replaced_only_on_request(run: Run, models: Path, tmp_path: Path) -> None:
@@ -118,3 +120,64 @@ def test_figures_that_are_not_finite_are_not_saved_with_the_model() -> None:
     small = get_peft_model(llama(), ReparamConfig(target_modules=["q_proj"], keep=0.5))
     assert note_evaluation(small, {"a": 1.0, "b": math.inf}) == {"a": 1.0, "b": math.inf}
     assert small.peft_config["default"].evaluation == {"a": 1.0}
+
+
+class Saved:
+    """Stands for a model or a tokenizer: writes one small file."""
+
+    def __init__(self, name: str, before: Callable[[], object] = lambda: None) -> None:
+        self.name, self.before = name, before
+
+    def save_pretrained(self, folder: Path) -> None:
+        self.before()
+        (Path(folder) / self.name).write_text('{"peft_type": "REPARAM"}')
+
+
+@pytest.mark.parametrize("error", [OSError("full"), KeyboardInterrupt()], ids=lambda error: type(error).__name__)
+@pytest.mark.parametrize("beside", [False, True], ids=["whole", "beside what stays"])
+def test_an_earlier_result_comes_back(
+    beside: bool, error: BaseException, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    output, stays = tmp_path / "out", tmp_path / "out" / "blocks"
+    output.mkdir()
+    (output / "adapter_config.json").write_text('{"peft_type": "REPARAM", "of": "before"}')
+    if beside:
+        stays.mkdir()
+    rename, calls = Path.rename, []
+
+    def fails(self: Path, target: Path) -> Path:
+        calls.append(self)
+        if len(calls) == 2:
+            raise error
+        return rename(self, target)
+
+    monkeypatch.setattr(Path, "rename", fails)
+    with pytest.raises(type(error)):
+        save_whole(Saved("adapter_config.json"), Saved("tokenizer.json"), output, stays, overwrite=True)
+    assert "before" in (output / "adapter_config.json").read_text()
+    assert stays.exists() == beside
+    assert not (output / "tokenizer.json").exists()
+    assert list(tmp_path.iterdir()) == [output]
+
+
+def test_what_a_killed_run_has_moved_away_is_put_back(tmp_path: Path) -> None:
+    moved = tmp_path / ".out.0123456789abcdef.earlier" / "whole"
+    moved.mkdir(parents=True)
+    (moved / "adapter_config.json").write_text('{"peft_type": "REPARAM"}')
+    with pytest.raises(CliError, match="already exists"):
+        check_output(tmp_path / "out", "", False)
+    assert [path.name for path in tmp_path.rglob("*")] == ["out", "adapter_config.json"]
+
+
+def test_an_out_that_appears_meanwhile_stays_and_the_result_is_kept(tmp_path: Path) -> None:
+    output = tmp_path / "out"
+
+    def appears() -> None:
+        output.mkdir()
+        (output / "thesis.txt").write_text("years")
+
+    with pytest.raises(CliError, match=r"already exists.* The result is in .*out-1"):
+        save_whole(Saved("adapter_config.json"), Saved("tokenizer.json", appears), output, overwrite=False)
+    assert (output / "thesis.txt").read_text() == "years"
+    assert sorted(path.name for path in (tmp_path / "out-1").iterdir()) == ["adapter_config.json", "tokenizer.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-1"]

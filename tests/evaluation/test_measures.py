@@ -34,3 +34,13 @@ def test_the_harness_is_asked_for_where_it_is_missing(monkeypatch: pytest.Monkey
     monkeypatch.setitem(sys.modules, "lm_eval.tasks", None)
     with pytest.raises(ImportError, match="reparam_peft\\[harness\\]"):
         measure_named("hellaswag", None, byte_tokenizer(), None)
+
+
+def test_functions_are_told_by_what_they_compute() -> None:
+    def scored(limit: float) -> str:
+        return measure_named(lambda model: limit, None, None, None).details
+
+    assert scored(1.0) == scored(1.0) != scored(2.0)
+    first, second = (measure_named(metric, None, None, None).details for metric in (lambda model: 1.0, lambda model: 5.0))
+    assert first != second
+    assert measure_named(nn.Identity(), None, None, None).details != measure_named(nn.ReLU(), None, None, None).details

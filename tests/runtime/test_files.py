@@ -203,3 +203,12 @@ def test_errors_of_the_disk_name_the_file(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path)
     with pytest.raises(OSError, match="results"):
         write_whole(tmp_path / "results", "")
+
+
+def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "folder").mkdir()
+    for name in ("pipe", "folder"):
+        with pytest.raises(ValueError, match=f"{name} is no file that can be replaced"):
+            write_whole(tmp_path / name, "x")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]

@@ -16,7 +16,9 @@ from safetensors.torch import load_file, save_file
 from support.adapters import compress
 from support.model_state import assert_untouched
 from support.models import llama, token_inputs
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
 from transformers import LlamaForCausalLM
+from transformers.models.llama.modeling_llama import LlamaDecoderLayer
 
 from reparam_peft.tuner.layer import ReparamLayer
 
@@ -320,3 +322,11 @@ def test_a_whole_state_dict_is_saved_as_the_model_is_and_other_processes_give_no
     assert files[0] == files[1]
     small.save_pretrained(tmp_path / "other", state_dict={}, is_main_process=False)
     assert not (tmp_path / "other" / "adapter_model.safetensors").exists()
+
+
+def test_a_model_that_checkpoints_activations_is_saved(tmp_path: Path) -> None:
+    small = compress(llama(), target_modules=["q_proj"], keep=0.5)
+    expected = small(**token_inputs()).logits
+    apply_activation_checkpointing(small, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
+    small.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path)(**token_inputs()).logits, expected)
