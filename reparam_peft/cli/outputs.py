@@ -20,7 +20,7 @@ from rich.table import Table
 from transformers import PreTrainedTokenizerBase
 
 from ..report.page import INDEX
-from ..runtime.files import is_ours, unfinished
+from ..runtime.files import follow_umask, is_ours, unfinished
 from ..runtime.json_files import read_json
 from ..runtime.modules import predicts_next_token
 from ..standalone.checkpoint import METHOD
@@ -75,8 +75,12 @@ def check_output(output: Path, model: str, overwrite: bool, *beside: Path | str 
         raise CliError(f"{output} is a file; OUT must be a folder.")
     if Path.cwd().is_relative_to(output):
         raise CliError(f"{output} is or holds the current folder; choose another folder.")
-    if model and os.path.isdir(model) and Path(model).resolve().is_relative_to(output):
-        raise CliError(f"{output} holds the model itself, which must not be overwritten; choose another folder.")
+    if model and os.path.isdir(model):
+        source = Path(model).resolve()
+        if source.is_relative_to(output):
+            raise CliError(f"{output} holds the model itself, which must not be overwritten; choose another folder.")
+        if output.is_relative_to(source):
+            raise CliError(f"{output} is inside of the model's folder {source}; choose a folder elsewhere.")
     foreign = [path.name for path in others if not _is_result(path)]
     if others and (foreign or not _is_compressed(output)):
         named = f" ({foreign[0]})" if foreign else ""
@@ -142,6 +146,7 @@ def save_whole(
     try:
         (save or type(model).save_pretrained)(model, folder)
         tokenizer.save_pretrained(folder)
+        follow_umask(folder)
         try:
             check_output(output, "", overwrite, *beside)
         except CliError as error:

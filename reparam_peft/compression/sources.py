@@ -51,12 +51,12 @@ def _walk(folder: Path, root: Path, left_out: list[str]) -> Iterator[Path]:
             except (OSError, RuntimeError):  # nowhere, or round and round
                 leads = root.parent
             if not (leads.is_relative_to(root) or leads.is_relative_to(blobs)) or leads.is_dir():
-                if not _stays(path):
+                if not _stays(path, root):
                     left_out.append(str(path.relative_to(root)))
                 continue
         if not (path.is_file() or path.is_dir()):
             raise ValueError(f"{path} is neither a file nor a folder; take it out of the checkpoint.")
-        if _stays(path):
+        if _stays(path, root):
             continue
         if path.is_dir():
             yield from _walk(path, root, left_out)
@@ -64,8 +64,9 @@ def _walk(folder: Path, root: Path, left_out: list[str]) -> Iterator[Path]:
             yield path
 
 
-def _stays(path: Path) -> bool:
-    return any(fnmatch.fnmatch(path.name, pattern) for pattern in _STAYS)
+def _stays(path: Path, root: Path) -> bool:
+    patterns = _STAYS if path.parent == root else (*WEIGHTS, *CODE, ".*")  # modules in folders have configs of their own
+    return any(fnmatch.fnmatch(path.name, pattern) for pattern in patterns)
 
 
 def copy_files(source: Path, files: Iterable[Path], destination: Path) -> None:

@@ -25,7 +25,7 @@ from ..config.model_card import write_standalone_card
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import Product, product_of, tensors_of
 from ..planning.plan import Plan
-from ..runtime.files import remove_whole, take_lock, unfinished, write_whole, writing
+from ..runtime.files import follow_umask, remove_whole, take_lock, unfinished, write_whole, writing
 from ..runtime.fingerprints import fingerprint_of_model
 from ..runtime.json_files import read_json
 from ..runtime.run_folder import RunFolder, json_able
@@ -129,6 +129,7 @@ def compress_checkpoint(
                 plain.save_pretrained(aside)
                 write_standalone_card(aside, config_of(small, "default"), auto_class(plain))
                 copy_files(folder, files, aside)
+                follow_umask(aside)
                 write_whole(run / MADE, json.dumps(_identity(aside)))
         _check_destination(destination, run)
         if not is_made:
@@ -188,9 +189,10 @@ def _mapped(folder: Path) -> PreTrainedModel:
 
 def _data_free(model: PreTrainedModel, config: ReparamConfig, run: Path, progress: bool) -> PeftModel:
     """Factorise without data, one block at a time, each of which goes to disk."""
+    targets = select_targets(model, config, "default")
     settings = {"config": json_able(config.to_dict()), "model": fingerprint_of_model(model)}
     with RunFolder(run, settings, mapped=True) as folder:
-        products = _data_free_products(select_targets(model, config, "default"), model, config, folder, progress)
+        products = _data_free_products(targets, model, config, folder, progress)
     with installing(products):  # in the dtype of the files, in which they stay
         return get_peft_model(model, config, autocast_adapter_dtype=False)
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import re
+import stat
 from collections.abc import Collection
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,6 +140,9 @@ class ReparamConfig(Fields):
             written._name_targets()
         super(ReparamConfig, written).save_pretrained(save_directory, **kwargs)
         if saving_model:
+            weights, written_beside = (Path(save_directory, name) for name in (SAFETENSORS_WEIGHTS_NAME, CONFIG_NAME))
+            if weights.is_file():  # safetensors lets nobody else read it, whatever the umask
+                weights.chmod(stat.S_IMODE(written_beside.stat().st_mode))
             update_model_card(save_directory, self)
 
     def _name_targets(self) -> None:

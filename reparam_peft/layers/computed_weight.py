@@ -22,6 +22,8 @@ WITHOUT_NUMBERS = {
     *(Tensor.size, Tensor.dim, Tensor.numel, Tensor.nelement, Tensor.element_size, Tensor.get_device, Tensor.__len__),
     *(Tensor.is_floating_point, torch.is_floating_point, Tensor.is_complex, torch.is_complex, torch.numel),
 }
+FROZEN = {_OF_TENSORS.requires_grad.__set__, Tensor.requires_grad_}
+POINTERS = {Tensor.data_ptr, Tensor.untyped_storage}
 DETACHED = {_OF_TENSORS.data.__get__, Tensor.detach, torch.detach}
 
 
@@ -33,6 +35,7 @@ class ComputedWeight(Tensor):
 
     compute: Callable[[], Tensor]
     layer_name: str
+    pointed_to: Tensor
 
     @staticmethod
     def of(placeholder: Tensor, shape: Sequence[int], compute: Callable[[], Tensor], layer_name: str) -> ComputedWeight:
@@ -60,7 +63,13 @@ class ComputedWeight(Tensor):
         if isinstance(first, ComputedWeight) and func in DETACHED:  # and can be written to no more than this one
             with torch._C.DisableTorchFunctionSubclass():
                 return cls.of(first, first.shape, lambda: first.compute().detach(), first.layer_name)
-        written = [first if _writes(func) else None, *tree_flatten(kwargs.get("out"))[0]]
+        if isinstance(first, ComputedWeight):
+            if func in FROZEN and not (args[1] if len(args) > 1 else kwargs.get("requires_grad", True)):
+                return first  # it never has a gradient of its own
+            if func in POINTERS:  # what points to the numbers must not outlive them
+                first.pointed_to = first.compute()
+                return func(first.pointed_to)
+        written = [*tree_flatten(first if _writes(func) else None)[0], *tree_flatten(kwargs.get("out"))[0]]
         for target in written:
             if isinstance(target, ComputedWeight):
                 raise RuntimeError(
@@ -78,6 +87,9 @@ class ComputedWeight(Tensor):
 
 def _writes(func: Any) -> bool:
     """Whether a function of torch's changes its first argument."""
+    schema = getattr(func, "_schema", None)
+    if schema is not None:
+        return bool(schema.is_mutable)
     name = func.__name__
     in_place = name.endswith("_") and not name.endswith("__")
     return (

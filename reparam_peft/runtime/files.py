@@ -127,6 +127,13 @@ def _sort_metadata(path: Path) -> None:
         file.write(ordered)
 
 
+def follow_umask(folder: str | Path) -> None:
+    """Give the files in a folder that was made under the umask its permissions; safetensors gives its own to nobody else."""
+    for path in Path(folder).rglob("*"):
+        if path.is_file() and not path.is_symlink():
+            path.chmod(stat.S_IMODE(Path(folder).stat().st_mode) & 0o666)
+
+
 def remove_whole(folder: str | Path) -> None:
     """Delete a folder so that it is there whole or not at all, whenever the process is killed.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -60,6 +60,9 @@ def factorized(model: PreTrainedModel, described: CheckpointConfig) -> PreTraine
     mark_unquantized(model)
     if scheme is not None:
         quantize(model, scheme)
+    elif not any(devices[name].type == "meta" for name in layers):  # what reads the weight itself gets the product
+        for name in layers:  # on meta, loaders look for a place for the marker
+            cast(FactorizedModule, model.get_submodule(name)).unmark()
     return model
 
 

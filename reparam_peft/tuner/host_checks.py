@@ -68,6 +68,8 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
     def load_adapter(self: PeftModel, model_id: Any, adapter_name: str, *args: Any, **kwargs: Any) -> Any:
         is_new = adapter_name not in self.peft_config  # else `from_pretrained` has added it, and the tuner takes it away
         has_ours = any(isinstance(config, ReparamConfig) for config in self.peft_config.values())
+        if is_new and has_ours and kwargs.get("keep") is not None:
+            raise ValueError("`load_adapter` takes no `keep`; load another size with `PeftModel.from_pretrained(…, keep=…)`.")
         along = changed_along(self, self.peft_config)
         with unchanged_on_error(self, along) if is_new and has_ours else nullcontext():
             return original(self, model_id, adapter_name, *args, **kwargs)

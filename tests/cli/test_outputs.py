@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -181,3 +182,20 @@ def test_an_out_that_appears_meanwhile_stays_and_the_result_is_kept(tmp_path: Pa
     assert (output / "thesis.txt").read_text() == "years"
     assert sorted(path.name for path in (tmp_path / "out-1").iterdir()) == ["adapter_config.json", "tokenizer.json"]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["out", "out-1"]
+
+
+def test_permissions_follow_the_umask(run: Run, models: Path, tmp_path: Path) -> None:
+    before = os.umask(0o027)
+    try:
+        assert run("compress", models / "llama", tmp_path / "out", *DATA_FREE).code == 0
+        get_peft_model(llama(), ReparamConfig(target_modules=["q_proj"])).save_pretrained(tmp_path / "adapter")
+    finally:
+        os.umask(before)
+    modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.rglob("*") if path.is_file()}
+    assert modes["adapter_model.safetensors"] == modes["adapter_config.json"]
+    assert set(modes.values()) == {0o640}
+
+
+def test_out_inside_of_the_model_is_refused(run: Run, models: Path) -> None:
+    assert_error(run("compress", models / "llama", models / "llama" / "small", *DATA_FREE), "is inside of the model's folder")
+    assert not (models / "llama" / "small").exists()

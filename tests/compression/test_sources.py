@@ -63,7 +63,16 @@ def test_files_of_the_hub_cache_are_links_into_its_blobs(tmp_path: Path, recwarn
     (blobs / "1234").write_text("vocabulary")
     (snapshot / "vocab.txt").symlink_to("../../blobs/1234")
     assert names(snapshot) == {"vocab.txt"}
+    (snapshot / "sub").mkdir()
+    (snapshot / "sub" / "vocab.txt").symlink_to("../../../blobs/1234")
+    assert names(snapshot / "sub") == {"vocab.txt"}
     assert not recwarn.list
+
+
+def test_modules_in_folders_keep_their_configs(folder: Path) -> None:
+    (folder / "1_Pooling").mkdir()
+    (folder / "1_Pooling" / "config.json").write_text("{}")
+    assert "1_Pooling/config.json" in names(folder)
 
 
 def test_a_named_pipe_is_refused(folder: Path) -> None:

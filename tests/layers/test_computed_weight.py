@@ -80,6 +80,8 @@ def test_operations_get_the_numbers_with_gradients(operation: object) -> None:
         lambda w: nn.init.normal_(w),
         lambda w: w.__iadd__(1),
         lambda w: torch.add(torch.ones(3, 2), 1, out=w),
+        lambda w: torch._foreach_mul_([w], 2),
+        lambda w: torch.ops.aten.copy_.default(w, torch.ones(3, 2)),
     ],
 )
 def test_writing_is_refused_with_the_name_of_the_layer(write: object) -> None:
@@ -88,6 +90,15 @@ def test_writing_is_refused_with_the_name_of_the_layer(write: object) -> None:
     with pytest.raises(RuntimeError, match=r"blocks\.0\.proj: .*cannot be written to"):
         write(weight(values))
     assert torch.equal(values, before)
+
+
+def test_it_can_be_frozen_and_pointed_to() -> None:
+    values = torch.randn(3, 2)
+    lazy = weight(values)
+    lazy.requires_grad = False
+    assert lazy.requires_grad_(False) is lazy
+    assert lazy.data_ptr() == lazy.pointed_to.data_ptr()
+    assert torch.equal(lazy.pointed_to, values)
 
 
 @pytest.mark.parametrize("form", ["factors", "pivot"])

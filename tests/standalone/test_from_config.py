@@ -45,6 +45,9 @@ def test_a_model_from_the_config_takes_the_state_dict_strictly(
     assert made(**inputs).logits.isfinite().all()
     made.load_state_dict(model.state_dict(), strict=True)
     assert torch.equal(made.eval()(**inputs).logits, model(**inputs).logits)
+    for name, module in made.named_modules():  # as a model that reads the weight itself would
+        if isinstance(module, FactorizedModule):
+            assert torch.equal(module.weight.detach() + 0, model.get_submodule(name).weight.detach() + 0)
     made.save_pretrained(tmp_path / "again")
     assert torch.equal(auto.from_pretrained(tmp_path / "again")(**inputs).logits, model(**inputs).logits)
 
