@@ -55,6 +55,14 @@ def test_changed_tensors(change: Callable[[dict[str, Tensor]], object], message:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_numbers_beside_the_factors_that_are_not_finite_are_told(name: str, value: float, tmp_path: Path) -> None:
+    change_tensors(saved(tmp_path), lambda tensors: tensors[name].view(-1)[5:6].fill_(value))
+    with pytest.warns(UserWarning, match=rf"{tmp_path}: tensors .* NaN or infinite values, .*: {name}\. Unless the base"):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 @pytest.mark.parametrize("length", [0, 5, 3000, -1])
 def test_truncated_files(length: int, tmp_path: Path) -> None:
     path = saved(tmp_path) / "model.safetensors"
