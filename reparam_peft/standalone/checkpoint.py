@@ -263,7 +263,8 @@ def _name_in(model: PreTrainedModel, name: str) -> str | None:
 def _check_files(files: Sequence[str], model: PreTrainedModel) -> None:
     """Raise `ValueError` where the files lack a tensor of a factorised layer, hold others, or in another shape or dtype.
 
-    Of the model that was saved, not another one with the same base, no other tensor may be missing either.
+    Of the model that was saved, not another one with the same base, no other tensor may be missing either, and none may hold
+    integers in place of numbers with a fraction, which transformers would take.
     """
     in_files = {key: (shape, dtype, file) for file in files for key, shape, dtype in _headers(file)}
     where = str(Path(files[0]).parent) if len(files) > 1 else files[0]
@@ -292,8 +293,8 @@ def _check_files(files: Sequence[str], model: PreTrainedModel) -> None:
             of_factors.add(key)
             if shape != list(value.shape):
                 raise ValueError(f"{file}: tensor {key!r} has shape {shape}, not {list(value.shape)}; {DAMAGED}.")
-            if dtype != INTEGERS[value.dtype] if value.dtype in INTEGERS else "F" not in dtype:
-                raise ValueError(f"{file}: tensor {key!r} has dtype {dtype}, where {value.dtype} should be; {DAMAGED}.")
+        if "F" not in dtype if value.is_floating_point() else name in factors and dtype != INTEGERS.get(value.dtype):
+            raise ValueError(f"{file}: tensor {key!r} has dtype {dtype}, where {value.dtype} should be; {DAMAGED}.")
     layers = tuple(key.removesuffix(MARKER) for key in of_factors if key.endswith(f".{MARKER}"))
     for key, (*_, file) in in_files.items():
         if key.startswith(layers) and key not in of_factors:

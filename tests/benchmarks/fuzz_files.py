@@ -362,7 +362,7 @@ def main() -> None:
                 kind, told = ("unchanged", "")
                 if data != loader.files[file]:
                     kind, told = judge(loader, at, file, expected[name])
-                if loader.foreign and kind in (*KINDS, "refused"):
+                if loader.foreign and kind in (*KINDS, "refused", "foreign"):
                     print(f"{name} {number}: {file}: {kind}: {told}", file=sys.stderr)
                     kind = "foreign"
                 counts[name][kind] += 1

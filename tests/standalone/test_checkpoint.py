@@ -46,6 +46,9 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
         (lambda t: t.update({f"{LAYER}.B.weight": torch.zeros(2, 64)}), rf"tensor '{LAYER}.B.weight' has shape \[2, 64\], not"),
         (lambda t: t[f"{LAYER}.B.weight"][0, 0].fill_(torch.nan), rf"{LAYER}.B.weight: .* NaN"),
         (lambda t: t[f"{LAYER}.A.K.weight"][0, 0].fill_(torch.inf), rf"{LAYER}.A.K.weight: .* NaN or infinite"),
+        (lambda t: t.update({f"{LAYER}.B.weight": t[f"{LAYER}.B.weight"].int()}), f"{LAYER}.B.weight' has dtype I32, where"),
+        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].int()}), "tensor 'lm_head.weight' has dtype I32, where"),
+        (lambda t: t.update({f"{LAYER}.A.mask": t[f"{LAYER}.A.mask"].int()}), f"{LAYER}.A.mask' has dtype I32, where"),
         (lambda t: t[f"{LAYER}.A.mask"].zero_(), rf"{LAYER}: the mask of the pivot form has 0 bits set"),
     ],
 )
