@@ -19,6 +19,7 @@ from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..runtime.files import write_whole, writing
 from ..runtime.fingerprints import fingerprint_of_tensors
+from ..runtime.json_files import read_json
 
 ADAPTER = "adapter"  # in what a training is of: the fingerprint of its factors
 MANIFEST = "healing.json"
@@ -98,13 +99,13 @@ def _is_whole(checkpoint: Path, training: Mapping[str, Any]) -> bool:
 def _fault(checkpoint: Path, training: Mapping[str, Any]) -> str | None:
     """What is wrong with the files of a checkpoint; None: nothing."""
     try:
-        manifest = json.loads((checkpoint / MANIFEST).read_text(encoding="utf-8"))
+        manifest = read_json(checkpoint / MANIFEST)
         files, noted = dict(manifest["files"]), dict(manifest["training"])
         if manifest["format"] != FORMAT:
             return f"{MANIFEST} is of the format {manifest['format']!r}, and not of {FORMAT!r}"
     except FileNotFoundError:
         return f"it has no {MANIFEST}, which is written last"
-    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+    except (OSError, ValueError, KeyError, TypeError) as error:
         return f"{MANIFEST} cannot be read ({error})"
     wanted = json.loads(json.dumps(training))
     for key in sorted({*noted, *wanted}):
@@ -113,9 +114,12 @@ def _fault(checkpoint: Path, training: Mapping[str, Any]) -> str | None:
                 f"{checkpoint} is of a training with another `{key}`: {noted.get(key)!r}, and this one has "
                 f"{wanted.get(key)!r}. Give another folder, or delete the checkpoints."
             )
+    present = {str(path.relative_to(checkpoint)): path for path in _files(checkpoint)}  # none elsewhere, whatever the note says
     for name, sha256 in files.items():
+        if name not in present:
+            return f"{name} is missing"
         try:
-            if _sha256(checkpoint / name) != sha256:
+            if _sha256(present[name]) != sha256:
                 return f"{name} has been changed"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Mapping
 from contextlib import ExitStack
@@ -13,6 +14,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from .files import clear_litter, is_ours, lock_folder, save_tensors, write_whole, writing
+from .fingerprints import fingerprint_of_tensors, fingerprint_of_values
 from .processes import fails_together, processes
 
 FORMAT = "reparam_peft run 1"
@@ -42,16 +44,19 @@ class RunFolder:
         self.folder = None if folder is None else Path(folder)
         self.finished: list[dict[str, Any]] = []
         self._lock: FileLock | None = None
+        self._noted: str | None = None  # SHA-256 of the plan that the run made
         if self.folder is None:
             return
-        wanted = json.loads(json.dumps({"format": FORMAT, **settings}, sort_keys=True))
+        self._wanted = wanted = json.loads(json.dumps({"format": FORMAT, **settings}, sort_keys=True))
         with ExitStack() as stack:
             stack.callback(self.release)
             with fails_together():
                 if self.writes:
                     self._open(wanted)
             with fails_together():  # nobody reads before all is there
-                self._check_settings(self._settings(), wanted)
+                kept = self._settings()
+                self._noted = kept.pop(PLAN, None)
+                self._check_settings(kept, wanted)
                 while (entry := self._entry(len(self.finished))) is not None:
                     self.finished.append(entry)
             with fails_together():
@@ -85,22 +90,34 @@ class RunFolder:
 
     @property
     def plan(self) -> Path | None:
-        """The file of the plan that the run made; None: none yet."""
+        """The file of the plan that the run made; None: none yet.
+
+        Raises:
+            ValueError: the file is not as the run wrote it, so that finished blocks would be of another plan.
+        """
         path = None if self.folder is None else self.folder / PLAN
-        return path if path is not None and path.exists() else None
+        if path is None or self._noted is None or not path.exists():
+            return None
+        if hashlib.sha256(path.read_bytes()).hexdigest() != self._noted:
+            raise ValueError(f"{path} is not as the run wrote it. Give another folder, or delete it.")
+        return path
 
     def begin(self, plan: Mapping[str, Any]) -> None:
-        """Keep the plan, as JSON."""
+        """Keep the plan, as JSON, and note its SHA-256 with what the run is of."""
         with fails_together():
             if self.writes:
-                write_whole(self._kept / PLAN, json.dumps(plan))
+                content = json.dumps(plan).encode()
+                write_whole(self._kept / PLAN, content)
+                noted = {**self._wanted, PLAN: hashlib.sha256(content).hexdigest()}
+                write_whole(self._kept / SETTINGS, json.dumps(noted, indent=1))
 
     def finish(self, entry: dict[str, Any], tensors: Mapping[str, Tensor]) -> None:
         """Keep a finished block: its line of the log, and its tensors."""
         with fails_together():
             if self.writes:
                 separate = {key: tensor.clone() for key, tensor in tensors.items()}  # no two share memory, as safetensors asks
-                metadata = {"format": FORMAT, "entry": json.dumps(entry)}
+                text = json.dumps(entry)
+                metadata = {"format": FORMAT, "entry": text, "sha256": _digest(text, separate)}
                 save_tensors(self._path(len(self.finished)), separate, metadata)
             self.finished.append(entry)
             self._write_log()
@@ -112,15 +129,17 @@ class RunFolder:
         return tensors if self.mapped else {key: tensor.clone() for key, tensor in tensors.items()}
 
     def _entry(self, position: int) -> dict[str, Any] | None:
-        """The log's line of a finished block; None where it is not finished, or its file is damaged."""
+        """The log's line of a finished block; None where it is not finished, or its file is not as it was written."""
         path = self._path(position)
         if not path.exists():
             return None
         try:
             with safe_open(path, framework="pt") as file:
-                return json.loads(file.metadata()["entry"])
-        except (SafetensorError, TypeError, KeyError, ValueError):
+                text, noted = (file.metadata()[key] for key in ("entry", "sha256"))
+                tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
+        except (SafetensorError, OSError, TypeError, KeyError):
             return None
+        return json.loads(text) if noted == _digest(text, tensors) else None
 
     def _path(self, position: int) -> Path:
         return self._kept / f"block-{position:04}.safetensors"
@@ -159,6 +178,11 @@ class RunFolder:
                     f"`run_folder` {self.folder} holds a run with another `{key}`: {_brief(kept.get(key))}, and this one has "
                     f"{_brief(wanted.get(key))}. Give another folder, or delete it."
                 )
+
+
+def _digest(entry: str, tensors: Mapping[str, Tensor]) -> str:
+    """SHA-256 of a finished block: its line of the log and its tensors."""
+    return fingerprint_of_values([entry, fingerprint_of_tensors(tensors)])
 
 
 def _brief(value: Any) -> str:

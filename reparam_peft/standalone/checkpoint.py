@@ -6,6 +6,7 @@ The format is described in docs/checkpoints.md.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -29,6 +30,7 @@ from .quantization import SCHEMES, check_scheme, finish, prepare, state_dict
 METHOD = "reparam"
 FORMAT_VERSION = 1
 ALIGNMENT = 64  # bytes; of PyTorch's allocator for CPUs
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = {torch.uint8: "U8", torch.int8: "I8"}  # in the words of safetensors
 SPECIFICATION = {"rank": int, "form": str, "bias": bool}
 DAMAGED = "the checkpoint is damaged, or was changed by hand"
@@ -135,6 +137,7 @@ class CheckpointLoader(HfQuantizer):
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
         _align(model)
+        _warn_of_broken(model)
         scheme = self.described.quantization
         for name, module in list(model.named_modules()):
             if isinstance(module, FactorizedModule):
@@ -260,7 +263,8 @@ def _name_in(model: PreTrainedModel, name: str) -> str | None:
 def _check_files(files: Sequence[str], model: PreTrainedModel) -> None:
     """Raise `ValueError` where the files lack a tensor of a factorised layer, hold others, or in another shape or dtype.
 
-    Of the model that was saved, not another one with the same base, no other tensor may be missing either.
+    Of the model that was saved, not another one with the same base, no other tensor may be missing either, and none may hold
+    integers in place of numbers with a fraction, which transformers would take.
     """
     in_files = {key: (shape, dtype, file) for file in files for key, shape, dtype in _headers(file)}
     where = str(Path(files[0]).parent) if len(files) > 1 else files[0]
@@ -289,8 +293,8 @@ def _check_files(files: Sequence[str], model: PreTrainedModel) -> None:
             of_factors.add(key)
             if shape != list(value.shape):
                 raise ValueError(f"{file}: tensor {key!r} has shape {shape}, not {list(value.shape)}; {DAMAGED}.")
-            if dtype != INTEGERS[value.dtype] if value.dtype in INTEGERS else "F" not in dtype:
-                raise ValueError(f"{file}: tensor {key!r} has dtype {dtype}, where {value.dtype} should be; {DAMAGED}.")
+        if "F" not in dtype if value.is_floating_point() else name in factors and dtype != INTEGERS.get(value.dtype):
+            raise ValueError(f"{file}: tensor {key!r} has dtype {dtype}, where {value.dtype} should be; {DAMAGED}.")
     layers = tuple(key.removesuffix(MARKER) for key in of_factors if key.endswith(f".{MARKER}"))
     for key, (*_, file) in in_files.items():
         if key.startswith(layers) and key not in of_factors:
@@ -313,6 +317,25 @@ def _align(model: PreTrainedModel) -> None:
     for parameter in model.parameters():
         if parameter.device.type == "cpu" and parameter.ndim > 1 and parameter.data_ptr() % ALIGNMENT:
             parameter.data = parameter.data.clone()
+
+
+def _warn_of_broken(model: PreTrainedModel) -> None:
+    """Warn of NaN and inf beside the factors: they may come from the base model, of which nothing else reads a row, say."""
+    inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FactorizedModule))
+    broken = [name for name, value in model.state_dict().items() if not (name.startswith(inside) or _is_finite(value))]
+    if broken:
+        warnings.warn(
+            f"{model.name_or_path}: tensors of the checkpoint hold NaN or infinite values, and so may what the model computes: "
+            f"{', '.join(broken[:3])}{' …' if len(broken) > 3 else ''}. Unless the base model has them, too, {DAMAGED}.",
+            stacklevel=2,
+        )
+
+
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether there is neither NaN nor inf in a tensor; of one that is elsewhere, sharded or of few bits, yes."""
+    if type(tensor) is not Tensor or tensor.is_meta or tensor.dtype not in FLOATS or not tensor.numel():
+        return True
+    return all(bool(torch.isfinite(extreme)) for extreme in tensor.aminmax())  # without copies, unlike `isfinite().all()`
 
 
 def _check_content(name: str, module: FactorizedModule) -> None:

@@ -67,6 +67,15 @@ def test_a_note_that_is_none_counts_as_damage(content: str, folder: Path) -> Non
         assert last_whole(folder, TRAINING) == folder / "checkpoint-10"
 
 
+@pytest.mark.parametrize("name", ["/dev/zero", "../checkpoint-10/optimizer.pt", "adapter", "a\x00b"])
+def test_a_note_leads_to_no_other_files(name: str, folder: Path) -> None:
+    path = folder / "checkpoint-11" / MANIFEST
+    noted = json.loads(path.read_text())
+    path.write_text(json.dumps({**noted, "files": {name: "0"}}))
+    with pytest.warns(UserWarning, match=f"checkpoint-11 is passed over, .*: {name} is missing"):
+        assert last_whole(folder, TRAINING) == folder / "checkpoint-10"
+
+
 def test_one_of_another_training_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint-11 is of a training with another `learning_rate`: 0\.1, and"):
         last_whole(folder, {**TRAINING, "learning_rate": 0.2})

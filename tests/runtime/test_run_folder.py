@@ -8,6 +8,8 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from support.block_by_block import ALL, REFINE, TEXT, WAYS, by_block
 from support.compressing import config_of
 from support.model_state import assert_same_model
@@ -57,6 +59,48 @@ def test_a_damaged_block_is_computed_anew(tmp_path: Path) -> None:
     assert_same_model(by_block(llama(), TEXT, arguments), expected)
     (tmp_path / "block-0000.safetensors").unlink()
     assert_same_model(by_block(llama(), TEXT, arguments), expected)
+
+
+@pytest.mark.parametrize("damage", ["number", "name", "shape", "missing", "entry", "no digest"])
+def test_a_block_that_is_not_as_it_was_written_is_not_finished(damage: str, tmp_path: Path) -> None:
+    with RunFolder(tmp_path, {}) as folder:
+        folder.finish({"block": "a"}, {"A": torch.ones(2, 3)})
+        folder.finish({"block": "b"}, {"A": torch.ones(2, 3), "B": torch.ones(3)})
+    path = tmp_path / "block-0001.safetensors"
+    with safe_open(path, framework="pt") as file:
+        tensors, metadata = {name: file.get_tensor(name).clone() for name in file.keys()}, file.metadata()  # noqa: SIM118
+    if damage == "number":
+        tensors["A"][0, 0] = torch.nan
+    elif damage == "name":
+        tensors["C"] = tensors.pop("A")
+    elif damage == "shape":
+        tensors["A"] = tensors["A"].flatten()
+    elif damage == "missing":
+        del tensors["A"]
+    elif damage == "entry":
+        metadata["entry"] = "[]"
+    else:
+        del metadata["sha256"]
+    save_file(tensors, path, metadata)
+    with RunFolder(tmp_path, {}) as folder:
+        assert folder.finished == [{"block": "a"}]
+
+
+def test_a_plan_that_is_not_as_it_was_written_is_refused(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, {"keep": 0.5}) as folder:
+        folder.begin({"ranks": [3]})
+    with RunFolder(tmp_path, {"keep": 0.5}) as folder:
+        assert folder.plan == tmp_path / "plan.json"
+        folder.plan.write_text('{"ranks": [4]}')
+        with pytest.raises(ValueError, match=r"plan\.json is not as the run wrote it\. Give another folder, or delete it\."):
+            _ = folder.plan
+
+
+def test_a_run_that_was_killed_before_its_plan_was_noted_plans_anew(tmp_path: Path) -> None:
+    with RunFolder(tmp_path, {}):
+        (tmp_path / "plan.json").write_text("{}")
+    with RunFolder(tmp_path, {}) as folder:
+        assert folder.plan is None
 
 
 @pytest.fixture(scope="module")

@@ -46,12 +46,23 @@ def change_config(folder: Path, change: Callable[[dict[str, Any]], object]) -> N
         (lambda t: t.update({f"{LAYER}.B.weight": torch.zeros(2, 64)}), rf"tensor '{LAYER}.B.weight' has shape \[2, 64\], not"),
         (lambda t: t[f"{LAYER}.B.weight"][0, 0].fill_(torch.nan), rf"{LAYER}.B.weight: .* NaN"),
         (lambda t: t[f"{LAYER}.A.K.weight"][0, 0].fill_(torch.inf), rf"{LAYER}.A.K.weight: .* NaN or infinite"),
+        (lambda t: t.update({f"{LAYER}.B.weight": t[f"{LAYER}.B.weight"].int()}), f"{LAYER}.B.weight' has dtype I32, where"),
+        (lambda t: t.update({"lm_head.weight": t["lm_head.weight"].int()}), "tensor 'lm_head.weight' has dtype I32, where"),
+        (lambda t: t.update({f"{LAYER}.A.mask": t[f"{LAYER}.A.mask"].int()}), f"{LAYER}.A.mask' has dtype I32, where"),
         (lambda t: t[f"{LAYER}.A.mask"].zero_(), rf"{LAYER}: the mask of the pivot form has 0 bits set"),
     ],
 )
 def test_changed_tensors(change: Callable[[dict[str, Tensor]], object], message: str, tmp_path: Path) -> None:
     change_tensors(saved(tmp_path, "pivot"), change)
     with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("name", ["model.norm.weight", "model.embed_tokens.weight"])
+@pytest.mark.parametrize("value", [torch.nan, -torch.inf])
+def test_numbers_beside_the_factors_that_are_not_finite_are_told(name: str, value: float, tmp_path: Path) -> None:
+    change_tensors(saved(tmp_path), lambda tensors: tensors[name].view(-1)[5:6].fill_(value))
+    with pytest.warns(UserWarning, match=rf"{tmp_path}: tensors .* NaN or infinite values, .*: {name}\. Unless the base"):
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
