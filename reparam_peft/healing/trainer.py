@@ -318,12 +318,12 @@ class HealingTrainer(Trainer):
 
         Checkpoints to resume from also hold what is trained and the factors, without a LoRA, to the bit.
         """
-        is_checkpoint = _internal_call and output_dir is not None
-        with self._together() if is_checkpoint else nullcontext():
+        checkpoint = Path(output_dir) if _internal_call and output_dir is not None else None
+        with nullcontext() if checkpoint is None else self._together():
             with merged(self.student):
                 super().save_model(output_dir, _internal_call)
-            if is_checkpoint and self.args.should_save and not self.is_fsdp_enabled:
-                save_tensors(Path(output_dir) / TRAINED, _kept(self.student))
+            if checkpoint is not None and self.args.should_save and not self.is_fsdp_enabled:
+                save_tensors(checkpoint / TRAINED, _kept(self.student))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINED
