@@ -68,7 +68,7 @@ def heal(
     rows = [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))]
     with tempfile.TemporaryDirectory() as temporary:
         trainer = _trainer(small, dense, rows, training, Path(temporary))
-        last = None if training.run_folder is None else last_whole(training.run_folder, trainer.training)
+        last = None if training.run_folder is None else last_whole(training.run_folder, trainer.identity)
         figures = {
             "dense perplexity": perplexity(dense, test, progress=True),
             "perplexity before": perplexity(small, test, progress=True),

@@ -17,6 +17,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from ..arguments import ReparamWarning
 from ..runtime.files import write_whole, writing
 from ..runtime.fingerprints import fingerprint_of_tensors
 from ..runtime.json_files import read_json
@@ -24,6 +25,8 @@ from ..runtime.json_files import read_json
 ADAPTER = "adapter"  # in what a training is of: the fingerprint of its factors
 MANIFEST = "healing.json"
 FORMAT = "reparam_peft healing 1"
+LENGTHS = ("max_steps", "num_train_epochs")  # which may be more than they were
+_WRITERS = ("inline_container", "PytorchStreamWriter")  # in what torch says of a full disk
 
 
 def note_whole(checkpoint: str | Path, training: Mapping[str, Any]) -> None:
@@ -45,20 +48,20 @@ def note_whole(checkpoint: str | Path, training: Mapping[str, Any]) -> None:
 def writing_checkpoint(checkpoint: Path) -> Iterator[None]:
     """Within this block a full disk is told with the name of the checkpoint, whose files go, since they take up space.
 
+    A checkpoint that is whole by now stays, and so does the error, which is of what comes after.
+
     Raises:
         OSError: writing failed.
     """
     try:
-        with writing(checkpoint):
-            try:
-                yield
-            except RuntimeError as error:  # what torch says of a full disk
-                if "inline_container" in str(error) or "PytorchStreamWriter" in str(error):
-                    raise OSError(str(error)) from error
-                raise
-    except OSError:
+        yield
+    except (SafetensorError, OSError, RuntimeError) as error:
+        full = not isinstance(error, RuntimeError) or any(name in str(error) for name in _WRITERS)
+        if not full or (checkpoint / MANIFEST).exists():
+            raise
         shutil.rmtree(checkpoint, ignore_errors=True)
-        raise
+        with writing(checkpoint):
+            raise OSError(str(error)) from error
 
 
 def last_whole(folder: str | Path, training: Mapping[str, Any]) -> Path | None:
@@ -86,17 +89,36 @@ def last_whole(folder: str | Path, training: Mapping[str, Any]) -> Path | None:
 def this_or_last_whole(checkpoint: str | Path, training: Mapping[str, Any]) -> Path | None:
     """A checkpoint, or, where it is not whole, the last one beside it that is; warnings and errors as of `last_whole`."""
     checkpoint = Path(os.path.abspath(checkpoint))
-    return checkpoint if _is_whole(checkpoint, training) else last_whole(checkpoint.parent, training)
+    return checkpoint if _is_whole(checkpoint, training, is_chosen=True) else last_whole(checkpoint.parent, training)
 
 
-def _is_whole(checkpoint: Path, training: Mapping[str, Any]) -> bool:
-    fault = _fault(checkpoint, training)
+def warn_of_length(checkpoint: Path, training: Mapping[str, Any]) -> None:
+    """Warn where a training that goes on from a whole checkpoint is longer than the one that wrote it.
+
+    Args:
+        checkpoint: that `last_whole` or `this_or_last_whole` gave.
+        training: what was given there.
+    """
+    noted = read_json(checkpoint / MANIFEST)["training"]
+    longer = [f"`{key}` was {noted[key]} and is {training[key]}" for key in LENGTHS if noted.get(key) != training.get(key)]
+    if longer:
+        warnings.warn(
+            f"{checkpoint} is of a shorter training ({' and '.join(longer)}): its learning rate followed another schedule than "
+            "that of a training of this length, so that the result differs from that of an undisturbed one.",
+            ReparamWarning,
+            stacklevel=2,
+        )
+
+
+def _is_whole(checkpoint: Path, training: Mapping[str, Any], is_chosen: bool = False) -> bool:
+    """Whether a training can go on from a checkpoint; one that is chosen by its path also where its factors were loaded."""
+    fault = _fault(checkpoint, training, is_chosen)
     if fault is not None:
-        warnings.warn(f"{checkpoint} is passed over, since it is not whole: {fault}.", stacklevel=3)
+        warnings.warn(f"{checkpoint} is passed over, since it is not whole: {fault}.", ReparamWarning, stacklevel=3)
     return fault is None
 
 
-def _fault(checkpoint: Path, training: Mapping[str, Any]) -> str | None:
+def _fault(checkpoint: Path, training: Mapping[str, Any], is_chosen: bool) -> str | None:
     """What is wrong with the files of a checkpoint; None: nothing."""
     try:
         manifest = read_json(checkpoint / MANIFEST)
@@ -109,27 +131,42 @@ def _fault(checkpoint: Path, training: Mapping[str, Any]) -> str | None:
         return f"{MANIFEST} cannot be read ({error})"
     wanted = json.loads(json.dumps(training))
     for key in sorted({*noted, *wanted}):
-        if noted.get(key) != wanted.get(key) and not (key == ADAPTER and _saved_adapter(checkpoint) == wanted.get(key)):
+        loaded = is_chosen and key == ADAPTER and _saved_adapter(checkpoint) == wanted.get(key)
+        if noted.get(key) != wanted.get(key) and not loaded and not _is_longer(key, noted.get(key), wanted.get(key)):
             raise ValueError(
                 f"{checkpoint} is of a training with another `{key}`: {noted.get(key)!r}, and this one has "
-                f"{wanted.get(key)!r}. Give another folder, or delete the checkpoints."
+                f"{wanted.get(key)!r}. Only `max_steps` and `num_train_epochs` may be changed, to more than they were. Give "
+                "another folder, or delete the checkpoints."
             )
-    present = {str(path.relative_to(checkpoint)): path for path in _files(checkpoint)}  # none elsewhere, whatever the note says
     for name, sha256 in files.items():
-        if name not in present:
-            return f"{name} is missing"
         try:
-            if _sha256(present[name]) != sha256:
+            path = checkpoint / name
+            if not path.is_file():
+                return f"{name} is no file of it"
+            if not _is_inside(name, path, checkpoint):
+                return f"{name} leads out of it"
+            if _sha256(path) != sha256:
                 return f"{name} has been changed"
         except OSError as error:
             return f"{name} cannot be read ({error.strerror})"
     return None
 
 
+def _is_longer(key: str, noted: Any, wanted: Any) -> bool:
+    """Whether a training goes on for longer than the one that wrote a checkpoint."""
+    return key in LENGTHS and isinstance(noted, (int, float)) and isinstance(wanted, (int, float)) and 0 < noted < wanted
+
+
+def _is_inside(name: str, path: Path, checkpoint: Path) -> bool:
+    """Whether a name is relative, and what it leads to within the checkpoint."""
+    return not Path(name).is_absolute() and ".." not in Path(name).parts and path.resolve().is_relative_to(checkpoint.resolve())
+
+
 def _saved_adapter(checkpoint: Path) -> str | None:
     """The fingerprint of the adapter in a checkpoint, which may have been loaded to go on from it; None: it has none."""
+    path = checkpoint / SAFETENSORS_WEIGHTS_NAME
     try:
-        return fingerprint_of_tensors(load_file(checkpoint / SAFETENSORS_WEIGHTS_NAME))
+        return fingerprint_of_tensors(load_file(path)) if path.is_file() else None
     except (OSError, SafetensorError):
         return None
 

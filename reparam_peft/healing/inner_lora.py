@@ -10,6 +10,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import nn
 
+from ..runtime.restoring import unchanged_on_error
 from ..tuner.layer import reparam_layers
 
 LORA = "healing"  # name of the adapter within the factors
@@ -19,24 +20,24 @@ HONOURED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights"
 @contextmanager
 def adapted(model: PeftModel, config: LoraConfig) -> Iterator[None]:
     """Within this block a LoRA on the linear layers of the factors is trained; afterwards it is merged into them."""
-    for parent, child, linear in _inner(model, nn.Linear):
-        layer = LoraLinear(linear.requires_grad_(False), LORA, config, r=config.r, lora_alpha=config.lora_alpha)
-        setattr(parent, child, layer.train(linear.training))
+    with unchanged_on_error(model):
+        for parent, child, linear in _inner(model, nn.Linear):
+            layer = LoraLinear(linear.requires_grad_(False), LORA, config, r=config.r, lora_alpha=config.lora_alpha)
+            setattr(parent, child, layer.train(linear.training))
     try:
         yield
     finally:
-        for parent, child, layer in _inner(model, LoraLinear):
-            setattr(parent, child, _merged_base(layer))
+        with unchanged_on_error(model):
+            _merge(_inner(model, LoraLinear))
 
 
 @contextmanager
 def merged(model: PeftModel) -> Iterator[None]:
     """Within this block the factors are as they would be with the LoRA merged; afterwards they are as they were, to the bit."""
-    inner = list(_inner(model, LoraLinear))
+    inner = _inner(model, LoraLinear)
     before = [layer.get_base_layer().weight.data for _, _, layer in inner]
     try:
-        for parent, child, layer in inner:
-            setattr(parent, child, _merged_base(layer))
+        _merge(inner)
         yield
     finally:
         for (parent, child, layer), weight in zip(inner, before, strict=True):
@@ -44,11 +45,19 @@ def merged(model: PeftModel) -> Iterator[None]:
             setattr(parent, child, layer)
 
 
-def _merged_base(layer: Any) -> nn.Module:
-    """The linear layer beneath a LoRA, changed to compute what both compute: W + ΔW, in a tensor of its own."""
-    base: nn.Linear = layer.get_base_layer()
-    base.weight.data = base.weight.data + layer.get_delta_weight(LORA).to(base.weight.dtype)
-    return base
+def _merge(inner: list[tuple[nn.Module, str, Any]]) -> None:
+    """Put the linear layers beneath LoRAs in their place, changed to compute what both compute: W + ΔW, in new tensors.
+
+    All of these are computed before the first is put in place.
+    """
+    bases: list[nn.Linear] = [layer.get_base_layer() for _, _, layer in inner]
+    weights = [
+        base.weight.data + layer.get_delta_weight(LORA).to(base.weight.dtype)
+        for base, (_, _, layer) in zip(bases, inner, strict=True)
+    ]
+    for (parent, child, _), base, weight in zip(inner, bases, weights, strict=True):
+        base.weight.data = weight
+        setattr(parent, child, base)
 
 
 def _inner(model: nn.Module, kind: type[nn.Module]) -> list[tuple[nn.Module, str, Any]]:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from contextlib import ExitStack
-from functools import cached_property
+from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 from transformers import Trainer
 from transformers.trainer_pt_utils import nested_detach
-from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy, rotate_checkpoints
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
 from ..runtime.files import clear_litter, lock_folder, remove_whole, save_tensors, writing
-from ..runtime.fingerprints import fingerprint_of_model, fingerprint_of_rows, fingerprint_of_tensors
+from ..runtime.fingerprints import fingerprint_of_base, fingerprint_of_model, fingerprint_of_rows, fingerprint_of_tensors
 from ..runtime.modules import predicts_next_token, without_cache
 from ..runtime.processes import fails_together
 from ..runtime.run_folder import json_able
-from .checkpoints import ADAPTER, last_whole, note_whole, this_or_last_whole, writing_checkpoint
+from .checkpoints import ADAPTER, last_whole, note_whole, this_or_last_whole, warn_of_length, writing_checkpoint
 from .checks import TRAINS, check_arguments, check_classes, check_loss, check_teacher, check_trained, checked_model
 from .counting import Counts, counted, masks, with_labels
 from .inner_lora import adapted, check_lora, merged
@@ -32,6 +32,8 @@ from .teacher_cache import TeacherCache
 from .trained import as_dense, set_trained
 
 TRAINED = "healing.safetensors"
+# Arguments of `Trainer` that are code.
+PARTS = ("compute_loss_func", "data_collator", "optimizer", "lr_scheduler", "optimizer_cls_and_kwargs")
 # Of `TrainingArguments`, what the result depends on.
 ARGUMENTS = (
     *("learning_rate", "weight_decay", "adam_beta1", "adam_beta2", "adam_epsilon", "max_grad_norm", "optim", "optim_args"),
@@ -41,9 +43,27 @@ ARGUMENTS = (
 )
 
 
+def _described(part: Any) -> Any:
+    """An argument that is code, for JSON: the name of the function or class, or of the class that it is of."""
+    if isinstance(part, (list, tuple, dict)):
+        items = part.items() if isinstance(part, dict) else enumerate(part)
+        return {str(key): _described(item) for key, item in items}
+    if isinstance(part, (bool, int, float, str, type(None))):
+        return part
+    named = part.func if isinstance(part, partial) else part
+    return getattr(named, "__qualname__", type(named).__qualname__)
+
+
 def _kept(model: nn.Module) -> dict[str, nn.Parameter]:
     """Parameters that a checkpoint keeps: those that are trained, and all factors."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad or ".reparam_factors." in name}
+
+
+def _give_back(lock: FileLock) -> None:
+    """Let others save to a folder, in which nothing of the lock stays that a push to the Hub would upload."""
+    with suppress(OSError):
+        Path(lock.lock_file).unlink()
+    lock.release()
 
 
 class HealingTrainer(Trainer):
@@ -110,9 +130,11 @@ class HealingTrainer(Trainer):
         set_trained(student, [part for part in trains if lora is None or part != "factors"])
         if teacher is not None:
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
+        parts = (self.compute_loss_func, self.data_collator, self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs)
+        self.parts = dict(zip(PARTS, map(_described, parts), strict=True))
         self.cache = None
         if teacher_cache is not None:
-            computed_by = fingerprint_of_model(student if teacher is None else teacher)
+            computed_by = fingerprint_of_base(student) if teacher is None else fingerprint_of_model(teacher)
             self.cache = TeacherCache(teacher_cache, top_k, f"{computed_by} {self.args.bf16} {self.args.fp16}")
 
     @property
@@ -176,11 +198,17 @@ class HealingTrainer(Trainer):
         return loss.detach(), logits[0] if len(logits) == 1 else logits, None
 
     @cached_property
-    def training(self) -> dict[str, Any]:
-        """All that the result of the first `train` depends on, for JSON, by which a checkpoint knows its training."""
+    def identity(self) -> dict[str, Any]:
+        """What the result of the first `train` depends on, for JSON, by which a checkpoint knows its training.
+
+        Of code that was given (loss function, collator, optimizer, scheduler) this is the name of its class or function.
+        """
+        lasts = {name: json_able(getattr(self.args, name, None)) for name in ARGUMENTS}
+        if self.args.max_steps > 0:
+            lasts["num_train_epochs"] = None  # it has no effect
         return {
             ADAPTER: fingerprint_of_tensors(get_peft_model_state_dict(self.student, save_embedding_layers=False)),
-            "base model": fingerprint_of_model(self.student),
+            "base model": fingerprint_of_base(self.student),
             "teacher": None if self.teacher is None else fingerprint_of_model(self.teacher),
             "data": fingerprint_of_rows(self.train_dataset),
             "distillation": self.distillation,
@@ -188,8 +216,10 @@ class HealingTrainer(Trainer):
             "hidden": self.hidden,
             "trains": self.trains,
             "lora": None if self.lora is None else json_able(self.lora.to_dict()),
+            "top_k": None if self.cache is None else self.cache.top_k,  # all classes, unless there is a `teacher_cache`
             "processes": self.args.world_size,
-            **{name: json_able(getattr(self.args, name, None)) for name in ARGUMENTS},
+            **self.parts,
+            **lasts,
         }
 
     def train(self, resume_from_checkpoint: str | Path | bool | None = None, *args: Any, **kwargs: Any) -> Any:
@@ -202,13 +232,17 @@ class HealingTrainer(Trainer):
 
         Raises:
             ValueError: the checkpoint is of another training, or none is whole; or another training saves to the same folder.
+
+        Warns:
+            UserWarning: the training is longer than that of the checkpoint. A larger `max_steps` or `num_train_epochs` is all
+                that may be changed.
         """
         with ExitStack() as stack:
             with fails_together():
                 if self.args.save_strategy != SaveStrategy.NO and self.is_world_process_zero():
-                    stack.callback(self._take_folder().release)
+                    stack.callback(_give_back, self._take_folder())
                 if self.args.save_strategy != SaveStrategy.NO or resume_from_checkpoint:
-                    self.training  # noqa: B018  of the factors as they are before training
+                    self.identity  # noqa: B018  of the factors as they are before training
                 checkpoint = self._whole(resume_from_checkpoint)
             if self.lora is not None:
                 # Each run trains a LoRA of its own: an optimizer and a wrapper of an earlier run would hold one that is gone.
@@ -230,41 +264,66 @@ class HealingTrainer(Trainer):
         if not asked_for:
             return None
         if asked_for is True:
-            checkpoint = last_whole(str(self.args.output_dir), self.training)
+            checkpoint = last_whole(str(self.args.output_dir), self.identity)
         else:
-            checkpoint = this_or_last_whole(asked_for, self.training)
+            checkpoint = this_or_last_whole(asked_for, self.identity)
         if checkpoint is None:
             where = self.args.output_dir if asked_for is True else asked_for
             raise ValueError(f"there is no whole checkpoint at {where}; leave out `resume_from_checkpoint` to begin anew.")
+        warn_of_length(checkpoint, self.identity)
         return str(checkpoint)
 
     def _save_checkpoint(self, model: nn.Module, trial: Any) -> None:
-        """Save as `Trainer` does, then note that the checkpoint is whole, and only then delete older ones."""
+        """Save as `Trainer` does; before it pushes to the Hub and deletes older checkpoints, note that this one is whole."""
         folder = Path(str(self._get_output_dir(trial=trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with fails_together():
             if self.args.should_save and folder.exists():  # of a run that was killed
                 remove_whole(folder)
-        limit, self.args.save_total_limit = self.args.save_total_limit, None
+        state = self.state
+
+        def save_last(path: str) -> None:
+            type(state).save_to_json(state, path)
+            note_whole(folder, self.identity)
+
+        vars(state)["save_to_json"] = save_last  # the last file that `Trainer` writes
         try:
-            with fails_together(), writing_checkpoint(folder):
+            with self._together(), writing_checkpoint(folder):
                 super()._save_checkpoint(model, trial)
         finally:
-            self.args.save_total_limit = limit
-        with fails_together():
-            if self.args.should_save:
-                with writing_checkpoint(folder):
-                    note_whole(folder, self.training)
-                rotate_checkpoints(str(folder.parent), limit, self.state.best_model_checkpoint, use_mtime=True)
+            del vars(state)["save_to_json"]
+
+    def _together(self) -> AbstractContextManager[None]:
+        """`fails_together` where what is saved is written by each process alone.
+
+        Where processes gather shards to save them, an error in one ends that process; the others, which may be waiting for it
+        in the library, are ended by the launcher.
+        """
+        gathers = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+        return nullcontext() if gathers else fails_together()
+
+    def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
+        with self._together():
+            super()._save_optimizer_and_scheduler(output_dir)
+
+    def _save_scaler(self, output_dir: str) -> None:
+        with self._together():
+            super()._save_scaler(output_dir)
+
+    def _save_rng_state(self, output_dir: str) -> None:
+        with fails_together():  # the first process notes what is in the checkpoint when all have written to it
+            super()._save_rng_state(output_dir)
 
     def save_model(self, output_dir: str | None = None, _internal_call: bool = False) -> None:
         """Save as `Trainer` does, a LoRA merged.
 
         Checkpoints to resume from also hold what is trained and the factors, without a LoRA, to the bit.
         """
-        with merged(self.student):
-            super().save_model(output_dir, _internal_call)
-        if _internal_call and output_dir is not None and self.args.should_save and not self.is_fsdp_enabled:
-            save_tensors(Path(output_dir) / TRAINED, _kept(self.student))
+        checkpoint = Path(output_dir) if _internal_call and output_dir is not None else None
+        with nullcontext() if checkpoint is None else self._together():
+            with merged(self.student):
+                super().save_model(output_dir, _internal_call)
+            if checkpoint is not None and self.args.should_save and not self.is_fsdp_enabled:
+                save_tensors(checkpoint / TRAINED, _kept(self.student))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINED
@@ -272,6 +331,8 @@ class HealingTrainer(Trainer):
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
         try:
+            if not path.is_file():
+                raise FileNotFoundError("there is no such file")
             saved = load_file(path)
         except (SafetensorError, OSError) as error:
             raise ValueError(f"{path} cannot be read ({error}); go on from another checkpoint.") from error

@@ -21,6 +21,7 @@ from transformers.quantizers import HfQuantizer, register_quantization_config, r
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
+from ..arguments import ReparamWarning
 from ..layers.factorized import MARKER, FactorizedModule, Replaced, weight_of
 from ..layers.kinds import LayerKind, layer_kind
 from ..numerics.storage import FORMS
@@ -327,6 +328,7 @@ def _warn_of_broken(model: PreTrainedModel) -> None:
         warnings.warn(
             f"{model.name_or_path}: tensors of the checkpoint hold NaN or infinite values, and so may what the model computes: "
             f"{', '.join(broken[:3])}{' …' if len(broken) > 3 else ''}. Unless the base model has them, too, {DAMAGED}.",
+            ReparamWarning,
             stacklevel=2,
         )
 

@@ -106,7 +106,7 @@ def heal(folder: Path) -> str:
     made = trainer(steps, save_strategy="steps", save_steps=1, max_steps=3, save_total_limit=1, teacher_cache=folder / "cache")
     from reparam_peft.healing.checkpoints import last_whole
 
-    made.train(resume_from_checkpoint=last_whole(steps, made.training))
+    made.train(resume_from_checkpoint=last_whole(steps, made.identity))
     return digest(dict(made.student.named_parameters()))
 
 

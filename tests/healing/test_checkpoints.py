@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import partialmethod
 from pathlib import Path
 from typing import Any
 
@@ -12,11 +18,12 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from support.healing import ROWS, small, trainer
 from support.models import llama
+from transformers import Trainer
 
 from reparam_peft.healing import trainer as training_module
-from reparam_peft.healing.checkpoints import MANIFEST, last_whole, note_whole, this_or_last_whole
+from reparam_peft.healing.checkpoints import MANIFEST, last_whole, note_whole, this_or_last_whole, warn_of_length
 from reparam_peft.healing.trainer import TRAINED
-from reparam_peft.runtime.files import lock_folder
+from reparam_peft.runtime.files import LOCK, lock_folder
 
 TRAINING = {"adapter": "abc", "learning_rate": 0.1}
 
@@ -72,7 +79,7 @@ def test_a_note_leads_to_no_other_files(name: str, folder: Path) -> None:
     path = folder / "checkpoint-11" / MANIFEST
     noted = json.loads(path.read_text())
     path.write_text(json.dumps({**noted, "files": {name: "0"}}))
-    with pytest.warns(UserWarning, match=f"checkpoint-11 is passed over, .*: {name} is missing"):
+    with pytest.warns(UserWarning, match=f"checkpoint-11 is passed over, .*: {name} (is no file of|leads out of) it"):
         assert last_whole(folder, TRAINING) == folder / "checkpoint-10"
 
 
@@ -81,9 +88,54 @@ def test_one_of_another_training_is_refused(folder: Path) -> None:
         last_whole(folder, {**TRAINING, "learning_rate": 0.2})
 
 
+@pytest.mark.parametrize(
+    ("noted", "wanted", "taken"),
+    [
+        ({"max_steps": 200}, {"max_steps": 400}, True),
+        ({"max_steps": 200}, {"max_steps": 100}, False),
+        ({"max_steps": -1}, {"max_steps": 400}, False),
+        ({"num_train_epochs": 1.0}, {"num_train_epochs": 3}, True),
+        ({"num_train_epochs": 1.0}, {"num_train_epochs": None}, False),
+    ],
+)
+def test_a_longer_training_goes_on_from_a_shorter_one(noted: Any, wanted: Any, taken: bool, folder: Path) -> None:
+    note_whole(folder / "checkpoint-11", {**TRAINING, **noted})
+    if taken:
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            assert last_whole(folder, {**TRAINING, **wanted}) == folder / "checkpoint-11"
+        with pytest.warns(UserWarning, match="checkpoint-11 is of a shorter training .*learning rate followed another"):
+            warn_of_length(folder / "checkpoint-11", {**TRAINING, **wanted})
+    else:
+        with pytest.raises(ValueError, match="Only `max_steps` and `num_train_epochs` may be changed, to more than they were"):
+            last_whole(folder, {**TRAINING, **wanted})
+
+
+@pytest.mark.parametrize(
+    "name", ["../checkpoint-9/optimizer.pt", "/etc/hostname", "link/optimizer.pt", "fifo", "adapter", "a\0b"]
+)
+def test_only_files_within_are_read(name: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    checkpoint = folder / "checkpoint-11"
+    (checkpoint / "link").symlink_to(folder / "checkpoint-9")
+    os.mkfifo(checkpoint / "fifo")
+    manifest = json.loads((checkpoint / MANIFEST).read_text())
+    content = Path(checkpoint, name).read_bytes() if Path(checkpoint, name).is_file() else b""
+    manifest["files"] = {name: hashlib.sha256(content).hexdigest()}
+    (checkpoint / MANIFEST).write_text(json.dumps(manifest))
+    with pytest.warns(UserWarning, match=r"checkpoint-11 is passed over.* (leads out|is no file) of it"):
+        assert last_whole(folder, TRAINING) == folder / "checkpoint-10"
+
+
+def test_a_note_that_is_no_file_is_not_waited_for(folder: Path) -> None:
+    (folder / "checkpoint-11" / MANIFEST).unlink()
+    os.mkfifo(folder / "checkpoint-11" / MANIFEST)
+    with pytest.warns(UserWarning, match="checkpoint-11 is passed over"):
+        assert last_whole(folder, TRAINING) == folder / "checkpoint-10"
+
+
 def test_all_that_changes_the_result_tells_trainings_apart(tmp_path: Path) -> None:
     def training(**options: Any) -> str:
-        return json.dumps(trainer(tmp_path, **options).training)
+        return json.dumps(trainer(tmp_path, **options).identity)
 
     teacher = llama()
     teacher.lm_head.weight.data.mul_(2)
@@ -93,10 +145,17 @@ def test_all_that_changes_the_result_tells_trainings_apart(tmp_path: Path) -> No
     changes: list[dict[str, Any]] = [
         *({}, {"model": small(keep=0.3)}, {"model": base}, {"teacher": teacher}, {"rows": ROWS[:-1]}, {"rows": other_rows}),
         *({"distillation": 0.5}, {"temperature": 2.0}, {"hidden": 1.0}, {"trains": ["factors"]}, {"lora": LoraConfig(r=4)}),
+        *(
+            {"teacher_cache": tmp_path / "a"},
+            {"teacher_cache": tmp_path / "a", "top_k": 20},
+            {"distillation": 0.5, "compute_loss_func": llama},
+        ),
+        *({"data_collator": small}, {"optimizers": (torch.optim.SGD([torch.ones(1)]), None)}),
         *({"learning_rate": 1e-4}, {"max_steps": 9}, {"seed": 1}, {"per_device_train_batch_size": 2}, {"weight_decay": 0.1}),
     ]
     assert len({training(**change) for change in changes}) == len(changes)
-    assert training() == training(logging_steps=3, save_strategy="steps", save_total_limit=1), "which change nothing"
+    same = {"logging_steps": 3, "save_strategy": "steps", "save_total_limit": 1, "top_k": 20, "num_train_epochs": 9}
+    assert training() == training(**same), "which change nothing"
 
 
 def run(folder: Path, **resume: Any) -> dict[str, torch.Tensor]:
@@ -141,12 +200,76 @@ def test_a_full_disk_names_the_checkpoint_and_gets_its_space_back(
         raise error
 
     made = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
-    monkeypatch.setattr(made, "_save_optimizer_and_scheduler", full)
+    monkeypatch.setattr(Trainer, "_save_optimizer_and_scheduler", full)
     with pytest.raises(OSError, match="checkpoint-1 cannot be written"):
         made.train()
     assert not list(tmp_path.glob("checkpoint-*"))
     with pytest.raises(ValueError, match=f"there is no whole checkpoint at {tmp_path}; leave out"):
         trainer(tmp_path).train(resume_from_checkpoint=True)
+
+
+def test_what_fails_after_a_checkpoint_is_whole_leaves_it_and_its_arguments(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=3, save_total_limit=1)
+    made.args.push_to_hub = True
+    found: list[list[str]] = []
+
+    def push(self: Trainer, checkpoint: str) -> None:
+        found.append(sorted(path.name for path in tmp_path.glob(f"checkpoint-*/{MANIFEST}")))
+        assert (Path(checkpoint) / MANIFEST).exists()
+        if self.state.global_step == 2:
+            raise OSError("the Hub is away")
+
+    monkeypatch.setattr(Trainer, "_push_from_checkpoint", push)
+    with pytest.raises(OSError, match=r"^the Hub is away$"):
+        made.train()
+    assert [len(manifests) for manifests in found] == [1, 2], "older ones are deleted last"
+    assert last_whole(tmp_path, made.identity) == tmp_path / "checkpoint-2"
+    kept = torch.load(tmp_path / "checkpoint-2" / "training_args.bin", weights_only=False)
+    assert kept.save_total_limit == made.args.save_total_limit == 1
+    assert "save_to_json" not in vars(made.state)
+    assert not (tmp_path / LOCK).exists(), "which a push would upload"
+
+
+@pytest.mark.parametrize("gathers", [False, True])
+def test_no_process_waits_for_another_within_a_part_that_fails_together(
+    gathers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    depth, inside = 0, set()
+
+    @contextmanager
+    def together() -> Iterator[None]:
+        nonlocal depth
+        depth += 1
+        try:
+            yield
+        finally:
+            depth -= 1
+
+    made = trainer(tmp_path, save_strategy="steps", save_steps=1, max_steps=1)
+    made.is_distributed_loading_by_transformers = gathers
+    for name in ("save_model", "_save_optimizer_and_scheduler", "_save_scaler", "_save_rng_state"):
+
+        def save(*args: Any, name: str, real: Any, **kwargs: Any) -> None:
+            inside.add((name, depth))
+            real(*args, **kwargs)
+
+        monkeypatch.setattr(Trainer, name, partialmethod(save, name=name, real=getattr(Trainer, name)))
+    monkeypatch.setattr(training_module, "fails_together", together)
+    made.train()
+    alone = {("_save_rng_state", 1), *((name, 0) for name in ("save_model", "_save_optimizer_and_scheduler", "_save_scaler"))}
+    assert inside == (alone if gathers else {(name, 2) for name, _ in alone})
+
+
+def test_a_training_of_more_steps_goes_on(tmp_path: Path) -> None:
+    steps = {"save_strategy": "steps", "save_steps": 2}
+    trainer(tmp_path, max_steps=2, **steps).train()
+    longer = trainer(tmp_path, max_steps=4, **steps)
+    with pytest.warns(UserWarning, match="`max_steps` was 2 and is 4") as caught:
+        longer.train(resume_from_checkpoint=last_whole(tmp_path, longer.identity))
+    assert len([warning for warning in caught if "shorter training" in str(warning.message)]) == 1
+    assert [entry["step"] for entry in longer.state.log_history if "loss" in entry] == [1, 2, 3, 4]
 
 
 def test_one_training_saves_to_a_folder_at_a_time(tmp_path: Path) -> None:

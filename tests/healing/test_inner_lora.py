@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
+from contextlib import ExitStack
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel
+from peft.tuners.lora import Linear as LoraLinear
 from support.healing import ROWS, arguments, falls, small, stacked, trainer
 from support.models import llama, vit
 from torch import nn
 
 from reparam_peft import HealingTrainer, ReparamConfig, compress
+from reparam_peft.healing.inner_lora import adapted
 
 
 @pytest.mark.parametrize("form", ["factors", "pivot"])
@@ -88,3 +92,33 @@ def test_an_optimizer_cannot_hold_a_lora(tmp_path: Path) -> None:
         HealingTrainer(
             model, arguments(tmp_path), train_dataset=ROWS, teacher=llama(), lora=LoraConfig(), optimizers=optimizers
         )
+
+
+@pytest.mark.parametrize("when", ["put in", "merged"])
+def test_an_interrupt_leaves_the_whole_lora_or_none(when: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def state(model: nn.Module) -> dict[str, Any]:
+        modules = {name: (id(module), type(module)) for name, module in model.named_modules()}
+        return modules | {name: (p.data_ptr(), p.requires_grad, p.tolist()) for name, p in model.named_parameters()}
+
+    def interrupting(method: Any) -> Any:
+        calls = iter(range(3))
+
+        def interrupted(*args: Any, **kwargs: Any) -> Any:
+            if next(calls) == 2:
+                raise KeyboardInterrupt
+            return method(*args, **kwargs)
+
+        return interrupted
+
+    model = small()
+    before = state(model)
+    name = "__init__" if when == "put in" else "get_delta_weight"
+    with ExitStack() as stack:
+        if when == "merged":
+            stack.enter_context(adapted(model, LoraConfig(r=2)))
+            before = state(model)
+        monkeypatch.setattr(LoraLinear, name, interrupting(getattr(LoraLinear, name)))
+        enter_or_leave = stack.close if when == "merged" else adapted(model, LoraConfig(r=2)).__enter__
+        with pytest.raises(KeyboardInterrupt):
+            enter_or_leave()
+    assert state(model) == before

@@ -119,3 +119,10 @@ def test_gaps_in_a_mask_are_part_of_the_key(tmp_path: Path) -> None:
         batch = {"input_ids": torch.tensor([ids]), "attention_mask": torch.tensor([mask])}
         expected = float(plain.compute_loss(made.model, dict(batch)).detach())
         assert float(made.compute_loss(made.model, dict(batch)).detach()) == pytest.approx(expected, rel=1e-3)
+
+
+def test_compressed_teachers_have_files_of_their_own(tmp_path: Path) -> None:
+    for teacher, files in ((small(keep=0.5), 1), (small(keep=0.6), 2)):
+        made = trainer(tmp_path, teacher=teacher, teacher_cache=tmp_path / "cache", top_k=20)
+        made.compute_loss(made.model, text([9], 9, seed=3))
+        assert len(list((tmp_path / "cache").iterdir())) == files
