@@ -276,7 +276,8 @@ def _measure_again(
     figures = note_evaluation(model, {"dense perplexity": before.perplexity, "perplexity": after.perplexity})
     sample = {"prompt": PROMPTS[0], "dense": before.sample, "compressed": after.sample}
     record = record.with_(evaluation=figures, samples=[sample])
-    save_whole(model, tokenizer, options.output, *options.beside, overwrite=options.overwrite, save=saving_with(record))
+    # What is there is the result that was saved before it was measured.
+    save_whole(model, tokenizer, options.output, *options.beside, overwrite=True, save=saving_with(record))
     return after
 
 
