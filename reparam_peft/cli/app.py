@@ -20,7 +20,6 @@ from .evaluate import evaluate
 from .export import export
 from .groups import spread
 from .heal import heal
-from .outputs import err
 from .plan import plan
 from .report import report
 from .search import search
@@ -83,7 +82,7 @@ _add(
 
 def _show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
     """A warning of this package, in one line; those of other libraries are not shown."""
-    err.print(f"warning: {' '.join(str(message).split())}", soft_wrap=True)
+    print(f"warning: {_one_line(str(message))}", file=sys.stderr)
 
 
 def main() -> None:
@@ -109,8 +108,13 @@ LONGEST = 2000  # characters of a message, which may quote a file
 
 
 def _tell(message: str) -> NoReturn:
-    """One line on stderr, of characters that a terminal shows as they are, and exit code 1."""
+    """One line on stderr, and exit code 1."""
+    print(f"error: {_one_line(message)}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _one_line(message: str) -> str:
+    """A message, which may quote a file, in one line of characters that a terminal shows as they are."""
     line = " ".join(message.split())
     plain = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
-    print(f"error: {plain if len(plain) <= LONGEST else plain[:LONGEST] + ' …'}", file=sys.stderr)
-    sys.exit(1)
+    return plain if len(plain) <= LONGEST else f"{plain[:LONGEST]} …"

@@ -75,7 +75,7 @@ def check_output(output: Path, model: str, overwrite: bool, *beside: Path | str 
         raise CliError(f"{output} is a file; OUT must be a folder.")
     if Path.cwd().is_relative_to(output):
         raise CliError(f"{output} is or holds the current folder; choose another folder.")
-    if model and os.path.isdir(model):
+    if os.path.isdir(model):
         source = Path(model).resolve()
         if source.is_relative_to(output):
             raise CliError(f"{output} holds the model itself, which must not be overwritten; choose another folder.")

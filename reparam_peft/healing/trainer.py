@@ -277,7 +277,7 @@ class HealingTrainer(Trainer):
         """Save as `Trainer` does; before it pushes to the Hub and deletes older checkpoints, note that this one is whole."""
         folder = Path(str(self._get_output_dir(trial=trial)), f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}")
         with fails_together():
-            if self.args.should_save and folder.exists():  # of a run that was killed
+            if self.args.should_save and folder.exists():  # of an earlier run
                 remove_whole(folder)
         state = self.state
 

@@ -84,7 +84,7 @@ def replacing(path: str | Path) -> Iterator[Path]:
         try:
             aside = folder / path.name
             yield aside
-            aside.chmod(stat.S_IMODE(folder.stat().st_mode) & 0o666)  # safetensors makes files that others cannot read
+            follow_umask(folder)
             with aside.open("r+b") as file:
                 os.fsync(file.fileno())  # else a power cut after the renaming may leave an empty file
             os.replace(aside, path)
@@ -129,9 +129,10 @@ def _sort_metadata(path: Path) -> None:
 
 def follow_umask(folder: str | Path) -> None:
     """Give the files in a folder that was made under the umask its permissions; safetensors gives its own to nobody else."""
+    mode = stat.S_IMODE(Path(folder).stat().st_mode) & 0o666
     for path in Path(folder).rglob("*"):
         if path.is_file() and not path.is_symlink():
-            path.chmod(stat.S_IMODE(Path(folder).stat().st_mode) & 0o666)
+            path.chmod(mode)
 
 
 def remove_whole(folder: str | Path) -> None:

@@ -391,10 +391,10 @@ class ReparamModel(BaseTuner):
         selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if state_dict:  # of processes that save nothing it may be empty
             check_whole(model, adapter_name, state_dict)
+        # PEFT does not find them where activations are checkpointed, which changes names of modules and not of tensors.
+        factors = f".reparam_factors.{adapter_name}."
+        selected |= {key: tensor for key, tensor in state_dict.items() if factors in key}
         for name, layer in reparam_layers(model):
-            # PEFT does not find them where activations are checkpointed, which changes names of modules and not of tensors.
-            factors = f"{name}.reparam_factors.{adapter_name}."
-            selected |= {key: tensor for key, tensor in state_dict.items() if key.startswith(factors)}
             cast_to_base(name, layer, adapter_name, selected)
             # PEFT adds the base weight of targeted embeddings, which the factors stand in for.
             state_dict.pop(f"{name}.base_layer.weight", None)
