@@ -107,6 +107,7 @@ class LayerKind(ABC, Generic[Layer]):
 
     layer_class: type[nn.Module]
     one_hot = False  # whether each row picks one column, so that Gram matrices are diagonal
+    linear = False  # whether the last dimension of the input is x, and that of the output y
 
     @property
     def name(self) -> str:
@@ -197,6 +198,7 @@ class LinearKind(LayerKind[Any]):
     """
 
     layer_class: type[nn.Module] = nn.Linear
+    linear = True
 
     @property
     def name(self) -> str:
@@ -437,6 +439,18 @@ def kind_and_layer(module: nn.Module) -> tuple[LayerKind[Any], nn.Module]:
     if isinstance(module, Wrapper):
         return module.kind, module.base_layer
     return layer_kind(module), module
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether a module, factorised already or not, computes y = W x + b along the last dimension of its input.
+
+    >>> is_linear(nn.Linear(3, 2)), is_linear(nn.Embedding(3, 2)), is_linear(nn.ReLU())
+    (True, False, False)
+    """
+    try:
+        return kind_and_layer(module)[0].linear
+    except (TypeError, ValueError):
+        return False
 
 
 def matrix_shape(module: nn.Module) -> tuple[int, int]:
