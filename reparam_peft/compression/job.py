@@ -208,7 +208,7 @@ class Job:
                 continue
             self.statistics(group)
             shared = self._share_out(names, "Factorising", compute, room)
-            products.update({name: product_of(tensors, targets[name].storage.form) for name, tensors in shared.items()})
+            products.update({name: product_of(tensors, ranks[name], targets[name].storage) for name, tensors in shared.items()})
         return products
 
     def weighing(self, name: str, moments: Moments | None = None) -> Weighing:
