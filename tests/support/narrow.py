@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from reparam_peft import ReparamConfig
 from reparam_peft.layers.kinds import layer_kind
 from reparam_peft.layers.product import Product
-from reparam_peft.numerics.decompositions import Whole, factorize
+from reparam_peft.numerics.decompositions import Factors, Whole, factorize
 from reparam_peft.numerics.pivoting import pivot
 from reparam_peft.tuner.data_free import installing
 
@@ -49,7 +49,7 @@ def narrow_products(model: nn.Module, groups: Groups, form: str = "pivot", keep:
         model: that has the matrices.
         groups: its MLPs.
         form: of the products.
-        keep: their ranks as a fraction of the full ones.
+        keep: their ranks as a fraction of the full ones; 1: all matrices are stored as they are.
     """
     products = {}
     for number, (producers, consumer) in enumerate(groups):
@@ -61,10 +61,11 @@ def narrow_products(model: nn.Module, groups: Groups, form: str = "pivot", keep:
             left = matrix[kept] if is_producer else matrix[:, kept]
             if bias is not None:
                 bias = (bias.detach()[kept] if is_producer else bias.detach()) + 0.01
-            if as_one(position, len(producers), number):
+            rank = int(keep * min(left.shape))
+            if as_one(position, len(producers), number) or rank == min(left.shape):
                 factors = Whole(left.contiguous())
             else:
-                factors = factorize(left, int(keep * min(left.shape)))
+                factors = factorize(left, rank)
                 factors = pivot(factors) if form == "pivot" else factors
             rows, columns = (kept, None) if is_producer else (None, kept)
             products[name] = Product(factors, bias, rows=rows, columns=columns)
@@ -75,9 +76,8 @@ def narrow_config(products: dict[str, Product], form: str = "pivot", **options: 
     """The config of an adapter with these products."""
     sizes = {}
     for name, product in products.items():
-        whole = product.factors
-        A, B = whole if type(whole).__name__ == "Factors" else whole.factors()
-        sizes[name] = [A.shape[0], B.shape[1]]
+        A, B = product.factors if isinstance(product.factors, Factors) else product.factors.factors()
+        sizes[name] = [len(A), B.shape[1]]
     ranks = {name: product.rank for name, product in products.items()}
     moved = any(product.bias is not None for product in products.values())
     config = ReparamConfig(target_modules=list(products), form=form, rank_pattern=ranks, sizes=sizes, **options)
