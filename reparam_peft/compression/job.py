@@ -228,7 +228,7 @@ class Job:
             self.statistics(group)
             parts.update(self.neurons.parts(self.neurons.left({name: targets[name].storage for name in names})))
             shared = self.share_out(names, "Factorising", compute, room)
-            products.update({name: product_of(tensors, targets[name].storage.form) for name, tensors in shared.items()})
+            products.update({name: product_of(tensors, ranks[name], targets[name].storage) for name, tensors in shared.items()})
         return products
 
     def product(self, target: Target, W: Tensor, weighing: Weighing, output_mean: Tensor | None, part: Part) -> Product:

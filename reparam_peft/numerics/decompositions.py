@@ -30,6 +30,22 @@ class Factors(NamedTuple):
     B: Tensor
 
 
+class Whole(NamedTuple):
+    """A matrix that is stored as it is, in place of a product.
+
+    Attributes:
+        W: shape (out, in).
+    """
+
+    W: Tensor
+
+    def factors(self) -> Factors:
+        """The matrix as factors of full rank, of which one is the identity."""
+        out_features, in_features = self.W.shape
+        identity = torch.eye(min(self.W.shape), dtype=self.W.dtype, device=self.W.device)
+        return Factors(identity, self.W) if out_features <= in_features else Factors(self.W, identity)
+
+
 def check_rank(rank: int, shape: torch.Size | tuple[int, int]) -> None:
     """Raise `ValueError` unless 1 ≤ `rank` ≤ min(`shape`), and `TypeError` unless it is an int."""
     limit = min(shape)
@@ -101,9 +117,7 @@ def factorize(weight: Tensor, rank: int, gram: Tensor | None = None, output_gram
     metrics = weighing(weight, gram, output_gram)
     out_features, in_features = weight.shape
     if rank == min(weight.shape):
-        identity = torch.eye(rank, dtype=weight.dtype, device=weight.device)
-        dense = weight.detach().clone(memory_format=torch.contiguous_format)
-        return Factors(identity, dense) if out_features <= in_features else Factors(dense, identity)
+        return Whole(weight.detach().clone(memory_format=torch.contiguous_format)).factors()
     stored = _empty_factors(weight, rank)
     if gram is not None or output_gram is not None:
         A, B = _nested_factors(weight, *metrics)
