@@ -215,7 +215,9 @@ class Job:
             W, bias, weighing = self.matrix_of(name), self.bias_of(name), self.weighing(name)
             output_mean = None if bias is None else mean_output(W, bias, weighing.mean)
             part = parts.get(name, Part())
-            return tensors_of(self.product(targets[name], part.matrix(W, weighing.gram), weighing, output_mean, part))
+            mean = None if output_mean is None else part.of_outputs(output_mean)
+            left = part.matrix(W, weighing.gram)
+            return tensors_of(self.product(targets[name], left, part.weighing(weighing), mean, part))
 
         def room(name: str) -> list[Tensor]:
             target = targets[name]
@@ -237,20 +239,25 @@ class Job:
         Args:
             target: with its rank and storage.
             W: what is left of the matrix.
-            weighing: of the whole.
-            output_mean: mean of all outputs (out,), that the bias is to preserve; None where it is not moved.
+            weighing: of what is left.
+            output_mean: mean of the outputs that are left, that the bias is to preserve; None where it is not moved.
             part: what is left.
         """
         if target.rank is None:
             raise ValueError("a target that stays dense has no product.")
-        dtype, form = base_dtype(target.module), target.storage.form_at(target.rank)
-        mean = None if output_mean is None else part.of_outputs(output_mean)
-        made = self.factorizer.product(W, target.rank, dtype, part.weighing(weighing), mean, form if form == "dense" else None)
+        form = target.storage.form_at(target.rank)
+        made = self.factorizer.product(W, target.rank, base_dtype(target.module), weighing, output_mean, form)
         return made._replace(rows=part.rows, columns=part.columns)
 
-    def weighing(self, name: str, moments: Moments | None = None) -> Weighing:
-        """What a target's factorisation weighs errors by; with `moments`, of these in place of the inputs calibration saw."""
-        return self.weigher.weighing(name, self.statistics_of(name), self.targets[name].storage.bias, moments)
+    def weighing(self, name: str, moments: Moments | None = None, columns: Tensor | None = None) -> Weighing:
+        """What a target's factorisation weighs errors by; with `moments`, of these in place of the inputs calibration saw.
+
+        Args:
+            name: of the target.
+            moments: of the inputs.
+            columns: indices of the inputs that are left, whose moments these are; None: all.
+        """
+        return self.weigher.weighing(name, self.statistics_of(name), self.targets[name].storage.bias, moments, columns)
 
     def statistics_of(self, name: str) -> Statistics:
         """The statistics of the group that a target is in. Processes gather them together, where they are not at hand."""

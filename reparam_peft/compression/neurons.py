@@ -100,6 +100,16 @@ class Neurons:
             found |= parts(self.groups[consumer], self._eliminations[consumer].kept(count))
         return found
 
+    def chosen(self, consumer: str, count: int, weighing: Weighing) -> dict[str, Part]:
+        """What is left of the matrices of an MLP, by module, with neurons chosen by other inputs of the consumer.
+
+        Args:
+            consumer: which reads the neurons.
+            count: of neurons that stay.
+            weighing: of the consumer, by these inputs.
+        """
+        return parts(self.groups[consumer], self._elimination(consumer, weighing, count).kept(count))
+
     def left(self, storages: Mapping[str, Storage]) -> dict[str, int]:
         """How many neurons stay of the MLPs that lose some, by consumer, where these are the storages of modules."""
         found = {consumer: storages[consumer] for consumer in self.groups if consumer in storages}
@@ -115,10 +125,7 @@ class Neurons:
 
         def compute(consumer: str) -> list[Tensor]:
             weighing = self.weighing(consumer)
-            if weighing.fisher is None:
-                raise ValueError("losses are predicted by gradients, which these statistics do not hold.")
-            least = counts(self.groups[consumer].neurons)[-1]
-            found = eliminate(self.matrix_of(consumer), weighing.gram, weighing.fisher, least)
+            found = self._elimination(consumer, weighing, counts(self.groups[consumer].neurons)[-1])
             return [found.order, found.losses * weighing.loss_scale]
 
         def room(consumer: str) -> list[Tensor]:
@@ -128,6 +135,11 @@ class Neurons:
         new = [consumer for consumer in consumers if consumer not in self._eliminations]
         for consumer, (order, losses) in self.share_out(new, "Choosing neurons", compute, room).items():
             self._eliminations[consumer] = Elimination(order, losses, self.groups[consumer].neurons)
+
+    def _elimination(self, consumer: str, weighing: Weighing, least: int) -> Elimination:
+        if weighing.fisher is None:
+            raise ValueError("losses are predicted by gradients, which these statistics do not hold.")
+        return eliminate(self.matrix_of(consumer), weighing.gram, weighing.fisher, least)
 
     def _computed(self, consumer: str) -> list[int]:
         """The numbers of neurons at which spectra are computed, from many to few."""

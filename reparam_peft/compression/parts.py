@@ -31,6 +31,10 @@ class Part:
             return refitted(W, gram, self.columns).to(torch.promote_types(W.dtype, torch.float32))
         return W if self.rows is None else W[self.rows.to(W.device)]
 
+    def expansion(self, gram: Tensor) -> Tensor | None:
+        """E = C_:S C_SS⁻¹ (in, k), the best estimate of all inputs from those that are left; None where all are."""
+        return None if self.columns is None else refitted(torch.eye(len(gram), device=gram.device), gram, self.columns)
+
     def of_outputs(self, vector: Tensor) -> Tensor:
         """What is left of a vector (out,)."""
         return vector if self.rows is None else vector[self.rows.to(vector.device)]

@@ -9,6 +9,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..arguments import check_choice
+
 LAYOUTS = ("rows", "split", "interleaved")
 
 
@@ -55,16 +57,25 @@ class NeuronGroup:
 
 
 def rows_of(layout: str, kept: Tensor, neurons: int) -> Tensor:
-    """Rows of a producer that make some neurons, in an order in which what is left of it has the same layout; int64.
+    """Rows of a producer that make some neurons, in the order in which what is left of it has the same layout.
 
     Args:
         layout: of the producer.
-        kept: indices of the neurons, ascending, shape (k,).
+        kept: indices of the neurons, shape (k,), int64, ascending.
         neurons: d.
+
+    Returns:
+        Indices of rows, shape (k,) or (2 k,), int64, ascending.
+
+    Raises:
+        ValueError: `layout` is unknown, or `kept` is not ascending in [0, d).
 
     >>> rows_of("split", torch.tensor([0, 2]), 4), rows_of("interleaved", torch.tensor([0, 2]), 4)
     (tensor([0, 2, 4, 6]), tensor([0, 1, 4, 5]))
     """
+    check_choice("layout", layout, LAYOUTS)
+    if not (torch.nn.functional.pad(kept, (1, 0), value=-1).diff() > 0).all() or (len(kept) and kept[-1] >= neurons):
+        raise ValueError(f"`kept` must be ascending numbers in [0, {neurons}), got {kept.tolist()}; sort them.")
     if layout == "rows":
         return kept
     if layout == "split":

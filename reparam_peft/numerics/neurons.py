@@ -53,8 +53,8 @@ def eliminate(weight: Tensor, gram: Tensor, fisher: Tensor, least: int, block: i
     Of the neurons that stay, S, W' = W C_:S C_SS⁻¹ computes the best estimate of W h, and the loss rises by
     ½ tr(F W (C − C_:S C_SS⁻¹ C_S:) Wᵀ), to second order. Leaving out one neuron j more costs ½ (w'_jᵀ F w'_j) / H_jj, where
     w'_j is its column of W' and H = C_SS⁻¹: the rule of the optimal brain surgeon (Hassibi & Stork 1993) in the metric of both
-    sides. Blocks of neurons are left out together, at their exact joint cost. MoDeGPT (arXiv:2408.09632) and FLAT-LLM (2505.23966)
-    choose neurons by the inputs alone.
+    sides. Blocks of neurons are left out together, at their exact joint cost. MoDeGPT (arXiv:2408.09632) and FLAT-LLM
+    (arXiv:2505.23966) choose neurons by the inputs alone.
 
     Args:
         weight: W of the layer that reads the neurons, shape (out, d).
