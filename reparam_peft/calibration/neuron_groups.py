@@ -22,15 +22,15 @@ from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from ..arguments import check_choice
-from ..layers.kinds import LinearKind, kind_and_layer, matrix_shape
+from ..layers.neuron_groups import LAYOUTS, NeuronGroup, Producer, rows_of
+from ..layers.wrapper import kind_and_layer, matrix_shape
 from ..runtime.batches import split_rows
 from ..runtime.modules import (
     evaluating,
@@ -42,73 +42,11 @@ from ..runtime.modules import (
     without_cache,
 )
 
-LAYOUTS = ("rows", "split", "interleaved")
 MOST_TOKENS = 16  # enough for a ReLU to be open at one of them
 MOST_PRODUCERS = 4
 QUIET_STEPS, MOST_STEPS = 8, 64
 # What a model's own code raises where it cannot work with other numbers, or fewer of them.
 MODEL_ERRORS = (TypeError, ValueError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
-
-
-class Producer(NamedTuple):
-    """A layer whose output rows make neurons.
-
-    Attributes:
-        name: of the module.
-        layout: which of its rows make neuron j of d: row j ("rows"), rows j and j + d ("split"), or rows 2j and 2j + 1
-            ("interleaved").
-    """
-
-    name: str
-    layout: str
-
-
-@dataclass(frozen=True)
-class NeuronGroup:
-    """Layers that can give up neurons together: rows of the producers, and the columns of the consumer that read them.
-
-    Attributes:
-        producers: in the order in which they run.
-        consumer: name of the module that reads the neurons, and the only one.
-        neurons: d, the number of columns of the consumer.
-    """
-
-    producers: tuple[Producer, ...]
-    consumer: str
-    neurons: int
-
-    @property
-    def members(self) -> set[str]:
-        """Names of the producers and of the consumer."""
-        return {*(producer.name for producer in self.producers), self.consumer}
-
-
-def rows_of(layout: str, kept: Tensor, neurons: int) -> Tensor:
-    """Rows of a producer for the neurons that are kept, in the order in which the smaller producer has the same layout.
-
-    Args:
-        layout: of the producer, as in `Producer`.
-        kept: numbers of neurons, shape (k,), int64, ascending.
-        neurons: d, the number of neurons before.
-
-    Returns:
-        Numbers of rows, shape (k,) or (2k,), int64, ascending.
-
-    Raises:
-        ValueError: `layout` is unknown, or `kept` is not ascending in [0, d).
-
-    >>> rows_of("split", torch.tensor([0, 2]), 3), rows_of("interleaved", torch.tensor([0, 2]), 3)
-    (tensor([0, 2, 3, 5]), tensor([0, 1, 4, 5]))
-    """
-    check_choice("layout", layout, LAYOUTS)
-    limits = kept.new_tensor([-1]), kept.new_tensor([neurons])
-    if not (torch.cat((limits[0], kept, limits[1])).diff() > 0).all():
-        raise ValueError(f"`kept` must be ascending numbers in [0, {neurons}), got {kept.tolist()}; sort them.")
-    if layout == "rows":
-        return kept
-    if layout == "split":
-        return torch.cat((kept, kept + neurons))
-    return torch.stack((2 * kept, 2 * kept + 1), 1).flatten()
 
 
 def is_linear(module: nn.Module) -> bool:
@@ -118,7 +56,7 @@ def is_linear(module: nn.Module) -> bool:
     (True, False, False)
     """
     try:
-        return isinstance(kind_and_layer(module)[0], LinearKind)
+        return kind_and_layer(module)[0].linear
     except (TypeError, ValueError):
         return False
 
@@ -153,7 +91,7 @@ def find_groups(model: nn.Module, targets: Mapping[str, nn.Module], batch: Mappi
                 return []
         owners = parameter_owners(model)
         offered = [hypothesis.group() for hypothesis in hypotheses if hypothesis.holds]
-        offered = [group for group in offered if all(_stands_alone(targets[name], owners) for name in group.members)]
+        offered = [group for group in offered if all(_stands_alone(targets[name], owners) for name in set(group.names))]
         for holds in (_nothing_else_reads, _runs_smaller):
             if not holds(players, base, offered):
                 offered = [group for group in offered if holds(players, base, [group])]
@@ -165,9 +103,9 @@ def _disjoint(offered: list[NeuronGroup]) -> list[NeuronGroup]:
     used: set[str] = set()
     disjoint = []
     for group in offered:
-        if not used & group.members:
+        if not used & set(group.names):
             disjoint.append(group)
-            used |= group.members
+            used |= set(group.names)
     return disjoint
 
 

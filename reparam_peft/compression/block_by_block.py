@@ -267,7 +267,7 @@ class BlockByBlock:
         waiting = self.job.neurons.left(left)
         narrowed: dict[str, Narrowed] = {}
         for group in input_groups(original, first, list(targets)):
-            for consumer in [c for c in waiting if {f"{name}.{r}" for r in group} & set(self.job.neurons.groups[c].names)]:
+            for consumer in [c for c in waiting if {f"{name}.{r}" for r in group} & set(self.job.neurons.mlps[c].names)]:
                 relative = consumer.removeprefix(f"{name}.")
                 with naming(relative):  # before the first of its producers is factorised
                     before = None if anchoring is None else observe(original, student, self._calls(position), [relative], {})

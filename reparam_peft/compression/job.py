@@ -33,7 +33,7 @@ from ..tuner.matrices import base_dtype, own_bias, source_matrix
 from ..tuner.selection import select_targets
 from ..tuner.targets import Target
 from .factorizing import Factorizer
-from .neurons import Neurons, neuron_groups
+from .neurons import Neurons, find_mlps
 from .parts import Part
 from .weighing import Weigher, Weighing, mean_output
 
@@ -70,7 +70,7 @@ class Job:
         bias_of: gives the bias that is moved with a target's product; None where none is.
         passes: names of the targets whose statistics are gathered together; targets in none are not factorised.
         modules: what statistics are gathered of, by name; None: the modules of the targets.
-        groups: MLPs that may lose neurons.
+        mlps: MLPs that may lose neurons.
     """
 
     def __init__(
@@ -86,7 +86,7 @@ class Job:
         bias_of: Callable[[str], Tensor | None],
         passes: Sequence[Sequence[str]],
         modules: Mapping[str, nn.Module] | None = None,
-        groups: Sequence[NeuronGroup] = (),
+        mlps: Sequence[NeuronGroup] = (),
     ) -> None:
         self.model, self.config, self.targets, self.options, self.chooser = model, config, targets, options, chooser
         self.matrix_of, self.bias_of = matrix_of, bias_of
@@ -100,7 +100,7 @@ class Job:
         self.seed = options.seed
         self.calibration_tokens = self.gradient_tokens = 0
         self._at_hand: tuple[list[str], Statistics] | None = None
-        self.neurons = Neurons(groups, self.storages, matrix_of, self.weighing, self.factorizer, self.share_out)
+        self.neurons = Neurons(mlps, self.storages, matrix_of, self.weighing, self.factorizer, self.share_out)
 
     @classmethod
     @fails_together()
@@ -131,7 +131,7 @@ class Job:
             raise TypeError(f"`plan` must be a Plan, got a {type(plan).__name__}; read one with `Plan.load`.")
         config = with_defaults(config, plan, moves_bias)
         targets = select_targets(model, config, adapter_name)
-        groups, batches = neuron_groups(model, config, targets, batches, plan)
+        mlps, batches = find_mlps(model, config, targets, batches, plan)
         for name, target in targets.items():
             with naming(name):
                 check_matrix(source_matrix(target.module))
@@ -146,8 +146,8 @@ class Job:
             chooser=chooser,
             matrix_of=lambda name: source_matrix(targets[name].module),
             bias_of=lambda name: own_bias(targets[name].module) if targets[name].storage.bias else None,
-            passes=[list(targets)] if max_memory is None else passes_within(targets, max_memory, blocks, groups),
-            groups=groups,
+            passes=[list(targets)] if max_memory is None else passes_within(targets, max_memory, blocks, mlps),
+            mlps=mlps,
         )
         if plan is None:
             chooser.check()
@@ -190,7 +190,7 @@ class Job:
             self.storages,
             chooser.ranks(losses),
             losses.directions,
-            self.neurons.groups,
+            self.neurons.mlps,
             calibration_tokens=self.calibration_tokens,
             gradient_tokens=self.gradient_tokens,
             seed=self.seed,
@@ -200,7 +200,7 @@ class Job:
         """The targets with the ranks of a plan, and with what is left of those that lose neurons."""
         ranked = {module.name: replace(self.targets[module.name], rank=module.rank) for module in plan.modules}
         for group in plan.neurons:
-            for name, storage in self.neurons.narrowed(self.neurons.groups[group.consumer], group.kept).items():
+            for name, storage in self.neurons.narrowed(self.neurons.mlps[group.consumer], group.kept).items():
                 ranked[name] = replace(ranked[name], storage=storage)
         return ranked
 
@@ -342,7 +342,7 @@ def with_defaults(config: ReparamConfig, plan: Plan | None = None, moves_bias: b
 
 
 def passes_within(
-    targets: Mapping[str, Target], max_memory: int, blocks: Sequence[str], groups: Sequence[NeuronGroup]
+    targets: Mapping[str, Target], max_memory: int, blocks: Sequence[str], mlps: Sequence[NeuronGroup]
 ) -> list[list[str]]:
     """Targets in order, in groups whose statistics take at most so many bytes even where they share no inputs.
 
@@ -351,7 +351,7 @@ def passes_within(
     Raises:
         ValueError: those of one target, or of the targets in one block or one MLP, take more.
     """
-    consumers = {name: group.consumer for group in groups for name in group.names}
+    consumers = {name: mlp.consumer for mlp in mlps for name in mlp.names}
     units: dict[str, list[str]] = {}
     for name in targets:
         block = next((block for block in blocks if name.startswith(f"{block}.")), None)

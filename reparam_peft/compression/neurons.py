@@ -37,7 +37,7 @@ class Neurons:
     """The MLPs of a job that may lose neurons.
 
     Args:
-        groups: the MLPs.
+        mlps: the MLPs.
         storages: what the product of each matrix takes with all neurons, by module.
         matrix_of: gives a matrix (out, in).
         weighing: gives what errors of a module are weighed by; its statistics are at hand.
@@ -47,14 +47,14 @@ class Neurons:
 
     def __init__(
         self,
-        groups: Sequence[NeuronGroup],
+        mlps: Sequence[NeuronGroup],
         storages: Mapping[str, Storage],
         matrix_of: Callable[[str], Tensor],
         weighing: Callable[[str], Weighing],
         factorizer: Factorizer,
         share_out: ShareOut,
     ) -> None:
-        self.groups = {group.consumer: group for group in groups}
+        self.mlps = {mlp.consumer: mlp for mlp in mlps}
         self.storages, self.matrix_of, self.weighing = storages, matrix_of, weighing
         self.factorizer, self.share_out = factorizer, share_out
         self._eliminations: dict[str, Elimination] = {}
@@ -66,26 +66,26 @@ class Neurons:
             names: of the modules.
             losses: what each direction of their matrices costs with all neurons, by module.
         """
-        groups = {consumer: group for consumer, group in self.groups.items() if set(group.names) <= set(names)}
-        self._eliminate(list(groups))
+        mlps = {consumer: mlp for consumer, mlp in self.mlps.items() if set(mlp.names) <= set(names)}
+        self._eliminate(list(mlps))
 
         def compute(consumer: str) -> list[Tensor]:
-            return [costs for count in self._computed(consumer) for costs in self._spectra(groups[consumer], count).values()]
+            return [costs for count in self._computed(consumer) for costs in self._spectra(mlps[consumer], count).values()]
 
         def room(consumer: str) -> list[Tensor]:
             return [
                 torch.empty(storage.full_rank, dtype=torch.float64)
                 for count in self._computed(consumer)
-                for storage in self.narrowed(groups[consumer], count).values()
+                for storage in self.narrowed(mlps[consumer], count).values()
             ]
 
         offered = {}
-        for consumer, spectra in self.share_out(list(groups), "Weighing neurons", compute, room).items():
-            group, found = groups[consumer], iter(spectra)
-            known = {group.neurons: {name: losses[name] for name in group.names}}
+        for consumer, spectra in self.share_out(list(mlps), "Weighing neurons", compute, room).items():
+            mlp, found = mlps[consumer], iter(spectra)
+            known = {mlp.neurons: {name: losses[name] for name in mlp.names}}
             for count in self._computed(consumer):
-                known[count] = {name: next(found) for name in group.names}
-            offered[consumer] = [self._option(group, count, known) for count in counts(group.neurons)]
+                known[count] = {name: next(found) for name in mlp.names}
+            offered[consumer] = [self._option(mlp, count, known) for count in counts(mlp.neurons)]
         return offered
 
     def parts(self, left: Mapping[str, int]) -> dict[str, Part]:
@@ -97,7 +97,7 @@ class Neurons:
         self._eliminate(left)
         found: dict[str, Part] = {}
         for consumer, count in left.items():
-            found |= parts(self.groups[consumer], self._eliminations[consumer].kept(count))
+            found |= parts(self.mlps[consumer], self._eliminations[consumer].kept(count))
         return found
 
     def chosen(self, consumer: str, count: int, weighing: Weighing) -> dict[str, Part]:
@@ -108,33 +108,33 @@ class Neurons:
             count: of neurons that stay.
             weighing: of the consumer, by these inputs.
         """
-        return parts(self.groups[consumer], self._elimination(consumer, weighing, count).kept(count))
+        return parts(self.mlps[consumer], self._elimination(consumer, weighing, count).kept(count))
 
     def left(self, storages: Mapping[str, Storage]) -> dict[str, int]:
         """How many neurons stay of the MLPs that lose some, by consumer, where these are the storages of modules."""
-        found = {consumer: storages[consumer] for consumer in self.groups if consumer in storages}
+        found = {consumer: storages[consumer] for consumer in self.mlps if consumer in storages}
         return {consumer: storage.in_features for consumer, storage in found.items() if storage.is_narrow}
 
-    def narrowed(self, group: NeuronGroup, count: int) -> dict[str, Storage]:
+    def narrowed(self, mlp: NeuronGroup, count: int) -> dict[str, Storage]:
         """What the products of the matrices of an MLP take where so many neurons stay, by module."""
-        shapes = {name: self.storages[name].whole_shape for name in group.names}
-        return {name: narrow(self.storages[name], size) for name, size in group.sizes(shapes, count).items()}
+        shapes = {name: self.storages[name].whole_shape for name in mlp.names}
+        return {name: narrow(self.storages[name], size) for name, size in mlp.sizes(shapes, count).items()}
 
     def _eliminate(self, consumers: Iterable[str]) -> None:
         """Find the order in which MLPs lose neurons, where it is not known yet."""
 
         def compute(consumer: str) -> list[Tensor]:
             weighing = self.weighing(consumer)
-            found = self._elimination(consumer, weighing, counts(self.groups[consumer].neurons)[-1])
+            found = self._elimination(consumer, weighing, counts(self.mlps[consumer].neurons)[-1])
             return [found.order, found.losses * weighing.loss_scale]
 
         def room(consumer: str) -> list[Tensor]:
-            gone = self.groups[consumer].neurons - counts(self.groups[consumer].neurons)[-1]
+            gone = self.mlps[consumer].neurons - counts(self.mlps[consumer].neurons)[-1]
             return [torch.empty(gone, dtype=torch.int64), torch.empty(gone + 1, dtype=torch.float64)]
 
         new = [consumer for consumer in consumers if consumer not in self._eliminations]
         for consumer, (order, losses) in self.share_out(new, "Choosing neurons", compute, room).items():
-            self._eliminations[consumer] = Elimination(order, losses, self.groups[consumer].neurons)
+            self._eliminations[consumer] = Elimination(order, losses, self.mlps[consumer].neurons)
 
     def _elimination(self, consumer: str, weighing: Weighing, least: int) -> Elimination:
         if weighing.fisher is None:
@@ -143,22 +143,22 @@ class Neurons:
 
     def _computed(self, consumer: str) -> list[int]:
         """The numbers of neurons at which spectra are computed, from many to few."""
-        neurons = self.groups[consumer].neurons
+        neurons = self.mlps[consumer].neurons
         offered = counts(neurons)
         return sorted({min(offered, key=lambda count: abs(count - part * neurons)) for part in COMPUTED}, reverse=True)
 
-    def _spectra(self, group: NeuronGroup, count: int) -> dict[str, Tensor]:
+    def _spectra(self, mlp: NeuronGroup, count: int) -> dict[str, Tensor]:
         """What each direction of what is left of the matrices of an MLP costs, by module."""
         spectra = {}
-        for name, part in parts(group, self._eliminations[group.consumer].kept(count)).items():
+        for name, part in parts(mlp, self._eliminations[mlp.consumer].kept(count)).items():
             weighing = self.weighing(name)
             spectra[name] = self.factorizer.losses(part.matrix(self.matrix_of(name), weighing.gram), part.weighing(weighing))
         return spectra
 
-    def _option(self, group: NeuronGroup, count: int, spectra: Mapping[int, Mapping[str, Tensor]]) -> NeuronOption:
-        storages = self.narrowed(group, count)
+    def _option(self, mlp: NeuronGroup, count: int, spectra: Mapping[int, Mapping[str, Tensor]]) -> NeuronOption:
+        storages = self.narrowed(mlp, count)
         losses = {name: _between(spectra, count, name)[: storage.full_rank] for name, storage in storages.items()}
-        return NeuronOption(count, self._eliminations[group.consumer].loss(count), storages, losses)
+        return NeuronOption(count, self._eliminations[mlp.consumer].loss(count), storages, losses)
 
 
 def _between(spectra: Mapping[int, Mapping[str, Tensor]], count: int, name: str) -> Tensor:
@@ -187,7 +187,7 @@ def may_lose_neurons(config: ReparamConfig) -> bool:
     return config.neurons is not False and reason is None
 
 
-def neuron_groups(
+def find_mlps(
     model: nn.Module, config: ReparamConfig, targets: Mapping[str, Target], batches: Batches, plan: Plan | None
 ) -> tuple[list[NeuronGroup], Batches]:
     """The MLPs of a model that may lose neurons, found by running it on its first batch; and the batches, all of them.
@@ -207,20 +207,20 @@ def neuron_groups(
     batch, batches = _first(model, batches)
     modules = {name: target.module for name, target in targets.items()}
     found = [] if batch is None else find_groups(model, modules, batch)
-    groups = [group for group in found if counts(group.neurons)]
-    if config.neurons and not groups:
+    mlps = [mlp for mlp in found if counts(mlp.neurons)]
+    if config.neurons and not mlps:
         raise ValueError(
             "`neurons=True`, and no MLP of the model can lose neurons: nowhere do targets make hidden activations, each by its "
             "own row, that another target alone reads. Leave `neurons` out, or target all matrices of an MLP."
         )
-    known = {group.consumer: group for group in groups}
+    known = {mlp.consumer: mlp for mlp in mlps}
     for planned in () if plan is None else plan.neurons:
         if known.get(planned.consumer) != planned.group:
             raise ValueError(
                 f"{planned.consumer}: the plan leaves out neurons that it reads, and in this model it reads none of "
                 f"{[producer.name for producer in planned.group.producers]}, or others; make a plan for this model."
             )
-    return groups, batches
+    return mlps, batches
 
 
 def _first(model: nn.Module, batches: Batches) -> tuple[Mapping[str, Any] | None, Batches]:

@@ -334,7 +334,7 @@ def make_plan(
     storages: Mapping[str, Storage],
     allotment: Allotment,
     losses: Mapping[str, Tensor],
-    groups: Mapping[str, NeuronGroup],
+    mlps: Mapping[str, NeuronGroup],
     *,
     calibration_tokens: int = 0,
     gradient_tokens: int = 0,
@@ -348,7 +348,7 @@ def make_plan(
         storages: what each target's product takes.
         allotment: ranks of the targets, and the MLPs that lose neurons.
         losses: what each direction of each target costs, nats per token; empty where that is not known.
-        groups: the MLPs, by consumer.
+        mlps: the MLPs, by consumer.
         calibration_tokens, gradient_tokens, seed: of the statistics.
     """
     if config.method is None or config.allocation is None or config.form is None:
@@ -378,7 +378,7 @@ def make_plan(
         gradient_tokens=gradient_tokens,
         seed=seed,
         ceiling=config.ceiling,
-        neurons=tuple(NeuronPlan(groups[name], option.neurons, option.loss) for name, option in allotment.neurons.items()),
+        neurons=tuple(NeuronPlan(mlps[name], option.neurons, option.loss) for name, option in allotment.neurons.items()),
     )
 
 

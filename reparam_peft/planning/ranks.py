@@ -147,10 +147,10 @@ class RankChooser:
                 f"{held:,} for the {len(fixed)} targets that `dense_modules` and `rank_pattern` fix, and the lowest ranks of "
                 "the others. Raise `keep`, or lower `floor` or `rank_multiple`."
             )
-        in_groups = self._groups(losses, fixed)
-        grouped = {name for options in in_groups.values() for name in options[0].storages}
+        mlps = self._mlps(losses, fixed)
+        grouped = {name for options in mlps.values() for name in options[0].storages}
         units: dict[str, Sequence[Choice]] = {name: curve for name, curve in curves.items() if name not in grouped}
-        for consumer, options in in_groups.items():
+        for consumer, options in mlps.items():
             units[consumer] = group_curve({name: curves[name] for name in options[0].storages}, options, self._curve_of_option)
         indices = allocate(list(units.values()), self.budget)
         chosen = {unit: curve[index] for (unit, curve), index in zip(units.items(), indices, strict=True)}
@@ -170,10 +170,10 @@ class RankChooser:
                     neurons[unit] = choice.option
         return Allotment(ranks, neurons)
 
-    def _groups(self, losses: Losses, fixed: Mapping[str, int | None]) -> dict[str, Sequence[NeuronOption]]:
+    def _mlps(self, losses: Losses, fixed: Mapping[str, int | None]) -> dict[str, Sequence[NeuronOption]]:
         """The MLPs that may lose neurons: those with all ranks to be chosen."""
-        groups = {consumer: options for consumer, options in losses.neurons.items() if options}
-        return {consumer: options for consumer, options in groups.items() if not fixed.keys() & options[0].storages.keys()}
+        mlps = {consumer: options for consumer, options in losses.neurons.items() if options}
+        return {consumer: options for consumer, options in mlps.items() if not fixed.keys() & options[0].storages.keys()}
 
     def _curve_of_option(self, option: NeuronOption, name: str) -> list[Point]:
         return self._points(option.losses[name], option.storages[name])

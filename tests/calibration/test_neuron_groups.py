@@ -17,7 +17,8 @@ from support.neurons import difference_when_cut
 from torch import Tensor, nn
 
 from reparam_peft import ReparamConfig
-from reparam_peft.calibration.neuron_groups import NeuronGroup, Producer, find_groups, is_linear, rows_of
+from reparam_peft.calibration.neuron_groups import find_groups, is_linear
+from reparam_peft.layers.neuron_groups import NeuronGroup, Producer, rows_of
 
 ONE_OF_EACH = [
     *(
@@ -54,7 +55,7 @@ def test_gate_and_up_are_one_group() -> None:
     assert group == NeuronGroup(
         (Producer(f"{mlp}.gate_proj", "rows"), Producer(f"{mlp}.up_proj", "rows")), f"{mlp}.down_proj", 160
     )
-    assert group.members == {f"{mlp}.gate_proj", f"{mlp}.up_proj", f"{mlp}.down_proj"}
+    assert set(group.names) == {f"{mlp}.gate_proj", f"{mlp}.up_proj", f"{mlp}.down_proj"}
 
 
 WIDTH, NEURONS = 8, 12

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from reparam_peft.calibration.neuron_groups import NeuronGroup, rows_of
-from reparam_peft.layers.kinds import kind_and_layer
+from reparam_peft.layers.neuron_groups import NeuronGroup, rows_of
+from reparam_peft.layers.wrapper import kind_and_layer
 
 
 def difference_when_cut(model: nn.Module, groups: Iterable[NeuronGroup], batch: dict[str, Tensor]) -> float:
