@@ -260,30 +260,52 @@ class Plan:
 
     def __str__(self) -> str:
         width = max([len(module.name) for module in self.modules] + [6])
-        lines = [f"{'module':{width}}  {'shape':>13}  {'rank':>5}  {'stored':>12}  {'kept':>6}  {'loss':>9}"]
+        lines = [f"{'module':{width}}  {'shape':>19}  {'rank':>5}  {'stored':>12}  {'kept':>6}  {'loss':>9}"]
         for module in self.modules:
             shape, rank, stored, fraction, loss, _ = _cells(module)
-            lines.append(f"{module.name:{width}}  {shape:>13}  {rank:>5}  {stored:>12}  {fraction:>6}  {loss:>9}")
+            lines.append(f"{module.name:{width}}  {shape:>19}  {rank:>5}  {stored:>12}  {fraction:>6}  {loss:>9}")
         kept = self.stored_parameters / self.dense_parameters if self.dense_parameters else 1.0
         total = "" if self.predicted_loss is None else f", predicted loss +{self.predicted_loss:.4f} nats per token"
         lines.append(
             f"{self.stored_parameters:,} of {self.dense_parameters:,} parameters stored ({kept:.2%}), "
-            f"{len(self.dense_modules)} of {len(self.modules)} matrices dense; {self.method}, {self.allocation}, {self.form}"
-            f"{total}"
+            f"{len(self.dense_modules)} of {len(self.modules)} matrices dense; {self._neurons_left()}{self.method}, "
+            f"{self.allocation}, {self.form}{total}"
         )
         return "\n".join(lines)
+
+    def _neurons_left(self) -> str:
+        """How many neurons stay, where some go."""
+        if not self.neurons:
+            return ""
+        kept, total = sum(p.kept for p in self.neurons), sum(p.group.neurons for p in self.neurons)
+        return f"{kept:,} of {total:,} neurons of {len(self.neurons)} MLPs; "
 
 
 def _cells(module: ModulePlan) -> tuple[str, ...]:
     """What the tables say of a target."""
     return (
-        f"{module.shape[0]} x {module.shape[1]}",
-        "dense" if module.rank is None else str(module.rank),
+        " x ".join(map(str, module.shape)) if module.size is None else _left(module.shape, module.size),
+        _rank(module),
         f"{module.stored_parameters:,}",
         f"{module.stored_parameters / module.dense_parameters:.1%}",
         "" if module.predicted_loss is None else f"{module.predicted_loss:.2e}",
         f"{module.effective_rank:.0f}" if module.spectrum else "",
     )
+
+
+def _rank(module: ModulePlan) -> str:
+    """The rank, or "dense" where there is no product: of the whole matrix, or of what is left of it."""
+    is_whole = module.rank is None or (module.size is not None and module.rank == min(module.size))
+    return "dense" if is_whole else str(module.rank)
+
+
+def _left(shape: tuple[int, int], size: tuple[int, int]) -> str:
+    """What is left of a shape, "of" what there was.
+
+    >>> _left((160, 64), (96, 64))
+    '96 of 160 x 64'
+    """
+    return " x ".join(f"{left}" if left == whole else f"{left} of {whole}" for left, whole in zip(size, shape, strict=True))
 
 
 def _module_plan(entry: Mapping[str, Any]) -> ModulePlan:
@@ -322,10 +344,17 @@ def _neuron_plan(entry: Mapping[str, Any]) -> NeuronPlan:
 def _check_sizes(plan: Plan) -> None:
     """Raise `ValueError` unless modules have the sizes that the numbers of neurons give them."""
     shapes = {module.name: module.shape for module in plan.modules}
+    for planned in plan.neurons:
+        names = {producer.name for producer in planned.group.producers} | {planned.consumer}
+        if not names <= shapes.keys():
+            raise ValueError(f"{planned.consumer}: modules {sorted(names - shapes.keys())} of its MLP are not in the plan.")
     sizes = {name: size for planned in plan.neurons for name, size in planned.sizes(shapes).items()}
     for module in plan.modules:
-        if module.size != sizes.get(module.name):
-            raise ValueError(f"{module.name}: `size` must be {sizes.get(module.name)} by the neurons, got {module.size}.")
+        if module.size is None and module.name not in sizes:
+            continue
+        fits = module.size is not None and len(module.size) == 2 and all(map(is_int, module.size))
+        if not fits or sizes.get(module.name, module.size) != module.size or not (1, 1) <= module.size <= module.shape:
+            raise ValueError(f"{module.name}: `size` does not fit the shape {module.shape}, or the neurons, got {module.size}.")
 
 
 def make_plan(
