@@ -202,6 +202,8 @@ def find_mlps(
     Raises:
         ValueError: the config asks for MLPs that lose neurons, or the plan has such, and they are not found.
     """
+    if plan is not None:
+        _check_sizes(plan)
     if not (may_lose_neurons(config) if plan is None else plan.neurons):
         return [], batches
     batch, batches = _first(model, batches)
@@ -221,6 +223,14 @@ def find_mlps(
                 f"{[producer.name for producer in planned.group.producers]}, or others; make a plan for this model."
             )
     return mlps, batches
+
+
+def _check_sizes(plan: Plan) -> None:
+    """Raise `ValueError` where a plan says that neurons are left out, and not of which MLP, as those in reports."""
+    known = {name for planned in plan.neurons for name in planned.group.names}
+    unknown = [module.name for module in plan.modules if module.size is not None and module.name not in known]
+    if unknown:
+        raise ValueError(f"{unknown[0]}: the plan does not say to which MLP its neurons belong; make one with `plan`.")
 
 
 def _first(model: nn.Module, batches: Batches) -> tuple[Mapping[str, Any] | None, Batches]:

@@ -24,7 +24,7 @@ class Elimination:
     Attributes:
         order: indices of neurons, shape (steps,), int64: the first k of them are left out first.
         losses: what the first k of them cost together, shape (steps + 1,), float64, ascending from 0. Within a block of neurons
-            that are left out together the cost is interpolated.
+            that are left out together it is shared out by what each of them costs alone.
         neurons: d.
     """
 
@@ -85,11 +85,12 @@ def eliminate(weight: Tensor, gram: Tensor, fisher: Tensor, least: int, block: i
     while left > least:
         size = min(max(1, block or round(neurons * AT_A_TIME)), left - least)
         costs = V.square().sum(0) / H.diagonal()
-        gone = costs.masked_fill(~is_left, torch.inf).topk(size, largest=False).indices
+        alone, gone = costs.masked_fill(~is_left, torch.inf).topk(size, largest=False)
         columns, lost = H[:, gone], V[:, gone]
         update = torch.linalg.solve(columns[gone], columns.mT)  # H_gg⁻¹ H_g:
         cost = (lost * torch.linalg.solve(columns[gone], lost.mT).mT).sum().clamp(min=0) / 2
-        losses.append(losses[-1][-1] + cost * torch.arange(1, size + 1, dtype=H.dtype, device=H.device) / size)
+        shares = alone.cumsum(0) / alone.sum().clamp(min=torch.finfo(H.dtype).tiny)
+        losses.append(losses[-1][-1] + cost * shares)
         order.append(stays[gone])
         V.addmm_(lost, update, alpha=-1)
         H.addmm_(columns, update, alpha=-1)

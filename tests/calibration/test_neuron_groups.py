@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from reparam_peft import ReparamConfig
 from reparam_peft.calibration.neuron_groups import find_groups, is_linear
-from reparam_peft.layers.neuron_groups import NeuronGroup, Producer, rows_of
+from reparam_peft.layers.neuron_groups import NeuronGroup, Producer
 
 ONE_OF_EACH = [
     *(
@@ -242,22 +242,3 @@ def test_padding_is_left_out_of_the_few_tokens(side: slice) -> None:
     mask = torch.zeros_like(ids)
     mask[:, side] = 1
     assert len(groups_of(llama(), {"input_ids": ids, "attention_mask": mask})) == 2
-
-
-@pytest.mark.parametrize("layout", ["rows", "split", "interleaved"])
-def test_rows_of_kept_neurons_keep_the_layout(layout: str) -> None:
-    neurons = torch.arange(5)
-    labels = {"rows": neurons, "split": neurons.repeat(2), "interleaved": neurons.repeat_interleave(2)}
-    kept = torch.tensor([0, 3, 4])
-    rows = rows_of(layout, kept, 5)
-    assert (rows.diff() > 0).all()
-    smaller = {"rows": kept, "split": kept.repeat(2), "interleaved": kept.repeat_interleave(2)}
-    assert torch.equal(labels[layout][rows], smaller[layout])
-
-
-@pytest.mark.parametrize("kept", [[1, 0], [2, 2], [0, 5], [-1, 0]])
-def test_kept_neurons_are_checked(kept: list[int]) -> None:
-    with pytest.raises(ValueError, match=r"`kept` must be ascending numbers in \[0, 5\), got"):
-        rows_of("rows", torch.tensor(kept), 5)
-    with pytest.raises(ValueError, match="`layout` must be"):
-        rows_of("columns", torch.tensor([0]), 5)
