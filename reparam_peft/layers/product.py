@@ -40,6 +40,32 @@ class Product(NamedTuple):
         return len(self.factors.P if isinstance(self.factors, PivotFactors) else self.factors.B)
 
 
+def whole_matrix(product: Product, shape: tuple[int, int]) -> Tensor:
+    """W' (out, in) in float32 or wider, with zero rows and columns where some are left out.
+
+    >>> whole_matrix(Product(Whole(torch.ones(1, 2)), rows=torch.tensor([1])), (2, 2))
+    tensor([[0., 0.],
+            [1., 1.]])
+    """
+    factors = product.factors if isinstance(product.factors, Factors) else product.factors.factors()
+    A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors)
+    return _spread(_spread(A @ B, product.rows, 0, shape[0]), product.columns, 1, shape[1])
+
+
+def whole_bias(product: Product, out_features: int) -> Tensor | None:
+    """The bias (out,), zero where rows are left out; None where there is none."""
+    return None if product.bias is None else _spread(product.bias, product.rows, 0, out_features)
+
+
+def _spread(values: Tensor, indices: Tensor | None, dim: int, size: int) -> Tensor:
+    """Values at these indices of a dimension of a size, and zero elsewhere; without indices the values themselves."""
+    if indices is None:
+        return values
+    shape = [*values.shape]
+    shape[dim] = size
+    return values.new_zeros(shape).index_copy(dim, indices.to(values.device), values)
+
+
 def tensors_of(product: Product) -> list[Tensor]:
     """The tensors of a product, in order."""
     return [tensor for tensor in (*product.factors, *product[1:]) if tensor is not None]

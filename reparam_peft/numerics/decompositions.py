@@ -160,7 +160,7 @@ def direction_losses(
     measured = weighing(weight, gram, fisher)
     if input_metric is gram and output_metric is fisher:
         W, largest = scaled(weight)
-        energies = torch.linalg.eigvalsh(_square_of_whitened(W, *measured)[1])
+        energies = torch.linalg.eigvalsh(_square_of_directions(W, *measured))
         return energies.flip(0).clamp(min=0) * (largest**2 * measured[0].scale * measured[1].scale / 2)
     A, B = _nested_factors(weight, *weighing(weight, input_metric, output_metric))
     return measured[1].norms(A) * measured[0].norms(B.mT) / 2
@@ -247,6 +247,14 @@ def _nested_factors(weight: Tensor, gram: Metric, output_gram: Metric) -> tuple[
     U = _left_singular_vectors(W, gram, output_gram)
     A, B = output_gram.unwhiten(U), U.mT @ output_gram.whiten(W)
     return A, B * largest
+
+
+def _square_of_directions(W: Tensor, gram: Metric, output_gram: Metric) -> Tensor:
+    """With M = Tᵀ W S the smaller of Mᵀ M and M Mᵀ, whose eigenvalues are σ²; for tall W without a root of F."""
+    if W.shape[0] <= W.shape[1]:
+        return _square_of_whitened(W, gram, output_gram)[1]
+    square = gram.whiten(gram.whiten(W.mT @ output_gram.times(W)).mT)
+    return (square + square.mT) / 2
 
 
 def _square_of_whitened(W: Tensor, gram: Metric, output_gram: Metric) -> tuple[Tensor | None, Tensor]:
