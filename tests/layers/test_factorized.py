@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+from typing import Any
+
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.strategies import PROPERTY, pivot_sets
 from support.tolerances import assert_close
@@ -13,8 +16,9 @@ from torch import Tensor, nn
 import reparam_peft.layers.factorized as products_module
 from reparam_peft.layers.factorized import FactorizedModule, FactorLinear
 from reparam_peft.layers.kinds import FactorizedLinear
-from reparam_peft.numerics.decompositions import Factors, random_factors
+from reparam_peft.numerics.decompositions import Factors, Whole, random_factors
 from reparam_peft.numerics.pivoting import PivotFactors, pivot
+from reparam_peft.numerics.storage import FORMS, Storage
 
 
 def linear(in_features: int, out_features: int, rank: int, form: str, bias: bool = False) -> FactorizedModule:
@@ -164,3 +168,96 @@ def test_pieces_are_the_layers_that_multiply() -> None:
         assert all(module.get_submodule(name) is piece for name, piece in module.pieces.items())
         assert (module.in_features, module.out_features) == (6, 5)
     assert list(FactorizedLinear(6, 5, 5, "pivot").pieces) == ["B"]
+
+
+@st.composite
+def narrow_modules(draw: st.DrawFn) -> tuple[FactorizedLinear, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """A module of what is left of a matrix, that matrix with zeros in the place of the rest, what is left, and the bias."""
+    (rows, out_features), (columns, in_features) = draw(pivot_sets()), draw(pivot_sets())
+    size, whole = (len(rows), len(columns)), (out_features, in_features)
+    assume(size != whole)
+    storage = Storage(*size, draw(st.sampled_from(FORMS)), whole=whole)
+    rank = draw(st.integers(1, min(size)))
+    module = FactorizedLinear(size[1], size[0], rank, storage.form_at(rank), True, dtype=torch.float64, whole=whole)
+    factors = random_factors(torch.randn(size, dtype=torch.float64), rank)
+    module.set_factors(Whole(factors.A @ factors.B) if module.form == "dense" else factors)
+    kept = (rows if len(rows) < out_features else None, columns if len(columns) < in_features else None)
+    module.set_kept(*kept)
+    bias, matrix = torch.randn(size[0], dtype=torch.float64), torch.zeros(whole, dtype=torch.float64)
+    module.set_bias(bias)
+    matrix[rows[:, None], columns] = factors.A @ factors.B
+    return module, matrix, *kept, bias
+
+
+@PROPERTY
+@given(narrow_modules())
+@torch.no_grad()
+def test_what_is_left_computes_by_itself_and_is_the_whole_matrix_with_zeros(case: Any) -> None:
+    module, matrix, rows, columns, bias = case
+    for one, other in ((module.rows, rows), (module.columns, columns)):
+        assert one is other is None or torch.equal(one, other)
+    assert_close(module.matrix(torch.float64), matrix)
+    assert module.size == (module.out_features, module.in_features)
+    x = torch.randn(3, module.in_features, dtype=torch.float64)
+    at = [torch.arange(size) if kept is None else kept for kept, size in zip((rows, columns), matrix.shape, strict=True)]
+    left = matrix[at[0]][:, at[1]]
+    assert_close(module(x), x @ left.mT + bias)
+    A, B = module.factors
+    assert_close(A @ B, left)
+    assert torch.equal(module.whole_bias()[at[0]], bias)
+    assert module.whole_bias().count_nonzero() == len(bias)
+    again = copy.deepcopy(module)
+    again.keep_first()
+    again.refresh()
+    again.set_factors(module.stored)
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again.matrix(torch.float64), module.matrix(torch.float64))
+    counted = {"A.mask": module.rank, "kept_rows": module.out_features, "kept_columns": module.in_features}
+    assert {name: marked for name, (marked, _) in module.masks.items()} == {name: counted[name] for name in module.masks}
+    assert module.state_dict().keys() >= module.masks.keys()
+
+
+@PROPERTY
+@given(narrow_modules(), st.data())
+@torch.no_grad()
+def test_a_tampered_index_is_refused_and_computing_does_not_need_it(case: Any, data: st.DataObject) -> None:
+    module, *_ = case
+    name = data.draw(st.sampled_from(sorted(module.masks.keys() - {"A.mask"})))
+    left, features = module.masks[name]
+    x = torch.randn(2, module.in_features, dtype=torch.float64)
+    expected, bit = module(x), data.draw(st.integers(0, features - 1))
+    mask = getattr(module, name)
+    marked = left + (1 if not mask[bit // 8] >> (bit % 8) & 1 else -1)
+    mask[bit // 8] ^= 1 << (bit % 8)
+    with pytest.raises(ValueError, match=rf"the mask `{name}` has {marked} bits set, and {left} of {features} are left"):
+        module.refresh()
+    assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        ([0, 1], None, "`rows` must be 3 indices, got 2"),
+        (None, None, "`rows` must be 3 indices, got None"),
+        ([0, 1, 2], [0, 1], "`columns` must be None indices, got 2"),
+        ([0, 2, 1], None, "`rows` must be ascending indices below 5"),
+        ([0, 1, 1], None, "`rows` must be ascending indices below 5"),
+        ([0, 1, 5], None, "`rows` must be ascending indices below 5"),
+        ([-1, 0, 1], None, "`rows` must be ascending indices below 5"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(rows: list[int] | None, columns: list[int] | None, message: str) -> None:
+    module = FactorizedLinear(2, 3, 1, whole=(5, 2))
+    with pytest.raises(ValueError, match=message):
+        module.set_kept(*(None if indices is None else torch.tensor(indices) for indices in (rows, columns)))
+
+
+def test_a_matrix_that_is_stored_as_it_is_takes_no_factors() -> None:
+    module = FactorizedLinear(4, 3, 3, "dense", whole=(5, 4))
+    assert (list(module.pieces), list(dict(module.named_parameters()))) == (["B"], ["B.weight"])
+    for given_, one in (
+        (Factors(torch.ones(3, 3), torch.ones(3, 4)), module),
+        (Whole(torch.ones(3, 4)), linear(4, 3, 2, "pivot")),
+    ):
+        with pytest.raises(TypeError, match=f"`factors` are {type(given_).__name__}, and this module stores the form"):
+            one.set_factors(given_)
