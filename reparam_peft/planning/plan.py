@@ -266,19 +266,21 @@ class Plan:
             lines.append(f"{module.name:{width}}  {shape:>19}  {rank:>5}  {stored:>12}  {fraction:>6}  {loss:>9}")
         kept = self.stored_parameters / self.dense_parameters if self.dense_parameters else 1.0
         total = "" if self.predicted_loss is None else f", predicted loss +{self.predicted_loss:.4f} nats per token"
+        neurons = f"{self.neurons_left}; " if self.neurons else ""
         lines.append(
             f"{self.stored_parameters:,} of {self.dense_parameters:,} parameters stored ({kept:.2%}), "
-            f"{len(self.dense_modules)} of {len(self.modules)} matrices dense; {self._neurons_left()}{self.method}, "
+            f"{len(self.dense_modules)} of {len(self.modules)} matrices dense; {neurons}{self.method}, "
             f"{self.allocation}, {self.form}{total}"
         )
         return "\n".join(lines)
 
-    def _neurons_left(self) -> str:
-        """How many neurons stay, where some go."""
+    @property
+    def neurons_left(self) -> str:
+        """How many neurons stay of the MLPs that lose some, in words; empty where none does."""
         if not self.neurons:
             return ""
         kept, total = sum(p.kept for p in self.neurons), sum(p.group.neurons for p in self.neurons)
-        return f"{kept:,} of {total:,} neurons of {len(self.neurons)} MLPs; "
+        return f"{kept:,} of {total:,} neurons of {len(self.neurons)} MLPs stay"
 
 
 def _cells(module: ModulePlan) -> tuple[str, ...]:
@@ -412,7 +414,7 @@ def make_plan(
 
 
 def plot_plan(plan: Plan, axes: Any = None) -> Any:
-    """What is kept of each target: a heat map of module kinds over depth. Dense matrices are marked.
+    """What is kept of each target: a heat map of module kinds over depth, with marks for dense ones and for lost neurons.
 
     Args:
         plan: to show.
@@ -428,8 +430,9 @@ def plot_plan(plan: Plan, axes: Any = None) -> Any:
     axes = heat_map(kept, "stored / dense", 1.0, axes)
     places, kinds, depths = grid_of(kept)
     for module in plan.modules:
-        if module.rank is None:
+        if module.rank is None or module.size is not None:
             kind, depth = places[module.name]
-            axes.text(depths.index(depth), kinds.index(kind), "×", ha="center", va="center", color="black")
-    axes.set_title(f"keep = {plan.keep:g}; × stays dense")
+            mark = "×" if module.rank is None else "|"
+            axes.text(depths.index(depth), kinds.index(kind), mark, ha="center", va="center", color="black")
+    axes.set_title(f"keep = {plan.keep:g}; × stays dense" + ("; | loses neurons" if plan.neurons else ""))
     return axes
