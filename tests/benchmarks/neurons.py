@@ -39,10 +39,8 @@ def main() -> None:
     (out, width), layers = shapes["model.layers.0.mlp.gate_proj"], sum(name.endswith("gate_proj") for name in shapes)
     own = {"hidden_size": width, "intermediate_size": out, "num_hidden_layers": layers, "num_attention_heads": options.heads[0]}
     configs = [LlamaConfig(**own, num_key_value_heads=options.heads[1]), LlamaConfig(**WIDE, num_key_value_heads=8)]
-    print(
-        "| Llama | threads | stored | prefill, dense / ranks | with neurons | gain | decode, dense / ranks | with neurons | gain |"
-    )
-    print("| --- " * 9 + "|")
+    head = ["prefill, dense / ranks", "with neurons", "gain", "decode, dense / ranks", "with neurons", "gain"]
+    print(f"| Llama | threads | stored | {' | '.join(head)} |\n" + "| --- " * 9 + "|")
     for config in configs:
         dense = model_of(config)
         small = [factorized(model_of(config), CheckpointConfig(layers_of(plan, dense))).eval() for plan in plans]
