@@ -285,7 +285,8 @@ class BlockByBlock:
     def _narrowed(self, consumer: str, count: int, observed: Observed | None) -> dict[str, Narrowed]:
         """What is left of the matrices of an MLP, by module; neurons are chosen by what they are in the compressed part."""
         if observed is None:
-            return {name: Narrowed(part) for name, part in self.job.neurons.parts({consumer: count}).items()}
+            parts = self.job.neurons.parts(self.job.neurons.mlps[consumer].names, {consumer: count})
+            return {name: Narrowed(part) for name, part in parts.items()}
         weighing = self.job.weighing(consumer, observed.moments(self.job.targets[consumer].storage.bias))
         parts = self.job.neurons.chosen(consumer, count, weighing)
         narrowed = {name: Narrowed(part) for name, part in parts.items()}

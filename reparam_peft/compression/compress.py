@@ -237,5 +237,5 @@ def calibrate(
         model, config, batches, seed, progress: as for `compress`, as are the errors.
     """
     with unchanged_on_error(model):
-        modules = Job.of_model(model, config, batches, Options(seed, progress)).modules
+        modules = Job.of_model(model, config, (), Options(seed, progress)).modules
         return gather_statistics(model, modules, batches, seed=seed, progress=progress, first_row=first_row)

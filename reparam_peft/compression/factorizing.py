@@ -60,7 +60,7 @@ class Factorizer:
         dtype: torch.dtype,
         weighing: Weighing,
         output_mean: Tensor | None,
-        form: str,
+        form: str | None = None,
     ) -> Product:
         """The product of a matrix.
 
@@ -70,7 +70,7 @@ class Factorizer:
             dtype: that the product is stored in.
             weighing: what errors are weighed by.
             output_mean: mean of the outputs (out,), float64, that the bias is to preserve; None where it is not moved.
-            form: "factors" or "pivot", or "dense": the matrix itself.
+            form: "dense" for the matrix itself; None: the form of the factorizer.
         """
         wide = W.to(torch.promote_types(W.dtype, torch.float32))  # rounded once, at the end
         factors: Factors | PivotFactors | Whole
@@ -79,7 +79,7 @@ class Factorizer:
         else:
             start = random_factors(wide, rank) if self.from_random else None
             wide_factors = self.method.function(wide, rank, weighing.input, weighing.output, start)
-            factors = pivot(wide_factors, weighing.input, dtype) if form == "pivot" else narrowed(wide_factors, dtype)
+            factors = pivot(wide_factors, weighing.input, dtype) if self.form == "pivot" else narrowed(wide_factors, dtype)
         if output_mean is None:
             return Product(factors)
         A, B = map(exact, factors if isinstance(factors, Factors) else factors.factors())

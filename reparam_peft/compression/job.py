@@ -23,9 +23,9 @@ from ..layers.neuron_groups import NeuronGroup
 from ..layers.product import Product, empty_product, product_of, tensors_of
 from ..numerics.decompositions import check_matrix
 from ..numerics.methods import method_of
-from ..planning.neurons import NeuronOption
+from ..planning.neurons import Losses
 from ..planning.plan import Plan, make_plan
-from ..planning.ranks import Losses, RankChooser, is_nested
+from ..planning.ranks import RankChooser, is_nested
 from ..runtime import processes
 from ..runtime.modules import naming
 from ..runtime.processes import check_whole, fails_together
@@ -131,13 +131,20 @@ class Job:
             raise TypeError(f"`plan` must be a Plan, got a {type(plan).__name__}; read one with `Plan.load`.")
         config = with_defaults(config, plan, moves_bias)
         targets = select_targets(model, config, adapter_name)
-        mlps, batches = find_mlps(model, config, targets, batches, plan)
         for name, target in targets.items():
             with naming(name):
                 check_matrix(source_matrix(target.module))
         max_memory = options.max_memory
-        chooser = RankChooser.of(config, {name: target.storage for name, target in targets.items()})
-        job = cls(
+        storages = {name: target.storage for name, target in targets.items()}
+        chooser = RankChooser.of(config, storages)
+        if plan is None:
+            chooser.check()
+        else:
+            shapes = {name: storage.whole_shape for name, storage in storages.items()}
+            has_bias = any(getattr(target.module, "bias", None) is not None for target in targets.values())
+            plan.check_fits(shapes, config, chooser.prescribed if config.r is None else chooser.uniform, has_bias)
+        mlps, batches = find_mlps(model, config, targets, batches, plan)
+        return cls(
             model=model,
             config=config,
             targets=targets,
@@ -149,13 +156,6 @@ class Job:
             passes=[list(targets)] if max_memory is None else passes_within(targets, max_memory, blocks, mlps),
             mlps=mlps,
         )
-        if plan is None:
-            chooser.check()
-        else:
-            shapes = {name: (storage.out_features, storage.in_features) for name, storage in job.storages.items()}
-            has_bias = any(getattr(target.module, "bias", None) is not None for target in targets.values())
-            plan.check_fits(shapes, config, chooser.prescribed if config.r is None else chooser.uniform, has_bias)
-        return job
 
     def plan(self) -> Plan:
         """The ranks that the config and the statistics lead to."""
@@ -164,7 +164,6 @@ class Job:
     def losses(self) -> Losses:
         """What each direction of each target is predicted to cost, and numbers of neurons; empty without gradients."""
         losses: dict[str, Tensor] = {}
-        neurons: dict[str, list[NeuronOption]] = {}
 
         def compute(name: str) -> list[Tensor]:
             return [self.factorizer.losses(self.matrix_of(name), self.weighing(name))]
@@ -173,8 +172,8 @@ class Job:
             self.statistics(names)
             shared = self.share_out(names, "Planning", compute, lambda name: [_direction_costs(self.targets[name])])
             losses.update({name: costs for name, (costs,) in shared.items()})
-            neurons |= self.neurons.options(names, losses)
-        return Losses(losses, neurons)
+            self.neurons.weigh(names)
+        return Losses(losses, self.neurons.offered(losses) if losses else {})
 
     def plan_with(self, chooser: RankChooser, losses: Losses) -> Plan:
         """The ranks by a chooser, which may be one for another size.
@@ -210,6 +209,7 @@ class Job:
         ranks = {name: target.rank for name, target in targets.items() if target.rank is not None}
 
         parts: dict[str, Part] = {}
+        left = self.neurons.left({name: target.storage for name, target in targets.items()})
 
         def compute(name: str) -> list[Tensor]:
             W, bias, weighing = self.matrix_of(name), self.bias_of(name), self.weighing(name)
@@ -228,7 +228,7 @@ class Job:
             if not names:
                 continue
             self.statistics(group)
-            parts.update(self.neurons.parts(self.neurons.left({name: targets[name].storage for name in names})))
+            parts.update(self.neurons.parts(names, left))
             shared = self.share_out(names, "Factorising", compute, room)
             products.update({name: product_of(tensors, ranks[name], targets[name].storage) for name, tensors in shared.items()})
         return products
@@ -245,7 +245,7 @@ class Job:
         """
         if target.rank is None:
             raise ValueError("a target that stays dense has no product.")
-        form = target.storage.form_at(target.rank)
+        form = "dense" if target.storage.form_at(target.rank) == "dense" else None
         made = self.factorizer.product(W, target.rank, base_dtype(target.module), weighing, output_mean, form)
         return made._replace(rows=part.rows, columns=part.columns)
 
@@ -346,16 +346,15 @@ def passes_within(
 ) -> list[list[str]]:
     """Targets in order, in groups whose statistics take at most so many bytes even where they share no inputs.
 
-    The matrices of one MLP stay together.
+    Modules that read the neurons of an MLP come before those that make them, whose rows they choose.
 
     Raises:
-        ValueError: those of one target, or of the targets in one block or one MLP, take more.
+        ValueError: those of one target, or of the targets in one block, take more.
     """
-    consumers = {name: mlp.consumer for mlp in mlps for name in mlp.names}
+    consumers = [mlp.consumer for mlp in mlps]
     units: dict[str, list[str]] = {}
-    for name in targets:
-        block = next((block for block in blocks if name.startswith(f"{block}.")), None)
-        units.setdefault(block or consumers.get(name, name), []).append(name)
+    for name in dict.fromkeys([*consumers, *targets]):
+        units.setdefault(next((block for block in blocks if name.startswith(f"{block}.")), name), []).append(name)
     passes: list[list[str]] = [[]]
     left = max_memory
     for names in units.values():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from typing import Any, TypeAlias
 
@@ -57,47 +57,60 @@ class Neurons:
         self.mlps = {mlp.consumer: mlp for mlp in mlps}
         self.storages, self.matrix_of, self.weighing = storages, matrix_of, weighing
         self.factorizer, self.share_out = factorizer, share_out
+        self.consumers = {name: mlp.consumer for mlp in mlps for name in mlp.names}
         self._eliminations: dict[str, Elimination] = {}
+        self._spectra: dict[str, list[Tensor]] = {}  # of what is left at each of the computed numbers, by module
 
-    def options(self, names: Sequence[str], losses: Mapping[str, Tensor]) -> dict[str, list[NeuronOption]]:
-        """The numbers of neurons that are offered of the MLPs among modules whose statistics are at hand, by consumer.
+    def weigh(self, names: Sequence[str]) -> None:
+        """Find what MLPs lose with their neurons, as far as the statistics of these modules, which are at hand, tell it.
+
+        Consumers come before their producers, whose rows they choose, or together with them.
+        """
+        self._eliminate(names)
+
+        def compute(name: str) -> list[Tensor]:
+            consumer, weighing, matrix = self.consumers[name], self.weighing(name), self.matrix_of(name)
+            found = []
+            for count in self._computed(consumer):
+                part = parts(self.mlps[consumer], self._eliminations[consumer].kept(count))[name]
+                found.append(self.factorizer.losses(part.matrix(matrix, weighing.gram), part.weighing(weighing)))
+            return found
+
+        def room(name: str) -> list[Tensor]:
+            mlp = self.mlps[self.consumers[name]]
+            ranks = [self.narrowed(mlp, count)[name].full_rank for count in self._computed(mlp.consumer)]
+            return [torch.empty(rank, dtype=torch.float64) for rank in ranks]
+
+        members = [name for name in names if self.consumers.get(name) in self._eliminations]
+        self._spectra |= self.share_out(members, "Weighing neurons", compute, room)
+
+    def offered(self, losses: Mapping[str, Tensor]) -> dict[str, list[NeuronOption]]:
+        """The numbers of neurons that are offered of each MLP, by consumer, once all its matrices are weighed.
 
         Args:
-            names: of the modules.
             losses: what each direction of their matrices costs with all neurons, by module.
         """
-        mlps = {consumer: mlp for consumer, mlp in self.mlps.items() if set(mlp.names) <= set(names)}
-        self._eliminate(list(mlps))
-
-        def compute(consumer: str) -> list[Tensor]:
-            return [costs for count in self._computed(consumer) for costs in self._spectra(mlps[consumer], count).values()]
-
-        def room(consumer: str) -> list[Tensor]:
-            return [
-                torch.empty(storage.full_rank, dtype=torch.float64)
-                for count in self._computed(consumer)
-                for storage in self.narrowed(mlps[consumer], count).values()
-            ]
-
-        offered = {}
-        for consumer, spectra in self.share_out(list(mlps), "Weighing neurons", compute, room).items():
-            mlp, found = mlps[consumer], iter(spectra)
+        options = {}
+        for consumer, mlp in self.mlps.items():
             known = {mlp.neurons: {name: losses[name] for name in mlp.names}}
-            for count in self._computed(consumer):
-                known[count] = {name: next(found) for name in mlp.names}
-            offered[consumer] = [self._option(mlp, count, known) for count in counts(mlp.neurons)]
-        return offered
+            for index, count in enumerate(self._computed(consumer)):
+                known[count] = {name: self._spectra[name][index] for name in mlp.names}
+            options[consumer] = [self._option(mlp, count, known) for count in counts(mlp.neurons)]
+        return options
 
-    def parts(self, left: Mapping[str, int]) -> dict[str, Part]:
-        """What is left of the matrices of MLPs whose statistics are at hand, by module.
+    def parts(self, names: Sequence[str], left: Mapping[str, int]) -> dict[str, Part]:
+        """What is left of those matrices, whose statistics are at hand, that belong to MLPs which lose neurons, by module.
 
         Args:
+            names: of the modules; consumers before, or together with, their producers.
             left: number of neurons by consumer.
         """
-        self._eliminate(left)
+        self._eliminate([name for name in names if name in left])
         found: dict[str, Part] = {}
-        for consumer, count in left.items():
-            found |= parts(self.mlps[consumer], self._eliminations[consumer].kept(count))
+        for name in names:
+            consumer = self.consumers.get(name)
+            if consumer is not None and consumer in left:
+                found[name] = parts(self.mlps[consumer], self._eliminations[consumer].kept(left[consumer]))[name]
         return found
 
     def chosen(self, consumer: str, count: int, weighing: Weighing) -> dict[str, Part]:
@@ -120,8 +133,8 @@ class Neurons:
         shapes = {name: self.storages[name].whole_shape for name in mlp.names}
         return {name: narrow(self.storages[name], size) for name, size in mlp.sizes(shapes, count).items()}
 
-    def _eliminate(self, consumers: Iterable[str]) -> None:
-        """Find the order in which MLPs lose neurons, where it is not known yet."""
+    def _eliminate(self, names: Sequence[str]) -> None:
+        """Find the order in which MLPs lose neurons, of the consumers among modules, where it is not known yet."""
 
         def compute(consumer: str) -> list[Tensor]:
             weighing = self.weighing(consumer)
@@ -132,7 +145,7 @@ class Neurons:
             gone = self.mlps[consumer].neurons - counts(self.mlps[consumer].neurons)[-1]
             return [torch.empty(gone, dtype=torch.int64), torch.empty(gone + 1, dtype=torch.float64)]
 
-        new = [consumer for consumer in consumers if consumer not in self._eliminations]
+        new = [name for name in names if name in self.mlps and name not in self._eliminations]
         for consumer, (order, losses) in self.share_out(new, "Choosing neurons", compute, room).items():
             self._eliminations[consumer] = Elimination(order, losses, self.mlps[consumer].neurons)
 
@@ -146,14 +159,6 @@ class Neurons:
         neurons = self.mlps[consumer].neurons
         offered = counts(neurons)
         return sorted({min(offered, key=lambda count: abs(count - part * neurons)) for part in COMPUTED}, reverse=True)
-
-    def _spectra(self, mlp: NeuronGroup, count: int) -> dict[str, Tensor]:
-        """What each direction of what is left of the matrices of an MLP costs, by module."""
-        spectra = {}
-        for name, part in parts(mlp, self._eliminations[mlp.consumer].kept(count)).items():
-            weighing = self.weighing(name)
-            spectra[name] = self.factorizer.losses(part.matrix(self.matrix_of(name), weighing.gram), part.weighing(weighing))
-        return spectra
 
     def _option(self, mlp: NeuronGroup, count: int, spectra: Mapping[int, Mapping[str, Tensor]]) -> NeuronOption:
         storages = self.narrowed(mlp, count)
@@ -208,7 +213,10 @@ def find_mlps(
         return [], batches
     batch, batches = _first(model, batches)
     modules = {name: target.module for name, target in targets.items()}
-    found = [] if batch is None else find_groups(model, modules, batch)
+    try:
+        found = find_groups(model, modules, batch) if isinstance(batch, Mapping) else []
+    except ValueError:  # the model does not accept the batch, which calibration will tell with its number
+        found = []
     mlps = [mlp for mlp in found if counts(mlp.neurons)]
     if config.neurons and not mlps:
         raise ValueError(

@@ -386,7 +386,7 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Callable[[], An
     ),
     "memory too small": (
         llama, ALL, lambda: TEXT, lambda: {"max_memory": 1000}, ValueError,
-        r"q_proj: its statistics take [\d,]+ bytes, and `max_memory` is 1,000; raise it",
+        r"down_proj: its statistics take [\d,]+ bytes, and `max_memory` is 1,000; raise it",
     ),
     "config of a compressed model": (
         llama, {**Q, "stored_parameters": 5}, lambda: TEXT, dict, ValueError, "`config` is that of a compressed model",

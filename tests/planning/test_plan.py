@@ -21,6 +21,7 @@ from reparam_peft import ReparamConfig
 from reparam_peft.config.fields import ALLOCATIONS
 from reparam_peft.display.axes import place_of
 from reparam_peft.numerics.methods import METHODS
+from reparam_peft.planning.neurons import Allotment
 from reparam_peft.planning.plan import FORMAT, ModulePlan, Plan, make_plan
 
 
@@ -38,7 +39,7 @@ def plans(draw: st.DrawFn) -> Plan:
     config.moved_bias = draw(st.booleans())
     provenance = {name: draw(st.integers(0, 2**40)) for name in ("calibration_tokens", "gradient_tokens", "seed")}
     known = losses if draw(st.booleans()) else {}
-    return make_plan(config, config.keep, storages, ranks, known, **(provenance if known else {}))
+    return make_plan(config, config.keep, storages, Allotment(ranks), known, {}, **(provenance if known else {}))
 
 
 @PROPERTY
@@ -182,7 +183,7 @@ def test_a_plan_is_drawn_as_it_is(made: Plan, tmp_path: Path) -> None:
         kind, depth = place_of(module.name)
         assert cells[kinds.index(kind), depth] == pytest.approx(module.stored_parameters / module.dense_parameters)
     marked = {text.get_position() for text in axes.texts}
-    places = [place_of(name) for name in made.dense_modules]
+    places = [place_of(module.name) for module in made.modules if module.rank is None or module.size is not None]
     assert (1, kinds.index("mlp.up_proj")) in marked == {(depth, kinds.index(kind)) for kind, depth in places}
     axes.figure.savefig(tmp_path / "plan.png")
     assert (tmp_path / "plan.png").stat().st_size > 1000

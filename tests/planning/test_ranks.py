@@ -13,6 +13,7 @@ from torch import Tensor
 
 from reparam_peft import ReparamConfig
 from reparam_peft.numerics.storage import Storage, uniform_rank
+from reparam_peft.planning.neurons import Losses
 from reparam_peft.planning.ranks import RankChooser
 
 Ranks = dict[str, int | None]
@@ -29,7 +30,7 @@ def lost(ranks: Ranks, losses: dict[str, Tensor]) -> float:
 def allocated(config: ReparamConfig, storages: dict[str, Storage], losses: dict[str, Tensor], fixed: Ranks) -> Ranks:
     """The ranks, of a case whose budget can be met."""
     try:
-        return RankChooser.of(config, storages).least_loss(losses, fixed)
+        return RankChooser.of(config, storages).least_loss(Losses(losses), fixed).ranks
     except ValueError as error:
         if "the least that can be stored" in str(error):
             reject()
@@ -89,15 +90,18 @@ def test_uniform_ranks_that_floor_or_ceiling_forbid_are_no_candidate() -> None:
     uniform = {name: uniform_rank(0.5, storage) for name, storage in storages.items()}
     assert uniform == {"small": 1, "large": 16}
     options = {"keep": 0.5, "rank_multiple": 1}
-    assert RankChooser.of(ReparamConfig(**options, floor=0.4), storages).least_loss(losses, {}) == {"small": None, "large": 15}
-    assert RankChooser.of(ReparamConfig(**options), storages).least_loss(losses, {}) == uniform
+    assert RankChooser.of(ReparamConfig(**options, floor=0.4), storages).least_loss(Losses(losses), {}).ranks == {
+        "small": None,
+        "large": 15,
+    }
+    assert RankChooser.of(ReparamConfig(**options), storages).least_loss(Losses(losses), {}).ranks == uniform
 
 
 def test_small_matrices_gain_nothing_by_aligned_ranks() -> None:
     for size, multiple in ((63, 1), (64, 8)):
         storages = {"a": Storage(size, 64), "b": Storage(size, 64)}
         losses = {"a": torch.ones(size), "b": torch.ones(size)}
-        ranks = RankChooser.of(ReparamConfig(keep=0.45), storages).least_loss(losses, {})
+        ranks = RankChooser.of(ReparamConfig(keep=0.45), storages).least_loss(Losses(losses), {}).ranks
         assert math.gcd(*ranks.values()) % multiple == 0
         assert any(rank % 8 for rank in ranks.values()) == (multiple == 1)
 
@@ -106,7 +110,7 @@ def test_small_matrices_gain_nothing_by_aligned_ranks() -> None:
 def test_ranks_are_multiples(rank_multiple: int | None) -> None:
     storages = {str(index): Storage(64, 96, "pivot") for index in range(6)}
     losses = {name: spectrum("polynomial", 64) * 4 ** int(name) for name in storages}
-    ranks = RankChooser.of(ReparamConfig(keep=0.6, rank_multiple=rank_multiple), storages).least_loss(losses, {})
+    ranks = RankChooser.of(ReparamConfig(keep=0.6, rank_multiple=rank_multiple), storages).least_loss(Losses(losses), {}).ranks
     assert all(rank is None or rank % (rank_multiple or 8) == 0 for rank in ranks.values())
     assert sorted(ranks.values(), key=lambda rank: 99 if rank is None else rank) == list(ranks.values()), (
         "more where more is lost"
@@ -122,8 +126,11 @@ def test_a_budget_that_cannot_be_met_says_what_takes_it() -> None:
         "`dense_modules` and `rank_pattern` fix, .* Raise `keep`, or lower `floor` or `rank_multiple`"
     )
     with pytest.raises(ValueError, match=message):
-        RankChooser.of(ReparamConfig(keep=0.5), storages).least_loss(losses, {"held": None})
-    assert RankChooser.of(ReparamConfig(keep=0.58), storages).least_loss(losses, {"held": None}) == {"held": None, "free": 8}
+        RankChooser.of(ReparamConfig(keep=0.5), storages).least_loss(Losses(losses), {"held": None})
+    assert RankChooser.of(ReparamConfig(keep=0.58), storages).least_loss(Losses(losses), {"held": None}).ranks == {
+        "held": None,
+        "free": 8,
+    }
 
 
 @PROPERTY
