@@ -10,13 +10,15 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from ..calibration.self_written import BATCH_SIZE
 from ..config.fields import CALIBRATED
 from ..report.record import Record, saving_with
+from ..runtime.batches import Batch, split_rows
 from ..searching.goal import Goal, check_goal
 from ..searching.result import SearchResult
 from ..searching.search import find_smallest
 from .errors import CliError
-from .inputs import load_dense, read_batches
+from .inputs import held_out, load_dense
 from .options import (
     CalibrationOptions,
     ConfigOptions,
@@ -72,25 +74,28 @@ def search(
     beside = (run_folder, calibration.statistics, calibration.calibration, text.text)
     check_output(output, model, overwrite, *beside)
     config = ConfigOptions(targets=targets, storage=storage).config()
-    source = Calibration.of(calibration, text.length, seed)
+    source = Calibration.of(calibration, text.length, seed, run_folder)
     statistics = source.earlier(config)
     dense, tokenizer = load_dense(model, load.dtype, load.device)
     check_language_model(dense, model, "")
-    skip = source.windows if text.text is None and source.text is None else 0  # both are of the reference text
     goal = Goal(
         metric=wanted.metric,
         tolerance=wanted.max_increase,
-        evaluation=read_batches(tokenizer, "--text", text.text, text.length, text.windows, skip),
+        evaluation=held_out(tokenizer, text),
         tokenizer=tokenizer,
         documents=wanted.documents,
         methods=[method.strip() for method in wanted.methods.split(",")],
         max_trials=wanted.max_trials,
     )
-    if statistics is None and source.file is not None:
-        check_goal(goal, config)  # before minutes of calibration
-        statistics = source.gather(dense, tokenizer, config)
+    batches: list[Batch] = []
+    if statistics is None:
+        check_goal(goal, config)  # before minutes of writing and calibration
+        batches = source.batches(dense, tokenizer)
+        if source.file is not None:
+            statistics = source.gather(dense, config, batches)
     if statistics is None:  # the search keeps what it gathers in its run folder
-        result = find_smallest(dense, config, source.batches(tokenizer), goal, run_folder=run_folder, seed=seed or 0)
+        parts = [part for batch in batches for part in split_rows(batch, BATCH_SIZE)]
+        result = find_smallest(dense, config, parts, goal, run_folder=run_folder, seed=seed or 0)
     else:
         result = find_smallest(dense, config, statistics, goal, run_folder=run_folder, seed=statistics.seed)
     if result.model is None or result.chosen is None:
