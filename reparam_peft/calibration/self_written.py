@@ -15,8 +15,10 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
 
 from ..arguments import check_count, check_number, check_seed
+from ..runtime.batches import Batch
 from ..runtime.files import save_tensors
 from ..runtime.fingerprints import (
+    fingerprint_of_batches,
     fingerprint_of_config,
     fingerprint_of_model,
     fingerprint_of_tensors,
@@ -81,7 +83,8 @@ def self_written(
     check_seed("seed", seed)
     check_number("temperature", temperature, 0, 100, above=True)
     with fails_together():
-        begin, ends = begin_and_ends(model, tokenizer, length)
+        begin, ends = begin_and_ends(model, tokenizer)
+        _check_length(model, length)
     base, device = unwrapped(model), input_device(model)
     world, rank = processes()
     step = min(at_once, -(-windows // world))
@@ -103,11 +106,11 @@ def self_written(
     return _as_batches(torch.cat([text.cpu() for (text,) in written.values()]), batch_size)
 
 
-def begin_and_ends(model: nn.Module, tokenizer: Any, length: int) -> tuple[int, list[int]]:
+def begin_and_ends(model: nn.Module, tokenizer: Any) -> tuple[int, list[int]]:
     """The token that a text begins with, and those that it ends with and which are not the same.
 
     Raises:
-        ValueError: the model cannot write text of this length, or nobody says what it begins with.
+        ValueError: the model cannot write text, or nobody says what it begins with.
     """
     base = unwrapped(model)
     if not (predicts_next_token(base) and base.can_generate()):
@@ -115,9 +118,6 @@ def begin_and_ends(model: nn.Module, tokenizer: Any, length: int) -> tuple[int, 
             f"a {type(base).__name__} cannot write text itself: that takes a decoder with a language model head. Give text to "
             "calibrate on."
         )
-    most = _positions(base)
-    if most is not None and length > most:
-        raise ValueError(f"`length` must be at most {most}, the positions that the model has, got {length}.")
     sources = (tokenizer, base.generation_config, base.config.get_text_config(decoder=True))
     begins, ends = ([_ids(getattr(source, f"{kind}_token_id", None)) for source in sources] for kind in ("bos", "eos"))
     begin = next((ids[0] for ids in [*begins, *ends] if ids), None)
@@ -185,9 +185,10 @@ class SelfWritten:
     Attributes:
         model, tokenizer, windows, length, seed, progress: as for `self_written`.
         folder: of a run; None: the text is kept in memory only.
+        given: batches that come before those.
 
     Raises:
-        ValueError: the model cannot write text.
+        ValueError: the model cannot write text, or not so long windows of it.
     """
 
     model: nn.Module
@@ -197,36 +198,42 @@ class SelfWritten:
     seed: int
     progress: bool
     folder: Path | None = None
+    given: Sequence[Batch] = ()
 
     def __post_init__(self) -> None:
-        self._begin_and_ends = begin_and_ends(self.model, self.tokenizer, self.length)
-        self._batches: list[dict[str, Tensor]] | None = None
+        self._begin_and_ends = begin_and_ends(self.model, self.tokenizer)
+        _check_length(self.model, self.length)
+        self._written: list[dict[str, Tensor]] | None = None
 
     def __len__(self) -> int:
         return len(self.batches())
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         return iter(self.batches())
 
     def fingerprint(self) -> str:
+        """SHA-256 of all that the batches depend on."""
+        return fingerprint_of_values([self._of_text(), fingerprint_of_batches(self.given)])
+
+    def _of_text(self) -> str:
         """SHA-256 of all that the text depends on."""
         model = [fingerprint_of_model(self.model), fingerprint_of_config(self.model)]
         return fingerprint_of_values([FORMAT, *model, self._begin_and_ends, self.windows, self.length, self.seed])
 
-    def batches(self) -> list[dict[str, Tensor]]:
-        """The batches: written now, earlier, or by a run that was killed. Processes write them together.
+    def batches(self) -> list[Batch]:
+        """The batches that are given, and those written: now, earlier, or by a run that was killed. Processes write together.
 
         Raises:
             ValueError: the folder holds text that another model wrote, or with other arguments, or it is of no run.
             OSError: the text cannot be kept there.
         """
-        if self._batches is None:
+        if self._written is None:
             with fails_together():
-                self._batches = self._kept()
-                if self._batches is None and self.folder is not None:
+                self._written = self._kept()
+                if self._written is None and self.folder is not None:
                     make_run_folder(self.folder)
-        if self._batches is None:
-            self._batches = self_written(
+        if self._written is None:
+            self._written = self_written(
                 self.model,
                 self.tokenizer,
                 self.windows,
@@ -236,8 +243,8 @@ class SelfWritten:
                 progress=self.progress,
             )
             with fails_together():
-                self._keep(self._batches)
-        return self._batches
+                self._keep(self._written)
+        return [*self.given, *self._written]
 
     def _kept(self) -> list[dict[str, Tensor]] | None:
         """The text that a run has left in the folder; None where there is none, or it is not as it was written."""
@@ -249,7 +256,7 @@ class SelfWritten:
                 metadata, text = file.metadata() or {}, file.get_tensor("input_ids")
         except (SafetensorError, OSError):
             return None
-        if metadata.get("of") != self.fingerprint():
+        if metadata.get("of") != self._of_text():
             raise ValueError(
                 f"{path} holds text that another model wrote, or with another seed or size. Give another folder, or delete it."
             )
@@ -258,7 +265,7 @@ class SelfWritten:
     def _keep(self, batches: list[dict[str, Tensor]]) -> None:
         if self.folder is not None and processes()[1] == 0:
             text = {"input_ids": torch.cat([batch["input_ids"] for batch in batches])}
-            save_tensors(self.folder / TEXT, text, {"of": self.fingerprint(), "sha256": fingerprint_of_tensors(text)})
+            save_tensors(self.folder / TEXT, text, {"of": self._of_text(), "sha256": fingerprint_of_tensors(text)})
 
 
 def batches_or_self_written(
@@ -307,6 +314,12 @@ def _positions(model: nn.Module) -> int | None:
     config: Any = getattr(unwrapped(model), "config", None)
     has_text = hasattr(config, "get_text_config")
     return getattr(config.get_text_config(decoder=True), "max_position_embeddings", None) if has_text else None
+
+
+def _check_length(model: nn.Module, length: int) -> None:
+    most = _positions(model)
+    if most is not None and length > most:
+        raise ValueError(f"`length` must be at most {most}, the positions that the model has, got {length}.")
 
 
 def _as_batches(text: Tensor, batch_size: int) -> list[dict[str, Tensor]]:

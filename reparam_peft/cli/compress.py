@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -14,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..blockwise.refinement import Refinement
+from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Statistics
 from ..compression.compress import compress as compress_model
 from ..compression.compress import plan as plan_model
@@ -126,14 +128,14 @@ class Inputs(NamedTuple):
 
     Attributes:
         windows: to measure perplexity on.
-        batches: to calibrate on.
+        batches: to calibrate on; None where nothing is read of them.
         statistics: of these, or of an earlier run.
     """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     windows: list[dict[str, Tensor]]
-    batches: list[Batch]
+    batches: Sequence[Batch] | SelfWritten | None
     statistics: Statistics | None
 
 
@@ -203,11 +205,11 @@ def _read(settings: Settings) -> Inputs:
     if options.evaluate:
         check_language_model(model, options.model, "; add --no-evaluate")
         windows = held_out(tokenizer, options.text)
-    statistics, batches = settings.earlier, list[Batch]()
+    statistics, batches = settings.earlier, None
     calibrates = statistics is None and not is_data_free(settings.config)
     if calibrates or options.blocks.by_block:
         batches = calibration.batches(model, tokenizer)
-    if calibrates:
+    if calibrates and batches is not None:
         statistics = calibration.gather(model, settings.config, batches)
     return Inputs(model, tokenizer, windows, batches, statistics)
 
@@ -238,16 +240,16 @@ def _compress(settings: Settings, inputs: Inputs) -> Compressed:
 
 def _factorised(settings: Settings, inputs: Inputs, plan: Plan | None) -> PeftModel:
     """The compressed model: without data, block by block, or at once."""
-    blocks, statistics = settings.options.blocks, inputs.statistics
+    blocks, statistics, batches = settings.options.blocks, inputs.statistics, inputs.batches
     if statistics is None:
         return get_peft_model(inputs.model, settings.config)
-    if not blocks.by_block:
+    if not blocks.by_block or batches is None:
         return compress_model(inputs.model, settings.config, statistics, plan=plan)
     epochs = Refinement.epochs if blocks.epochs is None else blocks.epochs
     return compress_model(
         inputs.model,
         settings.config,
-        inputs.batches,
+        batches,
         plan=plan,
         sequential=blocks.sequential,
         refine=Refinement(epochs=epochs, seed=statistics.seed) if blocks.refine else False,

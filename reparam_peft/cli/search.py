@@ -10,10 +10,8 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
-from ..calibration.self_written import BATCH_SIZE
 from ..config.fields import CALIBRATED
 from ..report.record import Record, saving_with
-from ..runtime.batches import Batch, split_rows
 from ..searching.goal import Goal, check_goal
 from ..searching.result import SearchResult
 from ..searching.search import find_smallest
@@ -87,15 +85,12 @@ def search(
         methods=[method.strip() for method in wanted.methods.split(",")],
         max_trials=wanted.max_trials,
     )
-    batches: list[Batch] = []
-    if statistics is None:
-        check_goal(goal, config)  # before minutes of writing and calibration
-        batches = source.batches(dense, tokenizer)
-        if source.file is not None:
-            statistics = source.gather(dense, config, batches)
+    if statistics is None and source.file is not None:
+        check_goal(goal, config)  # before minutes of calibration
+        statistics = source.gather(dense, config, source.batches(dense, tokenizer))
     if statistics is None:  # the search keeps what it gathers in its run folder
-        parts = [part for batch in batches for part in split_rows(batch, BATCH_SIZE)]
-        result = find_smallest(dense, config, parts, goal, run_folder=run_folder, seed=seed or 0)
+        batches = source.batches(dense, tokenizer)
+        result = find_smallest(dense, config, batches, goal, run_folder=run_folder, seed=seed or 0)
     else:
         result = find_smallest(dense, config, statistics, goal, run_folder=run_folder, seed=statistics.seed)
     if result.model is None or result.chosen is None:

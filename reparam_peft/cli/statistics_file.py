@@ -87,18 +87,18 @@ class Calibration:
             )
         return statistics
 
-    def gather(self, model: Any, config: ReparamConfig, batches: Sequence[Batch]) -> Statistics:
+    def gather(self, model: Any, config: ReparamConfig, batches: Sequence[Batch] | SelfWritten) -> Statistics:
         """Statistics of batches, written to the file if one is named."""
         err.print("calibrating …")
-        # A backward pass needs more memory than a forward pass.
-        parts = [part for batch in batches for part in split_rows(batch, BATCH_SIZE)]
-        statistics = calibrate(model, config, parts, seed=self.seed or 0)
+        statistics = calibrate(model, config, batches, seed=self.seed or 0)
         if self.file is not None:
             statistics.save(self.file)
         return statistics
 
-    def batches(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> list[Batch]:
-        """Windows of the text that is given, and windows that the model writes.
+    def batches(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> Sequence[Batch] | SelfWritten:
+        """Windows of the text that is given, and windows that the model writes once they are needed.
+
+        They come in small batches, since a backward pass needs more memory than a forward pass.
 
         Raises:
             CliError: the text cannot be read, or is needed since the model cannot write one.
@@ -107,16 +107,16 @@ class Calibration:
         wanted = self._self_written(model, tokenizer)
         given: list[Batch] = []
         if wanted < self.windows:
-            given += read_batches(tokenizer, "--calibration", self.text, self.length, self.windows - wanted)
+            text = read_batches(tokenizer, "--calibration", self.text, self.length, self.windows - wanted)
+            given = [part for batch in text for part in split_rows(batch, BATCH_SIZE)]
         if not wanted:
             return given
-        err.print("the model writes text to calibrate on …")
-        return given + SelfWritten(model, tokenizer, wanted, self.length, self.seed or 0, True, self.folder).batches()
+        return SelfWritten(model, tokenizer, wanted, self.length, self.seed or 0, True, self.folder, given)
 
     def _self_written(self, model: Any, tokenizer: PreTrainedTokenizerBase) -> int:
         """How many windows the model is to write."""
         try:
-            begin_and_ends(model, tokenizer, self.length)
+            begin_and_ends(model, tokenizer)
         except ValueError as error:
             if self.text is not None and not self.share:
                 return 0

@@ -12,7 +12,6 @@ import pytest
 import torch
 from peft import LoraConfig, get_peft_model
 from support.models import bert, byte_tokenizer, gpt2, llama, t5
-from support.processes import run_in_processes
 from torch import Tensor, nn
 from transformers import PreTrainedTokenizerFast
 
@@ -169,7 +168,7 @@ def test_the_word_needs_a_tokenizer_and_no_other_word_will_do() -> None:
     assert given(batches, None) is batches
     with pytest.raises(ValueError, match="`batches='self'` needs the `tokenizer` of the model"):
         given("self", None)
-    with pytest.raises(ValueError, match="must be batches, `Statistics` or 'self', got 'text.txt'"):
+    with pytest.raises(ValueError, match="must be batches, `Statistics` or 'self', got 'text"):
         given("text.txt", TOKENIZER)
     with pytest.raises(ValueError, match="`tokenizer` has an effect with `batches='self'` only"):
         given(batches, TOKENIZER)
@@ -215,16 +214,3 @@ def test_text_is_not_written_into_a_folder_of_something_else(tmp_path: Path, mon
         kept_in(tmp_path)
     (tmp_path / SETTINGS).write_text("{}")
     kept_in(tmp_path)
-
-
-def write_together(rank: int, folder: Path) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder / 'store'}", rank=rank, world_size=2)
-    batches = SelfWritten(llama(), TOKENIZER, 3, 8, 0, False, folder / "run").batches()
-    torch.save(torch.cat([batch["input_ids"] for batch in batches]), folder / f"{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-def test_several_processes_write_one_text(tmp_path: Path) -> None:
-    run_in_processes(write_together, tmp_path)
-    expected = text_of(llama(), 3, 8)
-    assert all(torch.equal(torch.load(tmp_path / f"{rank}.pt"), expected) for rank in range(2))
