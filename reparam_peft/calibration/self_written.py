@@ -12,7 +12,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from tqdm.auto import tqdm
-from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList
+from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from ..arguments import check_count, check_number, check_seed
 from ..runtime.batches import Batch
@@ -113,7 +113,7 @@ def begin_and_ends(model: nn.Module, tokenizer: Any) -> tuple[int, list[int]]:
         ValueError: the model cannot write text, or nobody says what it begins with.
     """
     base = unwrapped(model)
-    if not (predicts_next_token(base) and base.can_generate()):
+    if not (isinstance(base, GenerationMixin) and base.can_generate() and predicts_next_token(base)):
         raise ValueError(
             f"a {type(base).__name__} cannot write text itself: that takes a decoder with a language model head. Give text to "
             "calibrate on."
