@@ -113,7 +113,8 @@ def begin_and_ends(model: nn.Module, tokenizer: Any) -> tuple[int, list[int]]:
         ValueError: the model cannot write text, or nobody says what it begins with.
     """
     base = unwrapped(model)
-    if not (isinstance(base, GenerationMixin) and base.can_generate() and predicts_next_token(base)):
+    generates = isinstance(base, GenerationMixin)
+    if not (generates and base.can_generate() and predicts_next_token(base)):
         raise ValueError(
             f"a {type(base).__name__} cannot write text itself: that takes a decoder with a language model head. Give text to "
             "calibrate on."

@@ -185,6 +185,8 @@ def _settings(options: CompressOptions) -> Settings:
     calibration = Calibration.of(options.calibration, options.text.length, options.seed, blocks.run_folder)
     # Blocks read the text even where there are statistics, so that the two do not exclude each other.
     earlier = (replace(calibration, text=None, share=None) if blocks.by_block else calibration).earlier(config)
+    if earlier is not None:
+        calibration = replace(calibration, seed=earlier.seed)
     return Settings(options, config, plan, calibration, earlier)
 
 

@@ -111,7 +111,7 @@ def compress(
         device=device,
     )
     options = Options(seed, progress, max_memory)
-    data = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress, folder=run_folder)
+    data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress, folder=run_folder)
     if steps.anchoring is not None or steps.refinement is not None:
         return compress_blocks(model, config, data, steps, options, plan, statistics, adapter_name)
     without_blocks = {"statistics": statistics, "offload_folder": offload_folder, "run_folder": run_folder, "device": device}
@@ -223,7 +223,7 @@ def plan(
     Args, Raises: as for `compress`.
     """
     options = Options(seed, progress, max_memory)
-    data = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
+    data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
     with unchanged_on_error(model):
         return Job.of_model(model, config, data, options).plan()
 

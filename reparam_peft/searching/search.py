@@ -112,7 +112,7 @@ def find_smallest(
     check_seed("seed", seed)
     checked = check_goal(goal, config)
     tokenizer = goal.tokenizer if isinstance(batches, str) else None
-    data = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress, folder=run_folder)
+    data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress, folder=run_folder)
     with unchanged_on_error(model):
         return _found(model, config, data, goal, checked, build=build, run_folder=run_folder, seed=seed, progress=progress)
 
