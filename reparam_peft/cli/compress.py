@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-import math
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..blockwise.refinement import Refinement
+from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Statistics
 from ..compression.compress import compress as compress_model
 from ..compression.compress import plan as plan_model
@@ -22,10 +23,11 @@ from ..config.reparam_config import ReparamConfig
 from ..evaluation.perplexity import perplexity
 from ..planning.plan import Plan
 from ..report.record import Record, saving_with
+from ..runtime.batches import Batch
 from ..runtime.run_folder import PLAN
 from ..tuner.sizes import SizeReport
 from .errors import CliError
-from .inputs import load_dense, load_model, read_batches
+from .inputs import held_out, load_dense, load_model
 from .options import (
     CalibrationOptions,
     ConfigOptions,
@@ -121,11 +123,18 @@ class Settings:
 
 
 class Inputs(NamedTuple):
-    """What was read: the dense model, its tokenizer, windows to measure perplexity on, and statistics where some are needed."""
+    """What was read: the dense model, its tokenizer, and what is measured and calibrated on where something is.
+
+    Attributes:
+        windows: to measure perplexity on.
+        batches: to calibrate on; None where nothing is read of them.
+        statistics: of these, or of an earlier run.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     windows: list[dict[str, Tensor]]
+    batches: Sequence[Batch] | SelfWritten | None
     statistics: Statistics | None
 
 
@@ -174,9 +183,11 @@ def _settings(options: CompressOptions) -> Settings:
         raise CliError("--epochs are those of --refine; add it.")
     if not blocks.by_block and not (blocks.run_folder is None and blocks.offload_folder is None):
         raise CliError("--run-folder and --offload-folder are for --sequential and --refine.")
-    calibration = Calibration.of(options.calibration, options.text.length, options.seed)
+    calibration = Calibration.of(options.calibration, options.text.length, options.seed, blocks.run_folder)
     # Blocks read the text even where there are statistics, so that the two do not exclude each other.
-    earlier = (replace(calibration, text=None) if blocks.by_block else calibration).earlier(config)
+    earlier = (replace(calibration, text=None, share=None) if blocks.by_block else calibration).earlier(config)
+    if earlier is not None:
+        calibration = replace(calibration, seed=earlier.seed)
     return Settings(options, config, plan, calibration, earlier)
 
 
@@ -192,26 +203,19 @@ def _read_plan(path: Path | None, options: ConfigOptions) -> Plan | None:
 
 def _read(settings: Settings) -> Inputs:
     """Model, texts and statistics; statistics that are not there yet are gathered."""
-    options, calibration, earlier = settings.options, settings.calibration, settings.earlier
+    options, calibration = settings.options, settings.calibration
     model, tokenizer = load_dense(options.model, options.load.dtype, options.load.device)
     windows: list[dict[str, Tensor]] = []
     if options.evaluate:
         check_language_model(model, options.model, "; add --no-evaluate")
-        text, length = options.text.text, options.text.length
-        windows = read_batches(tokenizer, "--text", text, length, options.text.windows, _seen_windows(settings))
-    if earlier is not None or is_data_free(settings.config):
-        return Inputs(model, tokenizer, windows, earlier)
-    return Inputs(model, tokenizer, windows, calibration.gather(model, tokenizer, settings.config))
-
-
-def _seen_windows(settings: Settings) -> int:
-    """How many windows of the text to measure on calibration sees: both take the reference text by default."""
-    options, calibration, earlier = settings.options, settings.calibration, settings.earlier
-    if options.text.text is not None or calibration.text is not None or is_data_free(settings.config):
-        return 0
-    from_file = 0 if earlier is None else math.ceil(earlier.tokens / options.text.length)
-    from_text = calibration.windows if earlier is None or options.blocks.by_block else 0
-    return max(from_file, from_text)
+        windows = held_out(tokenizer, options.text)
+    statistics, batches = settings.earlier, None
+    calibrates = statistics is None and not is_data_free(settings.config)
+    if calibrates or options.blocks.by_block:
+        batches = calibration.batches(model, tokenizer)
+    if calibrates and batches is not None:
+        statistics = calibration.gather(model, settings.config, batches)
+    return Inputs(model, tokenizer, windows, batches, statistics)
 
 
 def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, windows: list[dict[str, Tensor]], when: str) -> Quality:
@@ -240,13 +244,11 @@ def _compress(settings: Settings, inputs: Inputs) -> Compressed:
 
 def _factorised(settings: Settings, inputs: Inputs, plan: Plan | None) -> PeftModel:
     """The compressed model: without data, block by block, or at once."""
-    blocks, statistics = settings.options.blocks, inputs.statistics
+    blocks, statistics, batches = settings.options.blocks, inputs.statistics, inputs.batches
     if statistics is None:
         return get_peft_model(inputs.model, settings.config)
-    if not blocks.by_block:
+    if not blocks.by_block or batches is None:
         return compress_model(inputs.model, settings.config, statistics, plan=plan)
-    calibration = settings.calibration
-    batches = read_batches(inputs.tokenizer, "--calibration", calibration.text, calibration.length, calibration.windows)
     epochs = Refinement.epochs if blocks.epochs is None else blocks.epochs
     return compress_model(
         inputs.model,
