@@ -190,7 +190,6 @@ def test_files_of_tests_are_those_of_the_package() -> None:
 
 # Files that are tested through those that use them only; none is added.
 WITHOUT_TESTS = {
-    *("cli.errors", "cli.groups", "cli.options", "cli.statistics_file", "compression.present", "healing.counting"),
     *("searching.goal", "tuner.matrices"),
 }
 
