@@ -352,11 +352,12 @@ def _check_sizes(plan: Plan) -> None:
             raise ValueError(f"{planned.consumer}: modules {sorted(names - shapes.keys())} of its MLP are not in the plan.")
     sizes = {name: size for planned in plan.neurons for name, size in planned.sizes(shapes).items()}
     for module in plan.modules:
-        if module.size is None and module.name not in sizes:
-            continue
-        fits = module.size is not None and len(module.size) == 2 and all(map(is_int, module.size))
-        if not fits or sizes.get(module.name, module.size) != module.size or not (1, 1) <= module.size <= module.shape:
-            raise ValueError(f"{module.name}: `size` does not fit the shape {module.shape}, or the neurons, got {module.size}.")
+        size = module.size
+        fits = size is not None and len(size) == 2 and all(map(is_int, size))
+        if size is not None and fits:
+            fits = all(1 <= left <= whole for left, whole in zip(size, module.shape, strict=True))
+        if (size is not None and not fits) or (module.name in sizes and sizes[module.name] != size):
+            raise ValueError(f"{module.name}: `size` does not fit the shape {module.shape}, or the neurons, got {size}.")
 
 
 def make_plan(
