@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.neuron_groups import find_groups
+from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Batches, Statistics
 from ..config.reparam_config import ReparamConfig
 from ..layers.neuron_groups import NeuronGroup
@@ -201,7 +202,8 @@ def find_mlps(
         model: as calibration runs it; stays as it is.
         config: whose choices are resolved.
         targets: by name.
-        batches: of which the first is read; of statistics the model's own example of an input stands in for it.
+        batches: of which the first is read. For statistics, and text that is yet to be written, the example of an input that
+            models of transformers have stands in for it (`dummy_inputs`); without one no MLP is found.
         plan: which may have chosen the neurons already; None: they are chosen by loss.
 
     Raises:
@@ -243,7 +245,7 @@ def _check_sizes(plan: Plan) -> None:
 
 def _first(model: nn.Module, batches: Batches) -> tuple[Mapping[str, Any] | None, Batches]:
     """A batch to try the model on, or None; and the batches, with the first one."""
-    if isinstance(batches, Statistics):
+    if isinstance(batches, (Statistics, SelfWritten)):  # of which the latter is not written before all is checked
         return getattr(model, "dummy_inputs", None), batches
     iterator = iter(batches)
     if iterator is not batches:  # which can be read again
