@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..arguments import check_count, check_seed
+from ..runtime.devices import computes_bfloat16
 from .blocks import Call, main_tensor
 
 AUTOCAST = ("bfloat16", "float16")
@@ -37,6 +38,7 @@ class Refinement:
         patience: epochs without improvement there after which training stops; None: never. The error often rises at the peak
             of the learning rate, and falls below where it began as that decays.
         autocast: "bfloat16", "float16", or None: the dtype of matrix products in training. Parameters are trained in float32.
+            On processors that emulate bfloat16, which takes some twenty times as long, products are in float32, too.
         seed: of the order of batches.
     """
 
@@ -217,6 +219,8 @@ def _in_precision(call: Call, precision: torch.dtype) -> Call:
 
 
 def _autocast(dtype: str | None, device: torch.device) -> AbstractContextManager[Any]:
+    if dtype == "bfloat16" and not computes_bfloat16(device):
+        dtype = None
     return torch.autocast(device.type, dtype=None if dtype is None else getattr(torch, dtype), enabled=dtype is not None)
 
 
