@@ -62,6 +62,23 @@ class Deviation:
         return Deviation(self.cross + other.cross, self.sum + other.sum)
 
 
+@dataclass(frozen=True)
+class Expansion:
+    """An estimate of all inputs x (in,) of a module from those k that are left, x̂: E x̂ + o.
+
+    Attributes:
+        matrix: E, shape (in, k).
+        offset: o, shape (in,); zero unless a bias is moved.
+    """
+
+    matrix: Tensor
+    offset: Tensor
+
+    def of_rows(self, X: Tensor) -> Tensor:
+        """The estimates (n, in) of rows (n, k)."""
+        return X @ self.matrix.mT.to(X) + self.offset.to(X)
+
+
 @dataclass
 class Observed:
     """Sums over the rows of a module's inputs: x̂ in the compressed part, x in the original.
@@ -168,7 +185,7 @@ def observe(
     calls: Iterable[tuple[Call, Call, Callable[[Tensor], Tensor | None]]],
     group: Sequence[str],
     sources: Mapping[str, str],
-    expansion: Tensor | None = None,
+    expansion: Expansion | None = None,
 ) -> Observed | None:
     """Add up what a group of modules, which share their input, sees in a block and in its compressed copy.
 
@@ -179,7 +196,7 @@ def observe(
             None: all.
         group: names of the modules.
         sources: from `residual_sources`.
-        expansion: E (in, k), where the compressed inputs x̂ are but k of them: x is compared with E x̂; None: with x̂.
+        expansion: where the compressed inputs x̂ are but some of them: x is compared with their estimate; None: with x̂.
 
     Returns:
         The sums; None where no rows come, or for layers whose rows are one-hot.
@@ -216,7 +233,7 @@ def observe(
         observed.sum += sums
         if leader not in inputs or not _paired(inputs[leader], x, call_compressed):
             continue
-        D = wide_rows(kind.rows(module, inputs[leader]), rows) - (X if expansion is None else X @ expansion.mT.to(X))
+        D = wide_rows(kind.rows(module, inputs[leader]), rows) - (X if expansion is None else expansion.of_rows(X))
         observed.drift = _added(observed.drift, Deviation.of(D, X))
         for name, source in streams.items():
             h, h_compressed = (kind.gradient_rows(module, stream[source]) for stream in (inputs, inputs_compressed))
@@ -235,7 +252,7 @@ def anchored(
     observed: Observed,
     gram: Tensor,
     anchoring: Anchoring,
-    expansion: Tensor | None = None,
+    expansion: Expansion | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The matrix that takes the place of W, and with a bias the mean of the outputs that are to be fitted.
 
@@ -250,16 +267,16 @@ def anchored(
         gram: Ĝ, shape (in, in), float64, shrunk, about the mean where there is a bias; of a singular one, as of inputs that are
             all zero, the pseudo-inverse is taken.
         anchoring: β and γ.
-        expansion: E (in, k), as for `observe`: W E takes the place of W, and D is E[(x − E x̂) x̂ᵀ].
+        expansion: of x̂, as for `observe`: W E takes the place of W, and D is of x less its estimate E x̂ + o.
 
     Returns:
         W̃ (out, in), or (out, k), float64, and E[y] (out,), float64, or None.
     """
     W = exact(W)
-    start = W if expansion is None else W @ expansion.to(W)
+    start = W if expansion is None else W @ expansion.matrix.to(W)
     mean = observed.sum / observed.rows
     target = start.new_zeros(start.shape)
-    offset = start @ mean
+    offset = start @ mean + (0 if expansion is None else W @ expansion.offset.to(W))
     for weight, deviation, left in (
         (anchoring.original, observed.drift, W),
         (anchoring.residual, observed.residuals.get(name), None),

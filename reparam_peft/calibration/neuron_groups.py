@@ -49,6 +49,10 @@ QUIET_STEPS, MOST_STEPS = 8, 64
 MODEL_ERRORS = (TypeError, ValueError, LookupError, RuntimeError, AttributeError, ArithmeticError, AssertionError)
 
 
+class RefusedBatch(ValueError):
+    """A batch that a model does not accept."""
+
+
 def is_linear(module: nn.Module) -> bool:
     """Whether a module, factorised already or not, computes y = W x + b along the last dimension of its input.
 
@@ -77,7 +81,7 @@ def find_groups(model: nn.Module, targets: Mapping[str, nn.Module], batch: Mappi
         The groups; none where the model does not run with other numbers in place of what its layers compute.
 
     Raises:
-        ValueError: the model does not accept the batch.
+        RefusedBatch: the model does not accept the batch.
     """
     with evaluating(model), uncompiled(model):
         players = _Players.of(model, targets, batch)
@@ -214,7 +218,7 @@ class _Players:
                     raise
                 except MODEL_ERRORS as error:
                     if attempt is batch:
-                        raise ValueError(f"the model does not accept the batch ({sorted(batch)}): {error}") from error
+                        raise RefusedBatch(f"the model does not accept the batch ({sorted(batch)}): {error}") from error
                 else:
                     break
         return cls(model, layers, part, outputs)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 
 from ..blockwise.activations import Activations
-from ..blockwise.anchoring import Anchoring, Observed, anchored, input_groups, observe, residual_sources
+from ..blockwise.anchoring import Anchoring, Expansion, Observed, anchored, input_groups, observe, residual_sources
 from ..blockwise.blocks import Call, Replay
 from ..blockwise.refinement import Refinement, Task, refine_block
 from ..blockwise.streams import Stream
@@ -79,12 +79,12 @@ class Narrowed:
 
     Attributes:
         part: rows and columns.
-        expansion: E (in, k), which estimates all inputs from those that are left, as they are in the compressed part; None
-            where all are, or where that part is not looked at.
+        expansion: estimates all inputs from those that are left, as they are in the compressed part; None where all are left,
+            or where that part is not looked at.
     """
 
     part: Part = field(default_factory=Part)
-    expansion: Tensor | None = None
+    expansion: Expansion | None = None
 
 
 @dataclass
@@ -247,6 +247,9 @@ class BlockByBlock:
         train, held = (refinement or Refinement()).split(len(self.batches))
         if self.steps.anchoring is not None or any(target.rank is not None for target in targets.values()):
             self.job.statistics_of(f"{name}.{next(iter(targets))}")  # of the whole block, by all processes
+        if self.steps.anchoring is None:
+            storages = {f"{name}.{relative}": target.storage for relative, target in targets.items()}
+            self.job.neurons.prepare(list(storages), self.job.neurons.left(storages))
         with fails_together():
             errors: dict[str, Any] = {"original": task.error(original, held or train)}
             self._factorize_all(position, name, original, student, targets)
@@ -294,10 +297,13 @@ class BlockByBlock:
         if observed is None:
             parts = self.job.neurons.parts(self.job.neurons.mlps[consumer].names, {consumer: count})
             return {name: Narrowed(part) for name, part in parts.items()}
-        weighing = self.job.weighing(consumer, observed.moments(self.job.targets[consumer].storage.bias))
+        centred = self.job.targets[consumer].storage.bias
+        weighing = self.job.weighing(consumer, observed.moments(centred))
         parts = self.job.neurons.chosen(consumer, count, weighing)
         narrowed = {name: Narrowed(part) for name, part in parts.items()}
-        narrowed[consumer] = Narrowed(parts[consumer], parts[consumer].expansion(weighing.gram))
+        narrowed[consumer] = Narrowed(
+            parts[consumer], parts[consumer].expansion(weighing.gram, weighing.mean if centred else None)
+        )
         return narrowed
 
     def _factorize(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -14,7 +15,7 @@ from ..blockwise.anchoring import Anchoring
 from ..blockwise.blocks import find_blocks
 from ..blockwise.refinement import Refinement
 from ..calibration.gather import gather_statistics
-from ..calibration.self_written import SelfWritten, batches_or_self_written
+from ..calibration.self_written import SELF, SelfWritten, batches_or_self_written
 from ..calibration.statistics import Batches, Statistics
 from ..config.reparam_config import ReparamConfig
 from ..layers.kinds import is_quantized
@@ -34,7 +35,7 @@ OptionsOfStep = TypeVar("OptionsOfStep", Anchoring, Refinement)
 def compress(
     model: nn.Module,
     config: ReparamConfig,
-    batches: Batches | str,
+    batches: Batches | str = SELF,
     *,
     tokenizer: Any = None,
     seed: int = 0,
@@ -52,7 +53,8 @@ def compress(
     """Compress a model with calibration data: `get_peft_model` with ranks and factors chosen by what the layers compute.
 
     By default the factorisation is two-sided (`method="whitened"` in the metrics of inputs and gradients), ranks are chosen
-    by predicted loss, and products are stored in pivot form. The model is changed in place, as by `get_peft_model`, and only
+    by predicted loss, MLPs lose neurons where that is predicted to lose less than lower ranks do (`neurons=False` leaves them
+    alone), and products are stored in pivot form. The model is changed in place, as by `get_peft_model`, and only
     after everything is computed: an error, or an interrupt, leaves it as it was.
 
     With `sequential` or `refine` the model is compressed block by block in the order of the data flow, so that each block sees
@@ -168,6 +170,7 @@ def compress_blocks(
             plan=plan,
             blocks=list(blocks),
             moves_bias=steps.refinement is not None,
+            example=None if isinstance(batches, SelfWritten) else batches[0],
         )
         if steps.anchoring is not None and not job.weigher.calibrated:
             calibrated = names_of_methods(needs_data=True)
@@ -211,7 +214,7 @@ def _install(model: nn.Module, job: Job, result: Result, adapter_name: str, auto
 def plan(
     model: nn.Module,
     config: ReparamConfig,
-    batches: Batches | str,
+    batches: Batches | str = SELF,
     *,
     tokenizer: Any = None,
     seed: int = 0,
@@ -249,5 +252,8 @@ def calibrate(
     """
     data = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
     with unchanged_on_error(model):
+        if isinstance(config, ReparamConfig):
+            config = copy.copy(config)
+            config.neurons = False  # which statistics serve as well as ranks
         modules = Job.of_model(model, config, (), Options(seed, progress)).modules
         return gather_statistics(model, modules, data, seed=seed, progress=progress, first_row=first_row)

@@ -34,7 +34,8 @@ from ..tuner.matrices import base_dtype, own_bias, source_matrix
 from ..tuner.selection import select_targets
 from ..tuner.targets import Target
 from .factorizing import Factorizer
-from .neurons import Neurons, find_mlps
+from .mlps import check_alike, find_mlps
+from .neurons import Neurons
 from .parts import Part
 from .weighing import Weigher, Weighing, mean_output
 
@@ -118,12 +119,14 @@ class Job:
         plan: Plan | None = None,
         blocks: Sequence[str] = (),
         moves_bias: bool = False,
+        example: Mapping[str, Any] | None = None,
     ) -> Job:
         """A job on the weights of a model, with everything checked that can be checked before the data are read.
 
         Args:
             blocks: names of blocks, in each of which the statistics of all targets are needed together.
             moves_bias: whether biases are stored with the products for another reason than the method.
+            example: a batch, where `batches` are statistics.
             model, config, batches, options, adapter_name, plan: as for `compress`.
         """
         if isinstance(model, PeftModel) or any(isinstance(module, BaseTunerLayer) for module in model.modules()):
@@ -146,7 +149,7 @@ class Job:
             shapes = {name: storage.whole_shape for name, storage in storages.items()}
             has_bias = any(getattr(target.module, "bias", None) is not None for target in targets.values())
             plan.check_fits(shapes, config, chooser.prescribed if config.r is None else chooser.uniform, has_bias)
-        mlps, batches = find_mlps(model, config, targets, batches, plan)
+        mlps, batches = find_mlps(model, config, targets, batches, plan, blocks, example)
         return cls(
             model=model,
             config=config,
@@ -167,6 +170,7 @@ class Job:
     def losses(self) -> Losses:
         """What each direction of each target is predicted to cost, and numbers of neurons; empty without gradients."""
         losses: dict[str, Tensor] = {}
+        check_alike(list(self.neurons.mlps.values()))
 
         def compute(name: str) -> list[Tensor]:
             return [self.factorizer.losses(self.matrix_of(name), self.weighing(name))]

@@ -3,24 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from itertools import chain
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ..calibration.neuron_groups import find_groups
-from ..calibration.self_written import SelfWritten
-from ..calibration.statistics import Batches, Statistics
-from ..config.reparam_config import ReparamConfig
 from ..layers.neuron_groups import NeuronGroup
-from ..numerics.methods import method_of
 from ..numerics.neurons import Elimination, eliminate
 from ..numerics.storage import Storage
 from ..planning.neurons import NeuronOption, counts
-from ..planning.plan import Plan
-from ..planning.ranks import is_nested
-from ..tuner.targets import Target
 from .factorizing import Factorizer
 from .parts import Part, narrow, parts
 from .weighing import Weighing
@@ -71,11 +62,11 @@ class Neurons:
 
         def compute(name: str) -> list[Tensor]:
             consumer, weighing, matrix = self.consumers[name], self.weighing(name), self.matrix_of(name)
-            found = []
+            spectra = []
             for count in self._computed(consumer):
                 part = parts(self.mlps[consumer], self._eliminations[consumer].kept(count))[name]
-                found.append(self.factorizer.losses(part.matrix(matrix, weighing.gram), part.weighing(weighing)))
-            return found
+                spectra.append(self.factorizer.losses(part.matrix(matrix, weighing.gram), part.weighing(weighing)))
+            return spectra
 
         def room(name: str) -> list[Tensor]:
             mlp = self.mlps[self.consumers[name]]
@@ -93,10 +84,10 @@ class Neurons:
         """
         options = {}
         for consumer, mlp in self.mlps.items():
-            known = {mlp.neurons: {name: losses[name] for name in mlp.names}}
+            spectra = {mlp.neurons: {name: losses[name] for name in mlp.names}}
             for index, count in enumerate(self._computed(consumer)):
-                known[count] = {name: self._spectra[name][index] for name in mlp.names}
-            options[consumer] = [self._option(mlp, count, known) for count in counts(mlp.neurons)]
+                spectra[count] = {name: self._spectra[name][index] for name in mlp.names}
+            options[consumer] = [self._option(mlp, count, spectra) for count in counts(mlp.neurons)]
         return options
 
     def parts(self, names: Sequence[str], left: Mapping[str, int]) -> dict[str, Part]:
@@ -106,13 +97,17 @@ class Neurons:
             names: of the modules; consumers before, or together with, their producers.
             left: number of neurons by consumer.
         """
-        self._eliminate([name for name in names if name in left])
-        found: dict[str, Part] = {}
+        self.prepare(names, left)
+        of_modules: dict[str, Part] = {}
         for name in names:
             consumer = self.consumers.get(name)
             if consumer is not None and consumer in left:
-                found[name] = parts(self.mlps[consumer], self._eliminations[consumer].kept(left[consumer]))[name]
-        return found
+                of_modules[name] = parts(self.mlps[consumer], self._eliminations[consumer].kept(left[consumer]))[name]
+        return of_modules
+
+    def prepare(self, names: Sequence[str], left: Mapping[str, int]) -> None:
+        """Choose the neurons of the consumers among modules; processes wait for each other. Then `parts` computes nothing."""
+        self._eliminate([name for name in names if name in left], left)
 
     def chosen(self, consumer: str, count: int, weighing: Weighing) -> dict[str, Part]:
         """What is left of the matrices of an MLP, by module, with neurons chosen by other inputs of the consumer.
@@ -126,27 +121,31 @@ class Neurons:
 
     def left(self, storages: Mapping[str, Storage]) -> dict[str, int]:
         """How many neurons stay of the MLPs that lose some, by consumer, where these are the storages of modules."""
-        found = {consumer: storages[consumer] for consumer in self.mlps if consumer in storages}
-        return {consumer: storage.in_features for consumer, storage in found.items() if storage.is_narrow}
+        consumers = [consumer for consumer in self.mlps if consumer in storages and storages[consumer].is_narrow]
+        return {consumer: storages[consumer].in_features for consumer in consumers}
 
     def narrowed(self, mlp: NeuronGroup, count: int) -> dict[str, Storage]:
         """What the products of the matrices of an MLP take where so many neurons stay, by module."""
         shapes = {name: self.storages[name].whole_shape for name in mlp.names}
         return {name: narrow(self.storages[name], size) for name, size in mlp.sizes(shapes, count).items()}
 
-    def _eliminate(self, names: Sequence[str]) -> None:
+    def _eliminate(self, names: Sequence[str], left: Mapping[str, int] | None = None) -> None:
         """Find the order in which MLPs lose neurons, of the consumers among modules, where it is not known yet."""
 
         def compute(consumer: str) -> list[Tensor]:
             weighing = self.weighing(consumer)
-            found = self._elimination(consumer, weighing, counts(self.mlps[consumer].neurons)[-1])
-            return [found.order, found.losses * weighing.loss_scale]
+            elimination = self._elimination(consumer, weighing, least[consumer])
+            return [elimination.order, elimination.losses * weighing.loss_scale]
 
         def room(consumer: str) -> list[Tensor]:
-            gone = self.mlps[consumer].neurons - counts(self.mlps[consumer].neurons)[-1]
+            gone = self.mlps[consumer].neurons - least[consumer]
             return [torch.empty(gone, dtype=torch.int64), torch.empty(gone + 1, dtype=torch.float64)]
 
         new = [name for name in names if name in self.mlps and name not in self._eliminations]
+        # A plan that is given may leave fewer neurons than are offered.
+        least = {
+            name: min(counts(self.mlps[name].neurons)[-1], (left or {}).get(name, self.mlps[name].neurons)) for name in new
+        }
         for consumer, (order, losses) in self.share_out(new, "Choosing neurons", compute, room).items():
             self._eliminations[consumer] = Elimination(order, losses, self.mlps[consumer].neurons)
 
@@ -174,81 +173,3 @@ def _between(spectra: Mapping[int, Mapping[str, Tensor]], count: int, name: str)
     low = torch.nn.functional.pad(low, (0, len(high) - len(low)))
     weight = (count - fewer) / (more - fewer) if more > fewer else 1.0
     return (1 - weight) * low + weight * high
-
-
-def may_lose_neurons(config: ReparamConfig) -> bool:
-    """Whether MLPs may lose neurons under a config whose choices are resolved.
-
-    Raises:
-        ValueError: the config asks for it, and it cannot be.
-    """
-    reasons = {
-        "needs the ranks of `allocation='loss'`, whose units tell neurons from ranks": config.allocation != "loss",
-        "needs a method that uses data": not method_of(config.method).needs_data,
-        "excludes one adapter of many sizes (`form='factors'` with a `ceiling` below 1)": is_nested(config),
-    }
-    reason = next((reason for reason, applies in reasons.items() if applies), None)
-    if config.neurons and reason is not None:
-        raise ValueError(f"`neurons=True` {reason}; leave out the one or the other.")
-    return config.neurons is not False and reason is None
-
-
-def find_mlps(
-    model: nn.Module, config: ReparamConfig, targets: Mapping[str, Target], batches: Batches, plan: Plan | None
-) -> tuple[list[NeuronGroup], Batches]:
-    """The MLPs of a model that may lose neurons, found by running it on its first batch; and the batches, all of them.
-
-    Args:
-        model: as calibration runs it; stays as it is.
-        config: whose choices are resolved.
-        targets: by name.
-        batches: of which the first is read. For statistics, and text that is yet to be written, the example of an input that
-            models of transformers have stands in for it (`dummy_inputs`); without one no MLP is found.
-        plan: which may have chosen the neurons already; None: they are chosen by loss.
-
-    Raises:
-        ValueError: the config asks for MLPs that lose neurons, or the plan has such, and they are not found.
-    """
-    if plan is not None:
-        _check_sizes(plan)
-    if not (may_lose_neurons(config) if plan is None else plan.neurons):
-        return [], batches
-    batch, batches = _first(model, batches)
-    modules = {name: target.module for name, target in targets.items()}
-    try:
-        found = find_groups(model, modules, batch) if isinstance(batch, Mapping) else []
-    except ValueError:  # the model does not accept the batch, which calibration will tell with its number
-        found = []
-    mlps = [mlp for mlp in found if counts(mlp.neurons)]
-    if config.neurons and not mlps:
-        raise ValueError(
-            "`neurons=True`, and no MLP of the model can lose neurons: nowhere do targets make hidden activations, each by its "
-            "own row, that another target alone reads. Leave `neurons` out, or target all matrices of an MLP."
-        )
-    known = {mlp.consumer: mlp for mlp in mlps}
-    for planned in () if plan is None else plan.neurons:
-        if known.get(planned.consumer) != planned.group:
-            raise ValueError(
-                f"{planned.consumer}: the plan leaves out neurons that it reads, and in this model it reads none of "
-                f"{[producer.name for producer in planned.group.producers]}, or others; make a plan for this model."
-            )
-    return mlps, batches
-
-
-def _check_sizes(plan: Plan) -> None:
-    """Raise `ValueError` where a plan says that neurons are left out, and not of which MLP, as those in reports."""
-    known = {name for planned in plan.neurons for name in planned.group.names}
-    unknown = [module.name for module in plan.modules if module.size is not None and module.name not in known]
-    if unknown:
-        raise ValueError(f"{unknown[0]}: the plan does not say to which MLP its neurons belong; make one with `plan`.")
-
-
-def _first(model: nn.Module, batches: Batches) -> tuple[Mapping[str, Any] | None, Batches]:
-    """A batch to try the model on, or None; and the batches, with the first one."""
-    if isinstance(batches, (Statistics, SelfWritten)):  # of which the latter is not written before all is checked
-        return getattr(model, "dummy_inputs", None), batches
-    iterator = iter(batches)
-    if iterator is not batches:  # which can be read again
-        return next(iterator, None), batches
-    first = next(iterator, None)
-    return first, [] if first is None else chain([first], iterator)

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..blockwise.anchoring import Expansion
 from ..layers.neuron_groups import NeuronGroup, rows_of
 from ..numerics.neurons import refitted
 from ..numerics.storage import Storage
@@ -31,9 +32,20 @@ class Part:
             return refitted(W, gram, self.columns).to(torch.promote_types(W.dtype, torch.float32))
         return W if self.rows is None else W[self.rows.to(W.device)]
 
-    def expansion(self, gram: Tensor) -> Tensor | None:
-        """E = C_:S C_SS⁻¹ (in, k), the best estimate of all inputs from those that are left; None where all are."""
-        return None if self.columns is None else refitted(torch.eye(len(gram), device=gram.device), gram, self.columns)
+    def expansion(self, gram: Tensor, mean: Tensor | None) -> Expansion | None:
+        """The best estimate of all inputs from those that are left, E = C_:S C_SS⁻¹; None where all are left.
+
+        Args:
+            gram: of all inputs, shape (in, in); about the mean where there is one.
+            mean: of all inputs, shape (in,), where a bias is moved; else None.
+        """
+        if self.columns is None:
+            return None
+        matrix = refitted(torch.eye(len(gram), device=gram.device), gram, self.columns)
+        if mean is None:
+            return Expansion(matrix, matrix.new_zeros(len(matrix)))
+        mean = mean.to(matrix)
+        return Expansion(matrix, mean - matrix @ mean[self.columns.to(mean.device)])
 
     def of_outputs(self, vector: Tensor) -> Tensor:
         """What is left of a vector (out,)."""
@@ -42,22 +54,22 @@ class Part:
     def weighing(self, whole: Weighing) -> Weighing:
         """What errors of it are weighed by."""
 
-        def cut(metric: Tensor | None, indices: Tensor | None) -> Tensor | None:
-            if metric is None or indices is None:
+        def cut(metric: Tensor, indices: Tensor | None) -> Tensor:
+            if indices is None:
                 return metric
             indices = indices.to(metric.device)
             return metric[indices] if metric.ndim == 1 else metric[indices][:, indices]
 
-        gram = whole.gram if self.columns is None else whole.gram[self.columns][:, self.columns]
-        fisher = cut(whole.fisher, self.rows)
+        gram = cut(whole.gram, self.columns)
+        fisher = None if whole.fisher is None else cut(whole.fisher, self.rows)
         return replace(
             whole,
             # The very same tensors where the metrics are those that losses are predicted in.
-            input=gram if whole.input is whole.gram else cut(whole.input, self.columns),
-            output=fisher if whole.output is whole.fisher else cut(whole.output, self.rows),
+            input=gram if whole.input is whole.gram else None if whole.input is None else cut(whole.input, self.columns),
+            output=fisher if whole.output is whole.fisher else None if whole.output is None else cut(whole.output, self.rows),
             gram=gram,
             fisher=fisher,
-            mean=whole.mean if self.columns is None else whole.mean[self.columns],
+            mean=whole.mean if self.columns is None else whole.mean[self.columns.to(whole.mean.device)],
         )
 
 

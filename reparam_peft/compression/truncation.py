@@ -132,7 +132,7 @@ def _lowered(
     config.keep = keep
     config.r = config.evaluation = config.smaller_keeps = config.smaller_ranks = None
     if batches is None:
-        for name in (*OF_METRICS, *OF_ALLOCATION):
+        for name in (*OF_METRICS, *OF_ALLOCATION, "neurons"):
             setattr(config, name, None)
     for name, value in asdict(made_by).items():
         setattr(config, name, value)

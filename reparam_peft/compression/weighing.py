@@ -94,6 +94,7 @@ class Weigher:
         if self.gradients and (self.input_metric, self.output_metric) == ("gram", "fisher"):
             weighted = statistics.weighted_gram(name, mean_seen if moves_bias else None)
             if weighted is not None and columns is not None:
+                columns = columns.to(weighted.device)
                 weighted = weighted[columns][:, columns]
             if weighted is not None and weighted.trace() > 0:
                 gram = (1 - SENSITIVE) * gram + SENSITIVE * (gram.trace() / weighted.trace()) * weighted

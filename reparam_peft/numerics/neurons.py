@@ -14,6 +14,7 @@ from torch import Tensor
 from .metrics import ABSENT, Metric, exact, solve
 
 AT_A_TIME = 1 / 48  # of the neurons: how many are left out together
+CANDIDATES = 4  # for each of them, so many that are cheap alone, since two may be cheap only as long as the other stays
 COMPACT = 0.9  # part of the rows that are left where the others are taken out of the matrices
 
 
@@ -23,8 +24,7 @@ class Elimination:
 
     Attributes:
         order: indices of neurons, shape (steps,), int64: the first k of them are left out first.
-        losses: what the first k of them cost together, shape (steps + 1,), float64, ascending from 0. Within a block of neurons
-            that are left out together it is shared out by what each of them costs alone.
+        losses: what the first k of them cost together, shape (steps + 1,), float64, ascending from 0.
         neurons: d.
     """
 
@@ -35,16 +35,26 @@ class Elimination:
     def kept(self, count: int) -> Tensor:
         """Indices of the neurons that stay where `count` do, ascending, shape (count,), int64.
 
+        Raises:
+            ValueError: fewer neurons would stay than were to, or more than there are.
+
         >>> Elimination(torch.tensor([2, 0]), torch.zeros(3), 4).kept(3)
         tensor([0, 1, 3])
         """
         stays = torch.ones(self.neurons, dtype=torch.bool, device=self.order.device)
-        stays[self.order[: self.neurons - count]] = False
+        stays[self.order[: self._gone(count)]] = False
         return stays.nonzero()[:, 0]
 
     def loss(self, count: int) -> float:
         """What it costs where `count` neurons stay."""
-        return float(self.losses[self.neurons - count])
+        return float(self.losses[self._gone(count)])
+
+    def _gone(self, count: int) -> int:
+        """How many neurons go where `count` stay."""
+        gone = self.neurons - count
+        if not 0 <= gone <= len(self.order):
+            raise ValueError(f"`count` must be in [{self.neurons - len(self.order)}, {self.neurons}], got {count}.")
+        return gone
 
 
 def eliminate(weight: Tensor, gram: Tensor, fisher: Tensor, least: int, block: int | None = None) -> Elimination:
@@ -53,8 +63,8 @@ def eliminate(weight: Tensor, gram: Tensor, fisher: Tensor, least: int, block: i
     Of the neurons that stay, S, W' = W C_:S C_SS⁻¹ computes the best estimate of W h, and the loss rises by
     ½ tr(F W (C − C_:S C_SS⁻¹ C_S:) Wᵀ), to second order. Leaving out one neuron j more costs ½ (w'_jᵀ F w'_j) / H_jj, where
     w'_j is its column of W' and H = C_SS⁻¹: the rule of the optimal brain surgeon (Hassibi & Stork 1993) in the metric of both
-    sides. Blocks of neurons are left out together, at their exact joint cost. MoDeGPT (arXiv:2408.09632) and FLAT-LLM
-    (arXiv:2505.23966) choose neurons by the inputs alone.
+    sides. For speed, the neurons of a block are chosen among those that are cheap alone. MoDeGPT (arXiv:2408.09632) and
+    FLAT-LLM (arXiv:2505.23966) choose neurons by the inputs alone.
 
     Args:
         weight: W of the layer that reads the neurons, shape (out, d).
@@ -66,6 +76,9 @@ def eliminate(weight: Tensor, gram: Tensor, fisher: Tensor, least: int, block: i
     Returns:
         The order and the costs, in the units of `direction_losses`.
 
+    Raises:
+        ValueError: `least` is out of range.
+
     >>> torch.manual_seed(0).device
     device(type='cpu')
     >>> eliminate(torch.tensor([[1.0, 5.0, 0.1]]), torch.eye(3), torch.eye(1), 1, block=1).order
@@ -73,6 +86,8 @@ def eliminate(weight: Tensor, gram: Tensor, fisher: Tensor, least: int, block: i
     """
     metric, T = Metric(gram), Metric(fisher)
     neurons = len(metric.matrix)
+    if not 1 <= least <= neurons:
+        raise ValueError(f"`least` must be in [1, {neurons}], the number of neurons, got {least}.")
     identity = torch.eye(neurons, dtype=torch.float64, device=metric.matrix.device)
     # A neuron that the others determine, or that is always zero, costs nothing and goes first; it needs some variance.
     H = torch.linalg.inv(metric.matrix + ABSENT * identity)
@@ -84,13 +99,13 @@ def eliminate(weight: Tensor, gram: Tensor, fisher: Tensor, least: int, block: i
     left = neurons
     while left > least:
         size = min(max(1, block or round(neurons * AT_A_TIME)), left - least)
-        costs = V.square().sum(0) / H.diagonal()
-        alone, gone = costs.masked_fill(~is_left, torch.inf).topk(size, largest=False)
+        costs = (V.square().sum(0) / H.diagonal()).masked_fill(~is_left, torch.inf)
+        candidates = costs.topk(min(CANDIDATES * size, left), largest=False).indices
+        first, cost = _cheapest(V[:, candidates], H[candidates][:, candidates], size)
+        gone = candidates[first]
         columns, lost = H[:, gone], V[:, gone]
         update = torch.linalg.solve(columns[gone], columns.mT)  # H_gg⁻¹ H_g:
-        cost = (lost * torch.linalg.solve(columns[gone], lost.mT).mT).sum().clamp(min=0) / 2
-        shares = alone.cumsum(0) / alone.sum().clamp(min=torch.finfo(H.dtype).tiny)
-        losses.append(losses[-1][-1] + cost * shares)
+        losses.append(losses[-1][-1] + cost.cumsum(0))
         order.append(stays[gone])
         V.addmm_(lost, update, alpha=-1)
         H.addmm_(columns, update, alpha=-1)
@@ -101,6 +116,27 @@ def eliminate(weight: Tensor, gram: Tensor, fisher: Tensor, least: int, block: i
             stays, is_left, V, H = stays[rest], is_left[rest], V[:, rest], H[rest][:, rest]
     indices = torch.cat(order) if order else stays[:0]
     return Elimination(indices, torch.cat(losses) * (metric.scale * T.scale), neurons)
+
+
+def _cheapest(V: Tensor, H: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Of some neurons those to leave out one after the other, and what each costs: of two that stand for each other only one.
+
+    Args:
+        V: Tᵀ W' of these neurons, shape (out, n); used up.
+        H: C_SS⁻¹ of them, shape (n, n); used up.
+        count: how many go.
+    """
+    chosen, costs = [], []
+    is_gone = torch.zeros(len(H), dtype=torch.bool, device=H.device)
+    for _ in range(count):
+        cost, index = (V.square().sum(0) / H.diagonal()).masked_fill(is_gone, torch.inf).min(0)
+        column, row = H[:, index].clone(), H[index] / H[index, index]
+        V -= torch.outer(V[:, index].clone(), row)
+        H -= torch.outer(column, row)
+        is_gone[index] = True
+        chosen.append(index)
+        costs.append(cost.clamp(min=0) / 2)
+    return torch.stack(chosen), torch.stack(costs)
 
 
 def refitted(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:

@@ -45,6 +45,8 @@ def points(
 ) -> list[Point]:
     """The curve of a matrix: the ranks to choose from and dense, cheapest first, with what each stores and loses.
 
+    Of a matrix that has lost neurons there may be no point between floor and ceiling.
+
     Rank r loses Σ_{i>r} q_i. Ranks are multiples of `multiple` that save parameters; where there is none, ranks from 1 up.
 
     Args:
@@ -62,8 +64,10 @@ def points(
         if within:
             break
     curve = [Point(rank, storage.parameters(rank), tails[rank]) for rank in within]
-    fits = full is not None and storage.stored(full) <= ceiling * storage.dense
-    return curve if ceiling < 1 and curve and not fits else [*curve, Point(full, storage.stored(full), 0.0)]
+    if full is not None:
+        fits = floor * storage.dense <= storage.stored(full) <= ceiling * storage.dense
+        return [*curve, Point(full, storage.stored(full), 0.0)] if fits else curve
+    return curve if ceiling < 1 and curve else [*curve, Point(None, storage.dense, 0.0)]
 
 
 def allocate(curves: Sequence[Sequence[Choice]], budget: int) -> list[int]:

@@ -107,7 +107,8 @@ def group_curve(
     """
     points = _together(None, whole)
     for option in options:
-        points += _together(option, {name: curve(option, name) for name in whole})
+        curves = {name: curve(option, name) for name in whole}
+        points += _together(option, curves) if all(curves.values()) else []
     points.sort(key=lambda point: (point.parameters, point.loss))
     best: list[GroupPoint] = []
     for point in points:

@@ -245,6 +245,20 @@ class Plan:
                     "`dense_modules` out of the config, or make a plan with them."
                 )
 
+    def check_neurons(self, neurons: bool | None) -> None:
+        """Raise `ValueError` where a config says otherwise of neurons, or it is not known of which MLP some are left out.
+
+        Args:
+            neurons: whether the config has MLPs lose neurons; None: either way.
+        """
+        if neurons is not None and neurons != bool(self.neurons):
+            lose = "lose" if self.neurons else "keep"
+            raise ValueError(f"`plan` has MLPs {lose} neurons, and the config says `neurons={neurons}`; leave it out.")
+        members = {name for planned in self.neurons for name in planned.group.names}
+        unknown = [module.name for module in self.modules if module.size is not None and module.name not in members]
+        if unknown:
+            raise ValueError(f"{unknown[0]}: the plan does not say to which MLP its neurons belong; make one with `plan`.")
+
     def resistant(self, count: int = 10) -> list[ModulePlan]:
         """The targets that resist compression most: those whose effective rank is the largest part of their full rank."""
         return sorted(self.modules, key=lambda module: -module.effective_rank / min(module.shape))[:count]
@@ -347,9 +361,9 @@ def _check_sizes(plan: Plan) -> None:
     """Raise `ValueError` unless modules have the sizes that the numbers of neurons give them."""
     shapes = {module.name: module.shape for module in plan.modules}
     for planned in plan.neurons:
-        names = {producer.name for producer in planned.group.producers} | {planned.consumer}
-        if not names <= shapes.keys():
-            raise ValueError(f"{planned.consumer}: modules {sorted(names - shapes.keys())} of its MLP are not in the plan.")
+        missing = sorted(set(planned.group.names) - shapes.keys())
+        if missing:
+            raise ValueError(f"{planned.consumer}: modules {missing} of its MLP are not in the plan.")
     sizes = {name: size for planned in plan.neurons for name, size in planned.sizes(shapes).items()}
     for module in plan.modules:
         size = module.size
@@ -358,6 +372,8 @@ def _check_sizes(plan: Plan) -> None:
             fits = all(1 <= left <= whole for left, whole in zip(size, module.shape, strict=True))
         if (size is not None and not fits) or (module.name in sizes and sizes[module.name] != size):
             raise ValueError(f"{module.name}: `size` does not fit the shape {module.shape}, or the neurons, got {size}.")
+        if size is not None and (module.rank is None or module.rank > min(size)):
+            raise ValueError(f"{module.name}: `rank` must be in [1, {min(size)}] by its `size`, got {module.rank}.")
 
 
 def make_plan(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import cast
 
@@ -16,7 +16,7 @@ from ..compression.weighing import mean_output
 from ..config.reparam_config import ReparamConfig
 from ..evaluation.measures import Measure
 from ..layers.kinds import is_quantized, layer_kind
-from ..layers.product import whole_bias, whole_matrix
+from ..layers.product import Product, whole_bias, whole_matrix
 from ..numerics.decompositions import Factors
 from ..numerics.metrics import exact
 from ..planning.plan import Plan
@@ -58,23 +58,33 @@ class Family:
             plan = self.plan(keep)
         except ValueError:
             return None
+        narrow = self.narrow_products(plan)  # by all processes together
         with ExitStack() as stack:
             with fails_together():
-                stack.enter_context(self.truncated(plan))
+                stack.enter_context(self.truncated(plan, narrow))
             value = measure.of(self.model)
         within = measure.within(value, limit)
         seconds = round(time.perf_counter() - start, 2)
         return Trial(self.method, keep, plan.stored_parameters, value, within, plan.predicted_loss, seconds)
 
+    def narrow_products(self, plan: Plan) -> dict[str, Product]:
+        """The products of those matrices that lose neurons, by module; they are not parts of decompositions of the whole."""
+        targets = {name: target for name, target in self.job.ranked(plan).items() if target.storage.is_narrow}
+        return self.job.products(targets) if targets else {}
+
     @contextmanager
-    def truncated(self, plan: Plan) -> Iterator[None]:
-        """Within this block weights are the products of a plan; afterwards they are the very same as before."""
+    def truncated(self, plan: Plan, narrow: Mapping[str, Product]) -> Iterator[None]:
+        """Within this block weights are the products of a plan; afterwards they are the very same as before.
+
+        Args:
+            plan: of a size.
+            narrow: the products of those matrices that lose neurons, from `narrow_products`.
+        """
         before: list[tuple[Tensor, Tensor]] = []
         try:
-            narrow = {name: target for name, target in self.job.ranked(plan).items() if target.storage.is_narrow}
-            for name, product in self.job.products(narrow).items():
-                module = self.job.modules[name]
-                weight, matrix = cast(Tensor, module.weight), whole_matrix(product, narrow[name].storage.whole_shape)
+            for name, product in narrow.items():
+                module, storage = self.job.modules[name], self.job.storages[name]
+                weight, matrix = cast(Tensor, module.weight), whole_matrix(product, storage.whole_shape)
                 before.append((weight, weight.data))
                 weight.data = layer_kind(module).weight(matrix.to(weight.device, weight.dtype), weight.shape)
                 moved = whole_bias(product, len(matrix))

@@ -1,7 +1,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +21,7 @@ from reparam_peft import (
     plan,
     retruncate,
 )
+from reparam_peft.arguments import ReparamWarning
 
 MODELS: dict[str, Callable[[], nn.Module]] = {"llama": llama, "gpt2": gpt2, "bert": bert}
 MLPS: dict[str, dict[str, Any]] = {
@@ -214,3 +215,122 @@ def test_config_and_plan_without_neurons_are_as_they_were() -> None:
     assert all(module.size is None for module in made.modules)
     assert not made.neurons
     assert not lost(compressed(llama(), TEXT, neurons=False))
+
+
+def test_neurons_can_be_asked_for_in_every_step() -> None:
+    statistics = calibrate(llama(), config_of(neurons=True), TEXT, progress=False)
+    assert lost(compressed(llama(), statistics, neurons=True))
+    assert lost(compressed(llama(), TEXT, neurons=True))
+
+
+class Stream:
+    """Batches that can be read once, though each reader gets an iterator of its own."""
+
+    def __init__(self) -> None:
+        self.left = iter(TEXT)
+
+    def __iter__(self) -> Iterator[Any]:
+        return (batch for batch in self.left)
+
+
+def test_no_batch_of_a_stream_is_lost() -> None:
+    assert planned(llama(), Stream()).calibration_tokens == planned(llama(), TEXT).calibration_tokens
+
+
+@pytest.mark.parametrize(("keep", "floor"), [(0.6, 0.55), (0.7, 0.65), (0.5, 0.45)])
+def test_no_matrix_is_stored_below_the_floor(keep: float, floor: float) -> None:
+    for module in planned(llama(), TEXT, keep=keep, floor=floor).modules:
+        assert module.stored_parameters >= floor * module.dense_parameters
+
+
+class Across(nn.Module):
+    """Two blocks, of which the first makes neurons that the second reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        up, down = nn.Sequential(nn.Linear(32, 96), nn.ReLU()), nn.Sequential(nn.Linear(96, 32), nn.Tanh())
+        self.blocks = nn.ModuleList([up, down])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        for block in self.blocks:
+            x = block(x)
+        return x
+
+
+ROWS = [{"x": torch.randn(8, 12, 32, generator=torch.Generator().manual_seed(i))} for i in range(3)]
+BOTH = ["blocks.0.0", "blocks.1.0"]
+
+
+def test_statistics_of_a_model_that_has_no_example_warn_that_neurons_stay() -> None:
+    made = planned(Across(), ROWS, target_modules=BOTH)
+    assert made.neurons
+    statistics = calibrate(Across(), config_of(target_modules=BOTH), ROWS, progress=False)
+    with pytest.warns(ReparamWarning, match="give batches in place of statistics"):
+        assert not planned(Across(), statistics, target_modules=BOTH).neurons
+    with pytest.raises(ValueError, match="give batches in place of statistics"):
+        compressed(Across(), statistics, target_modules=BOTH, arguments={"plan": made})
+
+
+def test_an_mlp_across_two_blocks_keeps_its_neurons_block_by_block() -> None:
+    arguments = {"refine": Refinement(epochs=1)}
+    assert not lost(compressed(Across(), ROWS, target_modules=BOTH, arguments=arguments))
+    made = planned(Across(), ROWS, target_modules=BOTH)
+    with pytest.raises(ValueError, match="make a plan for this model"):
+        compressed(Across(), ROWS, target_modules=BOTH, arguments={**arguments, "plan": made})
+
+
+def fewer_than_offered() -> dict[str, Any]:
+    """A plan that leaves a quarter of the neurons of one MLP."""
+    fields: dict[str, Any] = json.loads(json.dumps(planned(llama(), TEXT).to_dict()))
+    mlp = fields["neurons"][0]
+    mlp["kept"] = 40
+    names = [mlp["group"]["consumer"], *(name for name, _ in mlp["group"]["producers"])]
+    for module in fields["modules"]:
+        if module["name"] in names:
+            module["size"] = [64, 40] if module["name"].endswith("down_proj") else [40, 64]
+            module["rank"] = 40
+    return fields
+
+
+def test_a_plan_may_leave_fewer_neurons_than_are_offered() -> None:
+    small = compressed(llama(), TEXT, arguments={"plan": Plan.from_dict(fewer_than_offered())})
+    assert [40, 64] in lost(small).values()
+    assert torch.isfinite(logits(small)).all()
+
+
+@pytest.mark.parametrize("rank", [None, 63])
+def test_the_rank_of_what_is_left_must_fit_its_size(rank: int | None) -> None:
+    fields = fewer_than_offered()
+    next(module for module in fields["modules"] if module["size"] == [64, 40])["rank"] = rank
+    with pytest.raises(ValueError, match=r"`rank` must be in \[1, 40\]"):
+        Plan.from_dict(fields)
+
+
+@pytest.mark.parametrize("neurons", [True, False])
+def test_a_config_that_contradicts_its_plan_is_refused(neurons: bool) -> None:
+    made = planned(llama(), TEXT, neurons=not neurons)
+    with pytest.raises(ValueError, match=r"`plan` has MLPs (lose|keep) neurons"):
+        compressed(llama(), TEXT, neurons=neurons, arguments={"plan": made})
+
+
+def mean_output(net: nn.Module) -> torch.Tensor:
+    """The mean of what the first MLP of a GPT-2 gives for the tokens of TEXT that are no padding."""
+    outputs: list[torch.Tensor] = []
+    mlp = next(module for name, module in net.named_modules() if name.endswith("h.0.mlp.c_proj"))
+    handle = mlp.register_forward_hook(lambda module, args, output: outputs.append(output.detach()))
+    with torch.no_grad():
+        for batch in TEXT:
+            net(**batch)
+    handle.remove()
+    return torch.cat([rows[batch["attention_mask"].bool()] for rows, batch in zip(outputs, TEXT, strict=True)]).mean(0)
+
+
+@pytest.mark.parametrize("original", [0.0, 0.5, 1.0])
+def test_block_by_block_the_mean_of_what_reads_neurons_is_preserved(original: float) -> None:
+    targets = {"target_modules": ["h.0.mlp.c_fc", "h.0.mlp.c_proj"], "keep": 0.7, "rank_multiple": None}
+    sequential = Anchoring(original=original, residual=0.0)
+    small = compressed(gpt2(), TEXT, arguments={"sequential": sequential}, **targets)
+    assert lost(small)
+    expected = mean_output(gpt2())
+    assert (mean_output(small) - expected).norm() < 0.02 * expected.norm()

@@ -17,7 +17,7 @@ def test_a_whole_part_changes_nothing() -> None:
     W = torch.ones(3, 4)
     assert Part().matrix(W, GRAM) is W
     assert Part().of_outputs(W[0]) is not None
-    assert Part().expansion(GRAM) is None
+    assert Part().expansion(GRAM, None) is None
     whole = Part().weighing(WHOLE)
     assert all(getattr(whole, field.name) is getattr(WHOLE, field.name) for field in fields(Weighing))
 
@@ -49,8 +49,11 @@ def test_metrics_other_than_those_of_the_prediction_are_cut_too() -> None:
 def test_expansion_estimates_inputs_that_depend_on_those_that_are_left() -> None:
     x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x[:, 2] = 2 * x[:, 0] - x[:, 1]
-    expansion = Part(columns=torch.tensor([0, 1])).expansion(x.mT @ x)
-    torch.testing.assert_close(x[:, :2] @ expansion.mT, x)
+    part, mean = Part(columns=torch.tensor([0, 1])), x.mean(0)
+    torch.testing.assert_close(part.expansion(x.mT @ x, None).of_rows(x[:, :2]), x)
+    shifted = x + torch.tensor([1.0, 2.0, 30.0]).double()
+    about_mean = part.expansion((x - mean).mT @ (x - mean), shifted.mean(0))
+    torch.testing.assert_close(about_mean.of_rows(shifted[:, :2]), shifted)
 
 
 def test_parts_of_an_mlp_fit_together() -> None:

@@ -89,3 +89,20 @@ def test_all_neurons_may_stay() -> None:
     assert isinstance(found, Elimination)
     assert found.kept(5).tolist() == [0, 1, 2, 3, 4]
     assert found.loss(5) == 0
+
+
+@pytest.mark.parametrize("block", [1, None])
+@pytest.mark.parametrize("shrunk", [0.0, 1e-3])
+def test_of_neurons_that_are_all_doubled_half_go_for_nothing(block: int | None, shrunk: float) -> None:
+    W, C, F = problem(neurons=48)
+    doubled = C.repeat(2, 2) + shrunk * C.diagonal().mean() * torch.eye(96, dtype=torch.float64)
+    found = eliminate(torch.cat([W, W.roll(1, 1)], 1), doubled, F, least=30, block=block)
+    assert found.loss(48) < 0.1 * found.loss(30)
+
+
+@pytest.mark.parametrize("least", [0, 25])
+def test_how_many_stay_at_least_is_checked(least: int) -> None:
+    with pytest.raises(ValueError, match=r"`least` must be in \[1, 24\]"):
+        eliminate(*problem(), least=least)
+    with pytest.raises(ValueError, match=r"`count` must be in \[20, 24\]"):
+        eliminate(*problem(), least=20).kept(19)

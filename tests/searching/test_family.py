@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 
 import pytest
 import torch
@@ -18,15 +19,21 @@ BATCHES = [{"input_ids": torch.randint(3, 100, (2, 24), generator=torch.Generato
 CONFIG = ReparamConfig(target_modules="all-linear", method="whitened")
 
 
+def truncated(family: Family, keep: float) -> AbstractContextManager[None]:
+    """A size of the family."""
+    plan = family.plan(keep)
+    return family.truncated(plan, family.narrow_products(plan))
+
+
 def test_a_family_truncates_to_any_rank() -> None:
     model = llama()
     statistics = calibrate(model, CONFIG, BATCHES, progress=False)
     family = Family(model, CONFIG, statistics, 0)
     ids = BATCHES[0]["input_ids"]
     before = model(ids).logits
-    with family.truncated(family.plan(0.99)), torch.no_grad():
+    with truncated(family, 0.99), torch.no_grad():
         close = model(ids).logits
-    with family.truncated(family.plan(0.3)), torch.no_grad():
+    with truncated(family, 0.3), torch.no_grad():
         far = model(ids).logits
     assert (close - before).norm() < (far - before).norm()
     assert torch.equal(model(ids).logits, before)
@@ -50,7 +57,7 @@ def test_a_trial_computes_what_the_compressed_model_does_also_without_some_neuro
     plan = family.plan(0.5)
     assert plan.neurons
     before = {name: parameter.clone() for name, parameter in model.named_parameters()}
-    with family.truncated(plan), torch.no_grad():
+    with family.truncated(plan, family.narrow_products(plan)), torch.no_grad():
         tried = model(ids).logits
     assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())
     small = compress(make(), dataclasses.replace(CONFIG, keep=0.5), statistics, progress=False)
