@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import tempfile
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +26,8 @@ from ..report.record import Record, saving_with
 from ..runtime.run_folder import PLAN
 from ..tuner.sizes import SizeReport
 from .errors import CliError
-from .inputs import load_dense, load_model, read_batches
+from .heal import TrainingOptions, minutes_of, rows_of, train
+from .inputs import load_compressed, load_dense, load_model, read_batches
 from .options import (
     CalibrationOptions,
     ConfigOptions,
@@ -52,6 +54,9 @@ from .outputs import (
 )
 from .statistics_file import Calibration, is_data_free, uses_no_data
 
+HEALING = "healing"  # folder of checkpoints within --run-folder
+HEALING_WINDOWS = 4096  # the most that are trained on
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockOptions:
@@ -65,7 +70,11 @@ class BlockOptions:
     ] = False
     epochs: Annotated[int | None, typer.Option(min=1, help="Of --refine. Default: 4.")] = None
     run_folder: Annotated[
-        Path | None, typer.Option(help="Folder for finished blocks and their errors: a run that was killed goes on from there.")
+        Path | None,
+        typer.Option(
+            help="Folder for finished blocks and their errors, and for checkpoints of --heal: a run that was killed goes on "
+            "from there."
+        ),
     ] = None
     offload_folder: Annotated[
         Path | None, typer.Option(help="Folder for activations during --sequential or --refine. Default: in memory.")
@@ -88,6 +97,13 @@ class CompressOptions:
     plan: Annotated[Path | None, typer.Option(help="Plan that `reparam plan --output` wrote, instead of --keep.")] = None
     seed: SeedOption = None
     blocks: BlockOptions
+    heal: Annotated[
+        str | None,
+        typer.Option(
+            help="Then train the whole model for this long, such as 90s, 30m or 1h, to predict what the dense one predicts, on "
+            "later windows of the calibration text."
+        ),
+    ] = None
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after, and generate a sample.")] = True
     text: TextOptions
     load: LoadOptions
@@ -112,6 +128,7 @@ class Settings:
         plan: the one that was given.
         calibration: what is calibrated on.
         earlier: statistics that were there already.
+        healing: how long and how it is trained; None: it is not.
     """
 
     options: CompressOptions
@@ -119,14 +136,16 @@ class Settings:
     plan: Plan | None
     calibration: Calibration
     earlier: Statistics | None
+    healing: TrainingOptions | None
 
 
 class Inputs(NamedTuple):
-    """What was read: the dense model, its tokenizer, windows to measure perplexity on, and statistics where some are needed."""
+    """What was read: the dense model, its tokenizer, windows to measure perplexity on and to heal on, and statistics."""
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     windows: list[dict[str, Tensor]]
+    healing_rows: list[dict[str, Tensor]]
     statistics: Statistics | None
 
 
@@ -151,8 +170,14 @@ def compress(options: CompressOptions) -> None:
     inputs = _read(settings)
     tokenizer, windows = inputs.tokenizer, inputs.windows
     before = _measure(inputs.model, tokenizer, windows, "before") if options.evaluate else None
-    compressed = _compress(settings, inputs)
-    del inputs  # what is loaded next needs the memory of the model that was compressed in place
+    healing_rows = inputs.healing_rows
+    with tempfile.TemporaryDirectory() as temporary:
+        # What is yet to be healed is no result.
+        folder = settings.options.output if settings.healing is None else Path(temporary, "compressed")
+        compressed = _compress(settings, inputs, folder)
+        del inputs  # what is loaded next needs the memory of the model that was compressed in place
+        if settings.healing is not None:
+            compressed = _heal(settings.options, settings.healing, folder, healing_rows, compressed)
     after = _measure_again(settings.options, tokenizer, windows, before, compressed.record)
     _print(settings.options, compressed, before, after)
 
@@ -171,12 +196,34 @@ def _settings(options: CompressOptions) -> Settings:
         raise CliError(f"--sequential and --refine need calibration; leave out --method {config.method}.")
     if not blocks.refine and blocks.epochs is not None:
         raise CliError("--epochs are those of --refine; add it.")
-    if not blocks.by_block and not (blocks.run_folder is None and blocks.offload_folder is None):
-        raise CliError("--run-folder and --offload-folder are for --sequential and --refine.")
+    if not blocks.by_block and blocks.offload_folder is not None:
+        raise CliError("--offload-folder is for --sequential and --refine.")
+    if not blocks.by_block and options.heal is None and blocks.run_folder is not None:
+        raise CliError("--run-folder is for --sequential, --refine and --heal.")
+    if options.heal is not None and is_data_free(config):
+        raise CliError(f"--heal goes on with the calibration text; leave out --method {config.method}, or use `reparam heal`.")
+    healing = None if options.heal is None else _healing(options, options.heal)
     calibration = Calibration.of(options.calibration, options.text.length, options.seed)
-    # Blocks read the text even where there are statistics, so that the two do not exclude each other.
-    earlier = (replace(calibration, text=None) if blocks.by_block else calibration).earlier(config)
-    return Settings(options, config, plan, calibration, earlier)
+    # Blocks and healing read the text even where there are statistics, so that the two do not exclude each other.
+    reads_text = blocks.by_block or healing is not None
+    earlier = (replace(calibration, text=None) if reads_text else calibration).earlier(config)
+    return Settings(options, config, plan, calibration, earlier, healing)
+
+
+def _healing(options: CompressOptions, heal: str) -> TrainingOptions:
+    """How a model is healed for as long as --heal says.
+
+    Raises:
+        CliError: it says no time.
+    """
+    minutes_of("--heal", heal)
+    folder = options.blocks.run_folder
+    return TrainingOptions(
+        train_windows=HEALING_WINDOWS,
+        time=heal,
+        run_folder=None if folder is None else folder / HEALING,
+        seed=options.seed or 0,
+    )
 
 
 def _read_plan(path: Path | None, options: ConfigOptions) -> Plan | None:
@@ -197,9 +244,23 @@ def _read(settings: Settings) -> Inputs:
         check_language_model(model, options.model, "; add --no-evaluate")
         text, length = options.text.text, options.text.length
         windows = read_batches(tokenizer, "--text", text, length, options.text.windows, _seen_windows(settings))
+    rows: list[dict[str, Tensor]] = []
+    if settings.healing is not None:
+        check_language_model(model, options.model, "; leave out --heal")
+        rows = _healing_rows(settings, settings.healing, tokenizer)
     if earlier is not None or is_data_free(settings.config):
-        return Inputs(model, tokenizer, windows, earlier)
-    return Inputs(model, tokenizer, windows, calibration.gather(model, tokenizer, settings.config))
+        return Inputs(model, tokenizer, windows, rows, earlier)
+    return Inputs(model, tokenizer, windows, rows, calibration.gather(model, tokenizer, settings.config))
+
+
+def _healing_rows(settings: Settings, healing: TrainingOptions, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
+    """Windows of the calibration text after those that it is calibrated on, and, of the reference text, measured on."""
+    options, calibration = settings.options, settings.calibration
+    skip = calibration.windows
+    if options.text.text is None and calibration.text is None:
+        skip = _seen_windows(settings) + options.text.windows
+    batches = read_batches(tokenizer, "--calibration", calibration.text, calibration.length, healing.train_windows, skip)
+    return rows_of(batches)
 
 
 def _seen_windows(settings: Settings) -> int:
@@ -217,23 +278,35 @@ def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, windows: list[dict[
     return Quality(perplexity(model, windows, progress=True), continuation(model, tokenizer, PROMPTS[0]))
 
 
-def _compress(settings: Settings, inputs: Inputs) -> Compressed:
-    """Factorise the model, which is changed in place, and save it with its record."""
+def _compress(settings: Settings, inputs: Inputs, folder: Path) -> Compressed:
+    """Factorise the model, which is changed in place, and save it to a folder with its record."""
     options, blocks, plan = settings.options, settings.options.blocks, settings.plan
     err.print("factorising …")
     start = time.perf_counter()
     # `compress` must plan by itself where a run folder may hold the plan that the run began with, and where `refine` moves
     # biases, which `plan` knows nothing of.
-    plans_itself = blocks.run_folder is not None or (blocks.refine and uses_no_data(settings.config))
+    run_folder = blocks.run_folder if blocks.by_block else None
+    plans_itself = run_folder is not None or (blocks.refine and uses_no_data(settings.config))
     if plan is None and inputs.statistics is not None and not plans_itself:
         plan = plan_model(inputs.model, settings.config, inputs.statistics)
     model = _factorised(settings, inputs, plan)
     seconds = time.perf_counter() - start
-    if blocks.run_folder is not None:
-        plan = Plan.load(blocks.run_folder / PLAN)  # a run that goes on keeps the plan that it began with
-    record = Record.of(model, plan=plan, run_folder=blocks.run_folder, angles=False).with_(model=options.model)
-    save_whole(model, inputs.tokenizer, options.output, *options.beside, overwrite=options.overwrite, save=saving_with(record))
+    if run_folder is not None:
+        plan = Plan.load(run_folder / PLAN)  # a run that goes on keeps the plan that it began with
+    record = Record.of(model, plan=plan, run_folder=run_folder, angles=False).with_(model=options.model)
+    save_whole(model, inputs.tokenizer, folder, *options.beside, overwrite=options.overwrite, save=saving_with(record))
     return Compressed(record, model.size_report(), seconds)
+
+
+def _heal(
+    options: CompressOptions, healing: TrainingOptions, folder: Path, rows: list[dict[str, Tensor]], compressed: Compressed
+) -> Compressed:
+    """Train the model that was saved to a folder, and save it to OUT."""
+    model, tokenizer = load_compressed(str(folder), options.load.dtype, options.load.device, trainable=True)
+    dense, _ = load_model(options.model, options.load.dtype, options.load.device)
+    record = compressed.record.with_(losses=train(model, dense, rows, healing))
+    save_whole(model, tokenizer, options.output, *options.beside, overwrite=options.overwrite, save=saving_with(record))
+    return Compressed(record, model.size_report(), compressed.seconds)
 
 
 def _factorised(settings: Settings, inputs: Inputs, plan: Plan | None) -> PeftModel:

@@ -100,7 +100,8 @@ def read_batches(
     batches = text_batches(tokenizer, _words(option, text), length=length, limit=windows + skip)
     rows = {key: torch.cat([batch[key] for batch in batches])[skip:] for key in batches[0]}
     if not len(rows["input_ids"]):
-        raise CliError(f"the text has no more than the {skip} windows that are calibrated on; give --text another one.")
+        used = "calibrated on" if option == "--text" else "calibrated or measured on"
+        raise CliError(f"the text has no more than the {skip} windows that are {used}; give {option} another one.")
     return [{key: value[i : i + 4] for key, value in rows.items()} for i in range(0, len(rows["input_ids"]), 4)]
 
 
