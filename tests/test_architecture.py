@@ -166,7 +166,6 @@ MIRRORS = sorted(
     path.relative_to(TESTS).as_posix() for path in TESTS.glob("*/*.py") if path.parent.name not in ("support", "benchmarks")
 )
 SEVERAL_FILES = {
-    "layers/test_quantized_bases.py",
     "tuner/test_nested.py",
     "tuner/test_peft_conformance.py",
 }

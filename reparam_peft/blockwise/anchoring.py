@@ -168,6 +168,7 @@ def observe(
     calls: Iterable[tuple[Call, Call, Callable[[Tensor], Tensor | None]]],
     group: Sequence[str],
     sources: Mapping[str, str],
+    expansion: Tensor | None = None,
 ) -> Observed | None:
     """Add up what a group of modules, which share their input, sees in a block and in its compressed copy.
 
@@ -178,6 +179,7 @@ def observe(
             None: all.
         group: names of the modules.
         sources: from `residual_sources`.
+        expansion: E (in, k), where the compressed inputs x̂ are but k of them: x is compared with E x̂; None: with x̂.
 
     Returns:
         The sums; None where no rows come, or for layers whose rows are one-hot.
@@ -214,7 +216,7 @@ def observe(
         observed.sum += sums
         if leader not in inputs or not _paired(inputs[leader], x, call_compressed):
             continue
-        D = wide_rows(kind.rows(module, inputs[leader]), rows) - X
+        D = wide_rows(kind.rows(module, inputs[leader]), rows) - (X if expansion is None else X @ expansion.mT.to(X))
         observed.drift = _added(observed.drift, Deviation.of(D, X))
         for name, source in streams.items():
             h, h_compressed = (kind.gradient_rows(module, stream[source]) for stream in (inputs, inputs_compressed))
@@ -227,7 +229,13 @@ def observe(
 
 
 def anchored(
-    W: Tensor, bias: Tensor | None, name: str, observed: Observed, gram: Tensor, anchoring: Anchoring
+    W: Tensor,
+    bias: Tensor | None,
+    name: str,
+    observed: Observed,
+    gram: Tensor,
+    anchoring: Anchoring,
+    expansion: Tensor | None = None,
 ) -> tuple[Tensor, Tensor | None]:
     """The matrix that takes the place of W, and with a bias the mean of the outputs that are to be fitted.
 
@@ -242,14 +250,16 @@ def anchored(
         gram: Ĝ, shape (in, in), float64, shrunk, about the mean where there is a bias; of a singular one, as of inputs that are
             all zero, the pseudo-inverse is taken.
         anchoring: β and γ.
+        expansion: E (in, k), as for `observe`: W E takes the place of W, and D is E[(x − E x̂) x̂ᵀ].
 
     Returns:
-        W̃ (out, in), float64, and E[y] (out,), float64, or None.
+        W̃ (out, in), or (out, k), float64, and E[y] (out,), float64, or None.
     """
     W = exact(W)
+    start = W if expansion is None else W @ expansion.to(W)
     mean = observed.sum / observed.rows
-    target = W.new_zeros(W.shape)
-    offset = W @ mean
+    target = start.new_zeros(start.shape)
+    offset = start @ mean
     for weight, deviation, left in (
         (anchoring.original, observed.drift, W),
         (anchoring.residual, observed.residuals.get(name), None),
@@ -262,8 +272,8 @@ def anchored(
             cross = cross - torch.outer(average, mean)
         target += weight * (cross if left is None else left @ cross)
         offset += weight * (average if left is None else left @ average)
-    W = W + solve(gram, target.mT).mT
-    return W, None if bias is None else offset + exact(bias).to(offset.device)
+    found = start + solve(gram, target.mT).mT
+    return found, None if bias is None else offset + exact(bias).to(offset.device)
 
 
 class _Stop(Exception):
@@ -307,7 +317,7 @@ def _paired(x: Tensor, other: Tensor, call: Call) -> bool:
     """Whether rows of the same number are of the same token: not where tokens are routed, as to experts."""
     first = next(leaf for leaf in tree_flatten(call)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
     whole = x.shape[0] == first.shape[0] if x.ndim > 2 or first.ndim == 2 else len(x) == first.shape[:-1].numel()
-    return x.shape == other.shape and whole
+    return x.shape[:-1] == other.shape[:-1] and whole
 
 
 def _added(total: Deviation | None, deviation: Deviation) -> Deviation:

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from tqdm.auto import tqdm
 
 from ..arguments import check_seed
-from ..layers.kinds import kind_and_layer, matrix_shape, stored_weight
+from ..layers.kinds import stored_weight
+from ..layers.wrapper import features, kind_and_layer
 from ..numerics.metrics import device_of_sums
 from ..runtime.batches import rows_in
 from ..runtime.modules import evaluating, frozen, input_device, uncompiled
@@ -94,7 +95,7 @@ def gather_statistics(
     if gradients:
         for name, module in modules.items():
             if name not in statistics.outputs:  # no gradient came back
-                statistics.outputs[name] = OutputSums.zeros(matrix_shape(module)[0], _device_of_sums(module))
+                statistics.outputs[name] = OutputSums.zeros(features(module)[0], _device_of_sums(module))
             statistics.outputs[name].gradient_tokens = recorder.gradient_tokens
     if world > 1:
         _reduce(statistics, modules, gradients)
@@ -118,7 +119,7 @@ def _reduce(statistics: Statistics, modules: Mapping[str, nn.Module], gradients:
     statistics.reads = _agreed_reads(statistics.reads, list(modules), device)
     for name in dict.fromkeys(statistics.reads.values()):
         module = modules[name]
-        size, one_hot, where = matrix_shape(module)[1], kind_and_layer(module)[0].one_hot, _device_of_sums(module)
+        size, one_hot, where = features(module)[1], kind_and_layer(module)[0].one_hot, _device_of_sums(module)
         record = statistics.inputs.get(name) or InputSums.zeros(size, where, one_hot)
         if gradients and not one_hot and record.weighted is None:
             record.weighted = WeightedSums.zeros(size, where)

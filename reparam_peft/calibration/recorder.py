@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..layers.kinds import LayerKind, kind_and_layer
+from ..layers.kinds import LayerKind
+from ..layers.wrapper import kind_and_layer
 from ..numerics.grams import add_gram, wide_rows
 from ..numerics.metrics import exact
 from ..runtime.batches import fitting_mask, padding_masks

@@ -13,7 +13,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from ..arguments import check_seed, check_text, is_finite
-from ..layers.kinds import Wrapper, is_quantized, kind_and_layer, layer_kind, stored_weight
+from ..layers.kinds import is_quantized, layer_kind, stored_weight
+from ..layers.wrapper import Wrapper, features
 from ..runtime.files import save_tensors
 from ..runtime.fingerprints import fingerprint_of_tensors, fingerprint_of_values
 from ..runtime.json_files import parse_json
@@ -177,8 +178,7 @@ class Statistics:
                 raise ValueError(
                     f"{name}: the statistics do not hold this module; they are of another model or of other targets."
                 )
-            kind, layer = kind_and_layer(module)
-            out_features, in_features = kind.shape(layer)
+            out_features, in_features = features(module)
             of_input, of_output = self.inputs.get(self.reads.get(name, "")), self.outputs.get(name)
             for record, size in ((of_input, in_features), (of_output, out_features)):
                 if record is not None and len(record.gram) != size:

@@ -37,7 +37,6 @@ from .options import (
     OutputArgument,
     OverwriteOption,
     SeedOption,
-    StorageOptions,
     TextOptions,
 )
 from .outputs import (
@@ -187,7 +186,9 @@ def _settings(options: CompressOptions) -> Settings:
     check_output(options.output, options.model, options.overwrite, *options.beside)
     plan, chosen = _read_plan(options.plan, options.config), options.config
     if plan is not None:
-        storage = StorageOptions(allocation=plan.allocation, form=chosen.storage.form or plan.form, ceiling=plan.ceiling)
+        storage = replace(
+            chosen.storage, allocation=plan.allocation, form=chosen.storage.form or plan.form, ceiling=plan.ceiling
+        )
         chosen = replace(chosen, keep=plan.keep, method=chosen.method or plan.method, storage=storage)
     config, blocks = chosen.config(), options.blocks
     if plan is not None and is_data_free(config):
@@ -229,9 +230,10 @@ def _healing(options: CompressOptions, heal: str) -> TrainingOptions:
 def _read_plan(path: Path | None, options: ConfigOptions) -> Plan | None:
     if path is None:
         return None
-    sizes = (options.keep, options.rank, options.storage.allocation, options.storage.ceiling)
+    storage = options.storage
+    sizes = (options.keep, options.rank, storage.allocation, storage.ceiling, storage.neurons)
     if any(value is not None for value in sizes):
-        raise CliError("--plan holds the ranks; leave out --keep, --rank, --allocation and --ceiling.")
+        raise CliError("--plan holds the ranks; leave out --keep, --rank, --allocation, --ceiling and --neurons.")
     return Plan.load(path)
 
 

@@ -83,6 +83,13 @@ class StorageOptions:
             "smaller sizes. Default: 1."
         ),
     ] = None
+    neurons: Annotated[
+        bool | None,
+        typer.Option(
+            "--neurons/--no-neurons",
+            help="Whether MLPs may lose neurons, with --allocation loss. Default: where it costs less than ranks.",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -115,6 +122,7 @@ class ConfigOptions:
             allocation=self.storage.allocation,
             form=self.storage.form,
             ceiling=self.storage.ceiling,
+            neurons=self.storage.neurons,
         )
 
 

@@ -36,9 +36,10 @@ from ..runtime.modules import encoder_of, evaluating, naming, parameter_owners, 
 from ..runtime.processes import fails_together, processes
 from ..runtime.run_folder import RunFolder, json_able
 from ..tuner.layer import ReparamLayer
-from ..tuner.matrices import base_dtype, own_bias, source_matrix
+from ..tuner.matrices import own_bias, source_matrix
 from ..tuner.targets import Target, check_targets
 from .job import Job
+from .parts import Part
 from .student import (
     changed_parameters,
     factorized_layer,
@@ -69,6 +70,20 @@ class Steps:
     run_folder: str | Path | None = None
     device: str | torch.device | None = None
     mapped: bool = False
+
+
+@dataclass(frozen=True)
+class Narrowed:
+    """What is left of a target of a block.
+
+    Attributes:
+        part: rows and columns.
+        expansion: E (in, k), which estimates all inputs from those that are left, as they are in the compressed part; None
+            where all are, or where that part is not looked at.
+    """
+
+    part: Part = field(default_factory=Part)
+    expansion: Tensor | None = None
 
 
 @dataclass
@@ -248,31 +263,57 @@ class BlockByBlock:
         sources = {}
         if anchoring is not None and anchoring.residual:
             sources = residual_sources(original, first, list(targets))
+        left = {name: target.storage for name, target in ((f"{name}.{relative}", targets[relative]) for relative in targets)}
+        waiting = self.job.neurons.left(left)
+        narrowed: dict[str, Narrowed] = {}
         for group in input_groups(original, first, list(targets)):
+            for consumer in [c for c in waiting if {f"{name}.{r}" for r in group} & set(self.job.neurons.mlps[c].names)]:
+                relative = consumer.removeprefix(f"{name}.")
+                with naming(relative):  # before the first of its producers is factorised
+                    before = None if anchoring is None else observe(original, student, self._calls(position), [relative], {})
+                    narrowed |= self._narrowed(consumer, waiting.pop(consumer), before)
             observed = None
             if anchoring is not None:
                 with naming(group[0]):
-                    observed = observe(original, student, self._calls(position), group, sources)
+                    expansion = narrowed.get(f"{name}.{group[0]}", Narrowed()).expansion
+                    observed = observe(original, student, self._calls(position), group, sources, expansion)
             for relative in group:
                 with naming(relative):
-                    self._factorize(f"{name}.{relative}", relative, targets[relative], student, observed)
+                    full = f"{name}.{relative}"
+                    self._factorize(full, relative, targets[relative], student, observed, narrowed.get(full, Narrowed()))
 
-    def _factorize(self, name: str, relative: str, target: Target, student: nn.Module, observed: Observed | None) -> None:
+    def _narrowed(self, consumer: str, count: int, observed: Observed | None) -> dict[str, Narrowed]:
+        """What is left of the matrices of an MLP, by module; neurons are chosen by what they are in the compressed part."""
+        if observed is None:
+            return {name: Narrowed(part) for name, part in self.job.neurons.parts({consumer: count}).items()}
+        weighing = self.job.weighing(consumer, observed.moments(self.job.targets[consumer].storage.bias))
+        parts = self.job.neurons.chosen(consumer, count, weighing)
+        narrowed = {name: Narrowed(part) for name, part in parts.items()}
+        narrowed[consumer] = Narrowed(parts[consumer], parts[consumer].expansion(weighing.gram))
+        return narrowed
+
+    def _factorize(
+        self, name: str, relative: str, target: Target, student: nn.Module, observed: Observed | None, narrowed: Narrowed
+    ) -> None:
         """Put the product of a matrix, or the matrix that takes its place, in a block under construction."""
         module = student.get_submodule(relative)
         if target.rank is None and observed is None:
             return
         W, bias = source_matrix(module), own_bias(module) if target.storage.bias else None
+        part = narrowed.part
         if observed is None or self.steps.anchoring is None:
             weighing = self.job.weighing(name)
             output_mean = None if bias is None else mean_output(W, bias, weighing.mean)
         else:
-            moments = observed.moments(bias is not None)
-            weighing = self.job.weighing(name, moments)
-            W, output_mean = anchored(W, bias, relative, observed, self.job.weigher.shrunk(moments), self.steps.anchoring)
+            moments, anchoring = observed.moments(bias is not None), self.steps.anchoring
+            weighing = self.job.weighing(name, moments, part.columns)
+            gram = self.job.weigher.shrunk(moments)
+            W, output_mean = anchored(W, bias, relative, observed, gram, anchoring, narrowed.expansion)
+            part = Part(part.rows)  # its columns are left out already
         if target.rank is not None:
-            dtype = base_dtype(module)
-            product = self.job.factorizer.product(W, target.rank, dtype, weighing, output_mean)
+            mean = None if output_mean is None else part.of_outputs(output_mean)
+            left = part.matrix(W, weighing.gram)
+            product = self.job.product(target, left, part.weighing(weighing), mean, narrowed.part)
             set_module(student, relative, factorized_layer(target, product, module))
             return
         weight = module.get_parameter("weight")

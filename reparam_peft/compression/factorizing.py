@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import Product
-from ..numerics.decompositions import Factors, direction_losses, narrowed, random_factors
+from ..numerics.decompositions import Factors, Whole, direction_losses, narrowed, random_factors
 from ..numerics.methods import Method, method_of
 from ..numerics.metrics import exact
 from ..numerics.pivoting import PivotFactors, pivot
@@ -53,7 +53,15 @@ class Factorizer:
             )
         return q
 
-    def product(self, W: Tensor, rank: int, dtype: torch.dtype, weighing: Weighing, output_mean: Tensor | None) -> Product:
+    def product(
+        self,
+        W: Tensor,
+        rank: int,
+        dtype: torch.dtype,
+        weighing: Weighing,
+        output_mean: Tensor | None,
+        form: str,
+    ) -> Product:
         """The product of a matrix.
 
         Args:
@@ -62,15 +70,19 @@ class Factorizer:
             dtype: that the product is stored in.
             weighing: what errors are weighed by.
             output_mean: mean of the outputs (out,), float64, that the bias is to preserve; None where it is not moved.
+            form: "factors" or "pivot", or "dense": the matrix itself.
         """
         wide = W.to(torch.promote_types(W.dtype, torch.float32))  # rounded once, at the end
-        start = random_factors(wide, rank) if self.from_random else None
-        wide_factors = self.method.function(wide, rank, weighing.input, weighing.output, start)
-        factors: Factors | PivotFactors
-        factors = pivot(wide_factors, weighing.input, dtype) if self.form == "pivot" else narrowed(wide_factors, dtype)
+        factors: Factors | PivotFactors | Whole
+        if form == "dense":
+            factors = Whole(wide.to(dtype).contiguous())
+        else:
+            start = random_factors(wide, rank) if self.from_random else None
+            wide_factors = self.method.function(wide, rank, weighing.input, weighing.output, start)
+            factors = pivot(wide_factors, weighing.input, dtype) if form == "pivot" else narrowed(wide_factors, dtype)
         if output_mean is None:
             return Product(factors)
-        A, B = map(exact, factors.factors() if isinstance(factors, PivotFactors) else factors)
+        A, B = map(exact, factors if isinstance(factors, Factors) else factors.factors())
         features = B @ weighing.mean.to(B.device)
         bias = (output_mean - A @ features).to(W.device, dtype)
         return Product(factors, bias, features.to(W.device, dtype) if self.nested else None)

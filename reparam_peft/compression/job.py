@@ -19,17 +19,22 @@ from ..calibration.statistics import Batches, Moments, Statistics
 from ..config.fields import CALIBRATED
 from ..config.reparam_config import ReparamConfig
 from ..layers.kinds import layer_kind, stored_weight
+from ..layers.neuron_groups import NeuronGroup
 from ..layers.product import Product, empty_product, product_of, tensors_of
 from ..numerics.decompositions import check_matrix
 from ..numerics.methods import method_of
+from ..planning.neurons import NeuronOption
 from ..planning.plan import Plan, make_plan
-from ..planning.ranks import RankChooser, is_nested
+from ..planning.ranks import Losses, RankChooser, is_nested
+from ..runtime import processes
 from ..runtime.modules import naming
-from ..runtime.processes import check_whole, fails_together, share_out
+from ..runtime.processes import check_whole, fails_together
 from ..tuner.matrices import base_dtype, own_bias, source_matrix
 from ..tuner.selection import select_targets
 from ..tuner.targets import Target
 from .factorizing import Factorizer
+from .neurons import Neurons, find_mlps
+from .parts import Part
 from .weighing import Weigher, Weighing, mean_output
 
 
@@ -65,6 +70,7 @@ class Job:
         bias_of: gives the bias that is moved with a target's product; None where none is.
         passes: names of the targets whose statistics are gathered together; targets in none are not factorised.
         modules: what statistics are gathered of, by name; None: the modules of the targets.
+        mlps: MLPs that may lose neurons.
     """
 
     def __init__(
@@ -80,6 +86,7 @@ class Job:
         bias_of: Callable[[str], Tensor | None],
         passes: Sequence[Sequence[str]],
         modules: Mapping[str, nn.Module] | None = None,
+        mlps: Sequence[NeuronGroup] = (),
     ) -> None:
         self.model, self.config, self.targets, self.options, self.chooser = model, config, targets, options, chooser
         self.matrix_of, self.bias_of = matrix_of, bias_of
@@ -93,6 +100,7 @@ class Job:
         self.seed = options.seed
         self.calibration_tokens = self.gradient_tokens = 0
         self._at_hand: tuple[list[str], Statistics] | None = None
+        self.neurons = Neurons(mlps, self.storages, matrix_of, self.weighing, self.factorizer, self.share_out)
 
     @classmethod
     @fails_together()
@@ -123,6 +131,7 @@ class Job:
             raise TypeError(f"`plan` must be a Plan, got a {type(plan).__name__}; read one with `Plan.load`.")
         config = with_defaults(config, plan, moves_bias)
         targets = select_targets(model, config, adapter_name)
+        mlps, batches = find_mlps(model, config, targets, batches, plan)
         for name, target in targets.items():
             with naming(name):
                 check_matrix(source_matrix(target.module))
@@ -137,7 +146,8 @@ class Job:
             chooser=chooser,
             matrix_of=lambda name: source_matrix(targets[name].module),
             bias_of=lambda name: own_bias(targets[name].module) if targets[name].storage.bias else None,
-            passes=[list(targets)] if max_memory is None else passes_within(targets, max_memory, blocks),
+            passes=[list(targets)] if max_memory is None else passes_within(targets, max_memory, blocks, mlps),
+            mlps=mlps,
         )
         if plan is None:
             chooser.check()
@@ -151,20 +161,22 @@ class Job:
         """The ranks that the config and the statistics lead to."""
         return self.plan_with(self.chooser, self.losses())
 
-    def losses(self) -> dict[str, Tensor]:
-        """What each direction of each target is predicted to cost; empty where gradients are not asked for."""
+    def losses(self) -> Losses:
+        """What each direction of each target is predicted to cost, and numbers of neurons; empty without gradients."""
         losses: dict[str, Tensor] = {}
+        neurons: dict[str, list[NeuronOption]] = {}
 
         def compute(name: str) -> list[Tensor]:
             return [self.factorizer.losses(self.matrix_of(name), self.weighing(name))]
 
-        for group in self.passes if self.weigher.gradients else ():
-            self.statistics(group)
-            shared = self._share_out(group, "Planning", compute, lambda name: [_direction_costs(self.targets[name])])
+        for names in self.passes if self.weigher.gradients else ():
+            self.statistics(names)
+            shared = self.share_out(names, "Planning", compute, lambda name: [_direction_costs(self.targets[name])])
             losses.update({name: costs for name, (costs,) in shared.items()})
-        return losses
+            neurons |= self.neurons.options(names, losses)
+        return Losses(losses, neurons)
 
-    def plan_with(self, chooser: RankChooser, losses: Mapping[str, Tensor]) -> Plan:
+    def plan_with(self, chooser: RankChooser, losses: Losses) -> Plan:
         """The ranks by a chooser, which may be one for another size.
 
         Raises:
@@ -177,26 +189,35 @@ class Job:
             chooser.keep,
             self.storages,
             chooser.ranks(losses),
-            losses,
+            losses.directions,
+            self.neurons.mlps,
             calibration_tokens=self.calibration_tokens,
             gradient_tokens=self.gradient_tokens,
             seed=self.seed,
         )
 
     def ranked(self, plan: Plan) -> dict[str, Target]:
-        """The targets with the ranks of a plan."""
-        return {module.name: replace(self.targets[module.name], rank=module.rank) for module in plan.modules}
+        """The targets with the ranks of a plan, and with what is left of those that lose neurons."""
+        ranked = {module.name: replace(self.targets[module.name], rank=module.rank) for module in plan.modules}
+        for group in plan.neurons:
+            for name, storage in self.neurons.narrowed(self.neurons.mlps[group.consumer], group.kept).items():
+                ranked[name] = replace(ranked[name], storage=storage)
+        return ranked
 
     def products(self, targets: Mapping[str, Target]) -> dict[str, Product]:
         """The products of those targets that do not stay dense, factorised one-shot."""
         products: dict[str, Product] = {}
         ranks = {name: target.rank for name, target in targets.items() if target.rank is not None}
 
+        parts: dict[str, Part] = {}
+
         def compute(name: str) -> list[Tensor]:
             W, bias, weighing = self.matrix_of(name), self.bias_of(name), self.weighing(name)
             output_mean = None if bias is None else mean_output(W, bias, weighing.mean)
-            dtype = base_dtype(targets[name].module)
-            return tensors_of(self.factorizer.product(W, ranks[name], dtype, weighing, output_mean))
+            part = parts.get(name, Part())
+            mean = None if output_mean is None else part.of_outputs(output_mean)
+            left = part.matrix(W, weighing.gram)
+            return tensors_of(self.product(targets[name], left, part.weighing(weighing), mean, part))
 
         def room(name: str) -> list[Tensor]:
             target = targets[name]
@@ -207,13 +228,36 @@ class Job:
             if not names:
                 continue
             self.statistics(group)
-            shared = self._share_out(names, "Factorising", compute, room)
-            products.update({name: product_of(tensors, targets[name].storage.form) for name, tensors in shared.items()})
+            parts.update(self.neurons.parts(self.neurons.left({name: targets[name].storage for name in names})))
+            shared = self.share_out(names, "Factorising", compute, room)
+            products.update({name: product_of(tensors, ranks[name], targets[name].storage) for name, tensors in shared.items()})
         return products
 
-    def weighing(self, name: str, moments: Moments | None = None) -> Weighing:
-        """What a target's factorisation weighs errors by; with `moments`, of these in place of the inputs calibration saw."""
-        return self.weigher.weighing(name, self.statistics_of(name), self.targets[name].storage.bias, moments)
+    def product(self, target: Target, W: Tensor, weighing: Weighing, output_mean: Tensor | None, part: Part) -> Product:
+        """The product of what is left of a target's matrix.
+
+        Args:
+            target: with its rank and storage.
+            W: what is left of the matrix.
+            weighing: of what is left.
+            output_mean: mean of the outputs that are left, that the bias is to preserve; None where it is not moved.
+            part: what is left.
+        """
+        if target.rank is None:
+            raise ValueError("a target that stays dense has no product.")
+        form = target.storage.form_at(target.rank)
+        made = self.factorizer.product(W, target.rank, base_dtype(target.module), weighing, output_mean, form)
+        return made._replace(rows=part.rows, columns=part.columns)
+
+    def weighing(self, name: str, moments: Moments | None = None, columns: Tensor | None = None) -> Weighing:
+        """What a target's factorisation weighs errors by; with `moments`, of these in place of the inputs calibration saw.
+
+        Args:
+            name: of the target.
+            moments: of the inputs.
+            columns: indices of the inputs that are left, whose moments these are; None: all.
+        """
+        return self.weigher.weighing(name, self.statistics_of(name), self.targets[name].storage.bias, moments, columns)
 
     def statistics_of(self, name: str) -> Statistics:
         """The statistics of the group that a target is in. Processes gather them together, where they are not at hand."""
@@ -261,6 +305,7 @@ class Job:
             self.seed,
         )
         config.predicted_loss = plan.predicted_loss
+        config.sizes = {m.name: list(m.size) for m in plan.modules if m.size is not None} or None
         config.smaller_keeps = config.smaller_ranks = None
         if is_nested(config):
             smaller = self.chooser.smaller(plan)
@@ -268,11 +313,11 @@ class Job:
             config.smaller_ranks = {name: [ranks[name] for ranks in smaller.values()] for name in plan.ranks}
         return config
 
-    def _share_out(
+    def share_out(
         self, names: Iterable[str], what: str, compute: Callable[[str], list[Tensor]], room: Callable[[str], list[Tensor]]
     ) -> dict[str, list[Tensor]]:
         """`compute(name)` for each target, by one of the processes, in all of them; `room` makes memory to receive it."""
-        return share_out(
+        return processes.share_out(
             list(names), what, compute, room, lambda name: stored_weight(self.modules[name]).device, self.options.progress
         )
 
@@ -296,15 +341,21 @@ def with_defaults(config: ReparamConfig, plan: Plan | None = None, moves_bias: b
     return config
 
 
-def passes_within(targets: Mapping[str, Target], max_memory: int, blocks: Sequence[str]) -> list[list[str]]:
+def passes_within(
+    targets: Mapping[str, Target], max_memory: int, blocks: Sequence[str], mlps: Sequence[NeuronGroup]
+) -> list[list[str]]:
     """Targets in order, in groups whose statistics take at most so many bytes even where they share no inputs.
 
+    The matrices of one MLP stay together.
+
     Raises:
-        ValueError: those of one target, or of the targets in one block, take more.
+        ValueError: those of one target, or of the targets in one block or one MLP, take more.
     """
+    consumers = {name: mlp.consumer for mlp in mlps for name in mlp.names}
     units: dict[str, list[str]] = {}
     for name in targets:
-        units.setdefault(next((block for block in blocks if name.startswith(f"{block}.")), name), []).append(name)
+        block = next((block for block in blocks if name.startswith(f"{block}.")), None)
+        units.setdefault(block or consumers.get(name, name), []).append(name)
     passes: list[list[str]] = [[]]
     left = max_memory
     for names in units.values():

@@ -66,23 +66,13 @@ def present_targets(
             if layer is None or layer.r.get(adapter_name) != rank:
                 raise ValueError(f"it has no factors of rank {rank} of adapter {adapter_name!r}; unwrap or reload the model.")
             factorized = layer.factorized(adapter_name)
-            _check_plain(factorized, module_like(layer, adapter_name, rank))
-            layers[name], targets[name] = layer, Target(factorized.B, rank, matrix_storage(layer, config))
+            _check_plain(factorized, layer.like(adapter_name).to(factorized.dtype))
+            layers[name], targets[name] = layer, Target(factorized.B, rank, matrix_storage(layer, name, config))
     for name in config.dense_modules or ():
         with naming(name):
             dense = base.get_submodule(name)
-            targets[name] = Target(dense, None, matrix_storage(unwrapped(dense), config))
+            targets[name] = Target(dense, None, matrix_storage(unwrapped(dense), name, config))
     return layers, targets
-
-
-def module_like(layer: ReparamLayer, adapter_name: str, rank: int) -> FactorizedModule:
-    """A module as the adapter has here, at a rank, on meta."""
-    present = layer.factorized(adapter_name)
-    has_bias = present.bias is not None
-    module = layer.kind.factorized(
-        layer.base_layer, rank, present.form, has_bias, device=torch.device("meta"), dtype=layer.base_dtype
-    )
-    return module.to(present.dtype)
 
 
 def _check_plain(module: FactorizedModule, expected: FactorizedModule) -> None:

@@ -219,7 +219,7 @@ def _data_free_products(
         for name, target in of_block.items():
             if target.rank is not None:
                 count = sum(key.rpartition("/")[0] == name for key in state)
-                products[name] = product_of([state[f"{name}/{i}"] for i in range(count)], target.storage.form)
+                products[name] = product_of([state[f"{name}/{i}"] for i in range(count)], target.rank, target.storage)
     return products
 
 

@@ -34,8 +34,9 @@ def factorized_layer(target: Target, product: Product, module: nn.Module) -> Rep
         ADAPTER,
         product.rank,
         product,
-        form=target.storage.form,
+        form=target.storage.form_at(product.rank),
         bias=target.storage.bias,
+        size=target.storage.size,
         nested=product.feature_mean is not None,
     )
     layer.drop_base_weight()
@@ -58,7 +59,8 @@ def products_of(student: nn.Module) -> dict[str, Product]:
         if isinstance(layer, ReparamLayer):
             module = layer.factorized(ADAPTER)
             factors = type(module.stored)(*(factor.detach() for factor in module.stored))
-            products[name] = Product(factors, None if module.bias is None else module.bias.detach(), module.feature_mean)
+            bias = None if module.bias is None else module.bias.detach()
+            products[name] = Product(factors, bias, module.feature_mean, module.rows, module.columns)
     return products
 
 
@@ -92,7 +94,7 @@ def restore(student: nn.Module, targets: Mapping[str, Target], state: Mapping[st
             count = sum(key.rpartition("/")[0] == f"product/{name}" for key in state)
             device = stored_weight(module).device
             tensors = [state[f"product/{name}/{i}"].to(device) for i in range(count)]
-            set_module(student, name, factorized_layer(target, product_of(tensors, target.storage.form), module))
+            set_module(student, name, factorized_layer(target, product_of(tensors, target.rank, target.storage), module))
     for key, value in state.items():
         part, _, place = key.partition("/")
         name, _, parameter_name = place.rpartition("/")

@@ -19,6 +19,7 @@ from ..layers.factorized import FactorizedModule
 from ..layers.product import Product
 from ..numerics.decompositions import truncate
 from ..numerics.metrics import exact
+from ..numerics.storage import Storage
 from ..planning.ranks import RankChooser, parameter_budget
 from ..runtime.modules import naming
 from ..runtime.restoring import unchanged_on_error
@@ -26,7 +27,7 @@ from ..tuner.layer import ReparamLayer
 from ..tuner.model import ReparamModel, config_of
 from ..tuner.targets import Target
 from .job import Job, Options
-from .present import check_model, module_like, present_targets
+from .present import check_model, present_targets
 
 NOT_DENSE = math.nextafter(1.0, 0.0)  # the `ceiling` that keeps a matrix from becoming dense again
 
@@ -102,7 +103,9 @@ def _lowered(
         ranked = {name: _at_most(target, targets[name].rank) for name, target in job.ranked(plan).items()}
         ranks = {name: target.rank for name, target in ranked.items()}
         job.chooser.check_budget(ranks)
-        products = job.products({name: target for name, target in ranked.items() if target.rank != targets[name].rank})
+        # Of what is left of a matrix that has lost neurons; which they are does not change.
+        lower = {name: target for name, target in ranked.items() if target.rank != targets[name].rank}
+        products = job.products({n: replace(t, storage=replace(t.storage, whole=None)) for n, t in lower.items()})
         made_by = _MadeBy(
             method=job.config.method,
             allocation=job.config.allocation,
@@ -114,7 +117,7 @@ def _lowered(
     modules = {}
     for name, product in products.items():
         with naming(name):
-            modules[name] = _module(layers[name], adapter_name, product)
+            modules[name] = _module(layers[name], adapter_name, product, targets[name].storage)
     for name, module in modules.items():
         layers[name].reparam_factors[adapter_name] = module
         layers[name].r[adapter_name] = module.rank
@@ -238,30 +241,38 @@ def _same_fraction(targets: Mapping[str, Target], budget: int) -> dict[str, int 
     ranks = dict.fromkeys(present, 1)
     left = budget - sum(target.storage.stored(ranks.get(name)) for name, target in targets.items())
 
+    def stored(name: str, rank: int) -> int:
+        return targets[name].storage.stored(rank)
+
+    def following(name: str) -> int:
+        """The next rank; where that would take more than a matrix that is stored as it is, the full one."""
+        rank = ranks[name] + 1
+        return rank if targets[name].form != "dense" or targets[name].storage.saves(rank) else present[name]
+
     def step(name: str) -> list[tuple[float, str]]:
         if ranks[name] == present[name]:
             return []
-        storage = targets[name].storage
-        return [(storage.stored(ranks[name] + 1) / storage.stored(present[name]), name)]
+        return [(stored(name, following(name)) / stored(name, present[name]), name)]
 
     queue = [entry for name in present for entry in step(name)]
     heapq.heapify(queue)
     while queue:
         _, name = heapq.heappop(queue)
-        storage, rank = targets[name].storage, ranks[name]
-        price = storage.stored(rank + 1) - storage.stored(rank)
+        rank = following(name)
+        price = stored(name, rank) - stored(name, ranks[name])
         if price <= left:
-            left, ranks[name] = left - price, rank + 1
+            left, ranks[name] = left - price, rank
             for entry in step(name):
                 heapq.heappush(queue, entry)
     return {name: ranks.get(name) for name in targets}
 
 
-def _module(layer: ReparamLayer, adapter_name: str, product: Product) -> FactorizedModule:
+def _module(layer: ReparamLayer, adapter_name: str, product: Product, storage: Storage) -> FactorizedModule:
     """The module of a product, in dtype, device, mode and `requires_grad` as the adapter's present one."""
     present = layer.factorized(adapter_name)
-    module = module_like(layer, adapter_name, product.rank)
+    module = layer.like(adapter_name, product.rank, storage.form_at(product.rank)).to(present.dtype)
     module.set_factors(product.factors)
+    module.set_kept(present.rows, present.columns)
     if product.bias is not None:
         module.set_bias(product.bias.clone())  # an old optimizer may still step the old one
     weight = present.B.get_parameter("weight")

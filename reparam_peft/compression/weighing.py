@@ -70,7 +70,14 @@ class Weigher:
             gradients=config.allocation == "loss" or (calibrated and config.output_metric != "none"),
         )
 
-    def weighing(self, name: str, statistics: Statistics, moves_bias: bool, moments: Moments | None = None) -> Weighing:
+    def weighing(
+        self,
+        name: str,
+        statistics: Statistics,
+        moves_bias: bool,
+        moments: Moments | None = None,
+        columns: Tensor | None = None,
+    ) -> Weighing:
         """What a module's factorisation weighs errors by.
 
         Args:
@@ -78,6 +85,7 @@ class Weigher:
             statistics: which hold it.
             moves_bias: whether a bias makes up for the mean error, so that only the variance of the inputs counts.
             moments: of inputs in place of those that calibration saw.
+            columns: indices of the inputs that `moments` are of; None: all.
         """
         mean_seen = statistics.mean(name)
         if moments is None:
@@ -85,6 +93,8 @@ class Weigher:
         gram = moments.gram
         if self.gradients and (self.input_metric, self.output_metric) == ("gram", "fisher"):
             weighted = statistics.weighted_gram(name, mean_seen if moves_bias else None)
+            if weighted is not None and columns is not None:
+                weighted = weighted[columns][:, columns]
             if weighted is not None and weighted.trace() > 0:
                 gram = (1 - SENSITIVE) * gram + SENSITIVE * (gram.trace() / weighted.trace()) * weighted
         gram = self.shrunk(replace(moments, gram=gram))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
 
 from ..arguments import check_bool, check_choice, check_int, check_names, check_number, check_regex, is_finite, is_int
 from ..numerics.methods import METHODS
-from ..numerics.storage import FORMS
+from ..numerics.storage import FORMS, narrow_form
 from .fields import ALLOCATIONS, INPUT_METRICS, OF_ALLOCATION, OF_METRICS, OUTPUT_METRICS, Fields
 
 FACTORS = ".reparam_factors."
@@ -54,6 +55,8 @@ def _check_choices(config: Fields) -> None:
     check_choice("output_metric", config.output_metric, OUTPUT_METRICS, optional=True)
     for name in ("keep_base", "init_weights", "inference_mode", "moved_bias"):
         check_bool(name, getattr(config, name))
+    if config.neurons is not None:
+        check_bool("neurons", config.neurons)
 
 
 def _check_ranges(config: Fields, from_file: bool) -> None:
@@ -140,12 +143,36 @@ def _check_filled_in(config: Fields) -> None:
     loss = config.predicted_loss
     if loss is not None and not is_finite(loss):
         raise TypeError(f"`predicted_loss` is filled in by `compress` and must be a finite number or None, got {loss!r}.")
+    _check_sizes(config)
     _check_base_sample(config.base_sample)
     figures = config.evaluation
     if figures is not None and not (
         isinstance(figures, dict) and all(isinstance(name, str) and is_finite(value) for name, value in figures.items())
     ):
         raise TypeError(f"`evaluation` must be a dict of names to finite numbers, got {figures!r}.")
+
+
+def _check_sizes(config: Fields) -> None:
+    sizes = config.sizes
+    if sizes is None:
+        return
+    if not isinstance(sizes, dict) or not all(isinstance(name, str) and _is_size(size) for name, size in sizes.items()):
+        raise TypeError(
+            "`sizes` is filled in by `compress` and must map names of modules to two positive ints, rows and columns, or be "
+            f"None, got {sizes!r:.200}."
+        )
+    for name, size in sizes.items():
+        rank = config.rank_pattern.get(name)
+        if rank is None or rank > min(size):
+            raise ValueError(
+                f"`sizes` must hold modules of `rank_pattern`, of ranks of at most the least of both, got {name!r} "
+                f"of size {size} and rank {rank}."
+            )
+
+
+def _is_size(size: object) -> bool:
+    """Whether it is a number of rows and one of columns."""
+    return isinstance(size, (list, tuple)) and len(size) == 2 and all(is_int(count) and count >= 1 for count in size)
 
 
 def _check_base_sample(sample: object) -> None:
@@ -182,6 +209,17 @@ def _check_smaller_sizes(config: Fields) -> None:
             raise TypeError(f"`smaller_ranks` must hold {len(keeps)} ints or None for {name!r}, got {by_size!r}.")
         if not all(rank is None or 1 <= rank <= config.rank_pattern[name] for rank in by_size):
             raise ValueError(f"`smaller_ranks` must be in [1, {config.rank_pattern[name]}] for {name!r}, got {by_size!r}.")
+        if name in (config.sizes or {}):
+            _check_narrow_ranks(name, config.rank_pattern[name], min((config.sizes or {})[name]), by_size)
+
+
+def _check_narrow_ranks(name: str, rank: int, full: int, by_size: list[int | None]) -> None:
+    """What has lost neurons cannot get them back, and a matrix that is stored as it is has no lower ranks."""
+    if None in by_size or (rank == full and set(by_size) != {rank}):
+        raise ValueError(
+            f"`smaller_ranks` must hold ranks for {name!r}, which has lost neurons, and {full} alone where that is its rank, "
+            f"got {by_size!r}."
+        )
 
 
 def check_plain(config: Fields) -> None:
@@ -210,8 +248,15 @@ def _is_plain(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+", name) is not None
 
 
-def check_weights(path: Path, ranks: dict[str, int], form: str | None) -> None:
-    """Raise `ValueError` unless the header of a safetensors file is whole and lists products of these ranks."""
+def check_weights(path: Path, ranks: Mapping[str, int], form: str | None, sizes: Mapping[str, Sequence[int]]) -> None:
+    """Raise `ValueError` unless the header of a safetensors file is whole and lists products of these ranks and sizes.
+
+    Args:
+        path: of the file.
+        ranks: of the modules.
+        form: "pivot"; else "factors".
+        sizes: (out, in) of what is left of modules that lost rows or columns.
+    """
     try:
         with safe_open(path, framework="pt") as file:
             names = {key: key.removeprefix("base_model.model.") for key in file.keys()}  # noqa: SIM118
@@ -221,14 +266,25 @@ def check_weights(path: Path, ranks: dict[str, int], form: str | None) -> None:
     unknown = sorted({name.partition(FACTORS)[0] for name in shapes if FACTORS in name} - ranks.keys())
     if unknown:
         raise ValueError(f"{path} has factors of {unknown[0]}, which its config does not have; the two do not belong together.")
-    expanding = "A.K.weight" if form == "pivot" else "A.weight"
     for name, rank in ranks.items():
-        for tensor in ("B.weight", "A.mask" if form == "pivot" else "A.weight"):
+        size = sizes.get(name)
+        stored = (form or "factors") if size is None else narrow_form(rank, size, form or "factors")
+        for tensor in {"factors": ("B.weight", "A.weight"), "pivot": ("B.weight", "A.mask"), "dense": ("B.weight",)}[stored]:
             if f"{name}{FACTORS}{tensor}" not in shapes:
                 raise ValueError(f"{path} has no factor {tensor[0]} of {name} ({tensor}); it is damaged or of another model.")
-        shape = shapes.get(f"{name}{FACTORS}{expanding}")  # the pivot form of rank `out` has none
-        if shape is not None and (len(shape) < 2 or shape[1] != rank):
+        # The pivot form of rank `out` has no K.
+        shape = shapes.get(f"{name}{FACTORS}{'A.K.weight' if stored == 'pivot' else 'A.weight'}")
+        if shape is not None and (stored == "dense" or len(shape) < 2 or shape[1] != rank):
             raise ValueError(
-                f"{path} has a factor A of shape {shape} for {name}, and its config says rank {rank}; the two do not belong "
-                "together."
+                f"{path} has a factor A of shape {shape} for {name}, and its config says rank {rank}"
+                f"{'' if size is None else f' of a matrix of size {tuple(size)}'}; the two do not belong together."
             )
+        if size is not None:
+            of_B = (size[0] if stored == "dense" else rank, size[1])
+            of_A = (size[0] - rank if stored == "pivot" else size[0], rank)
+            for found, expected in ((shapes[f"{name}{FACTORS}B.weight"], of_B), (shape, of_A)):
+                if found not in (None, expected):
+                    raise ValueError(
+                        f"{path} has a factor of shape {found} for {name}, where its config says {expected}; the two do not "
+                        "belong together."
+                    )

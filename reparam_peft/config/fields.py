@@ -163,6 +163,17 @@ class Fields(PeftConfig):
     predicted_loss: float | None = field(
         default=None, metadata={"help": "Filled in: predicted increase of the loss, nats per token."}
     )
+    neurons: bool | None = field(
+        default=None,
+        metadata={"help": "Whether MLPs may lose neurons, with calibration data and `allocation='loss'`. None: where it can."},
+    )
+    sizes: dict[str, list[int]] | None = field(
+        default=None,
+        metadata={
+            "help": "Filled in: of modules that lost neurons, how many rows and columns of the matrix are left, as name to "
+            "[out, in]."
+        },
+    )
     smaller_keeps: list[float] | None = field(
         default=None,
         metadata={

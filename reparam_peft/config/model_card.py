@@ -42,6 +42,8 @@ def model_card_section(config: Fields, load: str | None = None) -> str:
         ("matrices factorised", len(config.rank_pattern)),
         ("matrices left dense", len(config.dense_modules or [])),
     ]
+    if config.sizes:
+        rows.append(("matrices that lost neurons", len(config.sizes)))
     if config.dense_parameters and config.dense_bytes:
         rows += [
             ("targeted parameters before", f"{config.dense_parameters:,}"),

@@ -1,4 +1,4 @@
-"""The module of a product W ≈ A B in either form, whatever the kind of layer."""
+"""The module of a product W ≈ A B in any form, whatever the kind of layer."""
 
 from __future__ import annotations
 
@@ -10,10 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from ..numerics.decompositions import Factors
+from ..numerics.decompositions import Factors, Whole
 from ..numerics.pivoting import PivotFactors, pivot
 from ..numerics.storage import mask_size
 from .computed_weight import ComputedWeight
+from .masks import packed, spread, unpacked
+from .pivot_expansion import PivotExpansion
+from .product import Stored
 
 Dtype: TypeAlias = torch.dtype | None
 # The operator that PyTorch's compiler emits for linear layers on a CPU; None in builds without oneDNN.
@@ -52,90 +55,19 @@ class Replaced:
     shape: torch.Size
 
 
-class PivotExpansion(nn.Module):
-    """z (..., r) → y (..., out) of the pivot form: y is z itself in the pivot rows and K z in the others.
-
-    Args:
-        K: maps r features to out − r; None at rank r = out.
-        rank: r.
-        out_features: out.
-        dim: the dimension of the features, counted from the end.
-
-    Attributes:
-        mask: one bit for each output, set for pivots, packed into bytes; shape (⌈out / 8⌉,), uint8. What a checkpoint holds.
-        order: the position of each output among the pivots and then the others, shape (out,); follows from `mask`.
-    """
-
-    mask: Tensor
-    order: Tensor
-
-    def __init__(self, K: nn.Module | None, rank: int, out_features: int, dim: int, device: Device) -> None:
-        super().__init__()
-        self.K, self.rank, self.dim = K, rank, dim
-        self.register_buffer("mask", torch.zeros(mask_size(out_features), dtype=torch.uint8, device=device))
-        self.register_buffer("order", torch.arange(out_features, device=device), persistent=False)
-        self.is_ordered = False
-
-    def forward(self, z: Tensor) -> Tensor:
-        if not self.is_ordered:  # the mask was offloaded, and is here for this pass
-            self.refresh()
-        # One copy in place of two scatters: [z, K z] has the pivots first, and `order` says where each output stands in it.
-        return z if self.K is None else torch.cat([z, self.K(z)], self.dim).index_select(self.dim, self.order)
-
-    @property
-    def is_pivot(self) -> Tensor:
-        """Which outputs are pivots, bool, shape (out,)."""
-        bits = self.mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=self.mask.device)
-        return (bits & 1).bool().flatten()[: len(self.order)]
-
-    @property
-    def pivots(self) -> Tensor:
-        """Indices of the pivots, ascending.
-
-        Raises:
-            ValueError: the mask does not have r bits set.
-        """
-        pivots = self.is_pivot.nonzero()[:, 0]
-        if len(pivots) != self.rank:
-            raise ValueError(f"the mask of the pivot form has {len(pivots)} bits set, and the rank is {self.rank}.")
-        return pivots
-
-    def set_pivots(self, pivots: Tensor) -> None:
-        """Make the rows with these indices the pivots."""
-        bits = torch.zeros(8 * mask_size(len(self.order)), dtype=torch.uint8, device=pivots.device)
-        bits[pivots] = 1
-        self.mask = (bits.view(-1, 8) << torch.arange(8, dtype=torch.uint8, device=bits.device)).sum(1, dtype=torch.uint8)
-        self.refresh()
-
-    def refresh(self) -> None:
-        """Derive `order` from `mask`; where a loader has yet to bring the mask, any order within range."""
-        # Only the mask is in a checkpoint: an eighth of a byte for each row, where the order would take eight. On meta there is
-        # nothing to derive it from yet. A mask that no loader has filled in has the wrong number of bits, so that positions
-        # would run past the end: they are clamped, and `pivots` raises where the mask is used.
-        if self.mask.device.type != "meta":
-            is_pivot = self.is_pivot
-            order = torch.where(is_pivot, is_pivot.cumsum(0), self.rank + (~is_pivot).cumsum(0)) - 1
-            self.order = order.clamp(0, len(order) - 1)
-            self.is_ordered = True
-
-    def train(self, mode: bool = True) -> PivotExpansion:
-        self.refresh()  # every loader ends with `eval()`
-        return super().train(mode)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
-        self.refresh()
-
-
 class FactorizedModule(nn.Module):
     """B, then A: the layer of a matrix W (out, in) ≈ A B, without W.
+
+    Where rows or columns of W were left out (`leave_out`), it is the layer of what is left, with fewer outputs or inputs. An
+    index says which these are; it plays no part in computing.
 
     Args:
         B: maps the input to r features.
         expand: makes the map of r features to the number of outputs that it is given.
         rank: r.
         out_features: out.
-        form: "factors", or "pivot", where A is the identity in the pivot rows (`pivoting.PivotFactors`).
+        form: "factors"; "pivot", where A is the identity in the pivot rows (`pivoting.PivotFactors`); or "dense", where B is
+            the matrix itself, and r = min(out, in).
         bias: whether the module has a bias of its own, in place of that of the layer.
         dim: the dimension of the features, counted from the end.
         device: of the mask and of the bias; B and what `expand` makes have theirs already.
@@ -143,13 +75,21 @@ class FactorizedModule(nn.Module):
 
     Attributes:
         rank: r.
-        A: maps r features to the output: of the class that `expand` makes, or a `PivotExpansion` of it.
+        A: maps r features to the output: of the class that `expand` makes, or a `PivotExpansion` of it; or None.
         bias: shape (out,), or None.
         feature_mean: mean of B x, shape (r,), by which the bias is moved where the product is cut to a lower rank; or None.
+        whole: (out, in) of the matrix of which rows or columns were left out; None where all are there.
+        size: (out, in) of what is left of it; None where all are there.
+        kept_rows: one bit for each row of the whole matrix, set where it is left, packed into bytes, uint8; None: all are.
+        kept_columns: the same of columns.
         replaced: the layer that it stands in place of in a standalone model, whose checkpoints have `MARKER` for it; or None.
     """
 
     feature_mean: Tensor | None
+    kept_rows: Tensor | None
+    kept_columns: Tensor | None
+    whole: tuple[int, int] | None = None
+    size: tuple[int, int] | None = None
     replaced: Replaced | None = None
 
     def __init__(
@@ -166,29 +106,60 @@ class FactorizedModule(nn.Module):
     ) -> None:
         super().__init__()
         self.B, self.rank = B, rank
-        self.A: nn.Module
-        if form == "pivot":
+        self.A: nn.Module | None
+        if form == "dense":
+            self.A = None
+        elif form == "pivot":
             K = expand(out_features - rank) if out_features > rank else None
             self.A = PivotExpansion(K, rank, out_features, dim, device)
         else:
             self.A = expand(out_features)
         self.bias = nn.Parameter(torch.zeros(out_features, device=device, dtype=dtype)) if bias else None
-        self.register_buffer("feature_mean", None)
+        for name in ("feature_mean", "kept_rows", "kept_columns"):
+            self.register_buffer(name, None)
+
+    def leave_out(self, size: tuple[int, int], whole: tuple[int, int], device: Device) -> None:
+        """Have an index of the rows and columns, so many, that are left of a whole matrix; yet to be filled in."""
+        self.size, self.whole = size, whole
+        for name, (_, features) in self._index.items():
+            setattr(self, name, torch.zeros(mask_size(features), dtype=torch.uint8, device=device))
+
+    @property
+    def _index(self) -> dict[str, tuple[int, int]]:
+        """How many rows or columns are left, and there were, by the name of the buffer that says which."""
+        if self.size is None or self.whole is None:
+            return {}
+        counts = zip(self.size, self.whole, strict=True)
+        return {
+            name: (left, features)
+            for name, (left, features) in zip(("kept_rows", "kept_columns"), counts, strict=True)
+            if left < features
+        }
+
+    @property
+    def masks(self) -> dict[str, tuple[int, int]]:
+        """The masks in its state dict: how many bits of each are set, out of how many."""
+        pivots = {"A.mask": (self.rank, len(self.A.order))} if isinstance(self.A, PivotExpansion) else {}
+        return pivots | self._index
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """A (B x) + b, where b, of shape (out,), is the module's own bias if it has one, else `bias`."""
-        y = self.A(self.B(x))
+        y = self.B(x) if self.A is None else self.A(self.B(x))
         bias = bias if self.bias is None else self.bias
         return y if bias is None else y + self.shaped_bias(bias).to(y.dtype)
 
     @property
     def form(self) -> str:
-        """How the product is stored: "factors" or "pivot"."""
+        """How the product is stored: "factors", "pivot" or "dense"."""
+        if self.A is None:
+            return "dense"
         return "pivot" if isinstance(self.A, PivotExpansion) else "factors"
 
     @property
     def pieces(self) -> dict[str, nn.Module]:
-        """The layers that it consists of, without bias, under their names: B, and A or the K of the pivot form."""
+        """The layers that it consists of, without bias, under their names: B, and A or the K of the pivot form if any."""
+        if self.A is None:
+            return {"B": self.B}
         if not isinstance(self.A, PivotExpansion):
             return {"B": self.B, "A": self.A}
         return {"B": self.B} if self.A.K is None else {"B": self.B, "A.K": self.A.K}
@@ -223,10 +194,27 @@ class FactorizedModule(nn.Module):
         return self.replaced.kind.weight(self.matrix(self.dtype), self.replaced.shape)
 
     def matrix(self, dtype: Dtype) -> Tensor:
-        """A B (out, in), multiplied in float32 or wider and rounded to a dtype; computed anew at each call."""
-        A, B = self.factors
-        precision = torch.promote_types(A.dtype, torch.float32)
-        return (A.to(precision) @ B.to(precision)).to(dtype)
+        """A B (out, in), multiplied in float32 or wider and rounded to a dtype; computed anew at each call.
+
+        Of the whole matrix, with zeros in the rows and columns that are left out.
+        """
+        if self.A is None:
+            matrix = weight_of(self.B).to(dtype)
+        else:
+            A, B = self.factors
+            precision = torch.promote_types(A.dtype, torch.float32)
+            matrix = (A.to(precision) @ B.to(precision)).to(dtype)
+        if self.whole is None:
+            return matrix
+        rows, columns = self.kept_rows, self.kept_columns
+        matrix = matrix if rows is None else spread(matrix, unpacked(rows, self.whole[0]))
+        return matrix if columns is None else spread(matrix, unpacked(columns, self.whole[1]), 1)
+
+    def whole_bias(self) -> Tensor | None:
+        """The module's own bias, of all rows of the whole matrix: zero in those that are left out; None without one."""
+        if self.bias is None or self.whole is None or self.kept_rows is None:
+            return self.bias
+        return spread(self.bias, unpacked(self.kept_rows, self.whole[0]))
 
     def mark(self, replaced: Replaced) -> None:
         """Have a marker in checkpoints, in place of the weight of a layer: one element, as a buffer until `unmark`."""
@@ -248,18 +236,22 @@ class FactorizedModule(nn.Module):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     @property
-    def stored(self) -> Factors | PivotFactors:
-        """The product in the form in which it is stored; views of the parameters."""
+    def stored(self) -> Stored:
+        """The product in the form in which it is stored, without what is left out; views of the parameters."""
+        B = self.matrix_of_B(weight_of(self.B))
+        if self.A is None:
+            return Whole(B)
         if not isinstance(self.A, PivotExpansion):
             return self.factors
-        B = self.matrix_of_B(weight_of(self.B))
         K = B.new_empty(0, len(B)) if self.A.K is None else weight_of(self.A.K).flatten(1)
         return PivotFactors(B, K, self.A.pivots)
 
     @property
     def factors(self) -> Factors:
-        """A (out, r) and B (r, in); views of the parameters, but for the A of the pivot form."""
+        """A (out, r) and B (r, in), without what is left out; views of the parameters, but for A of the pivot form and I."""
         B = self.matrix_of_B(weight_of(self.B))
+        if self.A is None:
+            return Whole(B).factors()
         if not isinstance(self.A, PivotExpansion):
             return Factors(weight_of(self.A).flatten(1), B)
         if not torch.compiler.is_compiling():
@@ -271,15 +263,19 @@ class FactorizedModule(nn.Module):
         # By `order`, as outputs are, and not by indices of pivots, whose number a graph of PyTorch's exporter cannot know.
         return Factors(torch.cat(rows).index_select(0, self.A.order), B)
 
-    def set_factors(self, factors: Factors | PivotFactors) -> None:
+    def set_factors(self, factors: Stored) -> None:
         """Make a product the parameters, in their dtype; copied only where needed. Works on meta.
 
-        The pivot form is computed where `factors` are not in it.
+        The pivot form is computed where `factors` are A and B.
 
         Raises:
-            TypeError: `factors` are in pivot form, and the module is not.
+            TypeError: `factors` are in another form than the module.
         """
-        if isinstance(self.A, PivotExpansion):
+        if isinstance(factors, Whole) != (self.A is None):
+            raise TypeError(f"`factors` are {type(factors).__name__}, and this module stores the form {self.form!r}.")
+        if isinstance(factors, Whole):
+            _set_weight(self.B, self.matrix_of_B(factors.W))
+        elif isinstance(self.A, PivotExpansion):
             P, K, pivots = factors if isinstance(factors, PivotFactors) else pivot(factors, dtype=self.dtype)
             self.A.set_pivots(pivots)
             _set_weight(self.B, self.matrix_of_B(P))
@@ -289,7 +285,43 @@ class FactorizedModule(nn.Module):
             raise TypeError("`factors` are in pivot form, and this module stores A and B; give it `factors.factors()`.")
         else:
             _set_weight(self.B, self.matrix_of_B(factors.B))
-            _set_weight(self.A, factors.A)
+            _set_weight(cast(nn.Module, self.A), factors.A)
+
+    @property
+    def rows(self) -> Tensor | None:
+        """Indices of the rows of the whole matrix that are left, int64, ascending; None: all are."""
+        return self._indices("kept_rows")
+
+    @property
+    def columns(self) -> Tensor | None:
+        """Indices of the columns of the whole matrix that are left, int64, ascending; None: all are."""
+        return self._indices("kept_columns")
+
+    def _indices(self, name: str) -> Tensor | None:
+        mask = cast("Tensor | None", getattr(self, name))
+        return None if mask is None else unpacked(mask, self._index[name][1]).nonzero()[:, 0]
+
+    def set_kept(self, rows: Tensor | None, columns: Tensor | None) -> None:
+        """Fill in which rows and columns of the whole matrix are left. Works on meta.
+
+        Args:
+            rows: their indices, ascending; None where none is left out.
+            columns: likewise.
+
+        Raises:
+            ValueError: they are not as many as the module has, or not ascending indices of the whole matrix.
+        """
+        for name, indices in (("kept_rows", rows), ("kept_columns", columns)):
+            left, features = self._index.get(name, (0, 0))
+            count = 0 if indices is None else len(indices)
+            if count != left:
+                raise ValueError(f"`{name.removeprefix('kept_')}` must be {left or None} indices, got {count or None}.")
+            if indices is None:
+                continue
+            if count and not (indices[0] >= 0 and indices[-1] < features and (indices.diff() > 0).all()):
+                raise ValueError(f"`{name.removeprefix('kept_')}` must be ascending indices below {features}.")
+            device = weight_of(self.B).device
+            setattr(self, name, packed(indices if device.type == "meta" else indices.to(device), features))
 
     def set_bias(self, bias: Tensor) -> None:
         """Make a vector (out,) the module's own bias, in its dtype. Works on meta.
@@ -301,12 +333,21 @@ class FactorizedModule(nn.Module):
             raise ValueError("this module was made without a bias of its own; make it with `bias=True`.")
         _set(self, "bias", self.bias, bias.detach().to(self.bias.dtype))
 
+    def keep_first(self) -> None:
+        """Have it that the first rows and columns of the whole matrix are those that are left."""
+        for name, (left, features) in self._index.items():
+            setattr(self, name, packed(torch.arange(left, device=weight_of(self.B).device), features))
+
     def refresh(self) -> None:
-        """Take the mask of the pivot form that a loader has filled in.
+        """Take the masks that a loader has filled in.
 
         Raises:
-            ValueError: it does not fit the rank.
+            ValueError: that of the pivot form does not fit the rank, or one of the index does not fit the size.
         """
+        for name, (left, features) in self._index.items():
+            mask = cast(Tensor, getattr(self, name))
+            if not mask.is_meta and (marked := int(unpacked(mask, features).sum())) != left:
+                raise ValueError(f"the mask `{name}` has {marked} bits set, and {left} of {features} are left.")
         if isinstance(self.A, PivotExpansion):
             self.A.refresh()
             if not self.A.mask.is_meta:

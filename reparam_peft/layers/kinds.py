@@ -11,7 +11,6 @@ from typing import Any, Generic, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
@@ -25,7 +24,7 @@ Layer = TypeVar("Layer", bound=nn.Module)
 
 
 class FactorizedLinear(FactorizedModule):
-    """`nn.Linear` (or GPT-2's `Conv1D`) of a product: x (..., in) → A (B x) (..., out), with the features of the layer."""
+    """`nn.Linear` (or GPT-2's `Conv1D`) of a product: x (..., in) → A (B x) (..., out), with the features that are left."""
 
     def __init__(
         self,
@@ -36,11 +35,14 @@ class FactorizedLinear(FactorizedModule):
         bias: bool = False,
         device: Device = None,
         dtype: Dtype = None,
+        whole: tuple[int, int] | None = None,
     ) -> None:
-        B = FactorLinear(in_features, rank, bias=False, device=device, dtype=dtype)
+        B = FactorLinear(in_features, out_features if form == "dense" else rank, bias=False, device=device, dtype=dtype)
         expand = partial(FactorLinear, rank, bias=False, device=device, dtype=dtype)
         super().__init__(B, expand, rank, out_features, form, bias, device=device, dtype=dtype)
         self.in_features, self.out_features = in_features, out_features
+        if whole is not None:
+            self.leave_out((out_features, in_features), whole, device)
 
 
 class FactorizedConv2d(FactorizedModule):
@@ -107,6 +109,7 @@ class LayerKind(ABC, Generic[Layer]):
 
     layer_class: type[nn.Module]
     one_hot = False  # whether each row picks one column, so that Gram matrices are diagonal
+    linear = False  # whether the last dimension of the input is x, and that of the output y
 
     @property
     def name(self) -> str:
@@ -177,9 +180,29 @@ class LayerKind(ABC, Generic[Layer]):
 
     @abstractmethod
     def factorized(
-        self, layer: Layer, rank: int, form: str = "factors", bias: bool = False, device: Device = None, dtype: Dtype = None
+        self,
+        layer: Layer,
+        rank: int,
+        form: str = "factors",
+        bias: bool = False,
+        size: tuple[int, int] | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> FactorizedModule:
-        """The factorised module with parameters of arbitrary content, in a form, with or without a bias of its own."""
+        """The factorised module with parameters of arbitrary content, in a form, with or without a bias of its own.
+
+        With a `size` it is one of that many outputs and inputs (out, in), for what is left of the matrix.
+        """
+
+    def check_size(self, layer: Layer, size: tuple[int, int] | None) -> None:
+        """Raise `ValueError` unless so many rows and columns (out, in) can be left of the matrix of a layer; None: all."""
+        if size is None:
+            return
+        if not self.linear:
+            raise ValueError(f"a {type(layer).__name__} has no neurons that could be left out, and its size is to be {size}.")
+        shape = self.shape(layer)
+        if not all(1 <= left <= features for left, features in zip(size, shape, strict=True)) or tuple(size) == shape:
+            raise ValueError(f"the size that is left of a matrix {shape} must be at least (1, 1) and smaller, got {size}.")
 
     def gradient_rows(self, layer: Layer, gradients: Tensor) -> Tensor:
         """g, shape (n, out): the rows of gradients with respect to W x, of gradients with respect to the layer's output."""
@@ -197,6 +220,7 @@ class LinearKind(LayerKind[Any]):
     """
 
     layer_class: type[nn.Module] = nn.Linear
+    linear = True
 
     @property
     def name(self) -> str:
@@ -215,10 +239,19 @@ class LinearKind(LayerKind[Any]):
         return inputs.reshape(-1, inputs.shape[-1])
 
     def factorized(
-        self, layer: Any, rank: int, form: str = "factors", bias: bool = False, device: Device = None, dtype: Dtype = None
+        self,
+        layer: Any,
+        rank: int,
+        form: str = "factors",
+        bias: bool = False,
+        size: tuple[int, int] | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> FactorizedLinear:
-        out_features, in_features = self.shape(layer)
-        return FactorizedLinear(in_features, out_features, rank, form, bias, device=device, dtype=dtype)
+        self.check_size(layer, size)
+        out_features, in_features = self.shape(layer) if size is None else size
+        whole = None if size is None else self.shape(layer)
+        return FactorizedLinear(in_features, out_features, rank, form, bias, device=device, dtype=dtype, whole=whole)
 
 
 class QuantizedLinearKind(LinearKind):
@@ -313,8 +346,16 @@ class Conv2dKind(LayerKind[nn.Conv2d]):
         return gradients.flatten(-2).mT.flatten(0, -2)
 
     def factorized(
-        self, layer: nn.Conv2d, rank: int, form: str = "factors", bias: bool = False, device: Device = None, dtype: Dtype = None
+        self,
+        layer: nn.Conv2d,
+        rank: int,
+        form: str = "factors",
+        bias: bool = False,
+        size: tuple[int, int] | None = None,
+        device: Device = None,
+        dtype: Dtype = None,
     ) -> FactorizedConv2d:
+        self.check_size(layer, size)
         return FactorizedConv2d(layer, rank, form, bias, device=device, dtype=dtype)
 
 
@@ -360,26 +401,17 @@ class EmbeddingKind(LayerKind[nn.Embedding]):
         rank: int,
         form: str = "factors",
         bias: bool = False,
+        size: tuple[int, int] | None = None,
         device: Device = None,
         dtype: Dtype = None,
     ) -> FactorizedEmbedding:
+        self.check_size(layer, size)
         return FactorizedEmbedding(layer, rank, form, bias, device=device, dtype=dtype)
 
 
 QUANTIZED = QuantizedLinearKind()
 # The first that fits counts: quantised layers are subclasses of `nn.Linear`.
 KINDS: tuple[LayerKind[Any], ...] = (QUANTIZED, LinearKind(), Conv1DKind(), Conv2dKind(), EmbeddingKind())
-
-
-class Wrapper(nn.Module, ABC):
-    """A layer that stands in place of another, its `base_layer` of a `kind`, and computes with a matrix of its own."""
-
-    base_layer: Any  # of the kind's class; Any, because its weight may be None, which torch's types do not know
-    kind: LayerKind[Any]
-
-    @abstractmethod
-    def computed_matrix(self) -> Tensor:
-        """The matrix (out, in) that the layer computes with."""
 
 
 def layer_kind(layer: nn.Module) -> LayerKind[Any]:
@@ -411,40 +443,3 @@ def is_quantized(layer: nn.Module) -> bool:
 def stored_weight(layer: nn.Module) -> Tensor:
     """The numbers of a layer's weight as they are stored, quantised or not."""
     return cast(Tensor, layer.W_q) if hasattr(layer, "W_q") else weight_of(layer)
-
-
-def note_dtype(model: nn.Module) -> None:
-    """Tell quantised layers the dtype of the model around them, which bitsandbytes' with 8 bits do not know."""
-    dtype = next((p.dtype for p in model.parameters() if p.is_floating_point()), torch.get_default_dtype())
-    for module in model.modules():
-        if is_quantized(module):
-            vars(module)["dtype_around"] = dtype
-
-
-def dequantized(layer: nn.Module) -> nn.Linear:
-    """A plain layer that computes as a quantised one does."""
-    plain = QUANTIZED.shell(layer)
-    plain.weight = nn.Parameter(QUANTIZED.own_matrix(layer))
-    return plain
-
-
-def kind_and_layer(module: nn.Module) -> tuple[LayerKind[Any], nn.Module]:
-    """The kind of a layer, factorised already or not, and the layer that has its geometry: of a `Wrapper` the base layer.
-
-    Raises:
-        TypeError, ValueError: as for `layer_kind`.
-    """
-    if isinstance(module, Wrapper):
-        return module.kind, module.base_layer
-    return layer_kind(module), module
-
-
-def matrix_shape(module: nn.Module) -> tuple[int, int]:
-    """(out, in) of a target, wrapped or not."""
-    if isinstance(module, Wrapper):
-        return module.kind.shape(module.base_layer)
-    if isinstance(module, BaseTunerLayer):
-        raise TypeError(
-            f"the module is wrapped by another PEFT method already ({type(module).__module__}); merge or unload that one first."
-        )
-    return layer_kind(module).shape(module)

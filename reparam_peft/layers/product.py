@@ -3,55 +3,94 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..numerics.decompositions import Factors
+from ..numerics.decompositions import Factors, Whole
 from ..numerics.pivoting import PivotFactors
 from ..numerics.storage import Storage
+
+Stored: TypeAlias = Factors | PivotFactors | Whole  # in the forms "factors", "pivot" and "dense"
 
 
 class Product(NamedTuple):
     """What a layer computes in place of W x + b.
 
     Attributes:
-        factors: of a matrix W' ≈ W, in either form.
+        factors: of a matrix W' ≈ W, in either form; or, of rows and columns that are left, the matrix itself.
         bias: shape (out,), where the layer's own is replaced; else None.
         feature_mean: E[B x], shape (r,), where the product serves lower ranks too and the bias depends on the rank; else None.
+        rows: indices of the rows of W that are left, int64, ascending, where some are left out, also of the bias; else None.
+        columns: indices of the columns of W that are left, likewise.
     """
 
-    factors: Factors | PivotFactors
+    factors: Stored
     bias: Tensor | None = None
     feature_mean: Tensor | None = None
+    rows: Tensor | None = None
+    columns: Tensor | None = None
 
     @property
     def rank(self) -> int:
-        """r."""
+        """r; of a matrix that is stored as it is, min(out, in)."""
+        if isinstance(self.factors, Whole):
+            return min(self.factors.W.shape)
         return len(self.factors.P if isinstance(self.factors, PivotFactors) else self.factors.B)
+
+
+def whole_matrix(product: Product, shape: tuple[int, int]) -> Tensor:
+    """W' (out, in) in float32 or wider, with zero rows and columns where some are left out.
+
+    >>> whole_matrix(Product(Whole(torch.ones(1, 2)), rows=torch.tensor([1])), (2, 2))
+    tensor([[0., 0.],
+            [1., 1.]])
+    """
+    factors = product.factors if isinstance(product.factors, Factors) else product.factors.factors()
+    A, B = (factor.to(torch.promote_types(factor.dtype, torch.float32)) for factor in factors)
+    return _spread(_spread(A @ B, product.rows, 0, shape[0]), product.columns, 1, shape[1])
+
+
+def whole_bias(product: Product, out_features: int) -> Tensor | None:
+    """The bias (out,), zero where rows are left out; None where there is none."""
+    return None if product.bias is None else _spread(product.bias, product.rows, 0, out_features)
+
+
+def _spread(values: Tensor, indices: Tensor | None, dim: int, size: int) -> Tensor:
+    """Values at these indices of a dimension of a size, and zero elsewhere; without indices the values themselves."""
+    if indices is None:
+        return values
+    shape = [*values.shape]
+    shape[dim] = size
+    return values.new_zeros(shape).index_copy(dim, indices.to(values.device), values)
 
 
 def tensors_of(product: Product) -> list[Tensor]:
     """The tensors of a product, in order."""
-    return [tensor for tensor in (*product.factors, product.bias, product.feature_mean) if tensor is not None]
+    return [tensor for tensor in (*product.factors, *product[1:]) if tensor is not None]
 
 
-def product_of(tensors: Sequence[Tensor], form: str) -> Product:
-    """The product in a form that has these tensors: the inverse of `tensors_of`.
+def product_of(tensors: Sequence[Tensor], rank: int, storage: Storage) -> Product:
+    """The product that has these tensors: the inverse of `tensors_of`.
+
+    Args:
+        tensors: in order.
+        rank: r.
+        storage: which says the form, and whether rows or columns are left out.
 
     >>> A, B, bias = torch.ones(3, 1), torch.ones(1, 2), torch.zeros(3)
-    >>> product_of(tensors_of(Product(Factors(A, B), bias)), "factors").bias is bias
+    >>> product_of(tensors_of(Product(Factors(A, B), bias)), 1, Storage(3, 2, bias=True)).bias is bias
     True
     """
-    factors: Factors | PivotFactors
-    if form == "pivot":
-        P, K, pivots, *rest = tensors
-        factors = PivotFactors(P, K, pivots)
-    else:
-        A, B, *rest = tensors
-        factors = Factors(A, B)
-    return Product(factors, *rest)
+    class_of_form: dict[str, type[Stored]] = {"factors": Factors, "pivot": PivotFactors, "dense": Whole}
+    made = class_of_form[storage.form_at(rank)]
+    count = len(made._fields)
+    rest, (out_features, in_features) = list(tensors[count:]), storage.whole_shape
+    columns = rest.pop() if in_features > storage.in_features else None
+    rows = rest.pop() if out_features > storage.out_features else None
+    bias, feature_mean = (*rest, None, None)[:2]
+    return Product(made(*tensors[:count]), bias, feature_mean, rows, columns)
 
 
 def empty_product(rank: int, storage: Storage, dtype: torch.dtype, nested: bool) -> list[Tensor]:
@@ -59,22 +98,25 @@ def empty_product(rank: int, storage: Storage, dtype: torch.dtype, nested: bool)
 
     Args:
         rank: r.
-        storage: shape of the matrix, form of the product, and whether it has a bias.
-        dtype: of all but the indices of pivots.
+        storage: shape of the matrix, form of the product, whether it has a bias, and whether rows or columns are left out.
+        dtype: of all but the indices.
         nested: whether lower ranks are served too, so that a bias comes with the mean of the features.
 
     >>> [tuple(tensor.shape) for tensor in empty_product(2, Storage(5, 3, "pivot", bias=True), torch.float32, nested=True)]
     [(2, 3), (3, 2), (2,), (5,), (2,)]
     """
-    if storage.form == "pivot":
-        P = torch.empty(rank, storage.in_features, dtype=dtype)
-        K = torch.empty(storage.out_features - rank, rank, dtype=dtype)
-        tensors = [P, K, torch.empty(rank, dtype=torch.int64)]
-    else:
-        A = torch.empty(storage.out_features, rank, dtype=dtype)
-        tensors = [A, torch.empty(rank, storage.in_features, dtype=dtype)]
+    form, (out_features, in_features) = storage.form_at(rank), (storage.out_features, storage.in_features)
+    floats: dict[str, list[tuple[int, ...]]] = {
+        "factors": [(out_features, rank), (rank, in_features)],
+        "pivot": [(rank, in_features), (out_features - rank, rank)],
+        "dense": [(out_features, in_features)],
+    }
+    tensors = [torch.empty(shape, dtype=dtype) for shape in floats[form]]
+    if form == "pivot":
+        tensors.append(torch.empty(rank, dtype=torch.int64))
     if storage.bias:
-        tensors.append(torch.empty(storage.out_features, dtype=dtype))
-        if nested:
+        tensors.append(torch.empty(out_features, dtype=dtype))
+        if nested and form != "dense":  # which serves no lower rank
             tensors.append(torch.empty(rank, dtype=dtype))
-    return tensors
+    left = zip(storage.whole_shape, (out_features, in_features), strict=True)
+    return tensors + [torch.empty(size, dtype=torch.int64) for whole, size in left if whole > size]

@@ -30,6 +30,22 @@ class Factors(NamedTuple):
     B: Tensor
 
 
+class Whole(NamedTuple):
+    """A matrix that is stored as it is, in place of a product.
+
+    Attributes:
+        W: shape (out, in).
+    """
+
+    W: Tensor
+
+    def factors(self) -> Factors:
+        """The matrix as factors of full rank, of which one is the identity."""
+        out_features, in_features = self.W.shape
+        identity = torch.eye(min(self.W.shape), dtype=self.W.dtype, device=self.W.device)
+        return Factors(identity, self.W) if out_features <= in_features else Factors(self.W, identity)
+
+
 def check_rank(rank: int, shape: torch.Size | tuple[int, int]) -> None:
     """Raise `ValueError` unless 1 ≤ `rank` ≤ min(`shape`), and `TypeError` unless it is an int."""
     limit = min(shape)
@@ -101,9 +117,7 @@ def factorize(weight: Tensor, rank: int, gram: Tensor | None = None, output_gram
     metrics = weighing(weight, gram, output_gram)
     out_features, in_features = weight.shape
     if rank == min(weight.shape):
-        identity = torch.eye(rank, dtype=weight.dtype, device=weight.device)
-        dense = weight.detach().clone(memory_format=torch.contiguous_format)
-        return Factors(identity, dense) if out_features <= in_features else Factors(dense, identity)
+        return Whole(weight.detach().clone(memory_format=torch.contiguous_format)).factors()
     stored = _empty_factors(weight, rank)
     if gram is not None or output_gram is not None:
         A, B = _nested_factors(weight, *metrics)
@@ -146,7 +160,7 @@ def direction_losses(
     measured = weighing(weight, gram, fisher)
     if input_metric is gram and output_metric is fisher:
         W, largest = scaled(weight)
-        energies = torch.linalg.eigvalsh(_square_of_whitened(W, *measured)[1])
+        energies = torch.linalg.eigvalsh(_square_of_directions(W, *measured))
         return energies.flip(0).clamp(min=0) * (largest**2 * measured[0].scale * measured[1].scale / 2)
     A, B = _nested_factors(weight, *weighing(weight, input_metric, output_metric))
     return measured[1].norms(A) * measured[0].norms(B.mT) / 2
@@ -233,6 +247,14 @@ def _nested_factors(weight: Tensor, gram: Metric, output_gram: Metric) -> tuple[
     U = _left_singular_vectors(W, gram, output_gram)
     A, B = output_gram.unwhiten(U), U.mT @ output_gram.whiten(W)
     return A, B * largest
+
+
+def _square_of_directions(W: Tensor, gram: Metric, output_gram: Metric) -> Tensor:
+    """With M = Tᵀ W S the smaller of Mᵀ M and M Mᵀ, whose eigenvalues are σ²; for tall W without a root of F."""
+    if W.shape[0] <= W.shape[1]:
+        return _square_of_whitened(W, gram, output_gram)[1]
+    square = gram.whiten(gram.whiten(W.mT @ output_gram.times(W)).mT)
+    return (square + square.mT) / 2
 
 
 def _square_of_whitened(W: Tensor, gram: Metric, output_gram: Metric) -> tuple[Tensor | None, Tensor]:

@@ -102,7 +102,7 @@ def solve(metric: Tensor, right: Tensor) -> Tensor:
     """
     scaled = Metric(metric)
     if scaled.is_definite:
-        return torch.linalg.solve(metric, right)
+        return torch.cholesky_solve(right, scaled.root) / scaled.scale
     return scaled.pseudo_inverse_times(right) / (scaled.scale or 1.0)
 
 

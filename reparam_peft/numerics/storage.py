@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 
@@ -15,58 +16,115 @@ def mask_size(out_features: int) -> int:
     return math.ceil(out_features / 8)
 
 
+def narrow_form(rank: int, size: Sequence[int], form: str) -> str:
+    """How a matrix that has lost rows or columns, so that its shape is `size`, is stored at a rank.
+
+    >>> narrow_form(3, (4, 3), "pivot"), narrow_form(2, (4, 3), "pivot")
+    ('dense', 'pivot')
+    """
+    return "dense" if rank == min(size) else form
+
+
 @dataclass(frozen=True)
 class Storage:
     """What the product of a matrix W (out, in) takes, by rank.
 
+    A narrow storage is of a matrix that has lost rows, or columns, for good. At its full rank, min(out, in), there is nothing
+    to factorise: it is stored as the one matrix that it is, in the form "dense". An index says which rows or columns are left,
+    one bit for each of the whole matrix.
+
     Attributes:
-        out_features: rows.
-        in_features: columns.
+        out_features: rows; of a narrow one, those that are left.
+        in_features: columns; of a narrow one, those that are left.
         form: "factors", A (out, r) and B (r, in); or "pivot", r rows of the product, coefficients of the others, and one bit
             for each row that says which is which.
         bias: whether a bias is stored along.
+        whole: (out, in) of the matrix of which rows or columns were left out; None: all are there.
+
+    Raises:
+        ValueError: more is left than there was.
     """
 
     out_features: int
     in_features: int
     form: str = "factors"
     bias: bool = False
+    whole: tuple[int, int] | None = None
+
+    def __post_init__(self) -> None:
+        if self.whole is not None and (self.out_features > self.whole[0] or self.in_features > self.whole[1]):
+            raise ValueError(f"`whole` must be at least ({self.out_features}, {self.in_features}), got {self.whole}.")
+
+    @property
+    def whole_shape(self) -> tuple[int, int]:
+        """(out, in) of the matrix before rows or columns were left out."""
+        return (self.out_features, self.in_features) if self.whole is None else self.whole
+
+    @property
+    def is_narrow(self) -> bool:
+        """Whether rows or columns were left out."""
+        return self.whole_shape != (self.out_features, self.in_features)
+
+    @property
+    def size(self) -> tuple[int, int] | None:
+        """(out, in) of what is left, where rows or columns were left out; else None."""
+        return (self.out_features, self.in_features) if self.is_narrow else None
+
+    @property
+    def full_rank(self) -> int:
+        """min(out, in)."""
+        return min(self.out_features, self.in_features)
 
     @property
     def dense(self) -> int:
-        """out · in."""
-        return self.out_features * self.in_features
+        """out · in of the whole matrix."""
+        return math.prod(self.whole_shape)
+
+    def form_at(self, rank: int) -> str:
+        """How a product of this rank is stored: "factors" or "pivot", or at the full rank of a narrow matrix "dense".
+
+        >>> Storage(6, 4, "pivot", whole=(8, 4)).form_at(4), Storage(8, 4, "pivot").form_at(4)
+        ('dense', 'pivot')
+        """
+        return narrow_form(rank, (self.out_features, self.in_features), self.form) if self.is_narrow else self.form
 
     @property
-    def mask(self) -> int:
-        """Bytes of the mask that holds a bit for each row in pivot form; each counts as a number stored."""
-        return mask_size(self.out_features) if self.form == "pivot" else 0
+    def index(self) -> int:
+        """Bytes that say which rows and columns are left, where some are left out."""
+        out_features, in_features = self.whole_shape
+        rows = mask_size(out_features) if out_features > self.out_features else 0
+        return rows + (mask_size(in_features) if in_features > self.in_features else 0)
 
-    @property
-    def overhead(self) -> int:
-        """Numbers stored at any rank: bias and mask."""
-        return self.bias * self.out_features + self.mask
+    def mask(self, rank: int) -> int:
+        """Bytes of masks: the index, and in pivot form a bit for each row; each counts as a number stored."""
+        return self.index + (mask_size(self.out_features) if self.form_at(rank) == "pivot" else 0)
+
+    def overhead(self, rank: int) -> int:
+        """Numbers stored beside the product: bias and masks."""
+        return self.bias * self.out_features + self.mask(rank)
 
     def parameters(self, rank: int) -> int:
-        """r (out + in), in pivot form r (out + in − r), and the overhead.
+        """r (out + in), in pivot form r (out + in − r), in the form "dense" out · in; and the overhead.
 
-        >>> Storage(10, 20).parameters(2), Storage(10, 20, "pivot").parameters(2)
-        (60, 58)
+        >>> Storage(10, 20).parameters(2), Storage(10, 20, "pivot").parameters(2), Storage(8, 20, whole=(10, 20)).parameters(8)
+        (60, 58, 162)
         """
-        across = self.out_features + self.in_features - (rank if self.form == "pivot" else 0)
-        return rank * across + self.overhead
+        form, across = self.form_at(rank), self.out_features + self.in_features
+        numbers = {"factors": rank * across, "pivot": rank * (across - rank), "dense": self.out_features * self.in_features}
+        return numbers[form] + self.overhead(rank)
 
     def stored(self, rank: int | None) -> int:
-        """Numbers that a product of this rank takes, or the matrix itself where it stays dense (None)."""
+        """Numbers that a product of this rank takes, or the whole matrix where it stays dense (None)."""
         return self.dense if rank is None else self.parameters(rank)
 
     def saves(self, rank: int) -> bool:
-        """Whether the product at this rank takes fewer numbers than the matrix.
+        """Whether the product at this rank takes fewer numbers than the matrix; of a narrow one, than what is left as it is.
 
         >>> Storage(10, 10).saves(5), Storage(10, 10).saves(4)
         (False, True)
         """
-        return self.parameters(rank) < self.dense
+        as_one = self.is_narrow and rank < self.full_rank
+        return self.parameters(rank) < (self.parameters(self.full_rank) if as_one else self.dense)
 
     def largest_rank(self, parameters: float) -> int:
         """The largest rank, at most min(out, in), whose product takes at most so many numbers; 0 where there is none.
@@ -74,12 +132,16 @@ class Storage:
         >>> Storage(576, 576).largest_rank(0.8 * 576 * 576), Storage(576, 576, "pivot").largest_rank(0.8 * 576 * 576)
         (230, 318)
         """
-        room, across = parameters - self.overhead, self.out_features + self.in_features
+        full = self.full_rank
+        if self.is_narrow and self.parameters(full) <= parameters:
+            return full
+        most = full - 1 if self.is_narrow else full
+        room, across = parameters - self.overhead(0), self.out_features + self.in_features
         if room <= 0:
             return 0
         # The smaller root of r (out + in − r) = room, and the slack that keeps a whole result from being floored away.
         root = (across - math.sqrt(max(across**2 - 4 * room, 0))) / 2 if self.form == "pivot" else room / across
-        return min(math.floor(root * (1 + 1e-12)), self.out_features, self.in_features)
+        return min(math.floor(root * (1 + 1e-12)), most)
 
 
 def uniform_rank(keep: float, storage: Storage) -> int | None:

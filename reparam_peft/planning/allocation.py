@@ -5,7 +5,7 @@ from __future__ import annotations
 import heapq
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -14,11 +14,23 @@ from ..numerics.storage import Storage
 RANK_MULTIPLE = 8  # inner dimensions that matrix products run at full speed on
 
 
+class Choice(Protocol):
+    """Whatever stores some parameters at some loss."""
+
+    @property
+    def parameters(self) -> int:
+        """Numbers stored."""
+
+    @property
+    def loss(self) -> float:
+        """Predicted increase of the loss, nats per token."""
+
+
 class Point(NamedTuple):
     """One way to store a matrix.
 
     Attributes:
-        rank: of its product; None: dense.
+        rank: of its product; None: dense. The full rank of a matrix that has lost neurons: it is stored as one matrix.
         parameters: numbers stored.
         loss: predicted increase of the loss, nats per token.
     """
@@ -43,16 +55,18 @@ def points(
         ceiling: the most, floor ≤ ceiling ≤ 1; below 1 the matrix is never dense.
     """
     tails = [*losses.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+    full = len(losses) if storage.is_narrow else None
     for step in (multiple, 1):
-        ranks = [rank for rank in range(step, len(tails), step) if storage.saves(rank)]
+        ranks = [r for r in range(step, len(tails), step) if r != full and storage.parameters(r) < storage.stored(full)]
         within = [r for r in ranks if floor * storage.dense <= storage.parameters(r) <= ceiling * storage.dense]
         if within:
             break
     curve = [Point(rank, storage.parameters(rank), tails[rank]) for rank in within]
-    return curve if ceiling < 1 and curve else [*curve, Point(None, storage.dense, 0.0)]
+    fits = full is not None and storage.stored(full) <= ceiling * storage.dense
+    return curve if ceiling < 1 and curve and not fits else [*curve, Point(full, storage.stored(full), 0.0)]
 
 
-def allocate(curves: Sequence[Sequence[Point]], budget: int) -> list[int]:
+def allocate(curves: Sequence[Sequence[Choice]], budget: int) -> list[int]:
     """For each curve the point to take, so that the predicted losses sum up to the least within the budget.
 
     One Lagrange multiplier μ for all curves, found by bisection over the slopes of their lower convex hulls: each takes the
@@ -76,7 +90,7 @@ def allocate(curves: Sequence[Sequence[Point]], budget: int) -> list[int]:
     least = sum(curve[0].parameters for curve in curves)
     if least > budget:
         raise ValueError(f"the least that can be stored is {least:,} parameters, and the budget is {budget:,}.")
-    hulls = [_lower_hull(curve) for curve in curves]
+    hulls = [lower_hull(curve) for curve in curves]
     slopes = sorted({slope for hull in hulls for _, slope in hull[1:]}, reverse=True)
     low, high = 0, len(slopes)  # segments at least as steep as slopes[: low] fit the budget
     while low < high:
@@ -88,7 +102,7 @@ def allocate(curves: Sequence[Sequence[Point]], budget: int) -> list[int]:
     return _spend(curves, chosen, budget - sum(curve[i].parameters for curve, i in zip(curves, chosen, strict=True)))
 
 
-def _lower_hull(curve: Sequence[Point]) -> list[tuple[int, float]]:
+def lower_hull(curve: Sequence[Choice]) -> list[tuple[int, float]]:
     """Indices of the points of the lower convex hull, each with the loss saved per parameter on the way to it."""
     hull: list[tuple[int, float]] = [(0, math.inf)]
     for index in range(1, len(curve)):
@@ -108,12 +122,12 @@ def _reach(hull: Sequence[tuple[int, float]], slope: float) -> int:
     return [index for index, steepness in hull if steepness >= slope][-1]
 
 
-def _gain(curve: Sequence[Point], start: int, end: int) -> float:
+def _gain(curve: Sequence[Choice], start: int, end: int) -> float:
     """The loss saved per parameter between two points."""
     return (curve[start].loss - curve[end].loss) / (curve[end].parameters - curve[start].parameters)
 
 
-def _spend(curves: Sequence[Sequence[Point]], chosen: list[int], left: int) -> list[int]:
+def _spend(curves: Sequence[Sequence[Choice]], chosen: list[int], left: int) -> list[int]:
     """Move curves to dearer points, the greatest gain per parameter first, as long as one fits."""
     chosen = list(chosen)
 

@@ -15,11 +15,41 @@ from ..arguments import check_text, is_finite, is_int
 from ..config.reparam_config import ReparamConfig
 from ..display.axes import grid_of, heat_map
 from ..display.tables import html_table
+from ..layers.neuron_groups import LAYOUTS, NeuronGroup, Producer
 from ..numerics.storage import Storage
 from ..runtime.files import write_whole
 from ..runtime.json_files import read_json
+from .neurons import Allotment
 
 FORMAT = "reparam_peft plan 1"
+
+
+@dataclass(frozen=True)
+class NeuronPlan:
+    """What becomes of the neurons of one MLP.
+
+    Attributes:
+        group: the MLP.
+        kept: how many neurons stay.
+        predicted_loss: what leaving out the others is predicted to cost, nats per token.
+    """
+
+    group: NeuronGroup
+    kept: int
+    predicted_loss: float
+
+    @property
+    def consumer(self) -> str:
+        """The module that reads the neurons."""
+        return self.group.consumer
+
+    def sizes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
+        """(out, in) of what is left of each matrix, by module.
+
+        Args:
+            shapes: (out, in) of the matrices with all neurons.
+        """
+        return self.group.sizes(shapes, self.kept)
 
 
 @dataclass(frozen=True)
@@ -29,11 +59,12 @@ class ModulePlan:
     Attributes:
         name: of the module.
         shape: (out, in) of its matrix.
-        rank: of its product; None: it stays dense.
+        rank: of its product; None: it stays dense. Full rank where neurons are left out: what is left of it stays as it is.
         stored_parameters: numbers in a checkpoint, or out · in for a dense one.
         predicted_loss: predicted increase of the loss, nats per token; None without statistics.
         spectrum: what each direction of the factorisation is predicted to cost, nats per token, as `direction_losses` gives
             it: rank r loses the sum of all but the first r. Empty without statistics.
+        size: (out, in) of what is left of the matrix where neurons are left out; None: all of it.
     """
 
     name: str
@@ -42,6 +73,7 @@ class ModulePlan:
     stored_parameters: int
     predicted_loss: float | None = None
     spectrum: tuple[float, ...] = field(default=(), repr=False)
+    size: tuple[int, int] | None = None
 
     @property
     def dense_parameters(self) -> int:
@@ -76,6 +108,7 @@ class Plan:
         gradient_tokens: labels sampled for the gradients.
         seed: of the labels.
         ceiling: the most that was to be stored of a matrix, as a fraction; None: 1.
+        neurons: the MLPs that lose neurons.
     """
 
     modules: tuple[ModulePlan, ...]
@@ -88,6 +121,7 @@ class Plan:
     gradient_tokens: int = 0
     seed: int = 0
     ceiling: float | None = None
+    neurons: tuple[NeuronPlan, ...] = ()
 
     @property
     def dense_parameters(self) -> int:
@@ -101,9 +135,10 @@ class Plan:
 
     @property
     def predicted_loss(self) -> float | None:
-        """Predicted increase of the loss, nats per token: the sum over the modules."""
+        """Predicted increase of the loss, nats per token: the sum over the modules, and over the MLPs that lose neurons."""
         losses = [module.predicted_loss for module in self.modules if module.predicted_loss is not None]
-        return sum(losses) if len(losses) == len(self.modules) else None
+        neurons = sum(planned.predicted_loss for planned in self.neurons)
+        return sum(losses) + neurons if len(losses) == len(self.modules) else None
 
     @property
     def ranks(self) -> dict[str, int]:
@@ -151,7 +186,9 @@ class Plan:
         if fields.pop("format", None) != FORMAT:
             raise ValueError(f"`format` must be {FORMAT!r}.")
         try:
-            plan = cls(tuple(map(_module_plan, fields.pop("modules"))), **fields)
+            neurons = tuple(map(_neuron_plan, fields.pop("neurons", ())))
+            plan = cls(tuple(map(_module_plan, fields.pop("modules"))), **fields, neurons=neurons)
+            _check_sizes(plan)
             ReparamConfig(  # which checks them
                 keep=plan.keep,
                 method=plan.method,
@@ -223,30 +260,54 @@ class Plan:
 
     def __str__(self) -> str:
         width = max([len(module.name) for module in self.modules] + [6])
-        lines = [f"{'module':{width}}  {'shape':>13}  {'rank':>5}  {'stored':>12}  {'kept':>6}  {'loss':>9}"]
+        lines = [f"{'module':{width}}  {'shape':>19}  {'rank':>5}  {'stored':>12}  {'kept':>6}  {'loss':>9}"]
         for module in self.modules:
             shape, rank, stored, fraction, loss, _ = _cells(module)
-            lines.append(f"{module.name:{width}}  {shape:>13}  {rank:>5}  {stored:>12}  {fraction:>6}  {loss:>9}")
+            lines.append(f"{module.name:{width}}  {shape:>19}  {rank:>5}  {stored:>12}  {fraction:>6}  {loss:>9}")
         kept = self.stored_parameters / self.dense_parameters if self.dense_parameters else 1.0
         total = "" if self.predicted_loss is None else f", predicted loss +{self.predicted_loss:.4f} nats per token"
+        neurons = f"{self.neurons_left}; " if self.neurons else ""
         lines.append(
             f"{self.stored_parameters:,} of {self.dense_parameters:,} parameters stored ({kept:.2%}), "
-            f"{len(self.dense_modules)} of {len(self.modules)} matrices dense; {self.method}, {self.allocation}, {self.form}"
-            f"{total}"
+            f"{len(self.dense_modules)} of {len(self.modules)} matrices dense; {neurons}{self.method}, "
+            f"{self.allocation}, {self.form}{total}"
         )
         return "\n".join(lines)
+
+    @property
+    def neurons_left(self) -> str:
+        """How many neurons stay of the MLPs that lose some, in words; empty where none does."""
+        if not self.neurons:
+            return ""
+        kept, total = sum(p.kept for p in self.neurons), sum(p.group.neurons for p in self.neurons)
+        return f"{kept:,} of {total:,} neurons of {len(self.neurons)} MLPs stay"
 
 
 def _cells(module: ModulePlan) -> tuple[str, ...]:
     """What the tables say of a target."""
     return (
-        f"{module.shape[0]} x {module.shape[1]}",
-        "dense" if module.rank is None else str(module.rank),
+        " x ".join(map(str, module.shape)) if module.size is None else _left(module.shape, module.size),
+        _rank(module),
         f"{module.stored_parameters:,}",
         f"{module.stored_parameters / module.dense_parameters:.1%}",
         "" if module.predicted_loss is None else f"{module.predicted_loss:.2e}",
         f"{module.effective_rank:.0f}" if module.spectrum else "",
     )
+
+
+def _rank(module: ModulePlan) -> str:
+    """The rank, or "dense" where there is no product: of the whole matrix, or of what is left of it."""
+    is_whole = module.rank is None or (module.size is not None and module.rank == min(module.size))
+    return "dense" if is_whole else str(module.rank)
+
+
+def _left(shape: tuple[int, int], size: tuple[int, int]) -> str:
+    """What is left of a shape, "of" what there was.
+
+    >>> _left((160, 64), (96, 64))
+    '96 of 160 x 64'
+    """
+    return " x ".join(f"{left}" if left == whole else f"{left} of {whole}" for left, whole in zip(size, shape, strict=True))
 
 
 def _module_plan(entry: Mapping[str, Any]) -> ModulePlan:
@@ -264,15 +325,47 @@ def _module_plan(entry: Mapping[str, Any]) -> ModulePlan:
         raise ValueError(
             f"{entry['name']}: `predicted_loss` and `spectrum` must be finite numbers, at most {min(shape)} of them."
         )
-    return ModulePlan(**{**entry, "shape": shape, "spectrum": spectrum})
+    size = entry.get("size")
+    return ModulePlan(**{**entry, "shape": shape, "spectrum": spectrum, "size": None if size is None else tuple(size)})
+
+
+def _neuron_plan(entry: Mapping[str, Any]) -> NeuronPlan:
+    fields = dict(entry["group"])
+    producers = tuple(Producer(*producer) for producer in fields.pop("producers"))
+    group, kept, lost = NeuronGroup(producers, **fields), entry["kept"], entry["predicted_loss"]
+    check_text("consumer", group.consumer)
+    if not producers or not all(isinstance(name, str) and layout in LAYOUTS for name, layout in producers):
+        raise ValueError(f"{group.consumer}: `producers` must be names, each with one of {LAYOUTS}, got {producers!r}.")
+    if not (is_int(group.neurons) and is_int(kept) and 0 < kept < group.neurons):
+        raise ValueError(f"{group.consumer}: `kept` must be in [1, {group.neurons}), the number of neurons, got {kept!r}.")
+    if not is_finite(lost):
+        raise ValueError(f"{group.consumer}: `predicted_loss` must be a finite number, got {lost!r}.")
+    return NeuronPlan(**{**entry, "group": group})
+
+
+def _check_sizes(plan: Plan) -> None:
+    """Raise `ValueError` unless modules have the sizes that the numbers of neurons give them."""
+    shapes = {module.name: module.shape for module in plan.modules}
+    for planned in plan.neurons:
+        names = {producer.name for producer in planned.group.producers} | {planned.consumer}
+        if not names <= shapes.keys():
+            raise ValueError(f"{planned.consumer}: modules {sorted(names - shapes.keys())} of its MLP are not in the plan.")
+    sizes = {name: size for planned in plan.neurons for name, size in planned.sizes(shapes).items()}
+    for module in plan.modules:
+        if module.size is None and module.name not in sizes:
+            continue
+        fits = module.size is not None and len(module.size) == 2 and all(map(is_int, module.size))
+        if not fits or sizes.get(module.name, module.size) != module.size or not (1, 1) <= module.size <= module.shape:
+            raise ValueError(f"{module.name}: `size` does not fit the shape {module.shape}, or the neurons, got {module.size}.")
 
 
 def make_plan(
     config: ReparamConfig,
     keep: float,
     storages: Mapping[str, Storage],
-    ranks: Mapping[str, int | None],
+    allotment: Allotment,
     losses: Mapping[str, Tensor],
+    mlps: Mapping[str, NeuronGroup],
     *,
     calibration_tokens: int = 0,
     gradient_tokens: int = 0,
@@ -284,21 +377,26 @@ def make_plan(
         config: with its choices resolved.
         keep: the size that was asked for.
         storages: what each target's product takes.
-        ranks: of the targets; None: dense.
+        allotment: ranks of the targets, and the MLPs that lose neurons.
         losses: what each direction of each target costs, nats per token; empty where that is not known.
+        mlps: the MLPs, by consumer.
         calibration_tokens, gradient_tokens, seed: of the statistics.
     """
     if config.method is None or config.allocation is None or config.form is None:
         raise ValueError("`config` must have its `method`, `allocation` and `form` resolved.")
 
+    narrowed: dict[str, tuple[Storage, Tensor]] = {}
+    for option in allotment.neurons.values():
+        narrowed |= {name: (option.storages[name], option.losses[name]) for name in option.storages}
+
     def modules() -> Iterable[ModulePlan]:
-        for name, rank in ranks.items():
-            storage, spectrum = storages[name], losses.get(name)
+        for name, rank in allotment.ranks.items():
+            storage, spectrum = narrowed.get(name, (storages[name], losses.get(name)))
             lost = None
             if spectrum is not None:
                 lost = 0.0 if rank is None else float(spectrum[rank:].sum())
-            shape, values = (storage.out_features, storage.in_features), () if spectrum is None else tuple(spectrum.tolist())
-            yield ModulePlan(name, shape, rank, storage.stored(rank), lost, values)
+            values = () if spectrum is None else tuple(spectrum.tolist())
+            yield ModulePlan(name, storage.whole_shape, rank, storage.stored(rank), lost, values, storage.size)
 
     return Plan(
         modules=tuple(modules()),
@@ -311,11 +409,12 @@ def make_plan(
         gradient_tokens=gradient_tokens,
         seed=seed,
         ceiling=config.ceiling,
+        neurons=tuple(NeuronPlan(mlps[name], option.neurons, option.loss) for name, option in allotment.neurons.items()),
     )
 
 
 def plot_plan(plan: Plan, axes: Any = None) -> Any:
-    """What is kept of each target: a heat map of module kinds over depth. Dense matrices are marked.
+    """What is kept of each target: a heat map of module kinds over depth, with marks for dense ones and for lost neurons.
 
     Args:
         plan: to show.
@@ -331,8 +430,9 @@ def plot_plan(plan: Plan, axes: Any = None) -> Any:
     axes = heat_map(kept, "stored / dense", 1.0, axes)
     places, kinds, depths = grid_of(kept)
     for module in plan.modules:
-        if module.rank is None:
+        if module.rank is None or module.size is not None:
             kind, depth = places[module.name]
-            axes.text(depths.index(depth), kinds.index(kind), "×", ha="center", va="center", color="black")
-    axes.set_title(f"keep = {plan.keep:g}; × stays dense")
+            mark = "×" if module.rank is None else "|"
+            axes.text(depths.index(depth), kinds.index(kind), mark, ha="center", va="center", color="black")
+    axes.set_title(f"keep = {plan.keep:g}; × stays dense" + ("; | loses neurons" if plan.neurons else ""))
     return axes

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import torch
@@ -13,10 +13,9 @@ from ..config.reparam_config import ReparamConfig
 from ..numerics.decompositions import check_rank
 from ..numerics.methods import METHODS
 from ..numerics.storage import Storage, uniform_rank
-from .allocation import RANK_MULTIPLE, Point, allocate, points
+from .allocation import RANK_MULTIPLE, Choice, Point, allocate, points
+from .neurons import Allotment, GroupPoint, Losses, NeuronOption, Ranks, group_curve
 from .plan import Plan
-
-Ranks = dict[str, int | None]  # module → rank; None: dense
 
 
 def resolve_rank(config: ReparamConfig, name: str, storage: Storage, keep: float | None = None) -> int | None:
@@ -105,13 +104,14 @@ class RankChooser:
     def check(self) -> None:
         """Raise `ValueError`, before minutes of work, where no ranks fit the budget, whatever the losses are."""
         if not self.by_loss:
-            self.ranks({})
+            self.ranks(Losses())
             return
         lengths = {name: min(storage.out_features, storage.in_features) for name, storage in self.storages.items()}
-        self.least_loss({name: torch.zeros(length, dtype=torch.float64) for name, length in lengths.items()}, self.prescribed)
+        nothing = {name: torch.zeros(length, dtype=torch.float64) for name, length in lengths.items()}
+        self.least_loss(Losses(nothing), self.prescribed)
 
-    def ranks(self, losses: Mapping[str, Tensor]) -> Ranks:
-        """The ranks; `losses`, what each direction of each matrix costs, are needed with `by_loss`.
+    def ranks(self, losses: Losses) -> Allotment:
+        """The ranks, and the MLPs that lose neurons; `losses` are needed with `by_loss`.
 
         A matrix that no gradient reaches, whose directions cost nothing, gets a uniform rank.
 
@@ -123,19 +123,22 @@ class RankChooser:
             return self.least_loss(losses, {**self.prescribed, **unreached})
         if self.within_budget:
             self.check_budget(self.uniform)
-        return dict(self.uniform)
+        return Allotment(dict(self.uniform))
 
-    def unreached(self, losses: Mapping[str, Tensor]) -> list[str]:
+    def unreached(self, losses: Losses) -> list[str]:
         """Matrices whose rank is to be chosen by loss, and that no gradient reaches."""
-        return [name for name in self.storages if self.by_loss and name not in self.prescribed and not losses[name].any()]
+        chosen = [name for name in self.storages if self.by_loss and name not in self.prescribed]
+        return [name for name in chosen if not losses.directions[name].any()]
 
-    def least_loss(self, losses: Mapping[str, Tensor], fixed: Mapping[str, int | None]) -> Ranks:
+    def least_loss(self, losses: Losses, fixed: Mapping[str, int | None]) -> Allotment:
         """Ranks of the least predicted loss under the budget, with those of some matrices fixed; uniform ranks are a candidate.
+
+        An MLP keeps its neurons where the rank of one of its matrices is fixed.
 
         Raises:
             ValueError: the budget cannot be met.
         """
-        curves = {name: self._curve(name, losses, fixed) for name in self.storages}
+        curves = {name: self._curve(name, losses.directions, fixed) for name in self.storages}
         least = sum(curve[0].parameters for curve in curves.values())
         if least > self.budget:
             held = sum(curves[name][0].parameters for name in fixed)
@@ -144,14 +147,36 @@ class RankChooser:
                 f"{held:,} for the {len(fixed)} targets that `dense_modules` and `rank_pattern` fix, and the lowest ranks of "
                 "the others. Raise `keep`, or lower `floor` or `rank_multiple`."
             )
-        indices = allocate(list(curves.values()), self.budget)
-        chosen = {name: curve[index] for (name, curve), index in zip(curves.items(), indices, strict=True)}
+        mlps = self._mlps(losses, fixed)
+        grouped = {name for options in mlps.values() for name in options[0].storages}
+        units: dict[str, Sequence[Choice]] = {name: curve for name, curve in curves.items() if name not in grouped}
+        for consumer, options in mlps.items():
+            units[consumer] = group_curve({name: curves[name] for name in options[0].storages}, options, self._curve_of_option)
+        indices = allocate(list(units.values()), self.budget)
+        chosen = {unit: curve[index] for (unit, curve), index in zip(units.items(), indices, strict=True)}
         uniform = {name: _uniform_point(curve, self.keep * self.storages[name].dense) for name, curve in curves.items()}
         candidates = [point for point in uniform.values() if point is not None]
         fits = len(candidates) == len(curves) and sum(point.parameters for point in candidates) <= self.budget
-        if fits and sum(point.loss for point in candidates) < sum(point.loss for point in chosen.values()):
-            return {name: point.rank for name, point in zip(uniform, candidates, strict=True)}
-        return {name: point.rank for name, point in chosen.items()}
+        if fits and sum(point.loss for point in candidates) < sum(choice.loss for choice in chosen.values()):
+            return Allotment({name: point.rank for name, point in zip(uniform, candidates, strict=True)})
+        ranks: Ranks = dict.fromkeys(self.storages)
+        neurons = {}
+        for unit, choice in chosen.items():
+            if isinstance(choice, Point):
+                ranks[unit] = choice.rank
+            elif isinstance(choice, GroupPoint):
+                ranks.update({name: point.rank for name, point in choice.points.items()})
+                if choice.option is not None:
+                    neurons[unit] = choice.option
+        return Allotment(ranks, neurons)
+
+    def _mlps(self, losses: Losses, fixed: Mapping[str, int | None]) -> dict[str, Sequence[NeuronOption]]:
+        """The MLPs that may lose neurons: those with all ranks to be chosen."""
+        mlps = {consumer: options for consumer, options in losses.neurons.items() if options}
+        return {consumer: options for consumer, options in mlps.items() if not fixed.keys() & options[0].storages.keys()}
+
+    def _curve_of_option(self, option: NeuronOption, name: str) -> list[Point]:
+        return self._points(option.losses[name], option.storages[name])
 
     def smaller(self, plan: Plan) -> dict[float, Ranks]:
         """Ranks at sizes below that of a plan, in steps of 0.05 down to the least there is: size → module → rank; None: dense.
@@ -169,7 +194,7 @@ class RankChooser:
         for step in range(math.ceil(plan.keep * 20 - 1e-9) - 1, 0, -1):
             keep = step / 20
             try:
-                ranks = replace(self, keep=keep, ceiling=1.0).least_loss(losses, {**held, **self.prescribed})
+                ranks = replace(self, keep=keep, ceiling=1.0).least_loss(Losses(losses), {**held, **self.prescribed}).ranks
             except ValueError:  # smaller than the lowest ranks and what is always dense
                 break
             sizes[keep] = {
@@ -191,9 +216,12 @@ class RankChooser:
         storage = self.storages[name]
         if name in fixed:
             return [Point(fixed[name], storage.stored(fixed[name]), 0.0)]
+        return self._points(losses[name], storage)
+
+    def _points(self, losses: Tensor, storage: Storage) -> list[Point]:
         small = min(storage.out_features, storage.in_features) < 8 * RANK_MULTIPLE  # gains nothing by alignment
         multiple = self.rank_multiple or (1 if small else RANK_MULTIPLE)
-        return points(losses[name], storage, multiple, self.floor, self.ceiling)
+        return points(losses, storage, multiple, self.floor, self.ceiling)
 
 
 def parameter_budget(keep: float, storages: Mapping[str, Storage]) -> int:

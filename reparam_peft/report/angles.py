@@ -32,7 +32,10 @@ def input_angles(model: nn.Module, adapter_name: str | None = None) -> dict[str,
         adapter = adapter_name or next(iter(layer.active_adapters))
         if adapter in layer.reparam_factors:
             factorized = layer.factorized(adapter)
-            kept.setdefault(kind, {})[depth] = factorized.factors.B.detach()
+            B, columns = factorized.factors.B.detach(), factorized.columns
+            if columns is not None:  # as rows of the whole matrix, in which inputs that are left out are zero
+                B = B.new_zeros(len(B), layer.in_features).index_copy(1, columns, B)
+            kept.setdefault(kind, {})[depth] = B
     if not kept:
         raise ValueError("the model has no factorised layers; compress it first.")
     angles: dict[str, dict[int, Tensor]] = {}

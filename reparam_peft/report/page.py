@@ -163,6 +163,7 @@ def _summary(record: Record) -> str:
     dense, kept = plan.dense_parameters, plan.stored_parameters / plan.dense_parameters if plan.dense_parameters else 1.0
     words = f"{len(plan.modules)} matrices with {dense:,} parameters; {kept:.1%} of them are stored"
     words += f", {len(plan.dense_modules)} matrices stay dense."
+    words += f" {plan.neurons_left}." if plan.neurons else ""
     if record.excess_loss is not None:
         words += f" The loss changed by {record.excess_loss:+.3f} nats per token."
     return words

@@ -262,8 +262,9 @@ def _block(entry: dict[str, Any]) -> dict[str, Any]:
 
 def _bare_plan(config: ReparamConfig, sizes: SizeReport) -> Plan:
     """Ranks and sizes as they are in a model, without predictions."""
+    left = {name: (size[0], size[1]) for name, size in (config.sizes or {}).items()}
     return Plan(
-        modules=tuple(ModulePlan(m.name, m.shape, m.rank, m.stored_parameters) for m in sizes.matrices),
+        modules=tuple(ModulePlan(m.name, m.shape, m.rank, m.stored_parameters, size=left.get(m.name)) for m in sizes.matrices),
         keep=sizes.keep,
         method=cast(str, config.method),  # an adapter's config has none of the defaults open
         allocation=cast(str, config.allocation),

@@ -16,6 +16,7 @@ from ..compression.weighing import mean_output
 from ..config.reparam_config import ReparamConfig
 from ..evaluation.measures import Measure
 from ..layers.kinds import is_quantized, layer_kind
+from ..layers.product import whole_bias, whole_matrix
 from ..numerics.decompositions import Factors
 from ..numerics.metrics import exact
 from ..planning.plan import Plan
@@ -27,7 +28,7 @@ from .result import Trial
 
 
 class Family:
-    """All sizes of one model by one method: each matrix decomposed once, at full rank."""
+    """All sizes of one model by one method: each matrix decomposed once, at full rank, unless neurons are left out."""
 
     def __init__(self, model: nn.Module, config: ReparamConfig, statistics: Statistics, seed: int) -> None:
         self.model = model
@@ -70,8 +71,21 @@ class Family:
         """Within this block weights are the products of a plan; afterwards they are the very same as before."""
         before: list[tuple[Tensor, Tensor]] = []
         try:
+            narrow = {name: target for name, target in self.job.ranked(plan).items() if target.storage.is_narrow}
+            for name, product in self.job.products(narrow).items():
+                module = self.job.modules[name]
+                weight, matrix = cast(Tensor, module.weight), whole_matrix(product, narrow[name].storage.whole_shape)
+                before.append((weight, weight.data))
+                weight.data = layer_kind(module).weight(matrix.to(weight.device, weight.dtype), weight.shape)
+                moved = whole_bias(product, len(matrix))
+                if moved is not None:
+                    bias = cast(Tensor, module.bias)
+                    before.append((bias, bias.data))
+                    bias.data = moved.to(bias.device, bias.dtype)
             for name, rank in plan.ranks.items():
                 module = self.job.modules[name]
+                if name in narrow:
+                    continue
                 if rank == min(self.job.storages[name].out_features, self.job.storages[name].in_features):
                     continue  # the product is W
                 with naming(name):

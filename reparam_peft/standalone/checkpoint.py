@@ -24,7 +24,7 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..arguments import ReparamWarning
 from ..layers.factorized import MARKER, FactorizedModule, Replaced, weight_of
 from ..layers.kinds import LayerKind, layer_kind
-from ..numerics.storage import FORMS
+from ..numerics.storage import FORMS, narrow_form
 from ..runtime.modules import is_offloaded, set_module
 from .quantization import SCHEMES, check_scheme, finish, prepare, state_dict
 
@@ -34,6 +34,7 @@ ALIGNMENT = 64  # bytes; of PyTorch's allocator for CPUs
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 INTEGERS = {torch.uint8: "U8", torch.int8: "I8"}  # in the words of safetensors
 SPECIFICATION = {"rank": int, "form": str, "bias": bool}
+SIZE = ("out", "in")  # of layers that have lost neurons
 DAMAGED = "the checkpoint is damaged, or was changed by hand"
 
 
@@ -41,7 +42,8 @@ class CheckpointConfig(QuantizationConfigMixin):
     """What config.json says, under `quantization_config`, of the factorised layers of a standalone checkpoint.
 
     Args:
-        layers: name of a module → {"rank": r, "form": "factors" or "pivot", "bias": whether it has one}.
+        layers: name of a module → {"rank": r, "form": "factors" or "pivot", "bias": whether it has one}; of one that has lost
+            neurons, also {"out": rows that are left, "in": columns that are left}, and at r = min(out, in) the form "dense".
         format_version: of the checkpoint.
         quant_method: "reparam", by which transformers finds this class.
         quantization: how the matrices of the factors are stored, one of `quantization.SCHEMES`; None: in the model's dtype.
@@ -91,13 +93,28 @@ class CheckpointConfig(QuantizationConfigMixin):
 
 
 def _check_specification(name: Any, layer: Any) -> None:
-    is_complete = isinstance(layer, Mapping) and layer.keys() == SPECIFICATION.keys()
-    is_typed = is_complete and all(type(layer[key]) is expected for key, expected in SPECIFICATION.items())
-    if not is_typed or not isinstance(name, str) or not name or layer["rank"] < 1 or layer["form"] not in FORMS:
+    is_mapping = isinstance(layer, Mapping)
+    types = SPECIFICATION | (dict.fromkeys(SIZE, int) if is_mapping and not layer.keys().isdisjoint(SIZE) else {})
+    is_typed = is_mapping and layer.keys() == types.keys() and all(type(layer[key]) is types[key] for key in types)
+    if not is_typed or not isinstance(name, str) or not name or layer["rank"] < 1 or layer["form"] not in _forms(layer):
         raise ValueError(
-            f"layer {name!r} in config.json must have a `rank` of at least 1, a `form` in {FORMS} and a `bias` that is true or "
-            f"false, got {layer!r}; {DAMAGED}."
+            f"layer {name!r} in config.json must have a `rank` of at least 1, a `form` in {FORMS}, a `bias` that is true or "
+            "false and, if it has lost neurons, `out` and `in` of at least the rank, where at a rank that is the least of both "
+            f"the form is 'dense'; got {layer!r}; {DAMAGED}."
         )
+
+
+def _size(layer: Mapping[str, Any]) -> tuple[int, int] | None:
+    """(out, in) of what is left of a layer that has lost neurons; else None."""
+    return (layer["out"], layer["in"]) if "out" in layer else None
+
+
+def _forms(layer: Mapping[str, Any]) -> tuple[str, ...]:
+    """The forms that a layer may have; none where its rank is too high for its size."""
+    size = _size(layer)
+    if size is None:
+        return FORMS
+    return () if layer["rank"] > min(size) else tuple({narrow_form(layer["rank"], size, form): form for form in FORMS})
 
 
 class CheckpointLoader(HfQuantizer):
@@ -174,7 +191,7 @@ def place_factorized(model: PreTrainedModel, layers: Mapping[str, Mapping[str, A
 
     Args:
         model: may be the base of the model that was saved, or have another head.
-        layers: name of a module → {"rank", "form", "bias"}, as in config.json.
+        layers: name of a module → {"rank", "form", "bias", …}, as in config.json.
 
     Raises:
         ValueError: the model has none of them, one of its base is missing, or one cannot be factorised so.
@@ -225,13 +242,16 @@ def mark(module: FactorizedModule, name: str, kind: LayerKind[Any], shape: torch
 
 def specification_of(module: FactorizedModule) -> dict[str, Any]:
     """What config.json says of a factorised layer."""
-    return {"rank": module.rank, "form": module.form, "bias": module.bias is not None}
+    size = {} if module.size is None else dict(zip(SIZE, module.size, strict=True))
+    return {"rank": module.rank, "form": module.form, "bias": module.bias is not None, **size}
 
 
 def _module(name: str, layer: nn.Module, specification: Mapping[str, Any]) -> FactorizedModule:
     """What takes the place of a layer, without memory."""
+    size = _size(specification)
     try:
         kind = layer_kind(layer)
+        kind.check_size(layer, size)
     except (TypeError, ValueError) as error:
         raise ValueError(f"{name}: config.json says that this layer is factorised, but {error}") from error
     if specification["rank"] > min(kind.shape(layer)):
@@ -239,7 +259,15 @@ def _module(name: str, layer: nn.Module, specification: Mapping[str, Any]) -> Fa
             f"{name}: `rank` in config.json is {specification['rank']}, of a matrix {kind.shape(layer)}; {DAMAGED}."
         )
     weight = weight_of(layer)
-    module = kind.factorized(layer, **specification, device=torch.device("meta"), dtype=weight.dtype)
+    module = kind.factorized(
+        layer,
+        specification["rank"],
+        specification["form"],
+        specification["bias"],
+        size,
+        device=torch.device("meta"),
+        dtype=weight.dtype,
+    )
     return mark(module, name, kind, weight.shape)
 
 

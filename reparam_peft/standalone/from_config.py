@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..layers.factorized import FactorizedModule, PivotExpansion
+from ..layers.factorized import FactorizedModule
+from ..layers.pivot_expansion import PivotExpansion
 from ..runtime.hosts import extend
 from .checkpoint import METHOD, CheckpointConfig, CheckpointLoader, mark_unquantized, place_factorized
 from .quantization import check_scheme, quantize
@@ -77,3 +78,4 @@ def _fill_at_random(module: nn.Module) -> None:
             for tensor in [child.bias, *(buffer for _, buffer in child.named_buffers(recurse=False))]:
                 if tensor is not None:
                     nn.init.zeros_(tensor)
+            child.keep_first()

@@ -34,9 +34,9 @@ class Pivot(nn.Module):
 
 
 class Factorized(nn.Module):
-    """The layer of a matrix W ≈ A B: x → A (B x) + b."""
+    """The layer of a matrix W ≈ A B: x → A (B x) + b; of a narrow one, of `size` (out, in), the form may be "dense": B is W."""
 
-    def __init__(self, layer: nn.Module, rank: int, form: str, bias: bool) -> None:
+    def __init__(self, layer: nn.Module, rank: int, form: str, bias: bool, size: tuple[int, int] | None = None) -> None:
         super().__init__()
         convolution, dim, self.scale = isinstance(layer, nn.Conv2d), -1, 1.0
         if convolution:
@@ -53,15 +53,20 @@ class Factorized(nn.Module):
                 scale = torch.tensor(exact, dtype=layer.weight.dtype, device="cpu")
             self.scale = float(scale)
         else:
-            in_features, out_features = (
-                (layer.nx, layer.nf) if isinstance(layer, Conv1D) else (layer.in_features, layer.out_features)
-            )
-            self.B = nn.Linear(in_features, rank, bias=False)
+            whole = (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
+            out_features, in_features = size or whole
+            self.B = nn.Linear(in_features, out_features if form == "dense" else rank, bias=False)
+            # Which rows and columns of W are left: without meaning here, where the model computes with these alone.
+            for name, left, features in (("kept_rows", out_features, whole[0]), ("kept_columns", in_features, whole[1])):
+                if left < features:
+                    self.register_buffer(name, torch.zeros((features + 7) // 8, dtype=torch.uint8))
 
         def expand(rows: int) -> nn.Module:
             return nn.Conv2d(rank, rows, 1, bias=False) if convolution else nn.Linear(rank, rows, bias=False)
 
-        if form == "pivot":
+        if form == "dense":
+            self.A = nn.Identity()
+        elif form == "pivot":
             self.A = Pivot(expand(out_features - rank) if out_features > rank else None, out_features, dim)
         else:
             self.A = expand(out_features)
@@ -90,6 +95,7 @@ class WithFactors:
                 except AttributeError:
                     continue
                 with torch.device(layer.weight.device):
-                    module = Factorized(layer, how["rank"], how["form"], how["bias"]).to(layer.weight.dtype)
+                    size = (how["out"], how["in"]) if "out" in how else None
+                    module = Factorized(layer, how["rank"], how["form"], how["bias"], size).to(layer.weight.dtype)
                 setattr(self.get_submodule(parent), child, module)
                 break

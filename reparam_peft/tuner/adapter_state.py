@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -36,7 +37,7 @@ def check_whole(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -
         if adapter_name not in layer.reparam_factors:
             continue
         module = layer.factorized(adapter_name)
-        whole = layer.kind.factorized(layer.base_layer, module.rank, module.form, module.bias is not None, device="meta")
+        whole = layer.like(adapter_name)
         expected = whole.state_dict()
         if module.feature_mean is not None:
             expected["feature_mean"] = torch.empty(module.rank, device="meta")
@@ -87,8 +88,9 @@ def fit_to_model(model: nn.Module, config: ReparamConfig, adapter_name: str, loa
                 cut(name, layer, adapter_name, rank_in_file, loaded)
             keys = factor_keys(name, layer, adapter_name)
             expected.update(keys)
+            masks = layer.factorized(adapter_name).masks if keys else {}
             for key, present in keys.items():
-                check_loaded_tensor(key, loaded.get(key), present, layer.r[adapter_name], layer.out_features)
+                check_loaded_tensor(key, loaded.get(key), present, masks)
             if adapter_name in layer.merged_adapters:
                 raise ValueError(f"{name}: adapter {adapter_name!r} is merged; unmerge it before loading others into it.")
         # A config for a lower size may leave targets dense whose factors are in the file.
@@ -130,6 +132,8 @@ def cut(name: str, layer: ReparamLayer, adapter_name: str, rank_in_file: int, lo
         ValueError: the checkpoint has a bias, and no mean of the features B x that fits.
     """
     rank, present = layer.r[adapter_name], factor_keys(name, layer, adapter_name)
+    if layer.factorized(adapter_name).form == "dense":  # which is the same at every size
+        return
     for key in [key for key in present if key.endswith(".bias") and key in loaded]:
         # The model has no such tensor at this size, so that PEFT has left the key as it is in the file.
         key_of_mean = key.removesuffix(f"{adapter_name}.bias") + "feature_mean"
@@ -153,8 +157,15 @@ def _first(tensor: Tensor, shape: torch.Size, rank_in_file: int, rank: int) -> T
     return tensor.clone()  # without the memory of what is left out
 
 
-def check_loaded_tensor(key: str, tensor: Tensor | None, present: Tensor, rank: int, out_features: int) -> None:
-    """Raise `ValueError` where a tensor of a checkpoint is missing, misshapen or not finite, or a mask is not of the rank."""
+def check_loaded_tensor(key: str, tensor: Tensor | None, present: Tensor, masks: Mapping[str, tuple[int, int]]) -> None:
+    """Raise `ValueError` where a tensor of a checkpoint is missing, misshapen or not finite, or a mask does not fit.
+
+    Args:
+        key: of the tensor.
+        tensor: in the checkpoint.
+        present: the one that it is to take the place of.
+        masks: of the module that it belongs to, as `FactorizedModule.masks`.
+    """
     name = key.removeprefix("base_model.model.")
     if tensor is None:
         raise ValueError(f"{name}: the checkpoint has no such tensor; {DAMAGED}.")
@@ -172,8 +183,9 @@ def check_loaded_tensor(key: str, tensor: Tensor | None, present: Tensor, rank: 
             "dtype."
         )
     if is_mask:
-        marked = int.from_bytes(bytes(tensor.tolist()), "little") & ((1 << out_features) - 1)
-        if marked.bit_count() != rank:
-            raise ValueError(
-                f"{name}: the checkpoint marks {marked.bit_count()} rows as pivots, and the rank is {rank}; {DAMAGED}."
-            )
+        mask = next(mask for mask in masks if name.endswith(f".{mask}"))
+        count, features = masks[mask]
+        marked = (int.from_bytes(bytes(tensor.tolist()), "little") & ((1 << features) - 1)).bit_count()
+        if marked != count:
+            what = f"rows as pivots, and the rank is {count}" if mask == "A.mask" else f"of {features} as kept, and {count} are"
+            raise ValueError(f"{name}: the checkpoint marks {marked} {what}; {DAMAGED}.")

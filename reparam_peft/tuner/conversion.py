@@ -6,14 +6,14 @@ import copy
 from itertools import chain
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..layers.factorized import FactorizedModule
-from ..layers.kinds import dequantized, is_quantized, note_dtype
+from ..layers.kinds import is_quantized
+from ..layers.quantized_bases import dequantized, note_dtype
 from ..standalone.checkpoint import METHOD, CheckpointConfig, CheckpointLoader, mark, mark_unquantized, specification_of
 from ..standalone.quantization import check_scheme
 from ..standalone.quantization import quantize as quantize_factors
@@ -89,15 +89,9 @@ def _factorized(name: str, layer: ReparamLayer) -> nn.Module:
         return layer.base_layer
     present = layer.factorized(active[0])
     bias = getattr(layer.base_layer, "bias", None) if present.bias is None else present.bias
-    module = layer.kind.factorized(
-        layer.base_layer,
-        layer.r[active[0]],
-        present.form,
-        bias is not None,
-        device=torch.device("meta"),
-        dtype=layer.base_dtype,
-    )
+    module = layer.like(active[0], bias=bias is not None)
     module.set_factors(present.stored)
+    module.set_kept(present.rows, present.columns)
     if bias is not None:
         module.set_bias(bias)
     return mark(module, name, layer.kind, layer.weight_shape)

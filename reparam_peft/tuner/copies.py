@@ -50,7 +50,7 @@ def copied(targets: Mapping[str, Target], source: str) -> dict[str, Target] | No
         source: the adapter that is copied.
 
     Returns:
-        None where rank, form or bias of a target are not those of the source.
+        None where rank, form, size or bias of a target are not those of the source.
     """
     done = {}
     for name, target in targets.items():
@@ -61,7 +61,9 @@ def copied(targets: Mapping[str, Target], source: str) -> dict[str, Target] | No
         if not isinstance(layer, ReparamLayer) or source not in layer.reparam_factors:
             return None
         module = layer.factorized(source)
-        if (module.rank, module.form, module.bias is not None) != (target.rank, target.storage.form, target.storage.bias):
+        storage = target.storage
+        made = (module.rank, module.form, module.size, module.bias is not None)
+        if made != (target.rank, target.form, storage.size, storage.bias):
             return None
         done[name] = replace(target, copied=copy.deepcopy(module))
     return done

@@ -46,11 +46,15 @@ def check_data_free(config: ReparamConfig) -> None:
                 f"`{name}={getattr(config, name)!r}` needs calibration data, which `get_peft_model` has no way to pass; use "
                 "`reparam_peft.compress(model, config, batches)`."
             )
-    for name in (*OF_METRICS, *OF_ALLOCATION):
+    for name in (*OF_METRICS, *OF_ALLOCATION, *(("neurons",) if config.neurons else ())):
         if getattr(config, name) is not None:
             raise ValueError(
                 f"`{name}` has an effect with calibration data only; leave it out, or use `reparam_peft.compress`."
             )
+    if config.sizes:
+        raise ValueError(
+            f"`sizes` says that modules have lost neurons, {next(iter(config.sizes))!r} first, and not which; leave it out."
+        )
 
 
 def check_standalone(config: ReparamConfig) -> None:

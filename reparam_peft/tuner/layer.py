@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from ..arguments import ReparamWarning
 from ..layers.computed_weight import ComputedWeight
 from ..layers.factorized import FactorizedModule, weight_of
-from ..layers.kinds import KINDS, Wrapper, layer_kind
+from ..layers.kinds import KINDS, layer_kind
 from ..layers.product import Product
+from ..layers.wrapper import Wrapper
 from .arrivals import Arrivals
 
 BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"  # PEFT's words, which its users match
@@ -106,6 +107,13 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         self.check_active(active)
         return _combined([self.dense_matrix(name) for name in active], self._base_matrix)
 
+    def computed_size(self) -> tuple[int, int] | None:
+        """(out, in) of what is left of the matrix in the active adapter, where rows or columns are left out; None: all."""
+        if self.merged or self.disable_adapters:
+            return None
+        active = [name for name in self.active_adapters if name in self.reparam_factors]
+        return self.factorized(active[0]).size if active else None
+
     @property
     def source(self) -> str | None:
         """The adapter whose product a further adapter factorises, once W is gone; before, None."""
@@ -134,6 +142,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         inference_mode: bool = False,
         form: str = "factors",
         bias: bool = False,
+        size: tuple[int, int] | None = None,
         nested: bool = False,
     ) -> None:
         """Add an adapter.
@@ -144,8 +153,9 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
             product: its factors and, with `bias`, its bias; or a factorised module that becomes the adapter's; None where a
                 loader is about to fill them in.
             inference_mode: whether the factors are frozen.
-            form: "factors" or "pivot".
+            form: "factors", "pivot" or "dense".
             bias: whether it has a bias in place of the base layer's.
+            size: (out, in) of what is left of the matrix, where rows or columns are left out; None: all.
             nested: whether it has the mean of its features, too.
         """
         if isinstance(product, FactorizedModule):
@@ -153,11 +163,26 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         else:
             # On meta a module takes no memory until it is given its factors, which are not copied.
             device = self.placeholder.device if product is None else torch.device("meta")
-            module = self.kind.factorized(self.base_layer, rank, form, bias, device=device, dtype=self.base_dtype)
+            module = self.kind.factorized(self.base_layer, rank, form, bias, size, device=device, dtype=self.base_dtype)
             self._fill(adapter_name, module, product, bias, nested)
         self.r[adapter_name] = rank
         self.reparam_factors[adapter_name] = module.train(self.training)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
+
+    def like(
+        self, adapter_name: str, rank: int | None = None, form: str | None = None, bias: bool | None = None
+    ) -> FactorizedModule:
+        """A module as that of an adapter, without content, on meta and in the base dtype; where given, of another rank, say."""
+        present = self.factorized(adapter_name)
+        return self.kind.factorized(
+            self.base_layer,
+            rank or present.rank,
+            form or present.form,
+            present.bias is not None if bias is None else bias,
+            present.size,
+            device=torch.device("meta"),
+            dtype=self.base_dtype,
+        )
 
     def _fill(self, adapter_name: str, module: FactorizedModule, product: Product | None, bias: bool, nested: bool) -> None:
         """Give a new module its product, or have it wait for a loader."""
@@ -170,6 +195,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         if (bias and product.bias is None) or (nested and product.feature_mean is None):
             raise ValueError("`product` lacks the bias, or the mean of the features, that the adapter is to have.")
         module.set_factors(product.factors)
+        module.set_kept(product.rows, product.columns)
         if bias and product.bias is not None:
             module.set_bias(product.bias)
         if nested and product.feature_mean is not None:
@@ -232,7 +258,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         weight = self.kind.weight(matrix, self.weight_shape)
         parameter = nn.Parameter(weight, requires_grad=False)
         bias = self._base_bias()
-        moved = [self.factorized(name).bias for name in names]
+        moved = [self.factorized(name).whole_bias() for name in names]
         if bias is not None and any(vector is not None for vector in moved):
             merged_bias = _combined([bias if vector is None else vector.detach() for vector in moved], lambda: bias)
             merged_bias = merged_bias.to(bias.dtype).clone()
@@ -257,6 +283,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
                 f"adapters {[*self.merged_adapters, *adapter_names]} cannot be merged together: {W_IS_GONE}, and the sum of "
                 f"several is defined by it only. Merge one, or {REMEDY}."
             )
+        self._check_alone([*self.merged_adapters, *adapter_names])
         # In half precision a product may be too large for a number although its factors are not.
         narrow = torch.finfo(self.base_dtype).max < torch.finfo(torch.bfloat16).max
         for name in adapter_names if safe_merge or narrow else ():
@@ -307,6 +334,16 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
                 f"exactly one adapter must be active in a layer, got {active} of {list(self.reparam_factors)}: {W_IS_GONE}. "
                 f"Activate one of them, or {REMEDY}."
             )
+        self._check_alone(active)
+
+    def _check_alone(self, adapter_names: list[str]) -> None:
+        """Raise `ValueError` where one of several adapters has lost neurons: outputs of other sizes cannot be added up."""
+        narrow = [name for name in adapter_names if self.factorized(name).size is not None]
+        if narrow and len(adapter_names) > 1:
+            raise ValueError(
+                f"adapters {adapter_names} cannot be active or merged together: {narrow[0]!r} has lost neurons, so that its "
+                "outputs or inputs are others. Use one of them at a time."
+            )
 
     def _product(self, adapter_name: str, x: Tensor) -> Tensor:
         """A B x + b in the dtype that the base layer would return."""
@@ -329,7 +366,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
 
     def _bias(self, adapter_name: str) -> Tensor | None:
         """The bias that an adapter computes with."""
-        bias = self.factorized(adapter_name).bias
+        bias = self.factorized(adapter_name).whole_bias()
         return self._base_bias() if bias is None else bias.detach()
 
     def _get_base_layer_device_and_dtype(self, base_layer: nn.Module) -> tuple[torch.device, torch.dtype]:

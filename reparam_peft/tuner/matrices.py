@@ -9,7 +9,8 @@ from torch import Tensor, nn
 from ..config.fields import DATA_FREE
 from ..config.reparam_config import ReparamConfig
 from ..layers.factorized import weight_of
-from ..layers.kinds import is_quantized, layer_kind, matrix_shape
+from ..layers.kinds import is_quantized, layer_kind
+from ..layers.wrapper import kind_and_layer, matrix_shape
 from ..numerics.storage import Storage
 from .layer import ReparamLayer
 
@@ -33,12 +34,20 @@ def base_dtype(module: nn.Module) -> torch.dtype:
     return layer_kind(module).dtype(module) if is_quantized(module) else weight_of(module).dtype
 
 
-def matrix_storage(module: nn.Module, config: ReparamConfig) -> Storage:
-    """What a target's product takes in the form of a config."""
+def matrix_storage(module: nn.Module, name: str, config: ReparamConfig) -> Storage:
+    """What a target's product takes in the form of a config, of which it may have lost rows or columns.
+
+    Raises:
+        TypeError, ValueError: the module cannot be factorised, or cannot be of the size that the config says is left.
+    """
     shape = matrix_shape(module)
-    layer = module.base_layer if isinstance(module, ReparamLayer) else module
-    bias = config.moved_bias and getattr(layer, "bias", None) is not None
-    return Storage(*shape, form=config.form or DATA_FREE["form"], bias=bias)
+    left = (config.sizes or {}).get(name)
+    size = shape if left is None else (left[0], left[1])
+    kind, layer = kind_and_layer(module)
+    kind.check_size(layer, None if left is None else size)
+    # Where rows are left out, so are they of the bias, which then cannot be that of the base model.
+    bias = (config.moved_bias or size[0] < shape[0]) and getattr(layer, "bias", None) is not None
+    return Storage(*size, form=config.form or DATA_FREE["form"], bias=bias, whole=None if left is None else shape)
 
 
 def own_bias(module: nn.Module) -> Tensor | None:

@@ -172,9 +172,10 @@ class ReparamModel(BaseTuner):
             planned.rank,
             planned.product if planned.copied is None else planned.copied,
             peft_config.inference_mode,
-            form=planned.storage.form,
+            form=planned.form,
             bias=planned.storage.bias,
-            nested=planned.storage.bias and peft_config.smaller_keeps is not None,
+            size=planned.storage.size,
+            nested=planned.is_nested(peft_config),
         )
         if layer is not target:
             layer.name = current_key
@@ -351,7 +352,11 @@ class ReparamModel(BaseTuner):
         """Factorise W where a config out of a checkpoint was used without its weights, so that none of them has arrived."""
         layers = list(reparam_layers(self.model))
         awaited = [(name, layer, adapter) for name, layer in layers for adapter in sorted(layer.arrivals.awaited)]
-        has_base = not any(layer.base_weight_dropped or layer.base_layer.weight.is_meta for _, layer, _ in awaited)
+        # Of what has lost neurons nothing says which, until it has arrived.
+        has_base = not any(
+            layer.base_weight_dropped or layer.base_layer.weight.is_meta or layer.factorized(adapter).size is not None
+            for _, layer, adapter in awaited
+        )
         if has_base and not any(layer.arrivals.has_arrived(adapter) for _, layer, adapter in awaited):
             for name, layer, adapter in awaited:
                 with naming(name):

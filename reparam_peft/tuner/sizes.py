@@ -19,11 +19,11 @@ class MatrixSize:
 
     Attributes:
         name: of the module.
-        shape: (out, in).
+        shape: (out, in), before neurons were left out.
         rank: of its factors, or None where it stays dense.
         stored_parameters: what a checkpoint holds.
         bytes_per_parameter: in the base model's dtype.
-        mask_bytes: how many of the stored parameters are bytes of the mask of the pivot form.
+        mask_bytes: how many of the stored parameters are bytes of masks: of the pivot form, and of the neurons that are left.
     """
 
     name: str
@@ -100,9 +100,9 @@ class SizeReport:
 
 def matrix_size(name: str, module: nn.Module, rank: int | None, config: ReparamConfig) -> MatrixSize:
     """The size of a target, wrapped or not, at a rank."""
-    storage = matrix_storage(module, config)
-    shape = (storage.out_features, storage.in_features)
-    return MatrixSize(name, shape, rank, storage.stored(rank), base_dtype(module).itemsize, 0 if rank is None else storage.mask)
+    storage = matrix_storage(module, name, config)
+    masks = 0 if rank is None else storage.mask(rank)
+    return MatrixSize(name, storage.whole_shape, rank, storage.stored(rank), base_dtype(module).itemsize, masks)
 
 
 def size_report(model: nn.Module, config: ReparamConfig) -> SizeReport:

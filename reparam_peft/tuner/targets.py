@@ -13,8 +13,9 @@ from torch import nn
 from ..arguments import ReparamWarning
 from ..config.reparam_config import ReparamConfig
 from ..layers.factorized import FactorizedModule
-from ..layers.kinds import is_quantized, note_dtype
+from ..layers.kinds import is_quantized
 from ..layers.product import Product
+from ..layers.quantized_bases import note_dtype
 from ..numerics.storage import Storage
 from ..planning.ranks import resolve_rank
 from ..runtime.modules import is_offloaded, naming, parameter_owners
@@ -24,7 +25,7 @@ from .target_modules import SAVED_BY_TASK
 
 # What PEFT's and our own modules add to the names in a state dict.
 ADDED_NAMES = {"base_model", "model", "base_layer", "original_module", "modules_to_save", "reparam_factors"} | {
-    *("A", "B", "K", "weight", "bias", "mask", "feature_mean")
+    *("A", "B", "K", "weight", "bias", "mask", "feature_mean", "kept_rows", "kept_columns")
 }
 
 
@@ -40,6 +41,15 @@ class Target:
     storage: Storage
     product: Product | None = None
     copied: FactorizedModule | None = None
+
+    @property
+    def form(self) -> str:
+        """How its product is stored at this rank: "factors", "pivot" or "dense"; of a target that stays dense "dense", too."""
+        return "dense" if self.rank is None else self.storage.form_at(self.rank)
+
+    def is_nested(self, config: ReparamConfig) -> bool:
+        """Whether its product keeps the mean of its features, by which the bias follows at lower ranks."""
+        return self.storage.bias and config.smaller_keeps is not None and self.form != "dense"
 
 
 def save_heads(config: ReparamConfig) -> None:
@@ -74,7 +84,7 @@ def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str
         if name and not name.startswith(inside) and (matches(name) or name in saved_whole):
             with naming(name):
                 module = unwrapped(module)
-                storage = matrix_storage(module, config)
+                storage = matrix_storage(module, name, config)
                 targets[name] = Target(module, resolve_rank(config, name, storage), storage)
     unknown = sorted(set(config.dense_modules or []) - set(targets))
     if unknown:

@@ -43,6 +43,7 @@ from safetensors.torch import load, save
 from support.healing import small as factorized
 from support.healing import stacked, trainer
 from support.models import llama
+from support.narrow import narrowed
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -101,6 +102,9 @@ def loaders(folder: Path) -> dict[str, Loader]:
     compress(llama(), config, batches, refine=True, run_folder=folder / "run", progress=False)
     small.save_pretrained(folder / "adapter")
     small.to_standalone().save_pretrained(folder / "standalone")
+    fewer_neurons = narrowed(llama())
+    fewer_neurons.save_pretrained(folder / "narrow")
+    fewer_neurons.to_standalone().save_pretrained(folder / "narrow-standalone")
     found = reparam_peft.search(
         llama(), config, statistics, evaluation=batches, tolerance="90%", max_trials=2, build=False, progress=False
     )
@@ -179,6 +183,7 @@ def loaders(folder: Path) -> dict[str, Loader]:
     whole = folder / "adapter"
     both = ["adapter_config.json", "adapter_model.safetensors"]
     plain = {name: data for name, data in adapter.items() if name != "README.md"}
+    narrow = {name: data for name, data in contents(folder / "narrow").items() if name != "README.md"}
     standalone = contents(folder / "standalone")
     checkpoints, run = contents(folder / "healing"), contents(folder / "sequential")
     parts = [name for name in checkpoints if name.startswith("checkpoint-2/")]
@@ -195,9 +200,16 @@ def loaders(folder: Path) -> dict[str, Loader]:
             plain, lambda at: print(PeftConfig.from_pretrained(at), ReparamConfig.from_pretrained(at)), both, 6
         ),
         "adapter": Loader(plain, lambda at: logits(PeftModel.from_pretrained(llama(), at)), both, 4),
+        "fewer neurons": Loader(narrow, lambda at: logits(PeftModel.from_pretrained(llama(), at)), both, 2),
         "load_adapter": Loader(plain, load_adapter, both, 2),
         "standalone": Loader(
             standalone, lambda at: logits(AutoModelForCausalLM.from_pretrained(at)), ["config.json", "model.safetensors"], 4
+        ),
+        "narrow standalone": Loader(
+            contents(folder / "narrow-standalone"),
+            lambda at: logits(AutoModelForCausalLM.from_pretrained(at)),
+            ["config.json", "model.safetensors"],
+            2,
         ),
         "self-contained": Loader(
             contents(folder / "self-contained"), read_by_its_own_code, ["config.json", "model.safetensors"], 2, foreign=True

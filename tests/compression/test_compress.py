@@ -52,7 +52,7 @@ def test_the_budget_is_met_and_never_exceeded(case: Case, form: str, allocation:
     in_file = {name.rpartition(".reparam_factors.")[0] for name in tensors}
     assert in_file == {f"base_model.model.{name}" for name in config.rank_pattern}
     fresh = case.model()
-    storages = {n: matrix_storage(fresh.get_submodule(n), config) for n in config.rank_pattern}
+    storages = {n: matrix_storage(fresh.get_submodule(n), n, config) for n in config.rank_pattern}
     if config.rank_pattern == {n: uniform_rank(keep, storage) for n, storage in storages.items()}:
         left = {n: keep * s.dense - s.parameters(config.rank_pattern[n]) for n, s in storages.items()}
         step = 1

@@ -148,7 +148,7 @@ def test_a_target_that_no_gradient_reaches_gets_a_uniform_rank() -> None:
     with pytest.warns(UserWarning, match="unused: no gradient reaches its output, so that its rank is uniform"):
         small = compressed(Two(), ROWS, target_modules=["first", "second", "unused"])
     ranks = small.peft_config["default"].rank_pattern
-    assert ranks["unused"] == uniform_rank(0.5, matrix_storage(Two().unused, small.peft_config["default"]))
+    assert ranks["unused"] == uniform_rank(0.5, matrix_storage(Two().unused, "unused", small.peft_config["default"]))
     assert small.size_report().keep <= 0.5
 
 

@@ -16,8 +16,9 @@ from reparam_peft.compression.student import (
     state_of,
     targets_within,
 )
-from reparam_peft.layers.product import Product
-from reparam_peft.numerics.decompositions import factorize
+from reparam_peft.layers.product import Product, tensors_of
+from reparam_peft.numerics.decompositions import Whole, factorize
+from reparam_peft.numerics.pivoting import pivot
 from reparam_peft.numerics.storage import Storage
 from reparam_peft.runtime.modules import set_module
 from reparam_peft.tuner.layer import ReparamLayer
@@ -86,3 +87,25 @@ def test_a_finished_block_is_restored_to_the_bit() -> None:
     restore(restored, targets, state_of(original, student))
     assert torch.equal(restored(x), student(x))
     assert not torch.equal(restored(x), original(x))
+
+
+def test_a_block_with_fewer_neurons_is_restored_too() -> None:
+    original, x = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 6)), torch.randn(4, 6)
+    kept = torch.tensor([1, 2, 4, 7])
+    student, restored = (copy.deepcopy(original).requires_grad_(False) for _ in range(2))
+    targets = {
+        "0": Target(original[0], 4, Storage(4, 6, bias=True, whole=(8, 6))),
+        "2": Target(original[2], 2, Storage(6, 4, "pivot", bias=True, whole=(6, 8))),
+    }
+    first, second = original[0].weight.detach()[kept], original[2].weight.detach()[:, kept]
+    products = {
+        "0": Product(Whole(first), original[0].bias.detach()[kept], rows=kept),
+        "2": Product(pivot(factorize(second, 2)), original[2].bias.detach(), columns=kept),
+    }
+    for name, product in products.items():
+        set_module(student, name, factorized_layer(targets[name], product, student.get_submodule(name)))
+    restore(restored, targets, state_of(original, student))
+    assert torch.equal(restored(x), student(x))
+    for name, product in products_of(restored).items():
+        assert [one is None for one in product] == [one is None for one in products[name]]
+        assert all(torch.equal(*pair) for pair in zip(tensors_of(product), tensors_of(products[name]), strict=True))

@@ -13,7 +13,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.compressing import TEXT, batches_of, layers
-from support.models import Case, bert, convnet, llama, token_inputs
+from support.models import Case, bert, convnet, gpt2, llama, token_inputs
+from support.narrow import narrowed
 from support.tolerances import assert_close, relative_error
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from reparam_peft.calibration.gather import gather_statistics
 from reparam_peft.calibration.statistics import weight_norm
 from reparam_peft.compression import truncation as truncation
 from reparam_peft.compression.truncation import retruncate
+from reparam_peft.layers.factorized import FactorizedModule
 
 
 def trained(model: PeftModel, amount: float = 0.1) -> PeftModel:
@@ -555,3 +557,43 @@ def test_several_active_adapters_need_a_name() -> None:
         retruncate(model, 0.4)
     retruncate(model, 0.4, adapter_name="second")
     assert model.size_report("second").keep <= 0.4 < model.size_report("default").keep
+
+
+@pytest.mark.parametrize("with_data", [False, True])
+@pytest.mark.parametrize(("make", "form"), [(llama, "pivot"), (gpt2, "factors"), (bert, "pivot")])
+def test_what_has_lost_neurons_keeps_its_size_and_lowers_its_ranks(
+    make: Callable[[], nn.Module], form: str, with_data: bool, tmp_path: Path
+) -> None:
+    model = trained(narrowed(make(), form=form))
+    config, present, before = model.peft_config["default"], ranks(model), products(model)
+    sizes, left = config.sizes, {n: (f.rows, f.columns) for n, f in modules_of(model).items()}
+    keep = 0.7 * model.size_report().keep
+    retruncate(model, keep, TEXT if with_data else None, progress=False)
+    assert 0.8 * keep <= model.size_report().keep <= keep
+    assert config.sizes == sizes
+    lowered = {name for name, rank in ranks(model).items() if rank < present[name]}
+    assert {name for name, module in modules_of(model).items() if module.form == "dense"} == {
+        name for name, rank in ranks(model).items() if rank == min(sizes[name])
+    }
+    assert lowered & {name for name, rank in present.items() if rank == min(sizes[name])}, "of a matrix stored as it is, too"
+    for name, module in modules_of(model).items():
+        assert all(a is b is None or torch.equal(a, b) for a, b in zip((module.rows, module.columns), left[name], strict=True))
+        assert name in lowered or torch.equal(products(model)[name], before[name])
+        assert module.form in ("dense", form)
+    assert_contract(Case("", make, list(sizes), token_inputs), model, tmp_path)
+
+
+@pytest.mark.parametrize("keep", [0.98, 0.9, 0.5, 0.1])
+def test_of_a_matrix_that_is_stored_as_it_is_a_rank_below_takes_less(keep: float) -> None:
+    model = narrowed(llama(), form="factors", keep=1.0)
+    stored = model.size_report().keep
+    retruncate(model, keep * stored)
+    assert keep * stored - 0.02 <= model.size_report().keep <= keep * stored
+    config = model.peft_config["default"]
+    for name, rank in ranks(model).items():
+        out_features, in_features = config.sizes[name]
+        assert rank == min(out_features, in_features) or rank * (out_features + in_features) < out_features * in_features
+
+
+def modules_of(model: PeftModel) -> dict[str, FactorizedModule]:
+    return {name: layer.factorized("default") for name, layer in layers(model).items()}

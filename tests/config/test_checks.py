@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
@@ -57,6 +58,17 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
         for value in ("0.5", [0.9], [1], 0.5, {0.5})
     ),
     ("smaller_ranks", {}, TypeError, "`smaller_keeps` is filled in by `compress`"),
+    ("neurons", 1, TypeError, "`neurons` must be True or False, got 1"),
+    *(
+        ("sizes", value, TypeError, "`sizes` is filled in by `compress` and must map names of modules to two positive ints")
+        for value in ([], {1: [4, 4]}, {"q": [4]}, {"q": [4, 0]}, {"q": [4, 4.0]}, {"q": [True, 4]}, {"q": "44"})
+    ),
+    (
+        "sizes",
+        {"q": [4, 4]},
+        ValueError,
+        r"`sizes` must hold modules of `rank_pattern`.* got 'q' of size \[4, 4\] and rank None",
+    ),
     *(
         ("predicted_loss", value, TypeError, "`predicted_loss` is filled in by `compress` and must be a finite number or None")
         for value in ("0.1", True, NAN, INFINITY, [0.1])
@@ -136,6 +148,24 @@ def test_refuses(name: str, value: Any, error: type[Exception], message: str) ->
 def test_every_own_field_has_a_bad_value_above() -> None:
     own = {f.name for f in dataclasses.fields(ReparamConfig)} - {f.name for f in dataclasses.fields(PeftConfig)}
     assert own <= {name for name, *_ in BAD_VALUES}
+
+
+@pytest.mark.parametrize(
+    ("rank", "smaller", "message"),
+    [
+        (9, [1], r"`sizes` must hold modules of `rank_pattern`.* got 'up' of size \[8, 20\] and rank 9"),
+        (4, [None], r"`smaller_ranks` must hold ranks for 'up', which has lost neurons, .* got \[None\]"),
+        (8, [4], r"and 8 alone where that is its rank, got \[4\]"),
+        (8, [8], None),
+        (4, [2], None),
+    ],
+)
+def test_what_has_lost_neurons_has_ranks_that_fit_what_is_left(
+    rank: int, smaller: list[int | None], message: str | None
+) -> None:
+    fields = {"rank_pattern": {"up": rank}, "sizes": {"up": [8, 20]}, "smaller_keeps": [0.5], "smaller_ranks": {"up": smaller}}
+    with nullcontext() if message is None else pytest.raises(ValueError, match=message):
+        ReparamConfig(**fields)
 
 
 @pytest.mark.parametrize("targets", ["all-linear", r".*\.q_proj"])

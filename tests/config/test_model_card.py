@@ -66,6 +66,13 @@ def test_says_what_was_done() -> None:
     }
 
 
+def test_says_how_many_matrices_lost_neurons() -> None:
+    config = resolved()
+    name, rank = next(iter(config.rank_pattern.items()))
+    config.sizes = {name: [rank, rank]}
+    assert rows(model_card_section(config))["matrices that lost neurons"] == "1"
+
+
 def test_says_what_a_calibrated_checkpoint_was_made_with() -> None:
     calibrated = {"method": "whitened", "allocation": "loss", "form": "pivot", "calibration_tokens": 24_576}
     table = rows(model_card_section(resolved(**calibrated, gradient_tokens=8_192, seed=3, predicted_loss=0.12345)))

@@ -153,6 +153,31 @@ def test_the_pivot_form_of_all_rows_has_no_coefficients(tmp_path: Path) -> None:
     assert ReparamConfig.from_pretrained(str(tmp_path)).rank_pattern == {"layer.q": 4}
 
 
+@pytest.mark.parametrize("form", FORMS)
+def test_weights_of_what_has_lost_neurons_are_looked_at(form: str, tmp_path: Path) -> None:
+    prefix = "base_model.model.up.reparam_factors"
+    expansion = {"factors": {"A.weight": (6, 3)}, "pivot": {"A.mask": (1,), "A.K.weight": (3, 3)}}[form]
+    shapes = {"B.weight": (3, 9), **expansion, "kept_rows": (2,)}
+
+    def load(rank: int, size: list[int], **changed: tuple[int, ...]) -> None:
+        tensors = {f"{prefix}.{key}": torch.zeros(shape) for key, shape in {**shapes, **changed}.items() if shape}
+        save_file(tensors, tmp_path / "adapter_model.safetensors")
+        fields = {"rank_pattern": {"up": rank}, "sizes": {"up": size}, "stored_parameters": 44, "form": form}
+        ReparamConfig(**fields).save_pretrained(tmp_path)
+        assert ReparamConfig.from_pretrained(str(tmp_path)).sizes == {"up": size}
+
+    load(3, [6, 9])
+    none = dict.fromkeys(expansion, ())
+    load(6, [6, 9], **{"B.weight": (6, 9), **none})
+    with pytest.raises(ValueError, match=r"has a factor (A )?of shape \(\d, \d\) for up, .* the two do not belong together"):
+        load(6, [6, 9])
+    for size in ([7, 9], [6, 10]):
+        with pytest.raises(ValueError, match=r"has a factor of shape \(\d, \d\) for up, where its config says \(\d, \d+\)"):
+            load(3, size)
+    with pytest.raises(ValueError, match=r"has a factor of shape \(5, 9\) for up, where its config says \(6, 9\)"):
+        load(6, [6, 9], **{"B.weight": (5, 9), **none})
+
+
 # Resolved (out of a checkpoint) | made with inference_mode | inference_mode afterwards | loading
 LOADING = [
     (False, False, False, False),  # new

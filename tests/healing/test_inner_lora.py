@@ -12,6 +12,7 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from support.healing import ROWS, arguments, falls, small, stacked, trainer
 from support.models import llama, vit
+from support.narrow import narrowed
 from torch import nn
 
 from reparam_peft import HealingTrainer, ReparamConfig, compress
@@ -122,3 +123,15 @@ def test_an_interrupt_leaves_the_whole_lora_or_none(when: str, monkeypatch: pyte
         with pytest.raises(KeyboardInterrupt):
             enter_or_leave()
     assert state(model) == before
+
+
+def test_every_matrix_of_what_has_lost_neurons_gets_a_lora() -> None:
+    model = narrowed(llama())
+    before = {name: p.detach().clone() for name, p in model.named_parameters() if "reparam_factors" in name}
+    with adapted(model, LoraConfig(r=2, init_lora_weights=False)):
+        adapters = [name for name, module in model.named_modules() if isinstance(module, LoraLinear)]
+        assert len(adapters) == len(before) == 2 * 5, "B and K of gate and down, up as it is"
+        expected = model(**stacked(ROWS[:2])).logits
+    after = dict(model.named_parameters())
+    assert not any(torch.equal(after[name], value) for name, value in before.items())
+    torch.testing.assert_close(model(**stacked(ROWS[:2])).logits, expected)

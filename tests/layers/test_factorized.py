@@ -1,143 +1,29 @@
-"""The module of a product: its mask, order and state, whatever the kind of layer."""
+"""The module of a product in each form, whatever the kind of layer."""
 
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.strategies import PROPERTY
+from support.strategies import PROPERTY, pivot_sets
 from support.tolerances import assert_close
 from torch import Tensor, nn
 
 import reparam_peft.layers.factorized as products_module
-from reparam_peft.layers.factorized import FactorizedModule, FactorLinear, PivotExpansion, mask_size
+from reparam_peft.layers.factorized import FactorizedModule, FactorLinear
 from reparam_peft.layers.kinds import FactorizedLinear
-from reparam_peft.numerics.decompositions import Factors, random_factors
-from reparam_peft.numerics.pivoting import PivotFactors, other_rows, pivot
-
-
-@st.composite
-def pivot_sets(draw: st.DrawFn) -> tuple[Tensor, int]:
-    """Indices of pivots, ascending, and how many rows there are."""
-    out_features = draw(st.integers(1, 40))
-    chosen = draw(st.sets(st.integers(0, out_features - 1), min_size=1))
-    return torch.tensor(sorted(chosen)), out_features
-
-
-def expansion(pivots: Tensor, out_features: int, dim: int = -1) -> PivotExpansion:
-    """An expansion in float64 with random coefficients."""
-    rank = len(pivots)
-    K = None if rank == out_features else nn.Linear(rank, out_features - rank, bias=False).double()
-    module = PivotExpansion(K, rank, out_features, dim, None)
-    module.set_pivots(pivots)
-    return module
-
-
-def dense(module: PivotExpansion, pivots: Tensor, out_features: int) -> Tensor:
-    """A (out, r): the identity in the pivot rows, K in the others."""
-    A = torch.zeros(out_features, len(pivots), dtype=torch.float64)
-    A[pivots] = torch.eye(len(pivots), dtype=torch.float64)
-    if module.K is not None:
-        A[other_rows(pivots, out_features)] = module.K.weight.detach()
-    return A
+from reparam_peft.numerics.decompositions import Factors, Whole, random_factors
+from reparam_peft.numerics.pivoting import PivotFactors, pivot
+from reparam_peft.numerics.storage import FORMS, Storage
 
 
 def linear(in_features: int, out_features: int, rank: int, form: str, bias: bool = False) -> FactorizedModule:
     B = nn.Linear(in_features, rank, bias=False)
     return FactorizedModule(B, lambda width: nn.Linear(rank, width, bias=False), rank, out_features, form, bias).double()
-
-
-@PROPERTY
-@given(pivot_sets())
-def test_the_mask_holds_one_bit_per_row(case: tuple[Tensor, int]) -> None:
-    pivots, out_features = case
-    module = expansion(pivots, out_features)
-    assert module.mask.dtype == torch.uint8
-    assert len(module.mask) == mask_size(out_features) == -(-out_features // 8)
-    number = sum(int(byte) << (8 * index) for index, byte in enumerate(module.mask.tolist()))
-    assert number == sum(1 << int(index) for index in pivots)
-    assert torch.equal(module.pivots, pivots)
-    assert module.is_pivot.shape == (out_features,)
-
-
-@PROPERTY
-@given(pivot_sets(), st.sampled_from([-1, -3]))
-@torch.no_grad()
-def test_expands_as_the_dense_matrix_does(case: tuple[Tensor, int], dim: int) -> None:
-    pivots, out_features = case
-    rank = len(pivots)
-    module = expansion(pivots, out_features)
-    assert sorted(module.order.tolist()) == list(range(out_features)), "a permutation"
-    z = torch.randn(2, 3, rank, dtype=torch.float64)
-    expected = z @ dense(module, pivots, out_features).mT
-    if dim == -3:  # as of a convolution
-        A = module
-        module = PivotExpansion(
-            A.K and nn.Conv2d(rank, out_features - rank, 1, bias=False).double(), rank, out_features, -3, None
-        )
-        module.set_pivots(pivots)
-        if A.K is not None:
-            module.K.weight.copy_(A.K.weight[:, :, None, None])
-        z, expected = z.movedim(-1, -3)[None], expected.movedim(-1, -3)[None]
-    y = module(z)
-    assert y.shape == expected.shape
-    assert_close(y, expected)
-    assert torch.equal(y.index_select(dim, pivots), z), "the pivots are passed through"
-
-
-@PROPERTY
-@given(pivot_sets(), st.booleans())
-@torch.no_grad()
-def test_a_state_dict_brings_pivots_and_order(case: tuple[Tensor, int], assign: bool) -> None:
-    pivots, out_features = case
-    source, target = expansion(pivots, out_features), expansion(torch.arange(len(pivots)), out_features)
-    state = source.state_dict()
-    assert state.keys() == {"mask"} | ({"K.weight"} if source.K is not None else set()), "the order follows from the mask"
-    target.load_state_dict(state, assign=assign)
-    z = torch.randn(3, len(pivots), dtype=torch.float64)
-    assert torch.equal(target(z), source(z))
-    assert torch.equal(target.pivots, pivots)
-
-
-@PROPERTY
-@given(pivot_sets())
-@torch.no_grad()
-def test_loading_onto_meta_and_filling_the_mask_later_gives_the_same(case: tuple[Tensor, int]) -> None:
-    pivots, out_features = case
-    source = expansion(pivots, out_features)
-    z = torch.randn(3, len(pivots), dtype=torch.float64)
-    with torch.device("meta"):
-        K = None if source.K is None else nn.Linear(len(pivots), out_features - len(pivots), bias=False)
-        target = PivotExpansion(K, len(pivots), out_features, -1, torch.device("meta"))
-    target.eval()  # nothing to derive yet
-    target.load_state_dict(source.state_dict(), assign=True)
-    assert target.order.device.type == "cpu"
-    assert torch.equal(target(z), source(z))
-    # transformers writes into the buffers of a module that it has made, and then calls `eval`.
-    late = expansion(torch.arange(len(pivots)), out_features)
-    late.mask.copy_(source.mask)
-    late.K = source.K
-    assert torch.equal(late.eval()(z), source(z))
-
-
-def test_set_pivots_replaces_those_before() -> None:
-    module = expansion(torch.tensor([0, 9]), 12)
-    module.set_pivots(torch.tensor([3, 8]))
-    assert module.pivots.tolist() == [3, 8]
-    assert module.mask.tolist() == [8, 1]
-
-
-def test_casts_and_copies_keep_the_mask() -> None:
-    module = expansion(torch.tensor([1, 8]), 10)
-    for other in (copy.deepcopy(module), copy.deepcopy(module).to(torch.bfloat16), copy.deepcopy(module).half()):
-        assert other.mask.dtype == torch.uint8
-        assert torch.equal(other.mask, module.mask)
-        assert torch.equal(other.order, module.order)
-        other.set_pivots(torch.tensor([0, 1]))
-    assert module.pivots.tolist() == [1, 8]
 
 
 @PROPERTY
@@ -157,23 +43,6 @@ def test_a_tampered_mask_is_refused(case: tuple[Tensor, int], data: st.DataObjec
         _ = module.factors
     x = torch.randn(2, module.B.in_features, dtype=torch.float64)
     assert module(x).shape == (2, out_features), "no index is out of range"
-
-
-@PROPERTY
-@given(pivot_sets())
-def test_gradients_are_those_of_the_dense_expansion(case: tuple[Tensor, int]) -> None:
-    pivots, out_features = case
-    rank = len(pivots)
-    module = expansion(pivots, out_features)
-    z = torch.randn(4, rank, dtype=torch.float64, requires_grad=True)
-    A = dense(module, pivots, out_features).requires_grad_()
-    other = z.detach().clone().requires_grad_()
-    probe = torch.randn(4, out_features, dtype=torch.float64)
-    (module(z).sin() * probe).sum().backward()
-    ((other @ A.mT).sin() * probe).sum().backward()
-    assert_close(z.grad, other.grad)
-    if module.K is not None:
-        assert_close(module.K.weight.grad, A.grad[other_rows(pivots, out_features)])
 
 
 shapes = st.tuples(st.integers(1, 12), st.integers(1, 12))
@@ -299,3 +168,96 @@ def test_pieces_are_the_layers_that_multiply() -> None:
         assert all(module.get_submodule(name) is piece for name, piece in module.pieces.items())
         assert (module.in_features, module.out_features) == (6, 5)
     assert list(FactorizedLinear(6, 5, 5, "pivot").pieces) == ["B"]
+
+
+@st.composite
+def narrow_modules(draw: st.DrawFn) -> tuple[FactorizedLinear, Tensor, Tensor | None, Tensor | None, Tensor]:
+    """A module of what is left of a matrix, that matrix with zeros in the place of the rest, what is left, and the bias."""
+    (rows, out_features), (columns, in_features) = draw(pivot_sets()), draw(pivot_sets())
+    size, whole = (len(rows), len(columns)), (out_features, in_features)
+    assume(size != whole)
+    storage = Storage(*size, draw(st.sampled_from(FORMS)), whole=whole)
+    rank = draw(st.integers(1, min(size)))
+    module = FactorizedLinear(size[1], size[0], rank, storage.form_at(rank), True, dtype=torch.float64, whole=whole)
+    factors = random_factors(torch.randn(size, dtype=torch.float64), rank)
+    module.set_factors(Whole(factors.A @ factors.B) if module.form == "dense" else factors)
+    kept = (rows if len(rows) < out_features else None, columns if len(columns) < in_features else None)
+    module.set_kept(*kept)
+    bias, matrix = torch.randn(size[0], dtype=torch.float64), torch.zeros(whole, dtype=torch.float64)
+    module.set_bias(bias)
+    matrix[rows[:, None], columns] = factors.A @ factors.B
+    return module, matrix, *kept, bias
+
+
+@PROPERTY
+@given(narrow_modules())
+@torch.no_grad()
+def test_what_is_left_computes_by_itself_and_is_the_whole_matrix_with_zeros(case: Any) -> None:
+    module, matrix, rows, columns, bias = case
+    for one, other in ((module.rows, rows), (module.columns, columns)):
+        assert one is other is None or torch.equal(one, other)
+    assert_close(module.matrix(torch.float64), matrix)
+    assert module.size == (module.out_features, module.in_features)
+    x = torch.randn(3, module.in_features, dtype=torch.float64)
+    at = [torch.arange(size) if kept is None else kept for kept, size in zip((rows, columns), matrix.shape, strict=True)]
+    left = matrix[at[0]][:, at[1]]
+    assert_close(module(x), x @ left.mT + bias)
+    A, B = module.factors
+    assert_close(A @ B, left)
+    assert torch.equal(module.whole_bias()[at[0]], bias)
+    assert module.whole_bias().count_nonzero() == len(bias)
+    again = copy.deepcopy(module)
+    again.keep_first()
+    again.refresh()
+    again.set_factors(module.stored)
+    again.load_state_dict(module.state_dict())
+    assert torch.equal(again.matrix(torch.float64), module.matrix(torch.float64))
+    counted = {"A.mask": module.rank, "kept_rows": module.out_features, "kept_columns": module.in_features}
+    assert {name: marked for name, (marked, _) in module.masks.items()} == {name: counted[name] for name in module.masks}
+    assert module.state_dict().keys() >= module.masks.keys()
+
+
+@PROPERTY
+@given(narrow_modules(), st.data())
+@torch.no_grad()
+def test_a_tampered_index_is_refused_and_computing_does_not_need_it(case: Any, data: st.DataObject) -> None:
+    module, *_ = case
+    name = data.draw(st.sampled_from(sorted(module.masks.keys() - {"A.mask"})))
+    left, features = module.masks[name]
+    x = torch.randn(2, module.in_features, dtype=torch.float64)
+    expected, bit = module(x), data.draw(st.integers(0, features - 1))
+    mask = getattr(module, name)
+    marked = left + (1 if not mask[bit // 8] >> (bit % 8) & 1 else -1)
+    mask[bit // 8] ^= 1 << (bit % 8)
+    with pytest.raises(ValueError, match=rf"the mask `{name}` has {marked} bits set, and {left} of {features} are left"):
+        module.refresh()
+    assert torch.equal(module(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("rows", "columns", "message"),
+    [
+        ([0, 1], None, "`rows` must be 3 indices, got 2"),
+        (None, None, "`rows` must be 3 indices, got None"),
+        ([0, 1, 2], [0, 1], "`columns` must be None indices, got 2"),
+        ([0, 2, 1], None, "`rows` must be ascending indices below 5"),
+        ([0, 1, 1], None, "`rows` must be ascending indices below 5"),
+        ([0, 1, 5], None, "`rows` must be ascending indices below 5"),
+        ([-1, 0, 1], None, "`rows` must be ascending indices below 5"),
+    ],
+)
+def test_an_index_that_does_not_fit_is_refused(rows: list[int] | None, columns: list[int] | None, message: str) -> None:
+    module = FactorizedLinear(2, 3, 1, whole=(5, 2))
+    with pytest.raises(ValueError, match=message):
+        module.set_kept(*(None if indices is None else torch.tensor(indices) for indices in (rows, columns)))
+
+
+def test_a_matrix_that_is_stored_as_it_is_takes_no_factors() -> None:
+    module = FactorizedLinear(4, 3, 3, "dense", whole=(5, 4))
+    assert (list(module.pieces), list(dict(module.named_parameters()))) == (["B"], ["B.weight"])
+    for given_, one in (
+        (Factors(torch.ones(3, 3), torch.ones(3, 4)), module),
+        (Whole(torch.ones(3, 4)), linear(4, 3, 2, "pivot")),
+    ):
+        with pytest.raises(TypeError, match=f"`factors` are {type(given_).__name__}, and this module stores the form"):
+            one.set_factors(given_)

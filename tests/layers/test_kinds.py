@@ -342,6 +342,29 @@ def test_factorised_modules_are_made_on_the_device_in_the_dtype(device: str, dty
         assert len(list(module.buffers())) == (2 if form == "pivot" else 0)
 
 
+@pytest.mark.parametrize("layer", [nn.Linear(8, 6), Conv1D(6, 8)], ids=["Linear", "Conv1D"])
+@pytest.mark.parametrize("device", ["cpu", "meta"])
+def test_linear_layers_are_made_of_what_is_left(layer: nn.Module, device: str) -> None:
+    kind = layer_kind(layer)
+    made = {"pivot": ((4, 8), {"A.mask", "kept_rows"}), "factors": ((6, 5), {"kept_columns"})}
+    made["dense"] = ((4, 5), {"kept_rows", "kept_columns"})
+    for form, (size, masks) in made.items():
+        module = kind.factorized(layer, 4 if form == "dense" else 2, form, True, size, device=torch.device(device))
+        assert (module.size, module.whole, module.form, module.bias.shape) == (size, (6, 8), form, size[:1])
+        assert (module.out_features, module.in_features) == size
+        assert {tensor.device.type for tensor in module.state_dict().values()} == {device}
+        assert module.masks.keys() == masks == {key for key in module.state_dict() if "mask" in key or "kept" in key}
+    for size in ((6, 8), (7, 8), (6, 9), (0, 8), (6, 0)):
+        with pytest.raises(ValueError, match=rf"of a matrix \(6, 8\) must be .* got \({size[0]}, {size[1]}\)"):
+            kind.factorized(layer, 2, size=size)
+
+
+@pytest.mark.parametrize("layer", [nn.Conv2d(2, 4, 3), nn.Embedding(5, 4)], ids=["Conv2d", "Embedding"])
+def test_other_layers_have_no_neurons(layer: nn.Module) -> None:
+    with pytest.raises(ValueError, match=f"a {type(layer).__name__} has no neurons that could be left out"):
+        layer_kind(layer).factorized(layer, 2, size=(3, 5))
+
+
 class OwnForward(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).relu()

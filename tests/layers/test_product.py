@@ -6,40 +6,45 @@ import pytest
 import torch
 
 from reparam_peft.layers.product import Product, empty_product, product_of, tensors_of
-from reparam_peft.numerics.decompositions import factorize
+from reparam_peft.numerics.decompositions import Factors, Whole, factorize
 from reparam_peft.numerics.pivoting import PivotFactors, pivot
 from reparam_peft.numerics.storage import Storage
 
 forms = pytest.mark.parametrize("form", ["factors", "pivot"])
 extras = pytest.mark.parametrize(("bias", "nested"), [(False, False), (True, False), (True, True)])
+wholes = pytest.mark.parametrize("whole", [None, (9, 5), (7, 8), (9, 8)], ids=["whole", "rows", "columns", "both"])
 
 
-def product(form: str, rank: int, bias: bool, nested: bool) -> Product:
-    factors = factorize(torch.randn(7, 5, dtype=torch.float64), rank)
+def product(storage: Storage, rank: int, nested: bool) -> Product:
+    W = torch.randn(7, 5, dtype=torch.float64)
+    stored = {"factors": lambda: factorize(W, rank), "pivot": lambda: pivot(factorize(W, rank)), "dense": lambda: Whole(W)}
+    form, (out_features, in_features) = storage.form_at(rank), storage.whole_shape
     return Product(
-        pivot(factors) if form == "pivot" else factors,
-        torch.randn(7, dtype=torch.float64) if bias else None,
-        torch.randn(rank, dtype=torch.float64) if nested else None,
+        stored[form](),
+        torch.randn(7, dtype=torch.float64) if storage.bias else None,
+        torch.randn(rank, dtype=torch.float64) if storage.bias and nested and form != "dense" else None,
+        torch.randperm(out_features)[:7].sort().values if out_features > 7 else None,
+        torch.randperm(in_features)[:5].sort().values if in_features > 5 else None,
     )
 
 
 @forms
 @extras
-def test_a_product_is_made_of_its_tensors_again(form: str, bias: bool, nested: bool) -> None:
-    expected = product(form, 3, bias, nested)
-    got = product_of(tensors_of(expected), form)
-    assert isinstance(got.factors, PivotFactors) == (form == "pivot")
-    assert all(tensor is other for tensor, other in zip(tensors_of(got), tensors_of(expected), strict=True))
-    assert (got.bias is None, got.feature_mean is None) == (not bias, not nested)
-
-
-@forms
-@extras
+@wholes
 @pytest.mark.parametrize("rank", [1, 3, 5])
-def test_memory_has_the_shapes_and_dtypes_of_the_product(form: str, rank: int, bias: bool, nested: bool) -> None:
-    expected = tensors_of(product(form, rank, bias, nested))
-    memory = empty_product(rank, Storage(7, 5, form, bias), torch.float64, nested)
-    assert [(t.shape, t.dtype) for t in memory] == [(t.shape, t.dtype) for t in expected]
+def test_a_product_is_made_of_its_tensors_again_and_there_is_memory_for_them(
+    form: str, rank: int, bias: bool, nested: bool, whole: tuple[int, int] | None
+) -> None:
+    storage = Storage(7, 5, form, bias, whole)
+    expected = product(storage, rank, nested)
+    assert expected.rank == rank
+    got = product_of(tensors_of(expected), rank, storage)
+    as_one = whole is not None and rank == 5
+    assert type(got.factors) is (Whole if as_one else PivotFactors if form == "pivot" else Factors)
+    assert all(tensor is other for tensor, other in zip(tensors_of(got), tensors_of(expected), strict=True))
+    assert [part is None for part in got] == [part is None for part in expected]
+    memory = empty_product(rank, storage, torch.float64, nested)
+    assert [(t.shape, t.dtype) for t in memory] == [(t.shape, t.dtype) for t in tensors_of(expected)]
 
 
 def test_without_a_bias_there_is_no_mean_either() -> None:

@@ -14,7 +14,8 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from reparam_peft import ReparamConfig, compress
-from reparam_peft.layers.kinds import dequantized, is_quantized
+from reparam_peft.layers.kinds import is_quantized
+from reparam_peft.layers.quantized_bases import dequantized
 
 IDS = torch.arange(3, 67).reshape(2, 32)
 

@@ -7,7 +7,7 @@ from fractions import Fraction
 import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.strategies import PROPERTY, decimal_keeps, keeps, sizes, storages
+from support.strategies import PROPERTY, decimal_keeps, keeps, narrow_storages, sizes, storages
 
 from reparam_peft.numerics.storage import FORMS, Storage, uniform_rank
 
@@ -95,8 +95,8 @@ def test_the_pivot_form_never_takes_more_than_the_factors_but_for_its_mask(
 ) -> None:
     rank = data.draw(st.integers(1, min(out_features, in_features)))
     factors, pivot = (Storage(out_features, in_features, form, bias) for form in FORMS)
-    assert pivot.parameters(rank) == factors.parameters(rank) - rank**2 + pivot.mask
-    without = Storage(out_features, in_features, "pivot").parameters(rank) - pivot.mask
+    assert pivot.parameters(rank) == factors.parameters(rank) - rank**2 + pivot.mask(rank)
+    without = Storage(out_features, in_features, "pivot").parameters(rank) - pivot.mask(rank)
     assert without <= pivot.dense, "as many numbers as a matrix of this rank has degrees of freedom"
 
 
@@ -108,8 +108,8 @@ def test_the_largest_rank_is_the_inverse_of_the_parameters(storage: Storage, dat
     exact = storage.parameters(rank)
     assert storage.largest_rank(exact) == rank
     assert storage.largest_rank(exact - 1) == rank - 1
-    assert storage.largest_rank(storage.overhead) == 0
-    assert storage.largest_rank(10 * storage.dense + storage.overhead) == limit
+    assert storage.largest_rank(storage.overhead(1)) == 0
+    assert storage.largest_rank(10 * storage.dense + storage.overhead(1)) == limit
 
 
 @PROPERTY
@@ -124,3 +124,34 @@ def test_in_either_form_it_is_the_largest_rank_within_the_budget(keep: Fraction,
     else:
         assert rank == 1, "the least there is"
     assert rank is None or storage.saves(rank)
+
+
+@PROPERTY
+@given(narrow_storages(300), st.data())
+def test_what_is_left_of_a_matrix_is_stored_with_an_index_and_at_full_rank_as_it_is(
+    storage: Storage, data: st.DataObject
+) -> None:
+    size, (out_features, in_features) = (storage.out_features, storage.in_features), storage.whole
+    assert storage.is_narrow
+    assert (storage.size, storage.whole_shape, storage.dense) == (size, storage.whole, out_features * in_features)
+    rank = data.draw(st.integers(1, min(size)))
+    index = (out_features > size[0]) * ((out_features + 7) // 8) + (in_features > size[1]) * ((in_features + 7) // 8)
+    bias = size[0] * storage.bias
+    if rank == min(size):
+        assert storage.form_at(rank) == "dense"
+        assert storage.parameters(rank) == size[0] * size[1] + bias + index
+        assert storage.largest_rank(storage.parameters(rank)) == rank, "though lower ranks may take more"
+    else:
+        product = Storage(*size, storage.form, storage.bias)
+        assert storage.form_at(rank) == storage.form
+        assert storage.parameters(rank) == product.parameters(rank) + index
+        assert storage.saves(rank) == (storage.parameters(rank) < storage.parameters(min(size)))
+        if storage.saves(rank):
+            assert storage.largest_rank(storage.parameters(rank)) == rank
+    assert storage.mask(rank) == index + (size[0] + 7) // 8 * (storage.form_at(rank) == "pivot")
+
+
+def test_no_more_can_be_left_than_there_was() -> None:
+    with pytest.raises(ValueError, match=r"`whole` must be at least \(4, 5\), got \(4, 4\)"):
+        Storage(4, 5, whole=(4, 4))
+    assert not Storage(4, 5, whole=(4, 5)).is_narrow

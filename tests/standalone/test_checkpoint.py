@@ -12,7 +12,7 @@ import torch
 from peft import get_peft_model
 from safetensors.torch import load_file, save_file
 from support.models import llama
-from support.standalone import logits, saved, small
+from support.standalone import NARROW, logits, saved, small
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -103,6 +103,54 @@ def test_changed_config(change: Callable[[dict[str, Any]], object], message: str
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda t: t.pop(f"{LAYER}.kept_rows"), rf"tensor '{LAYER}.kept_rows' is missing"),
+        (lambda t: t[f"{LAYER}.kept_rows"].zero_(), rf"{LAYER}: the mask `kept_rows` has 0 bits set, and 96 of 160 are left"),
+        (
+            lambda t: t.update({f"{LAYER}.kept_rows": torch.zeros(19)}),
+            rf"tensor '{LAYER}.kept_rows' has shape \[19\], not \[20\]",
+        ),
+        (lambda t: t.update({f"{LAYER}.A.weight": torch.zeros(2)}), rf"tensor '{LAYER}.A.weight' does not belong"),
+        (lambda t: t[f"{LAYER}.B.weight"][0, 0].fill_(torch.nan), rf"{LAYER}.B.weight: .* NaN"),
+    ],
+)
+def test_changed_tensors_of_layers_with_fewer_neurons(
+    change: Callable[[dict[str, Tensor]], object], message: str, tmp_path: Path
+) -> None:
+    change_tensors(saved(tmp_path, NARROW), change)
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"out": 161, "rank": 64}, r"the size that is left of a matrix \(160, 64\) must be .* smaller, got \(161, 64\)"),
+        ({"out": 160}, r"the size that is left of a matrix \(160, 64\) must be .* smaller, got \(160, 64\)"),
+        ({"out": 10**9, "in": 10**9, "rank": 3, "form": "pivot"}, "the size that is left of a matrix"),
+        ({"out": 95}, r"has shape \[96, 64\], not \[95, 64\]"),
+        ({"out": 0}, "layer '.*' in config.json must have"),
+        ({"out": True}, "layer '.*' in config.json must have"),
+        ({"in": None}, "layer '.*' in config.json must have"),
+        ({"rank": 65}, "layer '.*' in config.json must have"),
+        ({"form": "pivot"}, "layer '.*' in config.json must have"),
+        ({"rank": 63}, "layer '.*' in config.json must have"),
+    ],
+    ids=str,
+)
+def test_changed_config_of_layers_with_fewer_neurons(change: dict[str, Any], message: str, tmp_path: Path) -> None:
+    change_config(saved(tmp_path, NARROW), lambda config: config["layers"][LAYER].update(change))
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
+def test_a_matrix_is_stored_as_it_is_only_where_neurons_are_left_out() -> None:
+    with pytest.raises(ValueError, match=r"layer 'a' in config\.json must have"):
+        CheckpointConfig({"a": {**GOOD, "form": "dense"}})
+
+
 def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
     small().to_standalone().save_pretrained(tmp_path, max_shard_size="50KB")
     [*tmp_path.glob("model-*.safetensors")][1].unlink()
@@ -111,11 +159,11 @@ def test_a_shard_that_is_not_there(tmp_path: Path) -> None:
 
 
 def test_the_config_survives_json() -> None:
-    config = CheckpointConfig({"a.b": GOOD})
+    config = CheckpointConfig({"a.b": GOOD, "c": {**GOOD, "out": 5, "in": 8}})
     assert CheckpointConfig(**json.loads(config.to_json_string())).to_dict() == config.to_dict()
 
 
-@pytest.mark.parametrize("form", ["factors", "pivot"])
+@pytest.mark.parametrize("form", ["factors", "pivot", NARROW])
 @pytest.mark.parametrize("buffers", [False, True])
 def test_layers_on_disk_compute_the_same(form: str, buffers: bool, tmp_path: Path) -> None:
     path = str(saved(tmp_path / "model", form))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -8,6 +9,8 @@ import torch
 from accelerate import init_empty_weights, load_checkpoint_in_model
 from peft import get_peft_model
 from support.models import gpt2, llama, t5, token_inputs
+from support.narrow import narrowed
+from support.standalone import NARROW
 from torch import nn
 from transformers import (
     AutoConfig,
@@ -24,13 +27,14 @@ from reparam_peft.layers.factorized import FactorizedModule
 
 def standalone(build: Callable[[], nn.Module], form: str = "factors", quantize: str | None = None) -> PreTrainedModel:
     targets = ["embed_tokens", "q_proj", "down_proj"] if build is llama else "all-linear"
+    if form == NARROW:
+        return narrowed(build()).to_standalone(quantize=quantize).eval()
     config = ReparamConfig(target_modules=targets, r=16, form=form)
     return get_peft_model(build(), config).to_standalone(quantize=quantize).eval()
 
 
 @pytest.mark.parametrize("from_file", [False, True])
-@pytest.mark.parametrize("form", ["factors", "pivot"])
-@pytest.mark.parametrize("build", [llama, gpt2, t5])
+@pytest.mark.parametrize(("build", "form"), [*product([llama, gpt2, t5], ["factors", "pivot"]), (gpt2, NARROW)])
 def test_a_model_from_the_config_takes_the_state_dict_strictly(
     build: Callable[[], nn.Module], form: str, from_file: bool, tmp_path: Path
 ) -> None:

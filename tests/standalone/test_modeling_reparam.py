@@ -8,13 +8,16 @@ from pathlib import Path
 
 import pytest
 import torch
+import transformers
+from safetensors.torch import load_file
 from support.models import bert, gpt2, llama, t5, token_inputs, vit
+from support.narrow import narrowed
 from support.processes import run_stock
 from support.standalone import IDS, STOCK, small
 from torch import nn
 from transformers import PreTrainedModel
 
-from reparam_peft.standalone.self_contained import save_self_contained
+from reparam_peft.standalone.self_contained import auto_class, save_self_contained
 
 READER = """
 import sys
@@ -64,6 +67,19 @@ def test_the_reader_computes_the_same(name: str, form: str, tmp_path: Path) -> N
     save_self_contained(plain, tmp_path)
     torch.testing.assert_close(read(auto, tmp_path, batch), expected)
     assert plain.config.quantization_config is plain.hf_quantizer.quantization_config, "the model stays as it was"
+
+
+@pytest.mark.parametrize(("make", "form"), [(llama, "pivot"), (gpt2, "factors"), (bert, "pivot")])
+def test_the_reader_computes_with_fewer_neurons(make: Callable[[], PreTrainedModel], form: str, tmp_path: Path) -> None:
+    plain = narrowed(make(), form=form).to_standalone()
+    save_self_contained(plain, tmp_path)
+    read_here = getattr(transformers, auto_class(plain)).from_pretrained(tmp_path, trust_remote_code=True)
+    assert type(read_here).__module__.startswith("transformers_modules."), "the code that came along"
+    with torch.no_grad():
+        torch.testing.assert_close(read_here(**token_inputs())[0], plain(**token_inputs())[0])
+    read_here.save_pretrained(tmp_path / "again")
+    tensors, again = (load_file(folder / "model.safetensors") for folder in (tmp_path, tmp_path / "again"))
+    assert {key: tensor.tolist() for key, tensor in tensors.items()} == {key: one.tolist() for key, one in again.items()}
 
 
 def test_the_base_model_from_the_same_checkpoint(tmp_path: Path) -> None:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.models import bert, gpt2, llama, t5, vit
+from support.narrow import narrowed
+from support.standalone import NARROW
 from transformers import PreTrainedModel
 
 from reparam_peft import ReparamConfig
@@ -24,11 +26,13 @@ TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
 def standalone(make: Callable[[], PreTrainedModel], form: str = "pivot", quantize: str | None = None) -> PreTrainedModel:
+    if form == NARROW:
+        return narrowed(make()).to_standalone(quantize).eval()
     targets = ["projection", "query", "up_proj"] if make is vit else "all-linear"
     return get_peft_model(make(), ReparamConfig(target_modules=targets, keep=0.6, form=form)).to_standalone(quantize).eval()
 
 
-@pytest.mark.parametrize("form", ["factors", "pivot"])
+@pytest.mark.parametrize("form", ["factors", "pivot", NARROW])
 def test_a_classifier(form: str, tmp_path: Path) -> None:
     model = standalone(bert, form)
     save_onnx(model, tmp_path)

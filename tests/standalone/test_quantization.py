@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,6 +13,8 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from support.models import bert, gpt2, llama, t5, token_inputs
+from support.narrow import narrowed
+from support.standalone import NARROW
 from support.tolerances import relative_error
 from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
@@ -23,6 +26,8 @@ LARGEST_ERROR = {"int8": 0.05, "int4": 0.6}  # of logits, relative; weights are 
 
 
 def small(make: Callable[[], PreTrainedModel] = llama, form: str = "factors", **options: object) -> PeftModel:
+    if form == NARROW:
+        return narrowed(make(), **options)
     config = ReparamConfig(**{"target_modules": "all-linear", "keep": 0.6, "form": form, **options})
     return get_peft_model(make(), config).eval()
 
@@ -33,8 +38,7 @@ def logits(model: torch.nn.Module, **batch: torch.Tensor) -> torch.Tensor:
 
 
 @pytest.mark.parametrize("scheme", list(SCHEMES))
-@pytest.mark.parametrize("form", ["factors", "pivot"])
-@pytest.mark.parametrize("make", [llama, gpt2, bert, t5])
+@pytest.mark.parametrize(("make", "form"), [*product([llama, gpt2, bert, t5], ["factors", "pivot"]), (bert, NARROW)])
 def test_quantised_factors_compute_nearly_the_same_and_are_stored(
     make: Callable[[], PreTrainedModel], form: str, scheme: str, tmp_path: Path
 ) -> None:

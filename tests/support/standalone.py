@@ -11,8 +11,10 @@ from transformers import PreTrainedModel
 
 from reparam_peft import ReparamConfig
 from support.models import llama
+from support.narrow import narrowed
 
 IDS = torch.arange(3, 19).reshape(2, 8)
+NARROW = "fewer neurons"  # in place of a form: both of them, and matrices that are stored as they are
 STOCK = """
 import sys
 import transformers
@@ -22,6 +24,8 @@ getattr(transformers, sys.argv[1]).from_pretrained(sys.argv[2])
 
 
 def small(form: str = "factors", model: PreTrainedModel | None = None, **options: object) -> PeftModel:
+    if form == NARROW:
+        return narrowed(llama() if model is None else model, **options)
     config = ReparamConfig(**{"target_modules": "all-linear", "keep": 0.6, "form": form, **options})
     return get_peft_model(llama() if model is None else model, config).eval()
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import string
+from dataclasses import replace
 from fractions import Fraction
 from typing import Any
 
@@ -173,6 +174,22 @@ def decimal_keeps(draw: st.DrawFn) -> Fraction:
 def storages(draw: st.DrawFn, most: int = 20_000) -> Storage:
     size = st.integers(1, most)
     return Storage(draw(size), draw(size), draw(st.sampled_from(FORMS)), draw(st.booleans()))
+
+
+@st.composite
+def narrow_storages(draw: st.DrawFn, most: int = 20_000) -> Storage:
+    """Of a matrix that has lost rows, columns or both."""
+    storage = draw(storages(most))
+    more = draw(st.tuples(st.integers(0, most), st.integers(0, most)).filter(any))
+    return replace(storage, whole=(storage.out_features + more[0], storage.in_features + more[1]))
+
+
+@st.composite
+def pivot_sets(draw: st.DrawFn) -> tuple[Tensor, int]:
+    """Indices of pivots, ascending, and how many rows there are."""
+    out_features = draw(st.integers(1, 40))
+    chosen = draw(st.sets(st.integers(0, out_features - 1), min_size=1))
+    return torch.tensor(sorted(chosen)), out_features
 
 
 Targets = tuple[dict[str, Storage], dict[str, Tensor]]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from functools import partial
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from support.models import bert, byte_tokenizer, gpt2, llama, t5, token_inputs, vit
 from support.processes import run_stock
-from support.standalone import IDS, STOCK, logits, saved, small
+from support.standalone import IDS, NARROW, STOCK, logits, saved, small
 from support.tolerances import assert_close
 from torch import nn
 from transformers import (
@@ -31,7 +32,7 @@ from reparam_peft.layers.factorized import FactorizedModule
 from reparam_peft.standalone.checkpoint import CheckpointLoader
 
 
-@pytest.mark.parametrize("form", ["factors", "pivot"])
+@pytest.mark.parametrize("form", ["factors", "pivot", NARROW])
 def test_the_same_class_and_the_same_numbers(form: str, tmp_path: Path) -> None:
     model = small(form)
     expected = logits(model)
@@ -73,9 +74,13 @@ def test_no_dense_weight_is_created_in_loading(tmp_path: Path, monkeypatch: pyte
     assert not {parameter.shape for parameter in loaded.model.layers.parameters()} & dense
 
 
-@pytest.mark.parametrize("form", ["factors", "pivot"])
 @pytest.mark.parametrize(
-    "make", [gpt2, bert, t5, vit, partial(llama, tie_word_embeddings=False)], ids=["gpt2", "bert", "t5", "vit", "embedding"]
+    ("make", "form"),
+    [
+        *product([gpt2, bert, t5, vit, partial(llama, tie_word_embeddings=False)], ["factors", "pivot"]),
+        *((make, NARROW) for make in (gpt2, bert)),
+    ],
+    ids=lambda value: value if isinstance(value, str) else getattr(value, "__name__", "embedding"),
 )
 def test_other_architectures(make: Callable[[], PreTrainedModel], form: str, tmp_path: Path) -> None:
     batch: dict[str, torch.Tensor] = token_inputs()

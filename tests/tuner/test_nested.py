@@ -12,11 +12,14 @@ from peft import AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_ada
 from peft.utils import load_peft_weights
 from safetensors.torch import load_file, save_file
 from support.models import bert, gpt2, llama
+from support.narrow import GROUPS, narrow_config, narrow_products
 from support.tolerances import relative_error
 from torch import nn
 from transformers import AutoModelForCausalLM, Qwen2Config, Qwen2ForCausalLM
 
 from reparam_peft import ReparamConfig, compress, plan, retruncate
+from reparam_peft.numerics.decompositions import Whole
+from reparam_peft.tuner.data_free import installing
 from reparam_peft.tuner.layer import ReparamLayer
 
 LESS = [{"input_ids": torch.randint(3, 100, (4, 32), generator=torch.Generator().manual_seed(i))} for i in range(3)]
@@ -346,3 +349,28 @@ def test_ranks_at_a_smaller_size_above_those_in_the_file_are_refused(tmp_path: P
     path.write_text(json.dumps(fields))
     with pytest.raises(ValueError, match=r"`smaller_ranks` must be in \[1, "):
         PeftModel.from_pretrained(llama(), tmp_path, keep=0.95)
+
+
+@pytest.mark.parametrize("make", [llama, gpt2])
+def test_what_has_lost_neurons_loads_at_lower_ranks(make: Callable[[], nn.Module], tmp_path: Path) -> None:
+    products = narrow_products(make(), GROUPS[type(make()).__name__], "factors")
+    lower = {name: one.rank if isinstance(one.factors, Whole) else one.rank // 2 for name, one in products.items()}
+    for name, one in products.items():
+        if one.bias is not None and not isinstance(one.factors, Whole):
+            products[name] = one._replace(feature_mean=torch.randn(one.rank, generator=torch.Generator().manual_seed(0)))
+    smaller = {"smaller_keeps": [0.5], "smaller_ranks": {name: [rank] for name, rank in lower.items()}}
+    with installing(products):
+        large = get_peft_model(make(), narrow_config(products, "factors", **smaller)).eval()
+    large.save_pretrained(tmp_path)
+    small = PeftModel.from_pretrained(make(), tmp_path, keep=0.5)
+    assert small.peft_config["default"].rank_pattern == lower
+    for name, one in products.items():
+        module = small.get_base_model().get_submodule(name).reparam_factors["default"]
+        if isinstance(one.factors, Whole):
+            assert torch.equal(module.stored.W, one.factors.W)
+            continue
+        rank = lower[name]
+        assert torch.equal(module.factors.A, one.factors.A[:, :rank])
+        assert torch.equal(module.factors.B, one.factors.B[:rank])
+        if one.bias is not None:
+            torch.testing.assert_close(module.bias, one.bias + one.factors.A[:, rank:] @ one.feature_mean[rank:])

@@ -20,14 +20,18 @@ import transformers
 from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
 from support.models import CASES, Case, bert, gpt2, image_inputs, llama, t5, token_inputs
+from support.narrow import GROUPS, kept_neurons, narrow_config, narrow_products, narrowed
 from support.tolerances import assert_close
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from reparam_peft import ReparamConfig, Statistics, calibrate, compress
+from reparam_peft.layers.kinds import layer_kind
 from reparam_peft.numerics import decompositions as decompositions
 from reparam_peft.numerics import methods
+from reparam_peft.numerics.decompositions import Factors
 from reparam_peft.tuner import arrivals
+from reparam_peft.tuner.data_free import installing
 from reparam_peft.tuner.layer import ReparamLayer
 
 ROUTES = {
@@ -61,13 +65,29 @@ class Way(Case):
         return f"{self.kind}, {self.form}{', compress' if self.calibrated else ''}"
 
 
+@dataclass
+class NarrowWay(Way):
+    """A case whose MLPs have lost neurons; where they have biases, these are moved."""
+
+    def compressed(self, model: nn.Module | None = None, keep: float = 0.5, **options: Any) -> PeftModel:
+        return narrowed(self.model() if model is None else model, form=self.form, keep=keep, **options)
+
+    def __str__(self) -> str:
+        return f"{self.kind}, {self.form}, fewer neurons"
+
+
 def way(case: Way, form: str, calibrated: bool = False) -> Way:
     return Way(case.kind, case.build, case.target_modules, case.inputs, form, calibrated)
 
 
 FORMS = [("factors", False), ("pivot", False), ("pivot", True)]
 CALIBRATED = [way(CASES[1], "factors", True), *(way(CASES[number], "pivot", True) for number in (1, 2, 3))]
-WAYS = [*(way(case, form) for case in CASES for form in ("factors", "pivot")), *CALIBRATED]
+NARROW = [
+    NarrowWay("Linear", llama, ["gate_proj", "up_proj", "down_proj"], token_inputs, "pivot"),
+    NarrowWay("Conv1D", gpt2, ["c_fc", "mlp.c_proj"], token_inputs, "factors", calibrated=True),
+]
+WITH_NEURONS = [*(way(case, form) for case in CASES for form in ("factors", "pivot")), *CALIBRATED]
+WAYS = [*WITH_NEURONS, *NARROW]
 
 
 def linear_ways(*builds: Callable[[], nn.Module]) -> list[Way]:
@@ -96,6 +116,12 @@ def case(request: pytest.FixtureRequest) -> Way:
     return request.param
 
 
+@pytest.fixture(params=WITH_NEURONS, ids=str)
+def whole_case(request: pytest.FixtureRequest) -> Way:
+    """Those in which all neurons are left."""
+    return request.param
+
+
 @pytest.fixture
 def decompositions_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """A list that grows by the shape of each matrix that is decomposed."""
@@ -120,8 +146,9 @@ def compressed(case: Way, **options: Any) -> PeftModel:
 
 
 def masks(model: nn.Module) -> int:
-    """Bytes of the masks of the pivot form, which are no parameters."""
-    return sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith(".A.mask"))
+    """Bytes of the masks of the pivot form and of the neurons that are left, which are no parameters."""
+    masks = (".A.mask", ".kept_rows", ".kept_columns")
+    return sum(buffer.numel() for name, buffer in model.named_buffers() if name.endswith(masks))
 
 
 def layers(model: nn.Module) -> Iterator[ReparamLayer]:
@@ -143,8 +170,8 @@ def test_forward_is_of_low_rank_and_holds_no_weight(case: Way) -> None:
     assert case.output(small).isfinite().all()
 
 
-def test_full_rank_is_the_original_function(case: Way) -> None:
-    assert_close(case.output(compressed(case, r="full")), case.output(case.model()))
+def test_full_rank_is_the_original_function(whole_case: Way) -> None:
+    assert_close(whole_case.output(compressed(whole_case, r="full")), whole_case.output(whole_case.model()))
 
 
 def test_biases_are_kept(case: Way) -> None:
@@ -159,11 +186,11 @@ def test_biases_are_kept(case: Way) -> None:
             assert moved is None or not torch.equal(moved, bias)
 
 
-def test_init_weights_false_is_not_the_identity(case: Way) -> None:
-    random = compressed(case, r="full", init_weights=False)
-    assert case.output(random).isfinite().all()
+def test_init_weights_false_is_not_the_identity(whole_case: Way) -> None:
+    random = compressed(whole_case, r="full", init_weights=False)
+    assert whole_case.output(random).isfinite().all()
     with pytest.raises(AssertionError):
-        assert_close(case.output(random), case.output(case.model()))
+        assert_close(whole_case.output(random), whole_case.output(whole_case.model()))
 
 
 @pytest.mark.parametrize("route", ROUTES)
@@ -192,8 +219,11 @@ def test_checkpoint_holds_the_factors_and_nothing_else(case: Way, tmp_path: Path
     expected = set()
     for name, rank in ranks.items():
         one = saved.get_submodule(f"base_model.model.{name}")
-        parts = ["B.weight", *(["A.weight"] if case.form == "factors" else ["A.mask"])]
-        parts += ["A.K.weight"] * (case.form == "pivot" and rank < one.out_features)
+        size = (saved.peft_config["default"].sizes or {}).get(name, [one.out_features, one.in_features])
+        as_one = size != [one.out_features, one.in_features] and rank == min(size)
+        parts = ["B.weight"] + ["A.weight" if case.form == "factors" else "A.mask"] * (not as_one)
+        parts += ["A.K.weight"] * (case.form == "pivot" and rank < size[0] and not as_one)
+        parts += ["kept_rows"] * (size[0] < one.out_features) + ["kept_columns"] * (size[1] < one.in_features)
         parts += ["bias"] * (case.calibrated and getattr(one.base_layer, "bias", None) is not None)
         expected |= {f"base_model.model.{name}.reparam_factors.{part}" for part in parts}
     assert set(tensors) == expected
@@ -237,7 +267,11 @@ def test_base_on_meta_runs_once_the_rest_is_loaded(form: tuple[str, bool], tmp_p
 
 @pytest.mark.parametrize(
     "case",
-    [*linear_ways(llama, gpt2, bert), *(Way("Embedding", llama, ["embed_tokens", "lm_head"], token_inputs, *f) for f in FORMS)],
+    [
+        *linear_ways(llama, gpt2, bert),
+        *NARROW,
+        *(Way("Embedding", llama, ["embed_tokens", "lm_head"], token_inputs, *f) for f in FORMS),
+    ],
     ids=str,
 )
 def test_transformers_load_adapter(case: Way, tmp_path: Path, decompositions_run: list[tuple[int, ...]]) -> None:
@@ -268,7 +302,7 @@ def test_auto_classes(task_type: str | None, tmp_path: Path, decompositions_run:
     assert "import reparam_peft" in (tmp_path / "adapter" / "README.md").read_text()
 
 
-@pytest.mark.parametrize("case", [c for c in WAYS if not c.calibrated], ids=str)
+@pytest.mark.parametrize("case", [c for c in WITH_NEURONS if not c.calibrated], ids=str)
 def test_direct_injection_round_trip(case: Way) -> None:
     injected = inject_adapter_in_model(case.config(), case.model())
     state = peft.get_peft_model_state_dict(injected)
@@ -381,7 +415,8 @@ def test_what_needs_the_original_weight_raises_before_changing_anything(
     assert small.get_model_status().enabled is True
 
 
-def test_kept_base_disables_unloads_deletes_and_adds(case: Way) -> None:
+def test_kept_base_disables_unloads_deletes_and_adds(whole_case: Way) -> None:
+    case = whole_case
     original = case.output(case.model())
     small = compressed(case, keep_base=True)
     expected = case.output(small)
@@ -531,7 +566,7 @@ def test_training_updates_the_factors_only(case: Way) -> None:
         assert (value.grad is not None) == ("reparam_factors" in name), name
 
 
-@pytest.mark.parametrize("case", linear_ways(llama, gpt2, bert), ids=str)
+@pytest.mark.parametrize("case", [*linear_ways(llama, gpt2, bert), *NARROW], ids=str)
 def test_gradient_checkpointing_gives_the_same_gradients(case: Way) -> None:
     small = case.compressed()
 
@@ -550,7 +585,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(case: Way) -> None:
         assert_close(got, expected)
 
 
-@pytest.mark.parametrize("case", linear_ways(llama, gpt2), ids=str)
+@pytest.mark.parametrize("case", [*linear_ways(llama, gpt2), *NARROW], ids=str)
 def test_generate_is_that_of_the_merged_model(case: Way) -> None:
     small = case.compressed()
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -681,9 +716,9 @@ def test_low_rank_forward_never_builds_the_matrix(case: Way) -> None:
     assert not watch.made & shapes
 
 
-def tampered_mask(tensors: dict[str, torch.Tensor], what: str) -> None:
+def tampered_mask(tensors: dict[str, torch.Tensor], what: str, part: str = "A.mask") -> None:
     """Spoil the first mask of a checkpoint."""
-    key = next(key for key in tensors if key.endswith("A.mask"))
+    key = next(key for key in tensors if key.endswith(part))
     mask = tensors[key].clone()
     bits = (mask[:, None] >> torch.arange(8, dtype=torch.uint8)) & 1
     if what == "one more":
@@ -736,3 +771,125 @@ def test_tampered_masks_are_refused_by_transformers_and_beside_another_adapter(w
         small.load_adapter(tmp_path, adapter_name="other")
     assert list(small.peft_config) == ["default"]
     assert torch.equal(case.output(small), expected)
+
+
+@pytest.mark.parametrize("build", [llama, gpt2, bert])
+def test_the_merged_model_has_zeros_where_neurons_are_left_out(build: Callable[[], PreTrainedModel]) -> None:
+    small, base = narrowed(build()), build()
+    products = narrow_products(base, GROUPS[type(base).__name__])
+    merged = copy.deepcopy(small).merge_and_unload(safe_merge=True)
+    for name, product in products.items():
+        W = layer_kind(base.get_submodule(name)).matrix(merged.get_submodule(name).weight)
+        rows = torch.arange(len(W)) if product.rows is None else product.rows
+        columns = torch.arange(W.shape[1]) if product.columns is None else product.columns
+        A, B = product.factors if isinstance(product.factors, Factors) else product.factors.factors()
+        assert_close(W[rows][:, columns], A @ B)
+        assert ((W != 0).any(1).sum(), (W != 0).any(0).sum()) == (len(rows), len(columns))
+        if product.bias is not None:
+            bias = merged.get_submodule(name).bias
+            assert torch.equal(bias[rows], product.bias)
+            assert (bias != 0).sum() == len(rows)
+    with torch.no_grad():
+        assert_close(merged(**token_inputs()).logits, small(**token_inputs()).logits)
+
+
+def test_neurons_that_nothing_reads_are_left_out_without_loss() -> None:
+    base = llama()
+    for number, (_, consumer) in enumerate(GROUPS["LlamaForCausalLM"]):
+        gone = torch.ones(160, dtype=torch.bool)
+        gone[kept_neurons(160, number)] = False
+        base.get_submodule(consumer).weight.data[:, gone] = 0
+    expected = CASES[0].output(base)
+    assert_close(CASES[0].output(narrowed(base, keep=1.0)), expected)
+
+
+def test_what_has_lost_neurons_is_injected_directly_and_gets_others_by_its_state() -> None:
+    products = narrow_products(llama(), GROUPS["LlamaForCausalLM"])
+    with installing(products):
+        injected = inject_adapter_in_model(narrow_config(products), llama())
+
+    def first(indices: torch.Tensor | None) -> torch.Tensor | None:
+        return None if indices is None else torch.arange(len(indices))
+
+    others = {name: one._replace(rows=first(one.rows), columns=first(one.columns)) for name, one in products.items()}
+    with installing(others):
+        other = inject_adapter_in_model(narrow_config(products), llama())
+    result = peft.set_peft_model_state_dict(other, peft.get_peft_model_state_dict(injected))
+    assert not result.unexpected_keys
+    assert torch.equal(CASES[0].output(other), CASES[0].output(injected))
+    for one, same in zip(layers(other), layers(injected), strict=True):
+        assert torch.equal(one.dense_matrix("default"), same.dense_matrix("default")), "so are the neurons that are left"
+
+
+def test_adapters_of_other_sizes_switch_as_wholes_and_are_not_added_up() -> None:
+    case, original = NARROW[1], NARROW[1].output(gpt2())
+    small = case.compressed(keep_base=True)
+    expected = case.output(small)
+    with small.disable_adapter():
+        assert torch.equal(case.output(small), original)
+    small.add_adapter("other", ReparamConfig(target_modules=case.target_modules, r="full", keep_base=True))
+    small.add_adapter("same", small.peft_config["default"])
+    for name, output in (("other", original), ("same", expected), ("default", expected)):
+        small.set_adapter(name)
+        assert_close(case.output(small), output)
+    for refused in (
+        lambda: small.base_model.set_adapter(["default", "other"]),
+        lambda: small.merge_adapter(["default", "other"]),
+    ):
+        with pytest.raises(ValueError, match=r"'default' has lost neurons, so that its outputs or inputs are others"):
+            refused()
+    assert small.active_adapters == ["default"]
+    assert torch.equal(case.output(small), expected)
+    assert torch.equal(case.output(small.unload()), original)
+
+
+def test_which_neurons_are_left_is_not_made_up(tmp_path: Path) -> None:
+    small = NARROW[0].compressed()
+    small.save_pretrained(tmp_path)
+    waiting = get_peft_model(llama(), ReparamConfig.from_pretrained(tmp_path))
+    with pytest.raises(RuntimeError, match="never loaded"):
+        NARROW[0].output(waiting.eval())
+    waiting.load_state_dict(small.state_dict())
+    assert torch.equal(NARROW[0].output(waiting), NARROW[0].output(small))
+    fresh = copy.deepcopy(small.peft_config["default"])
+    fresh.keep = 0.4
+    with pytest.raises(ValueError, match=r"`sizes` says that modules have lost neurons, .* and not which"):
+        get_peft_model(llama(), fresh)
+
+
+@pytest.mark.parametrize(
+    ("what", "part", "route"),
+    [
+        *(("one more", "kept_rows", route) for route in ROUTES),
+        *((what, "kept_columns", "default") for what in ("one less", "too long", "another dtype", "missing")),
+    ],
+)
+def test_tampered_masks_of_neurons_are_refused(what: str, part: str, route: str, tmp_path: Path) -> None:
+    NARROW[0].compressed().save_pretrained(tmp_path)
+    path = tmp_path / "adapter_model.safetensors"
+    tensors = load_file(path)
+    tampered_mask(tensors, what, part)
+    save_file(tensors, path, metadata={"format": "pt"})
+    base = llama()
+    with pytest.raises(ValueError, match=rf"mlp\.(gate|down)_proj.*{part}"):
+        PeftModel.from_pretrained(base, tmp_path, **ROUTES[route])
+    assert not list(layers(base))
+    assert torch.equal(NARROW[0].output(base), NARROW[0].output(llama()))
+    if what == "one more":
+        with pytest.raises(ValueError, match=r"are left|the rank is"):
+            base.load_adapter(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "message"),
+    [
+        ({"fc1": [30, 20]}, "smaller, got"),
+        ({"fc1": [31, 20]}, "smaller, got"),
+        ({"conv0": [6, 27]}, "has no neurons that could be left out"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_refused(sizes: dict[str, list[int]], message: str) -> None:
+    model = nn.ModuleDict({"fc1": nn.Linear(20, 30), "conv0": nn.Conv2d(3, 12, 3)})
+    config = ReparamConfig(target_modules=list(sizes), rank_pattern=dict.fromkeys(sizes, 4), sizes=sizes)
+    with pytest.raises(ValueError, match=message), installing({}):
+        get_peft_model(model, config)

@@ -1,0 +1,72 @@
+"""What is left of the matrices of an MLP that loses neurons."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from ..layers.neuron_groups import NeuronGroup, rows_of
+from ..numerics.neurons import refitted
+from ..numerics.storage import Storage
+from .weighing import Weighing
+
+
+@dataclass(frozen=True)
+class Part:
+    """What is left of a matrix.
+
+    Attributes:
+        rows: indices of its rows, ascending; None: all.
+        columns: indices of its columns, ascending; None: all.
+    """
+
+    rows: Tensor | None = None
+    columns: Tensor | None = None
+
+    def matrix(self, W: Tensor, gram: Tensor) -> Tensor:
+        """The rows that are left of W (out, in), or its columns refitted to the inputs that are left, of Gram matrix G."""
+        if self.columns is not None:
+            return refitted(W, gram, self.columns).to(torch.promote_types(W.dtype, torch.float32))
+        return W if self.rows is None else W[self.rows.to(W.device)]
+
+    def expansion(self, gram: Tensor) -> Tensor | None:
+        """E = C_:S C_SS⁻¹ (in, k), the best estimate of all inputs from those that are left; None where all are."""
+        return None if self.columns is None else refitted(torch.eye(len(gram), device=gram.device), gram, self.columns)
+
+    def of_outputs(self, vector: Tensor) -> Tensor:
+        """What is left of a vector (out,)."""
+        return vector if self.rows is None else vector[self.rows.to(vector.device)]
+
+    def weighing(self, whole: Weighing) -> Weighing:
+        """What errors of it are weighed by."""
+
+        def cut(metric: Tensor | None, indices: Tensor | None) -> Tensor | None:
+            if metric is None or indices is None:
+                return metric
+            indices = indices.to(metric.device)
+            return metric[indices] if metric.ndim == 1 else metric[indices][:, indices]
+
+        gram = whole.gram if self.columns is None else whole.gram[self.columns][:, self.columns]
+        fisher = cut(whole.fisher, self.rows)
+        return replace(
+            whole,
+            # The very same tensors where the metrics are those that losses are predicted in.
+            input=gram if whole.input is whole.gram else cut(whole.input, self.columns),
+            output=fisher if whole.output is whole.fisher else cut(whole.output, self.rows),
+            gram=gram,
+            fisher=fisher,
+            mean=whole.mean if self.columns is None else whole.mean[self.columns],
+        )
+
+
+def parts(group: NeuronGroup, kept: Tensor) -> dict[str, Part]:
+    """What is left of each matrix of an MLP, by module."""
+    rows = {name: Part(rows=rows_of(layout, kept, group.neurons)) for name, layout in group.producers}
+    return {**rows, group.consumer: Part(columns=kept)}
+
+
+def narrow(storage: Storage, size: tuple[int, int]) -> Storage:
+    """What a product takes of what is left of a matrix, `size` (out, in)."""
+    return replace(storage, out_features=size[0], in_features=size[1], whole=storage.whole_shape)

@@ -1,0 +1,91 @@
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import Tensor
+
+from reparam_peft.numerics.neurons import Elimination, eliminate, refitted
+
+
+def problem(neurons: int = 24, out: int = 9, seed: int = 0) -> tuple[Tensor, Tensor, Tensor]:
+    """W (out, neurons), C and F: activations that depend on each other, and gradients that do."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    activations = normal(200, neurons) @ (torch.eye(neurons, dtype=torch.float64) + 0.5 * normal(neurons, neurons))
+    gradients = normal(50, out) @ normal(out, out)
+    return normal(out, neurons), activations.mT @ activations / 200, gradients.mT @ gradients / 50
+
+
+def loss_of(W: Tensor, C: Tensor, F: Tensor, kept: Tensor) -> float:
+    """½ tr(F E C Eᵀ) with E = W − W' of the refitted columns."""
+    error = W.clone()
+    error[:, kept] -= refitted(W, C, kept)
+    return float((F @ error @ C * error).sum()) / 2
+
+
+@pytest.mark.parametrize("block", [1, 4])
+def test_costs_are_those_of_the_refitted_matrix(block: int) -> None:
+    W, C, F = problem()
+    found = eliminate(W, C, F, least=8, block=block)
+    for count in (24, 20, 16, 8):
+        kept = found.kept(count)
+        assert len(kept) == count
+        assert (kept.diff() > 0).all()
+        assert found.loss(count) == pytest.approx(loss_of(W, C, F, kept), rel=1e-4, abs=1e-9)
+    assert (found.losses.diff() >= 0).all()
+
+
+def test_each_step_leaves_out_the_neuron_that_costs_least() -> None:
+    W, C, F = problem(neurons=10)
+    found = eliminate(W, C, F, least=1, block=1)
+    for count in range(10, 1, -1):
+        stays = found.kept(count)
+        costs = {int(j): loss_of(W, C, F, stays[stays != j]) for j in stays}
+        assert found.order[10 - count] == min(costs, key=costs.__getitem__)
+
+
+def test_refitted_columns_are_the_best_estimate() -> None:
+    W, C, F = problem()
+    kept = torch.tensor([0, 3, 4, 11, 20])
+    best = refitted(W, C, kept)
+    for change in torch.randn(5, *best.shape, dtype=torch.float64, generator=torch.Generator().manual_seed(1)):
+        worse = W.clone()
+        worse[:, kept] -= best + 1e-2 * change
+        assert float((F @ worse @ C * worse).sum()) / 2 > loss_of(W, C, F, kept)
+
+
+def test_costs_do_not_depend_on_scales() -> None:
+    W, C, F = problem()
+    plain, scaled = eliminate(W, C, F, least=8), eliminate(W, 1e-12 * C, 1e9 * F, least=8)
+    assert torch.equal(plain.order, scaled.order)
+    torch.testing.assert_close(scaled.losses, 1e-3 * plain.losses)
+
+
+def test_neurons_that_are_dead_or_doubled_go_first_and_cost_nothing() -> None:
+    W, C, F = problem(neurons=12)
+    C[:, 5] = C[5] = 0  # never active
+    C[:, 7], C[7] = C[:, 2].clone(), C[2].clone()  # always as neuron 2
+    C[7, 7] = C[7, 2] = C[2, 2]
+    found = eliminate(W, C, F, least=4, block=1)
+    first = set(found.order[:2].tolist())
+    assert 5 in first
+    assert first & {2, 7}
+    assert found.loss(10) < 1e-4 * found.loss(9)
+
+
+def test_where_nothing_is_active_nothing_is_lost() -> None:
+    W, C, F = problem(neurons=6)
+    found = eliminate(W, torch.zeros_like(C), F, least=1)
+    assert found.losses.tolist() == [0.0] * 6
+    assert sorted(found.order.tolist() + found.kept(1).tolist()) == list(range(6))
+
+
+def test_all_neurons_may_stay() -> None:
+    W, C, F = problem(neurons=5)
+    found = eliminate(W, C, F, least=5)
+    assert isinstance(found, Elimination)
+    assert found.kept(5).tolist() == [0, 1, 2, 3, 4]
+    assert found.loss(5) == 0
