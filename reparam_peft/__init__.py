@@ -13,6 +13,7 @@ register()
 
 from .blockwise.anchoring import Anchoring  # noqa: E402  the enum's member must exist first
 from .blockwise.refinement import Refinement  # noqa: E402
+from .calibration.self_written import self_written  # noqa: E402
 from .calibration.statistics import Statistics  # noqa: E402
 from .compression.compress import calibrate, compress, plan  # noqa: E402
 from .compression.streaming import compress_checkpoint  # noqa: E402
@@ -63,6 +64,7 @@ __all__ = [
     "principal_angles",
     "retruncate",
     "search",
+    "self_written",
     "text_batches",
     "write_report",
 ]

@@ -21,6 +21,7 @@ from ..runtime.batches import rows_in
 from ..runtime.modules import evaluating, frozen, input_device, uncompiled
 from ..runtime.processes import check_whole, fails_together, processes
 from .recorder import Recorder
+from .self_written import written
 from .statistics import Statistics, weight_norm
 from .sums import InputSums, OutputSums, Sums, WeightedSums
 
@@ -75,6 +76,7 @@ def gather_statistics(
         statistics = Statistics(seed=seed, weight_norms={name: weight_norm(module) for name, module in modules.items()})
     world, rank = processes()
     check_whole(batches)
+    batches = written(batches)
     device = input_device(model)
     count = 0
     with fails_together(), evaluating(model), frozen(model), uncompiled(model), ExitStack() as stack:

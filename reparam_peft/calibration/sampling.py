@@ -86,12 +86,12 @@ def _uniform(values: Tensor, mask: Tensor | None, width: int, first_row: int, st
     counts = [values[0].numel() // values.shape[-1]] * len(values) if mask is None else mask.sum(1).tolist()
     rows = []
     for row, count in enumerate(counts):
-        rows.append(torch.rand(count, width, generator=_generator(*stream, first_row + row), dtype=torch.float64))
+        rows.append(torch.rand(count, width, generator=generator_of(*stream, first_row + row), dtype=torch.float64))
     device = values.device
     return torch.cat(rows).clamp(1e-15, 1 - 1e-15).to(device, torch.float32 if device.type == "mps" else torch.float64)
 
 
-def _generator(*numbers: int) -> torch.Generator:
+def generator_of(*numbers: int) -> torch.Generator:
     """A generator seeded by all of these numbers; a hash of them, because PyTorch drops all but 32 bits of a seed."""
     digest = hashlib.sha256(repr(numbers).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:4], "little"))

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import math
 import tempfile
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, NamedTuple
@@ -16,6 +16,7 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 from ..blockwise.refinement import Refinement
+from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Statistics
 from ..compression.compress import compress as compress_model
 from ..compression.compress import plan as plan_model
@@ -23,11 +24,12 @@ from ..config.reparam_config import ReparamConfig
 from ..evaluation.perplexity import perplexity
 from ..planning.plan import Plan
 from ..report.record import Record, saving_with
+from ..runtime.batches import Batch
 from ..runtime.run_folder import PLAN
 from ..tuner.sizes import SizeReport
 from .errors import CliError
 from .heal import TrainingOptions, minutes_of, rows_of, train
-from .inputs import load_compressed, load_dense, load_model, read_batches
+from .inputs import held_out, load_compressed, load_dense, load_model, read_batches
 from .options import (
     CalibrationOptions,
     ConfigOptions,
@@ -53,8 +55,9 @@ from .outputs import (
 )
 from .statistics_file import Calibration, is_data_free, uses_no_data
 
-HEALING = "healing"  # folder of checkpoints within --run-folder
-HEALING_WINDOWS = 4096  # the most that are trained on
+HEALING, HEALING_TEXT = "healing", "healing_text"  # folders within --run-folder, of checkpoints and of text
+HEALING_WINDOWS = 4096  # the most of a text that are trained on
+HEALING_WRITTEN = 48  # that the model writes; one of them takes about as long as a step on it
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -100,7 +103,7 @@ class CompressOptions:
         str | None,
         typer.Option(
             help="Then train the whole model for this long, such as 90s, 30m or 1h, to predict what the dense one predicts, on "
-            "later windows of the calibration text."
+            "later windows of the calibration text; without --calibration, on text that it writes itself."
         ),
     ] = None
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after, and generate a sample.")] = True
@@ -139,12 +142,20 @@ class Settings:
 
 
 class Inputs(NamedTuple):
-    """What was read: the dense model, its tokenizer, windows to measure perplexity on and to heal on, and statistics."""
+    """What was read: the dense model, its tokenizer, and what is measured, healed and calibrated on where something is.
+
+    Attributes:
+        windows: to measure perplexity on.
+        healing_rows: to heal on; none where it is not asked for.
+        batches: to calibrate on; None where nothing is read of them.
+        statistics: of these, or of an earlier run.
+    """
 
     model: Any
     tokenizer: PreTrainedTokenizerBase
     windows: list[dict[str, Tensor]]
     healing_rows: list[dict[str, Tensor]]
+    batches: Sequence[Batch] | SelfWritten | None
     statistics: Statistics | None
 
 
@@ -204,10 +215,12 @@ def _settings(options: CompressOptions) -> Settings:
     if options.heal is not None and is_data_free(config):
         raise CliError(f"--heal goes on with the calibration text; leave out --method {config.method}, or use `reparam heal`.")
     healing = None if options.heal is None else _healing(options, options.heal)
-    calibration = Calibration.of(options.calibration, options.text.length, options.seed)
+    calibration = Calibration.of(options.calibration, options.text.length, options.seed, blocks.run_folder)
     # Blocks and healing read the text even where there are statistics, so that the two do not exclude each other.
     reads_text = blocks.by_block or healing is not None
-    earlier = (replace(calibration, text=None) if reads_text else calibration).earlier(config)
+    earlier = (replace(calibration, text=None, share=None) if reads_text else calibration).earlier(config)
+    if earlier is not None:
+        calibration = replace(calibration, seed=earlier.seed)
     return Settings(options, config, plan, calibration, earlier, healing)
 
 
@@ -239,40 +252,35 @@ def _read_plan(path: Path | None, options: ConfigOptions) -> Plan | None:
 
 def _read(settings: Settings) -> Inputs:
     """Model, texts and statistics; statistics that are not there yet are gathered."""
-    options, calibration, earlier = settings.options, settings.calibration, settings.earlier
+    options, calibration = settings.options, settings.calibration
     model, tokenizer = load_dense(options.model, options.load.dtype, options.load.device)
     windows: list[dict[str, Tensor]] = []
     if options.evaluate:
         check_language_model(model, options.model, "; add --no-evaluate")
-        text, length = options.text.text, options.text.length
-        windows = read_batches(tokenizer, "--text", text, length, options.text.windows, _seen_windows(settings))
+        windows = held_out(tokenizer, options.text)
     rows: list[dict[str, Tensor]] = []
     if settings.healing is not None:
         check_language_model(model, options.model, "; leave out --heal")
-        rows = _healing_rows(settings, settings.healing, tokenizer)
-    if earlier is not None or is_data_free(settings.config):
-        return Inputs(model, tokenizer, windows, rows, earlier)
-    return Inputs(model, tokenizer, windows, rows, calibration.gather(model, tokenizer, settings.config))
+        rows = _healing_rows(calibration, settings.healing, model, tokenizer)
+    statistics, batches = settings.earlier, None
+    calibrates = statistics is None and not is_data_free(settings.config)
+    if calibrates or options.blocks.by_block:
+        batches = calibration.batches(model, tokenizer)
+    if calibrates and batches is not None:
+        statistics = calibration.gather(model, settings.config, batches)
+    return Inputs(model, tokenizer, windows, rows, batches, statistics)
 
 
-def _healing_rows(settings: Settings, healing: TrainingOptions, tokenizer: PreTrainedTokenizerBase) -> list[dict[str, Tensor]]:
-    """Windows of the calibration text after those that it is calibrated on, and, of the reference text, measured on."""
-    options, calibration = settings.options, settings.calibration
-    skip = calibration.windows
-    if options.text.text is None and calibration.text is None:
-        skip = _seen_windows(settings) + options.text.windows
-    batches = read_batches(tokenizer, "--calibration", calibration.text, calibration.length, healing.train_windows, skip)
-    return rows_of(batches)
-
-
-def _seen_windows(settings: Settings) -> int:
-    """How many windows of the text to measure on calibration sees: both take the reference text by default."""
-    options, calibration, earlier = settings.options, settings.calibration, settings.earlier
-    if options.text.text is not None or calibration.text is not None or is_data_free(settings.config):
-        return 0
-    from_file = 0 if earlier is None else math.ceil(earlier.tokens / options.text.length)
-    from_text = calibration.windows if earlier is None or options.blocks.by_block else 0
-    return max(from_file, from_text)
+def _healing_rows(
+    calibration: Calibration, healing: TrainingOptions, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Tensor]]:
+    """Windows of the calibration text after those that it is calibrated on; without one, windows that the model writes."""
+    text, length, skip = calibration.text, calibration.length, calibration.windows
+    if text is not None:
+        return rows_of(read_batches(tokenizer, "--calibration", text, length, healing.train_windows, skip))
+    folder = None if calibration.folder is None else calibration.folder / HEALING_TEXT
+    written = SelfWritten(model, tokenizer, HEALING_WRITTEN, length, calibration.seed or 0, True, folder)
+    return rows_of(written.batches())
 
 
 def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, windows: list[dict[str, Tensor]], when: str) -> Quality:
@@ -313,13 +321,11 @@ def _heal(
 
 def _factorised(settings: Settings, inputs: Inputs, plan: Plan | None) -> PeftModel:
     """The compressed model: without data, block by block, or at once."""
-    blocks, statistics = settings.options.blocks, inputs.statistics
+    blocks, statistics, batches = settings.options.blocks, inputs.statistics, inputs.batches
     if statistics is None:
         return get_peft_model(inputs.model, settings.config)
-    if not blocks.by_block:
+    if not blocks.by_block or batches is None:
         return compress_model(inputs.model, settings.config, statistics, plan=plan)
-    calibration = settings.calibration
-    batches = read_batches(inputs.tokenizer, "--calibration", calibration.text, calibration.length, calibration.windows)
     epochs = Refinement.epochs if blocks.epochs is None else blocks.epochs
     return compress_model(
         inputs.model,

@@ -10,7 +10,7 @@ import typer
 from ..evaluation.perplexity import perplexity
 from ..evaluation.speed import benchmark
 from ..standalone.checkpoint import CheckpointLoader
-from .inputs import calibrated_windows, is_compressed, load_model, read_batches
+from .inputs import held_out, is_compressed, load_model
 from .options import JsonOption, LoadOptions, ModelArgument, SmallerOption, TextOptions
 from .outputs import check_language_model, figures_table, out, size_table
 
@@ -27,8 +27,7 @@ def evaluate(
     """Perplexity of MODEL on a text, its size, and on request its speed."""
     loaded, tokenizer = load_model(model, load.dtype, load.device, keep=keep)
     check_language_model(loaded, model, "")
-    skip = calibrated_windows(text.length) if text.text is None else 0
-    batches = read_batches(tokenizer, "--text", text.text, text.length, text.windows, skip)
+    batches = held_out(tokenizer, text)
     figures: dict[str, Any] = {"perplexity": perplexity(loaded, batches, progress=True)}
     sizes = loaded.size_report() if is_compressed(loaded) else None
     whole = sizes.to_dict()["model"] if sizes else {}

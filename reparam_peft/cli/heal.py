@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import re
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -18,6 +18,7 @@ from ..evaluation.perplexity import perplexity
 from ..healing.checkpoints import last_whole
 from ..healing.trainer import HealingTrainer
 from ..report.record import record_of_adapter, saving_with
+from ..runtime.batches import Batch
 from .errors import CliError
 from .inputs import load_compressed, load_dense_of, read_batches
 from .options import JsonOption, LoadOptions, ModelArgument, OutputArgument, OverwriteOption, SmallerOption, TextOptions
@@ -126,7 +127,7 @@ def train(
     return [entry["loss"] for entry in trainer.state.log_history if "loss" in entry]
 
 
-def rows_of(batches: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+def rows_of(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
     """The rows of batches, one by one."""
     return [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))]
 

@@ -24,8 +24,9 @@ from ..layers.factorized import FactorizedModule
 from ..tuner.model import ReparamModel
 from .demo import demo_folder, reference_text
 from .errors import CliError
+from .options import TextOptions
 
-CALIBRATION_TOKENS = 48 * 512  # 48 windows of 512 tokens
+SET_ASIDE = 48 * 512  # tokens of the reference text that no figure is measured on
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 
@@ -88,9 +89,13 @@ def is_compressed(model: Any) -> bool:
     return isinstance(getattr(model, "base_model", None), ReparamModel)
 
 
-def calibrated_windows(length: int) -> int:
-    """How many windows of the reference text `reparam compress` calibrates on by itself."""
-    return math.ceil(CALIBRATION_TOKENS / length)
+def held_out(tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> list[dict[str, Tensor]]:
+    """Windows to measure perplexity on: the first ones of a text that is named, later ones of the reference text.
+
+    The first ones of that are set aside, for who wants to calibrate or train on some of it.
+    """
+    skip = math.ceil(SET_ASIDE / options.length) if options.text is None else 0
+    return read_batches(tokenizer, "--text", options.text, options.length, options.windows, skip)
 
 
 def read_batches(
@@ -100,7 +105,7 @@ def read_batches(
     batches = text_batches(tokenizer, _words(option, text), length=length, limit=windows + skip)
     rows = {key: torch.cat([batch[key] for batch in batches])[skip:] for key in batches[0]}
     if not len(rows["input_ids"]):
-        used = "calibrated on" if option == "--text" else "calibrated or measured on"
+        used = "set aside" if option == "--text" else "calibrated on"
         raise CliError(f"the text has no more than the {skip} windows that are {used}; give {option} another one.")
     return [{key: value[i : i + 4] for key, value in rows.items()} for i in range(0, len(rows["input_ids"]), 4)]
 

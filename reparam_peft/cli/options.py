@@ -9,10 +9,13 @@ from typing import Annotated
 import typer
 
 from ..arguments import listed
+from ..calibration.self_written import WINDOWS
 from ..config.fields import CALIBRATED
 from ..config.reparam_config import ReparamConfig
 from ..numerics.methods import METHODS, names_of_methods
 from .errors import CliError
+
+SHARE = 0.5  # of the windows that a model writes itself, beside a text that is given
 
 ModelArgument = Annotated[
     str, typer.Argument(metavar="MODEL", help="Folder or Hub id of a model or of a compressed adapter, or `demo`.")
@@ -24,7 +27,11 @@ SmallerOption = Annotated[
 ]
 LengthOption = Annotated[int, typer.Option(min=2, help="Tokens in a window of text.")]
 SeedOption = Annotated[
-    int | None, typer.Option(min=0, help="Seed of the labels sampled for gradients, and of the order in --refine. Default: 0.")
+    int | None,
+    typer.Option(
+        min=0,
+        help="Seed of the text that the model writes, of sampled labels, and of the order in --refine. Default: 0.",
+    ),
 ]
 JsonOption = Annotated[bool, typer.Option("--json", help="Print one JSON object instead of tables.")]
 OverwriteOption = Annotated[bool, typer.Option(help="Replace OUT if it exists.")]
@@ -133,11 +140,22 @@ class CalibrationOptions:
     calibration: Annotated[
         str | None,
         typer.Option(
-            help="Text to calibrate on: as for --text. Default: Python's language reference, of which --text then takes "
-            "later windows."
+            help="Text to calibrate on: as for --text. Default: text that the model writes itself, which takes a decoder."
         ),
     ] = None
-    calibration_windows: Annotated[int, typer.Option(min=1, help="The most windows of text to calibrate on.")] = 48
+    self_written: Annotated[
+        float | None,
+        typer.Option(
+            min=0,
+            max=1,
+            help="Part of the windows to calibrate on that the model writes itself. Default: all of them; with --calibration "
+            f"{SHARE:g}, or none where the model cannot.",
+        ),
+    ] = None
+    calibration_windows: Annotated[
+        int | None,
+        typer.Option(min=1, help=f"The most windows to calibrate on. Default: {WINDOWS}; {2 * WINDOWS} with --calibration."),
+    ] = None
     statistics: Annotated[
         Path | None, typer.Option(help="File of calibration statistics: read if it exists, else written; serves any --keep.")
     ] = None

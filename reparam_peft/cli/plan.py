@@ -38,9 +38,11 @@ def plan(
         except ValueError as error:
             raise CliError(f"--output {output} exists and holds no plan, and is not overwritten; name another file.") from error
     source = Calibration.of(calibration, length, seed)
-    earlier = source.earlier(config)
+    statistics = source.earlier(config)
     dense, tokenizer = load_dense(model, load.dtype, load.device)
-    made = plan_model(dense, config, source.gather(dense, tokenizer, config) if earlier is None else earlier)
+    if statistics is None:
+        statistics = source.gather(dense, config, source.batches(dense, tokenizer))
+    made = plan_model(dense, config, statistics)
     if output is not None:
         made.save(output)
     print(json.dumps(made.to_dict()) if as_json else made)

@@ -15,7 +15,7 @@ from ..report.page import check_report_folder, write_report
 from ..report.record import Record, read_record, record_of_adapter
 from ..runtime.modules import predicts_next_token
 from .errors import CliError
-from .inputs import calibrated_windows, load_compressed, load_dense_of, read_batches
+from .inputs import held_out, load_compressed, load_dense_of
 from .options import JsonOption, LoadOptions, TextOptions
 from .outputs import PROMPTS, continuation, err, out
 
@@ -65,8 +65,7 @@ def _measured(run: Path, dense_model: str | None, text: TextOptions, load: LoadO
     if predicts_next_token(small):
         if text.text is not None or not {"perplexity", "dense perplexity"} <= set(record.evaluation):
             err.print("measuring perplexity …")
-            skip = calibrated_windows(text.length) if text.text is None else 0
-            batches = read_batches(tokenizer, "--text", text.text, text.length, text.windows, skip)
+            batches = held_out(tokenizer, text)
             figures = {
                 "dense perplexity": perplexity(dense, batches, progress=True),
                 "perplexity": perplexity(small, batches, progress=True),

@@ -16,7 +16,7 @@ from ..searching.goal import Goal, check_goal
 from ..searching.result import SearchResult
 from ..searching.search import find_smallest
 from .errors import CliError
-from .inputs import load_dense, read_batches
+from .inputs import held_out, load_dense
 from .options import (
     CalibrationOptions,
     ConfigOptions,
@@ -72,15 +72,14 @@ def search(
     beside = (run_folder, calibration.statistics, calibration.calibration, text.text)
     check_output(output, model, overwrite, *beside)
     config = ConfigOptions(targets=targets, storage=storage).config()
-    source = Calibration.of(calibration, text.length, seed)
+    source = Calibration.of(calibration, text.length, seed, run_folder)
     statistics = source.earlier(config)
     dense, tokenizer = load_dense(model, load.dtype, load.device)
     check_language_model(dense, model, "")
-    skip = source.windows if text.text is None and source.text is None else 0  # both are of the reference text
     goal = Goal(
         metric=wanted.metric,
         tolerance=wanted.max_increase,
-        evaluation=read_batches(tokenizer, "--text", text.text, text.length, text.windows, skip),
+        evaluation=held_out(tokenizer, text),
         tokenizer=tokenizer,
         documents=wanted.documents,
         methods=[method.strip() for method in wanted.methods.split(",")],
@@ -88,9 +87,10 @@ def search(
     )
     if statistics is None and source.file is not None:
         check_goal(goal, config)  # before minutes of calibration
-        statistics = source.gather(dense, tokenizer, config)
+        statistics = source.gather(dense, config, source.batches(dense, tokenizer))
     if statistics is None:  # the search keeps what it gathers in its run folder
-        result = find_smallest(dense, config, source.batches(tokenizer), goal, run_folder=run_folder, seed=seed or 0)
+        batches = source.batches(dense, tokenizer)
+        result = find_smallest(dense, config, batches, goal, run_folder=run_folder, seed=seed or 0)
     else:
         result = find_smallest(dense, config, statistics, goal, run_folder=run_folder, seed=statistics.seed)
     if result.model is None or result.chosen is None:

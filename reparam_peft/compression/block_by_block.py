@@ -21,6 +21,7 @@ from ..blockwise.anchoring import Anchoring, Observed, anchored, input_groups, o
 from ..blockwise.blocks import Call, Replay
 from ..blockwise.refinement import Refinement, Task, refine_block
 from ..blockwise.streams import Stream
+from ..calibration.self_written import SelfWritten, written
 from ..calibration.statistics import Statistics
 from ..layers.kinds import layer_kind
 from ..layers.product import Product
@@ -113,7 +114,12 @@ class BlockByBlock:
     """
 
     def __init__(
-        self, job: Job, blocks: Mapping[str, nn.Module], batches: Sequence[Batch], steps: Steps, plan: Plan | None
+        self,
+        job: Job,
+        blocks: Mapping[str, nn.Module],
+        batches: Sequence[Batch] | SelfWritten,
+        steps: Steps,
+        plan: Plan | None,
     ) -> None:
         self.job, self.steps, self.plan = job, steps, plan
         self.outside: dict[str, nn.Module] = {}  # targets outside of blocks, factorised
@@ -122,8 +128,9 @@ class BlockByBlock:
         self.folder = RunFolder(steps.run_folder, settings, steps.mapped)
         with ExitStack() as stack:
             stack.callback(self.folder.release)
+            data = written(batches)
             with fails_together():
-                self.batches = list(batches)
+                self.batches = list(data)
                 if steps.refinement is not None:
                     self.batches = [part for batch in batches for part in split_rows(batch, steps.refinement.batch_size)]
                 self.replay = Replay(job.model, blocks, self.batches)
@@ -132,7 +139,7 @@ class BlockByBlock:
                 self.shared = {name for names in parameter_owners(job.model).values() if len(names) > 1 for name in names}
             stack.pop_all()
 
-    def _settings(self, batches: Sequence[Batch]) -> dict[str, Any]:
+    def _settings(self, batches: Sequence[Batch] | SelfWritten) -> dict[str, Any]:
         """All that the result depends on, by which a folder knows its run."""
         job, steps = self.job, self.steps
         return {
@@ -142,7 +149,7 @@ class BlockByBlock:
             "seed": job.seed,
             "model": fingerprint_of_model(job.model),
             "model's config": fingerprint_of_config(job.model),
-            "batches": fingerprint_of_batches(batches),
+            "batches": batches.fingerprint() if isinstance(batches, SelfWritten) else fingerprint_of_batches(batches),
             "plan": None if self.plan is None else fingerprint_of_values(self.plan.to_dict()),
             "statistics": job.batches.fingerprint() if isinstance(job.batches, Statistics) else None,
         }

@@ -14,6 +14,7 @@ from ..blockwise.anchoring import Anchoring
 from ..blockwise.blocks import find_blocks
 from ..blockwise.refinement import Refinement
 from ..calibration.gather import gather_statistics
+from ..calibration.self_written import SelfWritten, batches_or_self_written
 from ..calibration.statistics import Batches, Statistics
 from ..config.reparam_config import ReparamConfig
 from ..layers.kinds import is_quantized
@@ -33,8 +34,9 @@ OptionsOfStep = TypeVar("OptionsOfStep", Anchoring, Refinement)
 def compress(
     model: nn.Module,
     config: ReparamConfig,
-    batches: Batches,
+    batches: Batches | str,
     *,
+    tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
     plan: Plan | None = None,
@@ -63,9 +65,10 @@ def compress(
     Args:
         model: any model that is called as `model(**batch)`, on any device.
         config: what to compress, and to which size.
-        batches: keyword batches, as a DataLoader yields them, read once; or the `Statistics` of an earlier run. With
-            `sequential` or `refine` they are kept.
-        seed: of the labels sampled for gradients; given `Statistics` have their own.
+        batches: keyword batches, as a DataLoader yields them, read once; the `Statistics` of an earlier run; or "self", for
+            text that the model writes itself, as by `self_written`. With `sequential` or `refine` they are kept.
+        tokenizer: of the model, for "self".
+        seed: of the labels sampled for gradients, and of the text for "self"; given `Statistics` have their own.
         progress: whether to show progress bars.
         plan: the ranks, from `reparam_peft.plan`, which then holds what the config leaves open; None: chosen here.
         max_memory: bytes that statistics may take at a time; where all of them take more, they are gathered in groups of
@@ -78,7 +81,8 @@ def compress(
         offload_folder: folder in which activations are kept during the run; None: in memory, two streams of
             (tokens, hidden size).
         run_folder: folder for finished blocks, the plan, and `log.jsonl` with the errors of each block. A run that was killed
-            goes on after its last finished block, with the same result, when it is called again with the same arguments.
+            goes on after its last finished block, with the same result, when it is called again with the same arguments. Text
+            that the model has written is kept there, too.
         device: where blocks are computed, of which one at a time is copied there; None: where the model is.
 
     Returns:
@@ -86,9 +90,10 @@ def compress(
 
     Raises:
         TypeError: a target is of a kind that cannot be factorised, or the model is wrapped by PEFT already.
-        ValueError: the batches are empty or not accepted by the model; a target is never reached by them; activations or
-            weights are NaN or infinite; statistics or plan are of another model; the budget cannot be met; the model has no
-            blocks, with `sequential` or `refine`; or `run_folder` holds a run with other arguments.
+        ValueError: the batches are empty or not accepted by the model, or the model cannot write them; a target is never
+            reached by them; activations or weights are NaN or infinite; statistics or plan are of another model; the budget
+            cannot be met; the model has no blocks, with `sequential` or `refine`; or `run_folder` holds a run with other
+            arguments.
 
     >>> from torch import nn
     >>> class Net(nn.Sequential):
@@ -106,14 +111,15 @@ def compress(
         device=device,
     )
     options = Options(seed, progress, max_memory)
+    data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress, folder=run_folder)
     if steps.anchoring is not None or steps.refinement is not None:
-        return compress_blocks(model, config, batches, steps, options, plan, statistics, adapter_name)
+        return compress_blocks(model, config, data, steps, options, plan, statistics, adapter_name)
     without_blocks = {"statistics": statistics, "offload_folder": offload_folder, "run_folder": run_folder, "device": device}
     for name, value in without_blocks.items():
         if value is not None:
             raise ValueError(f"`{name}` has an effect with `sequential` or `refine` only; leave it out.")
     with unchanged_on_error(model):
-        job = Job.of_model(model, config, batches, options, adapter_name=adapter_name, plan=plan)
+        job = Job.of_model(model, config, data, options, adapter_name=adapter_name, plan=plan)
         plan = job.plan() if plan is None else plan
         with fails_together():
             targets = job.ranked(plan)
@@ -147,9 +153,10 @@ def compress_blocks(
             "`sequential` and `refine` need the data themselves; give them as `batches`, and the statistics as `statistics`."
         )
     with fails_together():
-        batches = list(batches)
-        if not batches:
-            raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
+        if not isinstance(batches, SelfWritten):
+            batches = list(batches)
+            if not batches:
+                raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
         blocks = find_blocks(model)
     with unchanged_on_error(model):
         job = Job.of_model(
@@ -204,8 +211,9 @@ def _install(model: nn.Module, job: Job, result: Result, adapter_name: str, auto
 def plan(
     model: nn.Module,
     config: ReparamConfig,
-    batches: Batches,
+    batches: Batches | str,
     *,
+    tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
     max_memory: int | None = None,
@@ -214,15 +222,18 @@ def plan(
 
     Args, Raises: as for `compress`.
     """
+    options = Options(seed, progress, max_memory)
+    data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
     with unchanged_on_error(model):
-        return Job.of_model(model, config, batches, Options(seed, progress, max_memory)).plan()
+        return Job.of_model(model, config, data, options).plan()
 
 
 def calibrate(
     model: nn.Module,
     config: ReparamConfig,
-    batches: Iterable[Mapping[str, Any]],
+    batches: Iterable[Mapping[str, Any]] | str,
     *,
+    tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
     first_row: int = 0,
@@ -234,8 +245,9 @@ def calibrate(
     Args:
         first_row: number of the first row (sequence) of the batches in the whole of the data, where these are a part of it:
             with the same seed, `Statistics.merge` of the parts gives the statistics of the whole.
-        model, config, batches, seed, progress: as for `compress`, as are the errors.
+        model, config, batches, tokenizer, seed, progress: as for `compress`, as are the errors.
     """
+    data = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
     with unchanged_on_error(model):
-        modules = Job.of_model(model, config, batches, Options(seed, progress)).modules
-        return gather_statistics(model, modules, batches, seed=seed, progress=progress, first_row=first_row)
+        modules = Job.of_model(model, config, data, Options(seed, progress)).modules
+        return gather_statistics(model, modules, data, seed=seed, progress=progress, first_row=first_row)

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..arguments import ReparamWarning, check_seed
 from ..calibration.gather import gather_statistics
+from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Batches, Moments, Statistics
 from ..config.fields import CALIBRATED
 from ..config.reparam_config import ReparamConfig
@@ -96,7 +97,9 @@ class Job:
         self.passes = [list(group) for group in passes]
         check_whole(batches)
         # Batches are read once for each group.
-        self.batches: Batches = batches if isinstance(batches, Statistics) or len(self.passes) <= 1 else list(batches)
+        if len(self.passes) > 1 and not isinstance(batches, (Statistics, SelfWritten)):
+            batches = list(batches)
+        self.batches: Batches = batches
         self.seed = options.seed
         self.calibration_tokens = self.gradient_tokens = 0
         self._at_hand: tuple[list[str], Statistics] | None = None

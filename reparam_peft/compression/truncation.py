@@ -7,12 +7,14 @@ import heapq
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
+from typing import Any
 
 import torch
 from peft import PeftModel
 from torch import Tensor
 from tqdm.auto import tqdm
 
+from ..calibration.self_written import batches_or_self_written
 from ..calibration.statistics import Batches
 from ..config.fields import CALIBRATED, DATA_FREE, OF_ALLOCATION, OF_METRICS
 from ..layers.factorized import FactorizedModule
@@ -35,8 +37,9 @@ NOT_DENSE = math.nextafter(1.0, 0.0)  # the `ceiling` that keeps a matrix from b
 def retruncate(
     model: PeftModel,
     keep: float,
-    batches: Batches | None = None,
+    batches: Batches | str | None = None,
     *,
+    tokenizer: Any = None,
     adapter_name: str | None = None,
     seed: int = 0,
     progress: bool = True,
@@ -57,9 +60,11 @@ def retruncate(
         model: a `PeftModel` of a `ReparamConfig`, not merged.
         keep: fraction of the targeted parameters that is stored, as in the config; at most `model.size_report().keep`, where
             nothing changes.
-        batches: keyword batches for the model as it is now, read once; or `Statistics` of it. None: data-free.
+        batches: keyword batches for the model as it is now, read once; `Statistics` of it; or "self", for text that it writes
+            itself, as by `self_written`. None: data-free.
+        tokenizer: of the model, for "self".
         adapter_name: which adapter; None: the active one. Data need it to be the active one.
-        seed: of the labels sampled for gradients; given `Statistics` have their own.
+        seed: of the labels sampled for gradients, and of the text for "self"; given `Statistics` have their own.
         progress: whether to show progress bars.
 
     Returns:
@@ -80,8 +85,9 @@ def retruncate(
     """
     tuner, adapter_name = check_model(model, keep, adapter_name, batches is not None)
     options = Options(seed=seed, progress=progress)
+    data = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
     with unchanged_on_error(model, model.peft_config.values()):
-        return _lowered(model, tuner, keep, batches, adapter_name, options)
+        return _lowered(model, tuner, keep, data, adapter_name, options)
 
 
 def _lowered(

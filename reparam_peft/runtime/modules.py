@@ -51,10 +51,17 @@ def encoder_of(model: nn.Module) -> nn.Module | None:
     return host.get_encoder() if getattr(getattr(host, "config", None), "is_encoder_decoder", False) else None
 
 
+def unwrapped(model: nn.Module) -> Any:
+    """The model of transformers, say, in wrappers of PEFT and of torch.compile; the model itself where it is in none."""
+    host: Any = model
+    host = getattr(host, "_orig_mod", host)
+    base = host.get_base_model() if hasattr(host, "get_base_model") else host
+    return getattr(base, "_orig_mod", base)
+
+
 def predicts_next_token(model: nn.Module) -> bool:
     """Whether the logits at a position are for the next token: a decoder that generates, wrapped by PEFT or not."""
-    host: Any = model
-    base = host.get_base_model() if hasattr(host, "get_base_model") else host
+    base = unwrapped(model)
     if getattr(getattr(base, "config", None), "is_encoder_decoder", False):
         return False
     return not type(base).__name__.endswith("ForMaskedLM") and hasattr(base, "generate")
@@ -116,9 +123,7 @@ def without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
         model: that is to be called as `model(**batch)`, wrapped by PEFT or not.
         batch: its keywords.
     """
-    host: Any = model
-    base = host.get_base_model() if hasattr(host, "get_base_model") else host
-    base = getattr(base, "_orig_mod", base)
+    base = unwrapped(model)
     parameters = inspect.signature(base.forward).parameters
     # Models of text and images hand what they do not know on to their text model.
     hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())

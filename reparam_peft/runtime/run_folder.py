@@ -18,7 +18,7 @@ from .fingerprints import fingerprint_of_tensors, fingerprint_of_values
 from .processes import fails_together, processes
 
 FORMAT = "reparam_peft run 1"
-SETTINGS, PLAN, LOG = "run.json", "plan.json", "log.jsonl"
+SETTINGS, PLAN, LOG, TEXT = "run.json", "plan.json", "log.jsonl", "self_written.safetensors"
 
 
 class RunFolder:
@@ -151,10 +151,7 @@ class RunFolder:
     def _open(self, wanted: Mapping[str, Any]) -> None:
         """Take the folder, which is made where it does not exist, and note in it what the run is of."""
         folder, path = self._kept, self._kept / SETTINGS
-        if folder.exists() and not path.exists() and not (folder.is_dir() and all(map(is_ours, folder.iterdir()))):
-            raise ValueError(f"`run_folder` {self.folder} holds other files and no run; give a new folder, or an empty one.")
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
+        make_run_folder(folder)
         self._lock = lock_folder(folder)
         if not path.exists():
             write_whole(path, json.dumps(wanted, indent=1))
@@ -178,6 +175,23 @@ class RunFolder:
                     f"`run_folder` {self.folder} holds a run with another `{key}`: {_brief(kept.get(key))}, and this one has "
                     f"{_brief(wanted.get(key))}. Give another folder, or delete it."
                 )
+
+
+def make_run_folder(folder: Path) -> None:
+    """Make the folder of a run where it does not exist; text that the model wrote for a run may be there before the run.
+
+    Raises:
+        ValueError: it holds other files and no run.
+        OSError: it cannot be made.
+    """
+
+    def is_of_no_run() -> bool:
+        return not folder.is_dir() or any(not is_ours(path) and path.name != TEXT for path in folder.iterdir())
+
+    if folder.exists() and not (folder / SETTINGS).exists() and is_of_no_run():
+        raise ValueError(f"`run_folder` {folder} holds other files and no run; give a new folder, or an empty one.")
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
 
 
 def _digest(entry: str, tensors: Mapping[str, Tensor]) -> str:

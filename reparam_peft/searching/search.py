@@ -12,6 +12,7 @@ from torch import nn
 from tqdm.auto import tqdm
 
 from ..arguments import ReparamWarning, check_seed
+from ..calibration.self_written import SelfWritten, batches_or_self_written
 from ..calibration.statistics import Batches, Statistics
 from ..compression.compress import calibrate, compress
 from ..config.reparam_config import ReparamConfig
@@ -31,7 +32,7 @@ STATISTICS = "statistics.safetensors"
 def search(
     model: nn.Module,
     config: ReparamConfig,
-    batches: Batches,
+    batches: Batches | str,
     *,
     metric: Metric = "perplexity",
     tolerance: float | str = "5%",
@@ -55,12 +56,13 @@ def search(
     Args:
         model: as for `compress`; it is changed only at the end, and only with `build`.
         config: as for `compress`; `keep` and `r` are what is searched for, and must be left out.
-        batches: for calibration, or the `Statistics` of an earlier run.
+        batches: for calibration; the `Statistics` of an earlier run; or "self", for text that the model writes itself, as by
+            `self_written`.
         metric: "perplexity" or "accuracy" on `evaluation`; a task of lm-evaluation-harness, as "hellaswag", or
             the YAML file of one, whose first metric counts, or another with "hellaswag:acc_norm"; or any function of a model.
         tolerance: how much worse the metric may get: "5%" of the dense model's, or a number in the metric's own unit.
         evaluation: batches for "perplexity" and "accuracy", which calibration should not have seen.
-        tokenizer: for a task of lm-evaluation-harness.
+        tokenizer: of the model, for a task of lm-evaluation-harness and for "self".
         documents: the most documents of such a task, or of each task of a group; None: all.
         higher_is_better: of the metric; None: as the name has it, False for a function.
         keeps: the sizes to choose from; None: 0.05 to 0.99 in steps of 0.01.
@@ -95,7 +97,7 @@ def search(
 def find_smallest(
     model: nn.Module,
     config: ReparamConfig,
-    batches: Batches,
+    batches: Batches | str,
     goal: Goal,
     *,
     build: bool = True,
@@ -109,8 +111,10 @@ def find_smallest(
     """
     check_seed("seed", seed)
     checked = check_goal(goal, config)
+    tokenizer = goal.tokenizer if isinstance(batches, str) else None
+    data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress, folder=run_folder)
     with unchanged_on_error(model):
-        return _found(model, config, batches, goal, checked, build=build, run_folder=run_folder, seed=seed, progress=progress)
+        return _found(model, config, data, goal, checked, build=build, run_folder=run_folder, seed=seed, progress=progress)
 
 
 def _found(
@@ -130,7 +134,7 @@ def _found(
     settings: dict[str, Any] = {}
     with fails_together():
         if run_folder is not None:
-            if not isinstance(batches, Statistics):
+            if not isinstance(batches, (Statistics, SelfWritten)):
                 check_whole(batches)
                 batches = list(batches)
             settings = _settings(model, config, batches, goal, checked, seed)
@@ -207,7 +211,7 @@ def _bisection(
 def _settings(
     model: nn.Module,
     config: ReparamConfig,
-    batches: Sequence[Mapping[str, Any]] | Statistics,
+    batches: Sequence[Mapping[str, Any]] | SelfWritten | Statistics,
     goal: Goal,
     checked: CheckedGoal,
     seed: int,
@@ -221,10 +225,14 @@ def _settings(
         "metric": [measure.name, measure.higher_is_better, str(goal.tolerance), measure.details],
         "evaluation": fingerprint_of_batches(goal.evaluation or []),
         "tokenizer": _fingerprint_of_tokenizer(goal.tokenizer),
-        "calibration": batches.fingerprint() if isinstance(batches, Statistics) else fingerprint_of_batches(batches),
+        "calibration": _fingerprint_of(batches),
         "candidates": [checked.keeps, checked.methods, goal.max_trials],
         "seed": seed,
     }
+
+
+def _fingerprint_of(batches: Sequence[Mapping[str, Any]] | SelfWritten | Statistics) -> str:
+    return batches.fingerprint() if isinstance(batches, (Statistics, SelfWritten)) else fingerprint_of_batches(batches)
 
 
 def _fingerprint_of_tokenizer(tokenizer: Any) -> str | None:

@@ -119,7 +119,7 @@ def inverse(triangle: Tensor) -> Tensor:
 
 def factors_of(model: PeftModel) -> Iterator[tuple[str, Any, str, nn.Parameter]]:
     """Module, product, name of the factor, and its parameter."""
-    for name, layer in reparam_layers(model):
+    for name, layer in reparam_layers(model.get_base_model()):
         product = layer.factorized(model.active_adapter)
         for piece, child in product.pieces.items():
             yield name, product, piece, child.weight
@@ -251,7 +251,7 @@ def healed(lever: Lever, model: PeftModel, teacher: nn.Module, windows: Tensor, 
             mask = torch.ones_like(rows, dtype=torch.bool)
             mask[:, -1] = False
             loss = divergence(logits, taught, mask) / mask.sum()
-            losses.append(float(loss))
+            losses.append(float(loss.detach()))
             if lever.distillation < 1:
                 task = cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
                 loss = lever.distillation * loss + (1 - lever.distillation) * task
@@ -277,6 +277,7 @@ def main() -> None:
     parser.add_argument("adapter")
     parser.add_argument("--lever", type=lambda text: Lever(**json.loads(text)), action="append", required=True, dest="levers")
     parser.add_argument("--statistics", type=Path, help="for optimizers in coordinates")
+    parser.add_argument("--curves-only", action="store_true", help="no perplexities at the end")
     parser.add_argument("--output", type=Path, default=Path("levers"))
     options = parser.parse_args()
     torch.set_num_threads(1)
@@ -292,9 +293,9 @@ def main() -> None:
     tests = [[{"input_ids": row[None]} for row in rows] for rows in (text[HELD_OUT:], read(reference_text(), OTHER))]
     options.output.mkdir(parents=True, exist_ok=True)
     noted = options.output / "dense.json"
-    if not noted.exists():
+    if not (noted.exists() or options.curves_only):
         noted.write_text(json.dumps([perplexity(base(), test) for test in tests]))
-    dense = json.loads(noted.read_text())
+    dense = [] if options.curves_only else json.loads(noted.read_text())
     for lever in options.levers:
         with (options.output / f"{lever.name}.txt").open("w", encoding="utf-8") as file:
 
@@ -306,6 +307,8 @@ def main() -> None:
             model = PeftModel.from_pretrained(base(), lever.adapter or options.adapter, is_trainable=True)
             if lever.steps:
                 healed(lever, model, base(), text[SEEN:HELD_OUT], options, say)
+            if options.curves_only:
+                continue
             got = [perplexity(model.eval(), test, progress=False) for test in tests]
             excess = [math.log(value / reference) for value, reference in zip(got, dense, strict=True)]
             say(f"{lever.name}: held out {got[0]:.2f} (+{excess[0]:.4f}), other text {got[1]:.2f} (+{excess[1]:.4f})")

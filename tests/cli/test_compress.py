@@ -15,7 +15,7 @@ from support.command_line import DATA_FREE, FILES, Run, assert_error, calibrated
 from support.models import byte_tokenizer, llama
 from transformers import AutoModelForCausalLM
 
-from reparam_peft import Statistics, perplexity, text_batches
+from reparam_peft import Statistics, perplexity, self_written, text_batches
 from reparam_peft.cli import compress as compress_command
 from reparam_peft.cli import inputs as sources
 from reparam_peft.cli import search as search_command
@@ -166,6 +166,9 @@ BAD_ARGUMENTS = {
     "rank and allocation": (["--rank", "4", "--allocation", "loss"], "`r=4` fixes the ranks, .*; give one"),
     "no such calibration": (["--calibration", "missing.txt"], "--calibration missing.txt: no such file"),
     "svd with calibration": (["--method", "svd", "--calibration", "a.txt"], "--method svd uses no calibration; leave out"),
+    "svd with text of its own": (["--method", "svd", "--self-written", "1"], "--method svd uses no calibration; leave out"),
+    "a part of nothing": (["--self-written", "0.5"], "--self-written below 1 needs a text for the rest; add --calibration"),
+    "windows too long": (["--length", "129"], "`length` must be at most 128, the positions that the model has, got 129"),
     "svd with statistics": (["--method", "svd", "--statistics", "s"], "--method svd uses no calibration; leave out"),
     "svd with a seed": (["--method", "svd", "--seed", "1"], "--method svd uses no calibration; leave out"),
     "no such plan": (["--plan", "missing.json"], "missing.json"),
@@ -185,7 +188,7 @@ def test_compress_refuses_bad_arguments_in_one_line_and_writes_nothing(
     run: Run, models: Path, tmp_path: Path, name: str
 ) -> None:
     options, message = BAD_ARGUMENTS[name]
-    default = ["--calibration-windows", 1, *([] if "--evaluate" in options else ["--no-evaluate"])]
+    default = ["--calibration-windows", 1, "--length", 64, *([] if "--evaluate" in options else ["--no-evaluate"])]
     assert_error(run("compress", models / "llama", tmp_path / "out", *default, *options), message)
     assert list(tmp_path.iterdir()) == []
 
@@ -204,8 +207,9 @@ def test_a_weight_with_nan_is_named_and_nothing_is_written(run: Run, models: Pat
         assert_error(result, "layers.1.mlp.up_proj: `weight` contains NaN or infinite values; repair or exclude it")
     result = run("compress", models / "damaged", tmp_path / "out", "--method", "svd", *quick(models))
     assert_error(result, "the loss of batch 0 is nan")
-    result = run("compress", models / "damaged", tmp_path / "out", "--exclude-modules", "up_proj", *calibrated(models))
-    assert_error(result, "layers.1.mlp.down_proj: its inputs hold NaN or infinite values in batch 0")
+    around = ["compress", models / "damaged", tmp_path / "out", "--exclude-modules", "up_proj", *calibrated(models)]
+    assert_error(run(*around, "--self-written", 0), "layers.1.mlp.down_proj: its inputs hold NaN or infinite values in batch 0")
+    assert_error(run(*around), "the model predicts NaN or infinite logits, from which no text can be drawn; check its weights")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -266,7 +270,7 @@ def test_statistics_that_are_refused(run: Run, models: Path, tmp_path: Path) -> 
     made = ["plan", models / "llama", *calibrated(models)[:-1], "--statistics", file, "--target-modules", "q_proj"]
     assert run(*made).code == 0
     known = ["--statistics", file, "--no-evaluate"]
-    assert_error(run(*made), "exists and would be read in place of --calibration; give one of the two")
+    assert_error(run(*made), "exists and would be read in place of --calibration and --self-written; give one of the two")
     assert_error(run(*arguments, *known, "--seed", 1), "was made with --seed 0; leave out --seed, or name another file")
     result = run(*arguments, *known, "--target-modules", "v_proj")
     assert_error(result, "layers.0.self_attn.v_proj: the statistics do not hold this module")
@@ -286,7 +290,7 @@ def test_statistics_that_are_refused(run: Run, models: Path, tmp_path: Path) -> 
     assert not (tmp_path / "out").exists()
 
 
-def test_evaluation_takes_windows_that_calibration_did_not_see(
+def test_the_model_writes_what_it_is_calibrated_on_and_is_measured_on_the_reference_text(
     run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     seen: dict[str, torch.Tensor] = {}
@@ -300,18 +304,18 @@ def test_evaluation_takes_windows_that_calibration_did_not_see(
 
     monkeypatch.setattr(statistics_file, "calibrate", watch("calibrated", statistics_file.calibrate))
     monkeypatch.setattr(compress_command, "perplexity", watch("evaluated", compress_command.perplexity))
-    file = tmp_path / "statistics.safetensors"
-    options = ["--length", 64, "--windows", 3, "--target-modules", "q_proj", "--statistics", file]
-    assert run("compress", models / "llama", tmp_path / "first", *options, "--calibration-windows", 5).code == 0
-    windows = text_batches(byte_tokenizer(), sources.reference_text(), length=64, limit=8, batch_size=8)[0]["input_ids"]
-    assert torch.equal(seen["calibrated"], windows[:5])
+    monkeypatch.setattr(sources, "SET_ASIDE", 320)  # five windows of 64
+    words = (models / "text.txt").read_text()
+    monkeypatch.setattr(sources, "reference_text", lambda: words)
+    arguments = ["--length", 64, "--windows", 3, "--target-modules", "q_proj", "--calibration-windows", 4]
+    dense = AutoModelForCausalLM.from_pretrained(models / "llama").eval()
+    batches = self_written(dense, byte_tokenizer(), 4, 64, seed=2, progress=False)
+    written = torch.cat([batch["input_ids"] for batch in batches])
+    windows = text_batches(byte_tokenizer(), words, length=64, limit=8, batch_size=8)[0]["input_ids"]
+    result = run("compress", models / "llama", tmp_path / "alone", *arguments, "--seed", 2)
+    assert result.code == 0, result.err
+    assert torch.equal(seen["calibrated"], written)
     assert torch.equal(seen["evaluated"], windows[5:])
-    seen.clear()
-    assert run("compress", models / "llama", tmp_path / "again", *options).code == 0, "the file says how much was seen"
-    assert torch.equal(seen["evaluated"], windows[5:])
-    assert "calibrated" not in seen
-    assert run("compress", models / "llama", tmp_path / "svd", *options[:-2], "--method", "svd").code == 0
-    assert torch.equal(seen["evaluated"], windows[:3]), "what needs no calibration is evaluated from the start"
 
 
 def test_compress_block_by_block_and_go_on_after_a_kill(run: Run, models: Path, tmp_path: Path) -> None:

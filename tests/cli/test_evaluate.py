@@ -114,12 +114,12 @@ def test_evaluate_with_speed(run: Run, models: Path) -> None:
     assert run("evaluate", models / "llama", *quick(models), "--length", 16, "--speed").code == 0
 
 
-def test_evaluate_by_default_on_what_of_the_reference_text_was_not_calibrated_on(
+def test_evaluate_by_default_on_the_same_windows_as_compress(
     run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     words = (models / "text.txt").read_text() + (models / "calibration.txt").read_text()
     monkeypatch.setattr(sources, "reference_text", lambda: words)
-    monkeypatch.setattr(sources, "CALIBRATION_TOKENS", 128)  # two windows of 64
+    monkeypatch.setattr(sources, "SET_ASIDE", 128)  # two windows of 64
     windows = text_batches(byte_tokenizer(), words, length=64, limit=20, batch_size=20)[0]["input_ids"]
     options = ["--length", 64, "--windows", 4, "--json"]
     dense = AutoModelForCausalLM.from_pretrained(models / "llama").eval()

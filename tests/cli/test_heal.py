@@ -84,7 +84,7 @@ def test_heal_for_a_time(run: Run, models: Path, tmp_path: Path) -> None:
     assert json.loads(result.out)["evaluation"]["perplexity"] > 1
     record = json.loads((tmp_path / "out" / "reparam_run.json").read_text())
     assert record["losses"]
-    assert [path.name for path in (tmp_path / "run").iterdir()] == ["healing"]
+    assert list((tmp_path / "run" / "healing").glob("checkpoint-*"))
     again = run("heal", tmp_path / "out", tmp_path / "again", *texts[:2], *texts[4:], "--time", "1s", "--json")
     assert again.code == 0, again.err
     assert json.loads(again.out)["losses"]
@@ -109,4 +109,4 @@ def test_times_that_make_no_sense_are_refused_first(
 def test_healing_needs_text_that_is_left(run: Run, models: Path, tmp_path: Path) -> None:
     texts = ["--calibration", models / "calibration.txt", "--calibration-windows", 10_000, *quick(models)]
     result = run("compress", models / "llama", tmp_path / "out", *texts, "--heal", "1s")
-    assert_error(result, "no more than the 10000 windows that are calibrated or measured on; give --calibration another one")
+    assert_error(result, "no more than the 10000 windows that are calibrated on; give --calibration another one")

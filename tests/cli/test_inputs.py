@@ -114,7 +114,7 @@ def test_the_reference_text_is_the_default(monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(sources, "reference_text", lambda: WORDS)
     batches = read_batches(byte_tokenizer(), "--text", None, 64, 4)
     assert torch.equal(rows(batches), rows(text_batches(byte_tokenizer(), WORDS, length=64, limit=4)))
-    with pytest.raises(CliError, match="the text has no more than the 14 windows that are calibrated on; give --text another"):
+    with pytest.raises(CliError, match="the text has no more than the 14 windows that are set aside; give --text another"):
         read_batches(byte_tokenizer(), "--text", None, 64, 4, skip=14)
 
 

@@ -12,7 +12,8 @@ from reparam_peft.cli.outputs import PROMPTS
 
 
 def test_report_shows_what_compress_and_search_did(run: Run, models: Path, tmp_path: Path) -> None:
-    text = ["--calibration", models / "calibration.txt", "--text", models / "text.txt", "--length", "32"]
+    calibration = ["--calibration", models / "calibration.txt", "--calibration-windows", "8"]
+    text = [*calibration, "--text", models / "text.txt", "--length", "32"]
     searched = ["search", models / "llama", tmp_path / "found", *text, "--max-increase", "20%", "--max-trials", "3"]
     assert run(*searched).code == 0
     result = run("report", tmp_path / "found", "--length", "32", "--json")
@@ -37,7 +38,8 @@ def test_report_shows_what_compress_and_search_did(run: Run, models: Path, tmp_p
 
 
 def test_report_of_blocks_and_of_what_has_no_record(run: Run, models: Path, tmp_path: Path) -> None:
-    text = ["--calibration", models / "calibration.txt", "--length", "32", "--no-evaluate"]
+    calibration = ["--calibration", models / "calibration.txt", "--calibration-windows", "8"]
+    text = [*calibration, "--length", "32", "--no-evaluate"]
     folder = ["--sequential", "--run-folder", tmp_path / "run"]
     assert run("compress", models / "llama", tmp_path / "small", *text, *folder).code == 0
     for source in ("run", "small"):

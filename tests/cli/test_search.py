@@ -13,7 +13,8 @@ from reparam_peft.searching import search as searching
 
 
 def test_search_finds_a_size_that_evaluate_confirms(run: Run, models: Path, tmp_path: Path) -> None:
-    text = ["--calibration", models / "calibration.txt", "--text", models / "calibration.txt", "--length", 64, "--windows", 2]
+    measured = ["--text", models / "calibration.txt", "--length", 64, "--windows", 2]
+    text = ["--calibration", models / "calibration.txt", "--calibration-windows", 8, *measured]
     found = run(
         "search",
         models / "llama",
@@ -28,7 +29,7 @@ def test_search_finds_a_size_that_evaluate_confirms(run: Run, models: Path, tmp_
     assert found.code == 0, found.err
     result = json.loads(found.out)
     assert result["chosen"]["metric"] <= result["limit"] == pytest.approx(1.01 * result["dense_metric"])
-    evaluated = run("evaluate", tmp_path / "small", *text[2:], "--json")
+    evaluated = run("evaluate", tmp_path / "small", *measured, "--json")
     assert json.loads(evaluated.out)["perplexity"] == pytest.approx(result["chosen"]["metric"], rel=1e-3)
     assert len((tmp_path / "run/log.jsonl").read_text(encoding="utf-8").splitlines()) == len(result["trials"]) + 1
     again = run("search", models / "llama", tmp_path / "small", *text, "--overwrite", "--max-trials", 2)

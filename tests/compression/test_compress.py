@@ -14,12 +14,27 @@ from safetensors.torch import load_file
 from support.batches import Batch, images, pairs, read
 from support.compressing import ALL, IMAGES, ROWS, TEXT, Q, batches_of, compressed, config_of, output_errors, planned, scale_of
 from support.model_state import assert_same_model, state_of
-from support.models import Case, bert, convnet, gpt2, image_inputs, llama, mixture, net, qwen_moe, t5, token_inputs, vit
+from support.models import (
+    Case,
+    bert,
+    byte_tokenizer,
+    convnet,
+    gpt2,
+    image_inputs,
+    llama,
+    mixture,
+    net,
+    qwen_moe,
+    t5,
+    token_inputs,
+    vit,
+)
 from support.tolerances import assert_close
 from torch import Tensor, nn
 from transformers import BertModel
 
-from reparam_peft import Refinement, ReparamConfig, Statistics, calibrate, compress
+from reparam_peft import Refinement, ReparamConfig, Statistics, calibrate, compress, plan, self_written
+from reparam_peft.calibration import self_written as text_of_model
 from reparam_peft.layers.kinds import layer_kind
 from reparam_peft.numerics.storage import uniform_rank
 from reparam_peft.tuner.layer import ReparamLayer
@@ -456,3 +471,44 @@ def test_an_error_while_layers_are_put_in_place_undoes_all(ways: dict[str, Any],
     assert not hasattr(model, "peft_config")
     monkeypatch.undo()
     assert all(module.training for module in compress(model, config_of(**Q), TEXT, progress=False, **ways).modules())
+
+
+# Text that the model writes itself
+
+
+@pytest.fixture
+def short(monkeypatch: pytest.MonkeyPatch) -> list[Batch]:
+    """What a Llama writes for `batches="self"`, which is made short."""
+    monkeypatch.setattr(text_of_model, "WINDOWS", 5)
+    monkeypatch.setattr(text_of_model, "LENGTH", 16)
+    return self_written(llama(), byte_tokenizer(), 5, 16, seed=1, batch_size=2, progress=False)
+
+
+def no_text(*args: Any, **options: Any) -> None:
+    raise AssertionError("text is written")
+
+
+def test_the_word_self_stands_for_what_the_model_writes(short: list[Batch], monkeypatch: pytest.MonkeyPatch) -> None:
+    config, options = config_of(**Q), {"seed": 1, "progress": False}
+    own = {**options, "tokenizer": byte_tokenizer()}
+    expected = plan(llama(), config, short, **options)
+    assert plan(llama(), config, "self", **own).to_dict() == expected.to_dict()
+    assert plan(llama(), config, "self", max_memory=10**5, **own).ranks == expected.ranks, "text is written once"
+    assert calibrate(llama(), config, "self", **own).fingerprint() == calibrate(llama(), config, short, **options).fingerprint()
+    small = compress(llama(), config, "self", **own)
+    assert_same_model(small, compress(llama(), config, short, **options))
+    monkeypatch.setattr(text_of_model, "self_written", no_text)
+    with pytest.raises(ValueError, match="Raise `keep`"):
+        compress(llama(), config_of(keep=1e-4, **Q), "self", **own)
+
+
+def test_text_is_kept_with_the_blocks_of_a_run(short: list[Batch], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def compressed_by_block(batches: Any, folder: Path | None, **options: Any) -> PeftModel:
+        arguments = {"seed": 1, "progress": False, "sequential": True, "refine": Refinement(epochs=1), "run_folder": folder}
+        return compress(llama(), config_of(**Q), batches, **arguments, **options)
+
+    first = compressed_by_block("self", tmp_path, tokenizer=byte_tokenizer())
+    assert_same_model(compressed_by_block(short, None), first)
+    monkeypatch.setattr(text_of_model, "self_written", no_text)
+    (tmp_path / "block-0001.safetensors").unlink()
+    assert_same_model(compressed_by_block("self", tmp_path, tokenizer=byte_tokenizer()), first)

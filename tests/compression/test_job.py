@@ -13,13 +13,14 @@ import torch.distributed as dist
 from support.batches import Batch, pairs, read, text
 from support.compressing import ALL, IMAGES, ROWS, TEXT, Q, batches_of, compressed, layers, planned
 from support.model_state import assert_same_model, state_of
-from support.models import Case, Net, bert, convnet, gpt2, llama, net, t5
+from support.models import Case, Net, bert, byte_tokenizer, convnet, gpt2, llama, net, t5
 from support.processes import run_in_processes
 from support.tolerances import relative_error
 from torch import Tensor, nn
 
 import reparam_peft.compression.job
-from reparam_peft import Plan, ReparamConfig, Statistics, compress
+from reparam_peft import Plan, ReparamConfig, Statistics, compress, self_written
+from reparam_peft.calibration.self_written import SelfWritten
 from reparam_peft.numerics.storage import uniform_rank
 from reparam_peft.tuner.matrices import matrix_storage
 
@@ -172,6 +173,8 @@ def run_process(rank: int, folder: str) -> None:
         made = planned(build(), batches, **options)
         small = compressed(build(), iter(batches), **options)
         torch.save((small.state_dict(), small.peft_config["default"].to_dict(), made.to_dict()), f"{folder}/{key}.{rank}")
+    written = SelfWritten(llama(), byte_tokenizer(), 3, 8, 0, False, Path(folder) / "run").batches()
+    torch.save([batch["input_ids"] for batch in written], f"{folder}/text.{rank}")
     dist.destroy_process_group()
 
 
@@ -202,3 +205,9 @@ def test_two_processes_give_what_one_gives(key: str, shared: Path) -> None:
     if options.get("output_metric") != "none":  # which needs no gradients
         assert Plan.from_dict(first).predicted_loss == pytest.approx(made.predicted_loss, rel=1e-6)
     assert config["calibration_tokens"] == small.peft_config["default"].calibration_tokens
+
+
+def test_two_processes_write_the_text_that_one_writes(shared: Path) -> None:
+    expected = [batch["input_ids"] for batch in self_written(llama(), byte_tokenizer(), 3, 8, batch_size=2, progress=False)]
+    for rank in (0, 1):
+        assert all(map(torch.equal, torch.load(shared / f"text.{rank}"), expected))

@@ -13,12 +13,14 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.compressing import TEXT, batches_of, layers
-from support.models import Case, bert, convnet, gpt2, llama, token_inputs
+from support.model_state import assert_same_model
+from support.models import Case, bert, byte_tokenizer, convnet, gpt2, llama, token_inputs
 from support.narrow import narrowed
 from support.tolerances import assert_close, relative_error
 from torch import Tensor, nn
 
-from reparam_peft import ReparamConfig, Statistics, compress
+from reparam_peft import ReparamConfig, Statistics, compress, self_written
+from reparam_peft.calibration import self_written as text_of_model
 from reparam_peft.calibration.gather import gather_statistics
 from reparam_peft.calibration.statistics import weight_norm
 from reparam_peft.compression import truncation as truncation
@@ -557,6 +559,15 @@ def test_several_active_adapters_need_a_name() -> None:
         retruncate(model, 0.4)
     retruncate(model, 0.4, adapter_name="second")
     assert model.size_report("second").keep <= 0.4 < model.size_report("default").keep
+
+
+def test_text_that_the_model_writes_as_it_is_now(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_of_model, "WINDOWS", 4)
+    monkeypatch.setattr(text_of_model, "LENGTH", 16)
+    own, given = adapted(llama()), adapted(llama())
+    batches = self_written(given, byte_tokenizer(), 4, 16, batch_size=2, progress=False)
+    retruncate(own, 0.5, "self", tokenizer=byte_tokenizer(), progress=False)
+    assert_same_model(retruncate(given, 0.5, batches, progress=False), own)
 
 
 @pytest.mark.parametrize("with_data", [False, True])

@@ -9,11 +9,12 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel
-from support.models import bert, gpt2, llama
+from support.models import bert, byte_tokenizer, gpt2, llama
 from torch import nn
 
 import reparam_peft.searching.search
 from reparam_peft import ReparamConfig, Statistics, calibrate, compress, perplexity, search
+from reparam_peft.calibration import self_written as text_of_model
 from reparam_peft.evaluation.perplexity import accuracy
 from reparam_peft.searching.result import SearchResult
 
@@ -254,3 +255,18 @@ def test_statistics_serve_a_search(model: nn.Module) -> None:
     assert isinstance(statistics, Statistics)
     one, other = (run(model, batches=given, tolerance="30%", build=False) for given in (statistics, BATCHES))
     assert [t.metric for t in one.trials] == [t.metric for t in other.trials]
+
+
+def test_a_search_goes_on_with_the_text_that_the_model_has_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(text_of_model, "WINDOWS", 4)
+    monkeypatch.setattr(text_of_model, "LENGTH", 16)
+
+    def searched() -> SearchResult:
+        options = {"tokenizer": byte_tokenizer(), "keeps": [0.5, 0.8], "tolerance": "90%", "run_folder": tmp_path}
+        return run(llama(), config=config(target_modules=["q_proj"]), batches="self", **options)
+
+    first = searched()
+    monkeypatch.setattr(text_of_model, "self_written", lambda *args, **options: pytest.fail("text is written again"))
+    assert searched().trials == first.trials
+    (tmp_path / "statistics.safetensors").unlink()
+    assert searched().plan.to_dict() == first.plan.to_dict()
