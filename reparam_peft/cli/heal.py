@@ -20,7 +20,7 @@ from ..healing.trainer import HealingTrainer
 from ..report.record import record_of_adapter, saving_with
 from ..runtime.batches import Batch
 from .errors import CliError
-from .inputs import load_compressed, load_dense_of, read_batches
+from .inputs import after_held_out, held_out, load_compressed, load_dense_of, read_batches
 from .options import JsonOption, LoadOptions, ModelArgument, OutputArgument, OverwriteOption, SmallerOption, TextOptions
 from .outputs import check_language_model, check_output, err, figures_table, note_evaluation, out, save_whole
 
@@ -80,9 +80,9 @@ def heal(
     check_language_model(small, model, "")
     record = record_of_adapter(model, small)
     dense = load_dense_of(model, teacher, load.dtype, load.device)
-    skip = training.train_windows if text.text is None and calibration is None else 0  # both are of the reference text
-    test = read_batches(tokenizer, "--text", text.text, text.length, text.windows, skip)
-    batches = read_batches(tokenizer, "--calibration", calibration, text.length, training.train_windows)
+    test = held_out(tokenizer, text)
+    skip = after_held_out(text) if calibration is None else 0
+    batches = read_batches(tokenizer, "--calibration", calibration, text.length, training.train_windows, skip)
     rows = rows_of(batches)
     figures = {}
 

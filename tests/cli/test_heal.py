@@ -109,4 +109,4 @@ def test_times_that_make_no_sense_are_refused_first(
 def test_healing_needs_text_that_is_left(run: Run, models: Path, tmp_path: Path) -> None:
     texts = ["--calibration", models / "calibration.txt", "--calibration-windows", 10_000, *quick(models)]
     result = run("compress", models / "llama", tmp_path / "out", *texts, "--heal", "1s")
-    assert_error(result, "no more than the 10000 windows that are calibrated on; give --calibration another one")
+    assert_error(result, "no more than the 10000 windows that are calibrated or measured on; give --calibration another one")
