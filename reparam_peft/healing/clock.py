@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler
@@ -46,7 +48,8 @@ class Clock(TrainerCallback, ExportableState):
 
     def on_train_begin(self, args: TrainingArguments, state: TrainerState, control: TrainerControl, **kwargs: Any) -> None:
         """Begin with the time that the checkpoint has noted, where there is one."""
-        noted = state.stateful_callbacks.get(type(self).__name__) if state.global_step else None
+        states: Any = state.stateful_callbacks  # by the name of their class, whatever transformers' annotation says
+        noted = states.get(type(self).__name__) if state.global_step else None
         self.elapsed = noted["attributes"]["elapsed"] if isinstance(noted, dict) else 0.0
         self.at_last_step = self.elapsed
         self.started = time.monotonic() - self.elapsed
@@ -73,9 +76,12 @@ class Clock(TrainerCallback, ExportableState):
         """A schedule of `TICKS` steps, changed in place to take the time that has passed for the number of steps."""
         if not isinstance(scheduler, LambdaLR):
             raise TypeError(f"the schedule must be a LambdaLR, got a {type(scheduler).__name__}.")
-        of_steps = scheduler.lr_lambdas
-        scheduler.lr_lambdas = [lambda _, factor=factor: factor(round(TICKS * self.fraction)) for factor in of_steps]
+        scheduler.lr_lambdas = [partial(self._by_time, factor) for factor in scheduler.lr_lambdas]
         return scheduler
+
+    def _by_time(self, factor: Callable[[int], float], _: int) -> float:
+        """The factor of the learning rate, which is that of a step, by the time that has passed."""
+        return factor(round(TICKS * self.fraction))
 
 
 def _passed(interval: float | None, before: float, now: float, whole: float) -> bool:
@@ -91,6 +97,8 @@ class ClockProgress(ProgressCallback):
     Args:
         clock: of the training.
     """
+
+    training_bar: Any
 
     def __init__(self, clock: Clock) -> None:
         super().__init__()
