@@ -12,6 +12,7 @@ from support.command_line import DATA_FREE, FILES, Run, assert_error, calibrated
 from support.models import byte_tokenizer, llama
 
 from reparam_peft import text_batches
+from reparam_peft.cli import compress as compress_command
 from reparam_peft.cli.errors import CliError
 from reparam_peft.cli.heal import minutes_of
 
@@ -88,6 +89,17 @@ def test_heal_for_a_time(run: Run, models: Path, tmp_path: Path) -> None:
     again = run("heal", tmp_path / "out", tmp_path / "again", *texts[:2], *texts[4:], "--time", "1s", "--json")
     assert again.code == 0, again.err
     assert json.loads(again.out)["losses"]
+
+
+def test_without_a_text_the_model_writes_what_it_is_healed_on(
+    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compress_command, "HEALING_WRITTEN", 3)
+    options = ["--calibration-windows", 2, "--length", 16, "--no-evaluate", "--heal", "1s", "--run-folder", tmp_path / "run"]
+    result = run("compress", models / "llama", tmp_path / "out", *options)
+    assert result.code == 0, result.err
+    assert "training on 3 windows" in result.err
+    assert list((tmp_path / "run" / "healing_text").glob("*.safetensors"))
 
 
 @pytest.mark.parametrize(
