@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -27,7 +28,8 @@ from ..runtime.batches import Batch
 from ..runtime.run_folder import PLAN
 from ..tuner.sizes import SizeReport
 from .errors import CliError
-from .inputs import held_out, load_dense, load_model
+from .heal import TrainingOptions, minutes_of, rows_of, train
+from .inputs import held_out, load_compressed, load_dense, load_model, read_batches
 from .options import (
     CalibrationOptions,
     ConfigOptions,
@@ -53,6 +55,10 @@ from .outputs import (
 )
 from .statistics_file import Calibration, is_data_free, uses_no_data
 
+HEALING, HEALING_TEXT = "healing", "healing_text"  # folders within --run-folder, of checkpoints and of text
+HEALING_WINDOWS = 4096  # the most of a text that are trained on
+HEALING_WRITTEN = 48  # that the model writes; one of them takes about as long as a step on it
+
 
 @dataclass(frozen=True, kw_only=True)
 class BlockOptions:
@@ -66,7 +72,11 @@ class BlockOptions:
     ] = False
     epochs: Annotated[int | None, typer.Option(min=1, help="Of --refine. Default: 4.")] = None
     run_folder: Annotated[
-        Path | None, typer.Option(help="Folder for finished blocks and their errors: a run that was killed goes on from there.")
+        Path | None,
+        typer.Option(
+            help="Folder for finished blocks and their errors, and for checkpoints of --heal: a run that was killed goes on "
+            "from there."
+        ),
     ] = None
     offload_folder: Annotated[
         Path | None, typer.Option(help="Folder for activations during --sequential or --refine. Default: in memory.")
@@ -89,6 +99,13 @@ class CompressOptions:
     plan: Annotated[Path | None, typer.Option(help="Plan that `reparam plan --output` wrote, instead of --keep.")] = None
     seed: SeedOption = None
     blocks: BlockOptions
+    heal: Annotated[
+        str | None,
+        typer.Option(
+            help="Then train the whole model for this long, such as 90s, 30m or 1h, to predict what the dense one predicts, on "
+            "later windows of the calibration text; without --calibration, on text that it writes itself."
+        ),
+    ] = None
     evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after, and generate a sample.")] = True
     text: TextOptions
     load: LoadOptions
@@ -113,6 +130,7 @@ class Settings:
         plan: the one that was given.
         calibration: what is calibrated on.
         earlier: statistics that were there already.
+        healing: how long and how it is trained; None: it is not.
     """
 
     options: CompressOptions
@@ -120,13 +138,15 @@ class Settings:
     plan: Plan | None
     calibration: Calibration
     earlier: Statistics | None
+    healing: TrainingOptions | None
 
 
 class Inputs(NamedTuple):
-    """What was read: the dense model, its tokenizer, and what is measured and calibrated on where something is.
+    """What was read: the dense model, its tokenizer, and what is measured, healed and calibrated on where something is.
 
     Attributes:
         windows: to measure perplexity on.
+        healing_rows: to heal on; none where it is not asked for.
         batches: to calibrate on; None where nothing is read of them.
         statistics: of these, or of an earlier run.
     """
@@ -134,6 +154,7 @@ class Inputs(NamedTuple):
     model: Any
     tokenizer: PreTrainedTokenizerBase
     windows: list[dict[str, Tensor]]
+    healing_rows: list[dict[str, Tensor]]
     batches: Sequence[Batch] | SelfWritten | None
     statistics: Statistics | None
 
@@ -159,8 +180,14 @@ def compress(options: CompressOptions) -> None:
     inputs = _read(settings)
     tokenizer, windows = inputs.tokenizer, inputs.windows
     before = _measure(inputs.model, tokenizer, windows, "before") if options.evaluate else None
-    compressed = _compress(settings, inputs)
-    del inputs  # what is loaded next needs the memory of the model that was compressed in place
+    healing_rows = inputs.healing_rows
+    with tempfile.TemporaryDirectory() as temporary:
+        # What is yet to be healed is no result.
+        folder = settings.options.output if settings.healing is None else Path(temporary, "compressed")
+        compressed = _compress(settings, inputs, folder)
+        del inputs  # what is loaded next needs the memory of the model that was compressed in place
+        if settings.healing is not None:
+            compressed = _heal(settings.options, settings.healing, folder, healing_rows, compressed)
     after = _measure_again(settings.options, tokenizer, windows, before, compressed.record)
     _print(settings.options, compressed, before, after)
 
@@ -181,14 +208,36 @@ def _settings(options: CompressOptions) -> Settings:
         raise CliError(f"--sequential and --refine need calibration; leave out --method {config.method}.")
     if not blocks.refine and blocks.epochs is not None:
         raise CliError("--epochs are those of --refine; add it.")
-    if not blocks.by_block and not (blocks.run_folder is None and blocks.offload_folder is None):
-        raise CliError("--run-folder and --offload-folder are for --sequential and --refine.")
+    if not blocks.by_block and blocks.offload_folder is not None:
+        raise CliError("--offload-folder is for --sequential and --refine.")
+    if not blocks.by_block and options.heal is None and blocks.run_folder is not None:
+        raise CliError("--run-folder is for --sequential, --refine and --heal.")
+    if options.heal is not None and is_data_free(config):
+        raise CliError(f"--heal goes on with the calibration text; leave out --method {config.method}, or use `reparam heal`.")
+    healing = None if options.heal is None else _healing(options, options.heal)
     calibration = Calibration.of(options.calibration, options.text.length, options.seed, blocks.run_folder)
-    # Blocks read the text even where there are statistics, so that the two do not exclude each other.
-    earlier = (replace(calibration, text=None, share=None) if blocks.by_block else calibration).earlier(config)
+    # Blocks and healing read the text even where there are statistics, so that the two do not exclude each other.
+    reads_text = blocks.by_block or healing is not None
+    earlier = (replace(calibration, text=None, share=None) if reads_text else calibration).earlier(config)
     if earlier is not None:
         calibration = replace(calibration, seed=earlier.seed)
-    return Settings(options, config, plan, calibration, earlier)
+    return Settings(options, config, plan, calibration, earlier, healing)
+
+
+def _healing(options: CompressOptions, heal: str) -> TrainingOptions:
+    """How a model is healed for as long as --heal says.
+
+    Raises:
+        CliError: it says no time.
+    """
+    minutes_of("--heal", heal)
+    folder = options.blocks.run_folder
+    return TrainingOptions(
+        train_windows=HEALING_WINDOWS,
+        time=heal,
+        run_folder=None if folder is None else folder / HEALING,
+        seed=options.seed or 0,
+    )
 
 
 def _read_plan(path: Path | None, options: ConfigOptions) -> Plan | None:
@@ -209,13 +258,29 @@ def _read(settings: Settings) -> Inputs:
     if options.evaluate:
         check_language_model(model, options.model, "; add --no-evaluate")
         windows = held_out(tokenizer, options.text)
+    rows: list[dict[str, Tensor]] = []
+    if settings.healing is not None:
+        check_language_model(model, options.model, "; leave out --heal")
+        rows = _healing_rows(calibration, settings.healing, model, tokenizer)
     statistics, batches = settings.earlier, None
     calibrates = statistics is None and not is_data_free(settings.config)
     if calibrates or options.blocks.by_block:
         batches = calibration.batches(model, tokenizer)
     if calibrates and batches is not None:
         statistics = calibration.gather(model, settings.config, batches)
-    return Inputs(model, tokenizer, windows, batches, statistics)
+    return Inputs(model, tokenizer, windows, rows, batches, statistics)
+
+
+def _healing_rows(
+    calibration: Calibration, healing: TrainingOptions, model: Any, tokenizer: PreTrainedTokenizerBase
+) -> list[dict[str, Tensor]]:
+    """Windows of the calibration text after those that it is calibrated on; without one, windows that the model writes."""
+    text, length, skip = calibration.text, calibration.length, calibration.windows
+    if text is not None:
+        return rows_of(read_batches(tokenizer, "--calibration", text, length, healing.train_windows, skip))
+    folder = None if calibration.folder is None else calibration.folder / HEALING_TEXT
+    written = SelfWritten(model, tokenizer, HEALING_WRITTEN, length, calibration.seed or 0, True, folder)
+    return rows_of(written.batches())
 
 
 def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, windows: list[dict[str, Tensor]], when: str) -> Quality:
@@ -223,23 +288,35 @@ def _measure(model: Any, tokenizer: PreTrainedTokenizerBase, windows: list[dict[
     return Quality(perplexity(model, windows, progress=True), continuation(model, tokenizer, PROMPTS[0]))
 
 
-def _compress(settings: Settings, inputs: Inputs) -> Compressed:
-    """Factorise the model, which is changed in place, and save it with its record."""
+def _compress(settings: Settings, inputs: Inputs, folder: Path) -> Compressed:
+    """Factorise the model, which is changed in place, and save it to a folder with its record."""
     options, blocks, plan = settings.options, settings.options.blocks, settings.plan
     err.print("factorising …")
     start = time.perf_counter()
     # `compress` must plan by itself where a run folder may hold the plan that the run began with, and where `refine` moves
     # biases, which `plan` knows nothing of.
-    plans_itself = blocks.run_folder is not None or (blocks.refine and uses_no_data(settings.config))
+    run_folder = blocks.run_folder if blocks.by_block else None
+    plans_itself = run_folder is not None or (blocks.refine and uses_no_data(settings.config))
     if plan is None and inputs.statistics is not None and not plans_itself:
         plan = plan_model(inputs.model, settings.config, inputs.statistics)
     model = _factorised(settings, inputs, plan)
     seconds = time.perf_counter() - start
-    if blocks.run_folder is not None:
-        plan = Plan.load(blocks.run_folder / PLAN)  # a run that goes on keeps the plan that it began with
-    record = Record.of(model, plan=plan, run_folder=blocks.run_folder, angles=False).with_(model=options.model)
-    save_whole(model, inputs.tokenizer, options.output, *options.beside, overwrite=options.overwrite, save=saving_with(record))
+    if run_folder is not None:
+        plan = Plan.load(run_folder / PLAN)  # a run that goes on keeps the plan that it began with
+    record = Record.of(model, plan=plan, run_folder=run_folder, angles=False).with_(model=options.model)
+    save_whole(model, inputs.tokenizer, folder, *options.beside, overwrite=options.overwrite, save=saving_with(record))
     return Compressed(record, model.size_report(), seconds)
+
+
+def _heal(
+    options: CompressOptions, healing: TrainingOptions, folder: Path, rows: list[dict[str, Tensor]], compressed: Compressed
+) -> Compressed:
+    """Train the model that was saved to a folder, and save it to OUT."""
+    model, tokenizer = load_compressed(str(folder), options.load.dtype, options.load.device, trainable=True)
+    dense, _ = load_model(options.model, options.load.dtype, options.load.device)
+    record = compressed.record.with_(losses=train(model, dense, rows, healing))
+    save_whole(model, tokenizer, options.output, *options.beside, overwrite=options.overwrite, save=saving_with(record))
+    return Compressed(record, model.size_report(), compressed.seconds)
 
 
 def _factorised(settings: Settings, inputs: Inputs, plan: Plan | None) -> PeftModel:

@@ -94,8 +94,17 @@ def held_out(tokenizer: PreTrainedTokenizerBase, options: TextOptions) -> list[d
 
     The first ones of that are set aside, for who wants to calibrate or train on some of it.
     """
-    skip = math.ceil(SET_ASIDE / options.length) if options.text is None else 0
+    skip = _set_aside(options.length) if options.text is None else 0
     return read_batches(tokenizer, "--text", options.text, options.length, options.windows, skip)
+
+
+def after_held_out(options: TextOptions) -> int:
+    """Of how many windows the reference text, trained on, leaves out the first, so that none is trained and measured on."""
+    return _set_aside(options.length) + options.windows if options.text is None else 0
+
+
+def _set_aside(length: int) -> int:
+    return math.ceil(SET_ASIDE / length)
 
 
 def read_batches(
@@ -105,7 +114,8 @@ def read_batches(
     batches = text_batches(tokenizer, _words(option, text), length=length, limit=windows + skip)
     rows = {key: torch.cat([batch[key] for batch in batches])[skip:] for key in batches[0]}
     if not len(rows["input_ids"]):
-        raise CliError(f"the text has no more than the {skip} windows that are set aside; give --text another one.")
+        used = "set aside" if option == "--text" else "calibrated or measured on"
+        raise CliError(f"the text has no more than the {skip} windows that are {used}; give {option} another one.")
     return [{key: value[i : i + 4] for key, value in rows.items()} for i in range(0, len(rows["input_ids"]), 4)]
 
 

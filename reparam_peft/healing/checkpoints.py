@@ -25,7 +25,7 @@ from ..runtime.json_files import read_json
 ADAPTER = "adapter"  # in what a training is of: the fingerprint of its factors
 MANIFEST = "healing.json"
 FORMAT = "reparam_peft healing 1"
-LENGTHS = ("max_steps", "num_train_epochs")  # which may be more than they were
+LENGTHS = ("max_steps", "num_train_epochs", "minutes")  # which may be more than they were
 _WRITERS = ("inline_container", "PytorchStreamWriter")  # in what torch says of a full disk
 
 
@@ -135,8 +135,8 @@ def _fault(checkpoint: Path, training: Mapping[str, Any], is_chosen: bool) -> st
         if noted.get(key) != wanted.get(key) and not loaded and not _is_longer(key, noted.get(key), wanted.get(key)):
             raise ValueError(
                 f"{checkpoint} is of a training with another `{key}`: {noted.get(key)!r}, and this one has "
-                f"{wanted.get(key)!r}. Only `max_steps` and `num_train_epochs` may be changed, to more than they were. Give "
-                "another folder, or delete the checkpoints."
+                f"{wanted.get(key)!r}. Only `max_steps`, `num_train_epochs` and `minutes` may be changed, to more than they "
+                "were. Give another folder, or delete the checkpoints."
             )
     for name, sha256 in files.items():
         try:

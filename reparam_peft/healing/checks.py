@@ -9,9 +9,10 @@ from typing import Any
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from torch import nn
-from transformers import Trainer
+from transformers import Trainer, TrainingArguments
+from transformers.trainer_utils import SchedulerType
 
-from ..arguments import is_int
+from ..arguments import is_finite, is_int
 from ..tuner.layer import reparam_layers
 from ..tuner.model import ReparamModel
 from .trained import norms_of
@@ -113,3 +114,27 @@ def check_arguments(
         raise ValueError("`optimizers` cannot hold what `lora` adds when training begins; set `args.optim`.")
     if lora is not None and getattr(args, "fsdp", None):
         raise ValueError("`lora` cannot be merged into sharded factors; train the factors themselves, or leave out `fsdp`.")
+
+
+def check_minutes(minutes: Any, args: Any, trainer_args: Sequence[Any], trainer_kwargs: Mapping[str, Any]) -> None:
+    """Raise `TypeError` or `ValueError` where a time is none, or where `args` say otherwise how long the training is."""
+    if minutes is None:
+        return
+    if not is_finite(minutes) or minutes <= 0:
+        raise ValueError(f"`minutes` must be a positive number or None, got {minutes!r}.")
+    bound = inspect.signature(Trainer.__init__).bind_partial(None, None, args, *trainer_args, **trainer_kwargs).arguments
+    if any(part is not None for part in (bound.get("optimizers") or (None, None))[1:]):
+        raise ValueError("`minutes` needs a schedule that follows the time; leave the scheduler out of `optimizers`.")
+    if args is None:
+        return
+    if args.max_steps > 0 or args.num_train_epochs != TrainingArguments.num_train_epochs:
+        raise ValueError("`minutes` say how long the training is; leave out `max_steps` and `num_train_epochs`, or `minutes`.")
+    if args.warmup_steps >= 1:
+        raise ValueError(
+            f"`warmup_steps` must be a fraction of the time, below 1, where `minutes` are given, got {args.warmup_steps}."
+        )
+    if args.lr_scheduler_type in (SchedulerType.REDUCE_ON_PLATEAU, SchedulerType.GREEDY):
+        name = args.lr_scheduler_type.value
+        raise ValueError(
+            f"`lr_scheduler_type` {name!r} follows the loss; take one that follows the time, or leave out `minutes`."
+        )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
 from functools import cached_property, partial
@@ -14,7 +15,9 @@ from peft import LoraConfig, PeftModel, get_peft_model_state_dict
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
+from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
@@ -24,7 +27,17 @@ from ..runtime.modules import predicts_next_token, without_cache
 from ..runtime.processes import fails_together
 from ..runtime.run_folder import json_able
 from .checkpoints import ADAPTER, last_whole, note_whole, this_or_last_whole, warn_of_length, writing_checkpoint
-from .checks import TRAINS, check_arguments, check_classes, check_loss, check_teacher, check_trained, checked_model
+from .checks import (
+    TRAINS,
+    check_arguments,
+    check_classes,
+    check_loss,
+    check_minutes,
+    check_teacher,
+    check_trained,
+    checked_model,
+)
+from .clock import ENDLESS, TICKS, Clock, ClockProgress
 from .counting import Counts, counted, masks, with_labels
 from .inner_lora import adapted, check_lora, merged
 from .losses import Taught, hidden_states_of, mixed
@@ -89,6 +102,9 @@ class HealingTrainer(Trainer):
         lora: a `LoraConfig` without targets: a LoRA on the inner factors is trained in their place, and merged into them.
         teacher_cache: folder in which the teacher's likeliest classes are kept, so that it runs once for each row of data.
         top_k: how many classes are kept for each position.
+        minutes: how long `train` may take, in place of a number of steps or epochs, > 0. The learning rate follows the schedule
+            of `args` by the time that has passed, and intervals below 1 are fractions of it; a run that goes on from a
+            checkpoint has the time that is left. None: as `args` say.
 
     Raises:
         TypeError: `model` has no active reparam adapter.
@@ -111,6 +127,7 @@ class HealingTrainer(Trainer):
         lora: LoraConfig | None = None,
         teacher_cache: str | Path | None = None,
         top_k: int = 128,
+        minutes: float | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         student = checked_model(model)
@@ -120,12 +137,18 @@ class HealingTrainer(Trainer):
         check_trained(student, trains)
         check_lora(student, lora)
         check_arguments(args, trainer_args, trainer_kwargs, distillation, lora)
+        check_minutes(minutes, args, trainer_args, trainer_kwargs)
         self.distillation, self.temperature, self.hidden, self.lora = distillation, temperature, hidden, lora
         self.trains = list(trains)
         self.teacher = teacher
         self.shifts = predicts_next_token(student)
         self.encoder_decoder = bool(getattr(student.config, "is_encoder_decoder", False))
+        self.clock = None if minutes is None else Clock(minutes)
         super().__init__(student, args, *trainer_args, **trainer_kwargs)
+        if self.clock is not None:
+            self.args = copy.copy(self.args)
+            self.args.max_steps = ENDLESS
+            self._go_by(self.clock)
         self.loss_is_scaled_for_ga = True  # by `Counts`
         set_trained(student, [part for part in trains if lora is None or part != "factors"])
         if teacher is not None:
@@ -136,6 +159,12 @@ class HealingTrainer(Trainer):
         if teacher_cache is not None:
             computed_by = fingerprint_of_base(student) if teacher is None else fingerprint_of_model(teacher)
             self.cache = TeacherCache(teacher_cache, top_k, f"{computed_by} {self.args.bf16} {self.args.fp16}")
+
+    def _go_by(self, clock: Clock) -> None:
+        """Have a clock end the training, and a progress bar show it."""
+        if self.pop_callback(ProgressCallback) is not None:
+            self.add_callback(ClockProgress(clock))
+        self.callback_handler.callbacks.append(clock)  # after what looks at numbers of steps
 
     @property
     def student(self) -> PeftModel:
@@ -206,6 +235,8 @@ class HealingTrainer(Trainer):
         lasts = {name: json_able(getattr(self.args, name, None)) for name in ARGUMENTS}
         if self.args.max_steps > 0:
             lasts["num_train_epochs"] = None  # it has no effect
+        if self.clock is not None:
+            lasts["max_steps"] = None
         return {
             ADAPTER: fingerprint_of_tensors(get_peft_model_state_dict(self.student, save_embedding_layers=False)),
             "base model": fingerprint_of_base(self.student),
@@ -218,6 +249,7 @@ class HealingTrainer(Trainer):
             "lora": None if self.lora is None else json_able(self.lora.to_dict()),
             "top_k": None if self.cache is None else self.cache.top_k,  # all classes, unless there is a `teacher_cache`
             "processes": self.args.world_size,
+            "minutes": None if self.clock is None else self.clock.minutes,
             **self.parts,
             **lasts,
         }
@@ -234,8 +266,8 @@ class HealingTrainer(Trainer):
             ValueError: the checkpoint is of another training, or none is whole; or another training saves to the same folder.
 
         Warns:
-            UserWarning: the training is longer than that of the checkpoint. A larger `max_steps` or `num_train_epochs` is all
-                that may be changed.
+            UserWarning: the training is longer than that of the checkpoint. A larger `max_steps`, `num_train_epochs` or
+                `minutes` is all that may be changed.
         """
         with ExitStack() as stack:
             with fails_together():
@@ -250,6 +282,12 @@ class HealingTrainer(Trainer):
                 self.model_wrapped = self.student
                 stack.enter_context(adapted(self.student, self.lora))
             return super().train(checkpoint, *args, **kwargs)
+
+    def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:
+        """As of `Trainer`; with `minutes` it goes by the clock."""
+        if self.clock is None or self.lr_scheduler is not None:
+            return super().create_scheduler(num_training_steps, optimizer)
+        return self.clock.scheduled(super().create_scheduler(TICKS, optimizer))
 
     def _take_folder(self) -> FileLock:
         folder = Path(str(self.args.output_dir))

@@ -58,6 +58,8 @@ def main() -> None:
     parser.add_argument("--refinement", type=json.loads, default={}, help="fields of Refinement, as JSON")
     parser.add_argument("--minutes", type=float, default=30, help="of healing")
     parser.add_argument("--learning-rate", type=float, default=5e-5, help="of healing")
+    parser.add_argument("--bf16", action="store_true", help="heal in bfloat16, which only some processors have")
+    parser.add_argument("--seed", type=int, default=0, help="of the order of the windows of healing")
     parser.add_argument("--healing-batch-size", type=int, default=1, help="windows in a step of healing")
     parser.add_argument("--healing", type=json.loads, default={}, help="arguments of HealingTrainer, as JSON")
     parser.add_argument("--mixture", type=float, default=0.0, help="part of the healing windows that is of Python's reference")
@@ -128,7 +130,7 @@ def main() -> None:
                 raise SystemExit("`healed` needs another row before it")
             rows = windows(calibration, options.windows, HELD_OUT if options.held_out else None, 1)
             mixed = windows(other, 16, None, 1)[: round(len(rows) * options.mixture)]
-            heal(model, base(torch.bfloat16), [*rows, *mixed], options)
+            heal(model, base(torch.bfloat16 if options.bf16 else torch.float32), [*rows, *mixed], options)
         minutes = (time.perf_counter() - start) / 60
         report(row, model)
     if options.run_folder is not None and (options.run_folder / "log.jsonl").exists():
@@ -136,36 +138,29 @@ def main() -> None:
 
 
 def heal(model: Any, teacher: Any, rows: list[dict[str, Tensor]], options: argparse.Namespace) -> None:
-    """Train for so many minutes: as many steps as the first ones, timed, say."""
+    """Train for so many minutes."""
     examples = [{key: value[0] for key, value in row.items()} for row in rows]
-
-    def train(steps: int, learning_rate: float) -> float:
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                folder,
-                max_steps=steps,
-                per_device_train_batch_size=options.healing_batch_size,
-                learning_rate=learning_rate,
-                lr_scheduler_type="cosine",
-                warmup_steps=max(1, steps // 10),
-                bf16=True,
-                use_cpu=True,
-                logging_steps=max(1, steps // 10),
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-                seed=0,
-            )
-            trainer = HealingTrainer(model, arguments, train_dataset=examples, teacher=teacher, **options.healing)
-            start = time.perf_counter()
-            trainer.train()
-            seconds = time.perf_counter() - start
-            print([round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry], flush=True)
-        return seconds
-
-    train(2, 1e-12)  # the first steps are slow
-    seconds = train(4, 1e-12) / 4
-    train(max(1, int(60 * options.minutes / seconds) - 6), options.learning_rate)
+    with tempfile.TemporaryDirectory() as folder:
+        arguments = TrainingArguments(
+            folder,
+            per_device_train_batch_size=options.healing_batch_size,
+            learning_rate=options.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            bf16=options.bf16,
+            use_cpu=True,
+            logging_steps=0.1,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+            seed=options.seed,
+        )
+        trainer = HealingTrainer(
+            model, arguments, train_dataset=examples, teacher=teacher, minutes=options.minutes, **options.healing
+        )
+        trainer.train()
+    losses = [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
+    print(f"{trainer.state.global_step} steps, losses {losses}", flush=True)
     model.eval()
 
 

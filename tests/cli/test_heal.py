@@ -8,10 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from support.command_line import FILES, Run, assert_error, calibrated, quick
+from support.command_line import DATA_FREE, FILES, Run, assert_error, calibrated, quick
 from support.models import byte_tokenizer, llama
 
 from reparam_peft import text_batches
+from reparam_peft.cli import compress as compress_command
+from reparam_peft.cli.errors import CliError
+from reparam_peft.cli.heal import minutes_of
 
 
 @pytest.fixture
@@ -60,3 +63,62 @@ def test_heal_refuses_what_it_cannot_do(run: Run, models: Path, taught: Path) ->
     other = run("heal", taught / "small", taught / "out", "--teacher", models / "bert", "--length", 64, *quick(models)[:2])
     assert_error(other, "logits|labels|causal|next|vocabulary")
     assert not (taught / "out").exists()
+
+
+@pytest.mark.parametrize(("time", "minutes"), [("90s", 1.5), ("30m", 30), ("1h", 60), (" 0.5h", 30)])
+def test_times(time: str, minutes: float) -> None:
+    assert minutes_of("--heal", time) == minutes
+
+
+@pytest.mark.parametrize("time", ["", "30", "30 m", "m", "-3m", "0s", "1d", "1h30m", "infh", "nanm"])
+def test_what_is_no_time_is_refused(time: str) -> None:
+    with pytest.raises(CliError, match=r"--heal must be a time above zero in s, m or h, such as 90s, 30m or 1h, got"):
+        minutes_of("--heal", time)
+
+
+def test_heal_for_a_time(run: Run, models: Path, tmp_path: Path) -> None:
+    """In the same command as compression: the healed model is what is saved and measured."""
+    texts = [*calibrated(models)[:-1], *quick(models)[:2], "--windows", 2]
+    options = ["--keep", 0.4, "--heal", "1s", "--run-folder", tmp_path / "run"]
+    result = run("compress", models / "llama", tmp_path / "out", *texts, *options, "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["evaluation"]["perplexity"] > 1
+    record = json.loads((tmp_path / "out" / "reparam_run.json").read_text())
+    assert record["losses"]
+    assert list((tmp_path / "run" / "healing").glob("checkpoint-*"))
+    again = run("heal", tmp_path / "out", tmp_path / "again", *texts[:2], *texts[4:], "--time", "1s", "--json")
+    assert again.code == 0, again.err
+    assert json.loads(again.out)["losses"]
+
+
+def test_without_a_text_the_model_writes_what_it_is_healed_on(
+    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compress_command, "HEALING_WRITTEN", 3)
+    options = ["--calibration-windows", 2, "--length", 16, "--no-evaluate", "--heal", "1s", "--run-folder", tmp_path / "run"]
+    result = run("compress", models / "llama", tmp_path / "out", *options)
+    assert result.code == 0, result.err
+    assert "training on 3 windows" in result.err
+    assert list((tmp_path / "run" / "healing_text").glob("*.safetensors"))
+
+
+@pytest.mark.parametrize(
+    ("command", "options", "message"),
+    [
+        ("compress", ["--heal", "soon"], "--heal must be a time above zero"),
+        ("compress", ["--heal", "1s", *DATA_FREE[:2]], "--heal goes on with the calibration text; leave out --method svd"),
+        ("compress", ["--heal", "1s", "--offload-folder", "x"], "--offload-folder is for --sequential and --refine"),
+        ("heal", ["--time", "5"], "--time must be a time above zero"),
+        ("heal", ["--time", "5s", "--steps", 2], "--time says how long to train; leave out --epochs and --steps"),
+    ],
+)
+def test_times_that_make_no_sense_are_refused_first(
+    run: Run, models: Path, tmp_path: Path, command: str, options: list[object], message: str
+) -> None:
+    assert_error(run(command, models / "llama", tmp_path / "out", *options), message)
+
+
+def test_healing_needs_text_that_is_left(run: Run, models: Path, tmp_path: Path) -> None:
+    texts = ["--calibration", models / "calibration.txt", "--calibration-windows", 10_000, *quick(models)]
+    result = run("compress", models / "llama", tmp_path / "out", *texts, "--heal", "1s")
+    assert_error(result, "no more than the 10000 windows that are calibrated or measured on; give --calibration another one")

@@ -18,7 +18,8 @@ from transformers import BertForSequenceClassification, BertModel, LlamaForCausa
 from reparam_peft import ReparamConfig, text_batches
 from reparam_peft.cli import inputs as sources
 from reparam_peft.cli.errors import CliError
-from reparam_peft.cli.inputs import load_model, read_batches
+from reparam_peft.cli.inputs import after_held_out, held_out, load_model, read_batches
+from reparam_peft.cli.options import TextOptions
 
 WORDS = "The quick brown fox jumps over the lazy dog. " * 20
 
@@ -116,6 +117,17 @@ def test_the_reference_text_is_the_default(monkeypatch: pytest.MonkeyPatch) -> N
     assert torch.equal(rows(batches), rows(text_batches(byte_tokenizer(), WORDS, length=64, limit=4)))
     with pytest.raises(CliError, match="the text has no more than the 14 windows that are set aside; give --text another"):
         read_batches(byte_tokenizer(), "--text", None, 64, 4, skip=14)
+
+
+def test_none_of_the_reference_text_is_trained_and_measured_on(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sources, "reference_text", lambda: WORDS)
+    monkeypatch.setattr(sources, "SET_ASIDE", 3 * 64)
+    options = TextOptions(length=64, windows=4)
+    whole = rows(text_batches(byte_tokenizer(), WORDS, length=64))
+    assert torch.equal(rows(held_out(byte_tokenizer(), options)), whole[3:7])
+    trained = read_batches(byte_tokenizer(), "--calibration", None, 64, 512, after_held_out(options))
+    assert torch.equal(rows(trained), whole[7:])
+    assert after_held_out(TextOptions(text="file.txt")) == 0
 
 
 def test_texts_that_cannot_be_read(models: Path, tmp_path: Path) -> None:

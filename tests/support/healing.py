@@ -30,7 +30,18 @@ def arguments(folder: Path, **options: Any) -> TrainingArguments:
 
 
 def trainer(folder: Path, model: Any = None, rows: Any = ROWS, **options: Any) -> HealingTrainer:
-    own = {"teacher", "distillation", "temperature", "hidden", "trains", "lora", "teacher_cache", "top_k", "eval_dataset"}
+    own = {
+        "teacher",
+        "distillation",
+        "temperature",
+        "hidden",
+        "trains",
+        "lora",
+        "teacher_cache",
+        "top_k",
+        "minutes",
+        "eval_dataset",
+    }
     own |= {"compute_loss_func", "data_collator", "optimizers"}
     ours = {key: options.pop(key) for key in own & options.keys()}
     if model is None:
