@@ -25,7 +25,7 @@ from ..evaluation.perplexity import perplexity
 from ..planning.plan import Plan
 from ..report.record import Record, saving_with
 from ..runtime.batches import Batch
-from ..runtime.run_folder import PLAN
+from ..runtime.run_folder import HEALING, HEALING_TEXT, PLAN
 from ..tuner.sizes import SizeReport
 from .errors import CliError
 from .heal import TrainingOptions, minutes_of, rows_of, train
@@ -55,7 +55,6 @@ from .outputs import (
 )
 from .statistics_file import Calibration, is_data_free, uses_no_data
 
-HEALING, HEALING_TEXT = "healing", "healing_text"  # folders within --run-folder, of checkpoints and of text
 HEALING_WINDOWS = 4096  # the most of a text that are trained on
 HEALING_WRITTEN = 48  # that the model writes; one of them takes about as long as a step on it
 

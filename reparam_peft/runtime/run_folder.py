@@ -19,6 +19,7 @@ from .processes import fails_together, processes
 
 FORMAT = "reparam_peft run 1"
 SETTINGS, PLAN, LOG, TEXT = "run.json", "plan.json", "log.jsonl", "self_written.safetensors"
+HEALING, HEALING_TEXT = "healing", "healing_text"  # folders in that of a run: of checkpoints, and of text
 
 
 class RunFolder:
@@ -178,15 +179,17 @@ class RunFolder:
 
 
 def make_run_folder(folder: Path) -> None:
-    """Make the folder of a run where it does not exist; text that the model wrote for a run may be there before the run.
+    """Make the folder of a run where it does not exist; text that the model wrote, and healing, may be there before the run.
 
     Raises:
         ValueError: it holds other files and no run.
         OSError: it cannot be made.
     """
 
+    beside = (TEXT, HEALING, HEALING_TEXT)
+
     def is_of_no_run() -> bool:
-        return not folder.is_dir() or any(not is_ours(path) and path.name != TEXT for path in folder.iterdir())
+        return not folder.is_dir() or any(not is_ours(path) and path.name not in beside for path in folder.iterdir())
 
     if folder.exists() and not (folder / SETTINGS).exists() and is_of_no_run():
         raise ValueError(f"`run_folder` {folder} holds other files and no run; give a new folder, or an empty one.")

@@ -50,7 +50,8 @@ def search(
 ) -> SearchResult:
     """Find the smallest model whose metric stays within a tolerance of the dense one's, and compress to it.
 
-    The data are read once, and each matrix is decomposed once for each method. A trial puts truncated products in place of the
+    The data are read once, and each matrix is decomposed once for each method, but for those of MLPs that lose neurons, which
+    differ from size to size. A trial puts truncated products in place of the
     weights, evaluates, and puts the weights back. Sizes are tried by bisection, which takes the metric to get better with size.
 
     Args:

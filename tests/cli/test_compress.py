@@ -174,7 +174,7 @@ BAD_ARGUMENTS = {
     "no such plan": (["--plan", "missing.json"], "missing.json"),
     "plan and keep": (
         ["--plan", "p.json", "--keep", "0.5"],
-        "--plan holds the ranks; leave out --keep, --rank, --allocation and",
+        "--plan holds the ranks; leave out --keep, --rank, --allocation, --ceiling and --neurons",
     ),
     "plan and rank": (["--plan", "p.json", "--rank", "4"], "--plan holds the ranks; leave out"),
     "plan and allocation": (["--plan", "p.json", "--allocation", "loss"], "--plan holds the ranks; leave out"),
@@ -336,7 +336,7 @@ def test_compress_block_by_block_and_go_on_after_a_kill(run: Run, models: Path, 
     [
         (["--method", "svd", "--refine"], "--sequential and --refine need calibration"),
         (["--epochs", 2], "--epochs are those of --refine"),
-        (["--run-folder", "x"], "--run-folder and --offload-folder are for --sequential and --refine"),
+        (["--run-folder", "x"], "--run-folder is for --sequential, --refine and --heal"),
     ],
 )
 def test_compress_refuses_options_without_effect(
