@@ -29,7 +29,7 @@ def taught(models: Path, tmp_path: Path, run: Run) -> Path:
         optimizer.zero_grad()
     model.save_pretrained(tmp_path / "taught")
     tokenizer.save_pretrained(tmp_path / "taught")
-    result = run("compress", tmp_path / "taught", tmp_path / "small", "--keep", 0.08, *calibrated(models))
+    result = run("compress", tmp_path / "taught", tmp_path / "small", "--keep", 0.2, "--no-neurons", *calibrated(models))
     assert result.code == 0, result.err
     return tmp_path
 
