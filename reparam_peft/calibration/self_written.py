@@ -261,7 +261,9 @@ class SelfWritten:
             raise ValueError(
                 f"{path} holds text that another model wrote, or with another seed or size. Give another folder, or delete it."
             )
-        return _as_batches(text, BATCH_SIZE) if metadata.get("sha256") == fingerprint_of_tensors({"input_ids": text}) else None
+        is_text = text.dtype == torch.int64 and text.shape == (self.windows, self.length) and text.amin() >= 0
+        is_whole = is_text and metadata.get("sha256") == fingerprint_of_tensors({"input_ids": text})
+        return _as_batches(text, BATCH_SIZE) if is_whole and text.amax() < len(self.tokenizer) else None
 
     def _keep(self, batches: list[dict[str, Tensor]]) -> None:
         if self.folder is not None and processes()[1] == 0:

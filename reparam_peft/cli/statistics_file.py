@@ -124,7 +124,13 @@ class Calibration:
         share = self.share
         if share is None:
             share = 1 if self.text is None else SHARE
-        return round(share * self.windows)
+        wanted = round(share * self.windows)
+        if self.text is not None and share and wanted in (0, self.windows):
+            raise CliError(
+                f"--self-written {share:g} of {self.windows} windows leaves none to {'the model' if not wanted else self.text}; "
+                "give another share or more windows, or leave out the one or the other."
+            )
+        return wanted
 
 
 def uses_no_data(config: ReparamConfig) -> bool:

@@ -385,4 +385,4 @@ def _bytes_of_statistics(target: Target) -> int:
 
 def _direction_costs(target: Target) -> Tensor:
     """Memory for what each direction of a target costs."""
-    return torch.empty(min(target.storage.out_features, target.storage.in_features), dtype=torch.float64)
+    return torch.empty(target.storage.full_rank, dtype=torch.float64)

@@ -93,6 +93,10 @@ def compress_checkpoint(
     check_seed("seed", seed)
     _check_destination(destination, run)
     check_standalone(config)
+    if isinstance(batches, str):
+        raise ValueError(
+            f"`batches` must be batches, got {batches!r}; give those that `self_written` returns of a model in memory."
+        )
     if batches is None:
         with_batches = {"plan": plan, "statistics": statistics, "max_memory": max_memory, "offload_folder": offload_folder}
         for name, value in {**with_batches, "refine": refine or None}.items():

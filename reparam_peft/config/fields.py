@@ -107,6 +107,10 @@ class Fields(PeftConfig):
             "small for any product stay dense. None: 1."
         },
     )
+    neurons: bool | None = field(
+        default=None,
+        metadata={"help": "Whether MLPs may lose neurons, with calibration data and `allocation='loss'`. None: where it can."},
+    )
     keep_base: bool = field(
         default=False,
         metadata={
@@ -162,10 +166,6 @@ class Fields(PeftConfig):
     seed: int | None = field(default=None, metadata={"help": "Filled in: the seed of the sampled labels."})
     predicted_loss: float | None = field(
         default=None, metadata={"help": "Filled in: predicted increase of the loss, nats per token."}
-    )
-    neurons: bool | None = field(
-        default=None,
-        metadata={"help": "Whether MLPs may lose neurons, with calibration data and `allocation='loss'`. None: where it can."},
     )
     sizes: dict[str, list[int]] | None = field(
         default=None,

@@ -11,6 +11,7 @@ from torch import Tensor
 from ..numerics.decompositions import Factors, Whole
 from ..numerics.pivoting import PivotFactors
 from ..numerics.storage import Storage
+from .masks import spread
 
 Stored: TypeAlias = Factors | PivotFactors | Whole  # in the forms "factors", "pivot" and "dense"
 
@@ -61,9 +62,9 @@ def _spread(values: Tensor, indices: Tensor | None, dim: int, size: int) -> Tens
     """Values at these indices of a dimension of a size, and zero elsewhere; without indices the values themselves."""
     if indices is None:
         return values
-    shape = [*values.shape]
-    shape[dim] = size
-    return values.new_zeros(shape).index_copy(dim, indices.to(values.device), values)
+    is_kept = torch.zeros(size, dtype=torch.bool, device=values.device)
+    is_kept[indices.to(values.device)] = True
+    return spread(values, is_kept, dim)
 
 
 def tensors_of(product: Product) -> list[Tensor]:

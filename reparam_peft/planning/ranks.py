@@ -102,12 +102,11 @@ class RankChooser:
         return parameter_budget(self.keep, self.storages)
 
     def check(self) -> None:
-        """Raise `ValueError`, before minutes of work, where no ranks fit the budget, whatever the losses are."""
+        """Raise `ValueError`, before minutes of work, where no ranks fit the budget with all neurons, whatever the losses are."""
         if not self.by_loss:
             self.ranks(Losses())
             return
-        lengths = {name: min(storage.out_features, storage.in_features) for name, storage in self.storages.items()}
-        nothing = {name: torch.zeros(length, dtype=torch.float64) for name, length in lengths.items()}
+        nothing = {name: torch.zeros(storage.full_rank, dtype=torch.float64) for name, storage in self.storages.items()}
         self.least_loss(Losses(nothing), self.prescribed)
 
     def ranks(self, losses: Losses) -> Allotment:
