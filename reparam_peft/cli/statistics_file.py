@@ -126,8 +126,9 @@ class Calibration:
             share = 1 if self.text is None else SHARE
         wanted = round(share * self.windows)
         if self.text is not None and share and wanted in (0, self.windows):
+            loser = "the model" if not wanted else self.text
             raise CliError(
-                f"--self-written {share:g} of {self.windows} windows leaves none to {'the model' if not wanted else self.text}; "
+                f"--self-written {share:g} of {self.windows} windows leaves none to {loser}; "
                 "give another share or more windows, or leave out the one or the other."
             )
         return wanted

@@ -102,7 +102,7 @@ class RankChooser:
         return parameter_budget(self.keep, self.storages)
 
     def check(self) -> None:
-        """Raise `ValueError`, before minutes of work, where no ranks fit the budget with all neurons, whatever the losses are."""
+        """Raise `ValueError`, before minutes of work, where with all neurons no ranks fit, whatever the losses are."""
         if not self.by_loss:
             self.ranks(Losses())
             return

@@ -22,7 +22,7 @@ def calibration(models: Path, text: bool = True, share: float | None = None, win
     return Calibration.of(CalibrationOptions(calibration=named, self_written=share, calibration_windows=windows), 64, seed=2)
 
 
-@pytest.mark.parametrize(("share", "own"), [(None, 2), (0.0, 0), (0.75, 3), (1.0, 4)])
+@pytest.mark.parametrize(("share", "own"), [(None, 2), (0.0, 0), (0.75, 3)])
 def test_text_that_is_given_and_text_that_the_model_writes(models: Path, share: float | None, own: int) -> None:
     model = llama()
     batches = list(calibration(models, share=share).batches(model, TOKENIZER))
@@ -31,6 +31,12 @@ def test_text_that_is_given_and_text_that_the_model_writes(models: Path, share: 
     given = text_batches(TOKENIZER, text, length=64, limit=4, batch_size=4)[0]["input_ids"]
     written = self_written(model, TOKENIZER, 4, 64, seed=2, progress=False)[0]["input_ids"]
     assert torch.equal(torch.cat([batch["input_ids"] for batch in batches]), torch.cat([given[: 4 - own], written[:own]]))
+
+
+@pytest.mark.parametrize("share", [0.1, 1.0])
+def test_a_share_that_leaves_nothing_to_text_or_model_is_refused(models: Path, share: float) -> None:
+    with pytest.raises(CliError, match="leaves none to"):
+        calibration(models, share=share).batches(llama(), TOKENIZER)
 
 
 def test_by_default_the_model_writes_as_much_beside_a_text_as_without_one(models: Path) -> None:
