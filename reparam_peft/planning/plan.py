@@ -15,41 +15,14 @@ from ..arguments import check_text, is_finite, is_int
 from ..config.reparam_config import ReparamConfig
 from ..display.axes import grid_of, heat_map
 from ..display.tables import html_table
-from ..layers.neuron_groups import LAYOUTS, NeuronGroup, Producer
+from ..layers.neuron_groups import NeuronGroup
 from ..numerics.storage import Storage
 from ..runtime.files import write_whole
 from ..runtime.json_files import read_json
+from .neuron_plan import NeuronPlan, read_neuron_plan
 from .neurons import Allotment
 
 FORMAT = "reparam_peft plan 1"
-
-
-@dataclass(frozen=True)
-class NeuronPlan:
-    """What becomes of the neurons of one MLP.
-
-    Attributes:
-        group: the MLP.
-        kept: how many neurons stay.
-        predicted_loss: what leaving out the others is predicted to cost, nats per token.
-    """
-
-    group: NeuronGroup
-    kept: int
-    predicted_loss: float
-
-    @property
-    def consumer(self) -> str:
-        """The module that reads the neurons."""
-        return self.group.consumer
-
-    def sizes(self, shapes: Mapping[str, tuple[int, int]]) -> dict[str, tuple[int, int]]:
-        """(out, in) of what is left of each matrix, by module.
-
-        Args:
-            shapes: (out, in) of the matrices with all neurons.
-        """
-        return self.group.sizes(shapes, self.kept)
 
 
 @dataclass(frozen=True)
@@ -186,7 +159,7 @@ class Plan:
         if fields.pop("format", None) != FORMAT:
             raise ValueError(f"`format` must be {FORMAT!r}.")
         try:
-            neurons = tuple(map(_neuron_plan, fields.pop("neurons", ())))
+            neurons = tuple(map(read_neuron_plan, fields.pop("neurons", ())))
             plan = cls(tuple(map(_module_plan, fields.pop("modules"))), **fields, neurons=neurons)
             _check_sizes(plan)
             ReparamConfig(  # which checks them
@@ -341,20 +314,6 @@ def _module_plan(entry: Mapping[str, Any]) -> ModulePlan:
         )
     size = entry.get("size")
     return ModulePlan(**{**entry, "shape": shape, "spectrum": spectrum, "size": None if size is None else tuple(size)})
-
-
-def _neuron_plan(entry: Mapping[str, Any]) -> NeuronPlan:
-    fields = dict(entry["group"])
-    producers = tuple(Producer(*producer) for producer in fields.pop("producers"))
-    group, kept, lost = NeuronGroup(producers, **fields), entry["kept"], entry["predicted_loss"]
-    check_text("consumer", group.consumer)
-    if not producers or not all(isinstance(name, str) and layout in LAYOUTS for name, layout in producers):
-        raise ValueError(f"{group.consumer}: `producers` must be names, each with one of {LAYOUTS}, got {producers!r}.")
-    if not (is_int(group.neurons) and is_int(kept) and 0 < kept < group.neurons):
-        raise ValueError(f"{group.consumer}: `kept` must be in [1, {group.neurons}), the number of neurons, got {kept!r}.")
-    if not is_finite(lost):
-        raise ValueError(f"{group.consumer}: `predicted_loss` must be a finite number, got {lost!r}.")
-    return NeuronPlan(**{**entry, "group": group})
 
 
 def _check_sizes(plan: Plan) -> None:

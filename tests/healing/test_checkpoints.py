@@ -107,7 +107,9 @@ def test_a_longer_training_goes_on_from_a_shorter_one(noted: Any, wanted: Any, t
         with pytest.warns(UserWarning, match="checkpoint-11 is of a shorter training .*learning rate followed another"):
             warn_of_length(folder / "checkpoint-11", {**TRAINING, **wanted})
     else:
-        with pytest.raises(ValueError, match="Only `max_steps` and `num_train_epochs` may be changed, to more than they were"):
+        with pytest.raises(
+            ValueError, match="Only `max_steps`, `num_train_epochs` and `minutes` may be changed, to more than they were"
+        ):
             last_whole(folder, {**TRAINING, **wanted})
 
 

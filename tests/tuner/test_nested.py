@@ -27,8 +27,8 @@ LESS = [{"input_ids": torch.randint(3, 100, (4, 32), generator=torch.Generator()
 
 def nested(make: Callable[[], nn.Module] = llama, batches: object = LESS, **options: object) -> PeftModel:
     ways = {way: options.pop(way) for way in ("sequential", "run_folder") if way in options}
-    given = {"target_modules": "all-linear", "keep": 1.0, "form": "factors", "rank_multiple": 4, "ceiling": 0.999, **options}
-    return compress(make(), ReparamConfig(**given), batches, progress=False, **ways)
+    given = {"target_modules": "all-linear", "keep": 1.0, "form": "factors", "rank_multiple": 4, "ceiling": 0.999}
+    return compress(make(), ReparamConfig(**{**given, "neurons": False, **options}), batches, progress=False, **ways)
 
 
 @pytest.mark.parametrize("options", [{}, {"low_cpu_mem_usage": True}, {"is_trainable": True}, {"adapter_name": "other"}])
