@@ -125,7 +125,7 @@ class Calibration:
         if share is None:
             share = 1 if self.text is None else SHARE
         wanted = round(share * self.windows)
-        if self.text is not None and share and wanted in (0, self.windows):
+        if self.text is not None and self.share and wanted in (0, self.windows):
             loser = "the model" if not wanted else self.text
             raise CliError(
                 f"--self-written {share:g} of {self.windows} windows leaves none to {loser}; "
