@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
@@ -15,6 +15,15 @@ from ..runtime.batches import Batch
 from ..runtime.modules import evaluating, forward_as, input_device, without_cache
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
+
+
+def block_of(name: str, blocks: Iterable[str]) -> str | None:
+    """The block that a module is in, by their names; None: in none.
+
+    >>> block_of("layers.1.mlp", ["layers.0", "layers.1"]), block_of("layers.10.mlp", ["layers.1"])
+    ('layers.1', None)
+    """
+    return next((block for block in blocks if name.startswith(f"{block}.")), None)
 
 
 def find_blocks(model: nn.Module) -> dict[str, nn.Module]:

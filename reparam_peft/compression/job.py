@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..arguments import ReparamWarning, check_seed
+from ..blockwise.blocks import block_of
 from ..calibration.gather import gather_statistics
 from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Batches, Moments, Statistics
@@ -223,8 +224,8 @@ class Job:
             output_mean = None if bias is None else mean_output(W, bias, weighing.mean)
             part = parts.get(name, Part())
             mean = None if output_mean is None else part.of_outputs(output_mean)
-            left = part.matrix(W, weighing.gram)
-            return tensors_of(self.product(targets[name], left, part.weighing(weighing), mean, part))
+            matrix = part.matrix(W, weighing.gram)
+            return tensors_of(self.product(targets[name], matrix, part.weighing(weighing), mean, part))
 
         def room(name: str) -> list[Tensor]:
             target = targets[name]
@@ -361,7 +362,7 @@ def passes_within(
     consumers = [mlp.consumer for mlp in mlps]
     units: dict[str, list[str]] = {}
     for name in dict.fromkeys([*consumers, *targets]):
-        units.setdefault(next((block for block in blocks if name.startswith(f"{block}.")), name), []).append(name)
+        units.setdefault(block_of(name, blocks) or name, []).append(name)
     passes: list[list[str]] = [[]]
     left = max_memory
     for names in units.values():

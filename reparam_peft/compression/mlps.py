@@ -11,6 +11,7 @@ from typing import Any
 from torch import nn
 
 from ..arguments import ReparamWarning
+from ..blockwise.blocks import block_of
 from ..calibration.neuron_groups import RefusedBatch, find_groups
 from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Batches, Statistics
@@ -80,7 +81,7 @@ def find_mlps(
         if isinstance(batches, (Statistics, SelfWritten)):
             _tell_that_nothing_can_be_tried(model, needed)
         return [], batches
-    mlps = [mlp for mlp in candidates if counts(mlp.neurons) and len({_block(name, blocks) for name in mlp.names}) == 1]
+    mlps = [mlp for mlp in candidates if counts(mlp.neurons) and len({block_of(name, blocks) for name in mlp.names}) == 1]
     if config.neurons and not mlps:
         raise ValueError(
             "`neurons=True`, and no MLP of the model can lose neurons: nowhere do targets make hidden activations, each by its "
@@ -116,11 +117,6 @@ def _tell_that_nothing_can_be_tried(model: nn.Module, needed: bool) -> None:
     if needed:
         raise ValueError(f"{message}.")
     warnings.warn(f"No MLP loses neurons, since {message}, or set `neurons=False`.", ReparamWarning, stacklevel=2)
-
-
-def _block(name: str, blocks: Sequence[str]) -> str | None:
-    """The block that a module is in."""
-    return next((block for block in blocks if name.startswith(f"{block}.")), None)
 
 
 def _first(model: nn.Module, batches: Batches, example: Mapping[str, Any] | None) -> tuple[Mapping[str, Any] | None, Batches]:

@@ -18,7 +18,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..arguments import check_seed
 from ..blockwise.anchoring import Anchoring
-from ..blockwise.blocks import find_blocks
+from ..blockwise.blocks import block_of, find_blocks
 from ..blockwise.refinement import Refinement
 from ..calibration.statistics import Statistics
 from ..config.model_card import write_standalone_card
@@ -235,6 +235,5 @@ def _by_block(model: nn.Module, targets: Mapping[str, Target]) -> dict[str, dict
         blocks = []
     parts: dict[str, dict[str, Target]] = {}
     for name, target in targets.items():
-        block = next((block for block in blocks if name.startswith(f"{block}.")), name)
-        parts.setdefault(block, {})[name] = target
+        parts.setdefault(block_of(name, blocks) or name, {})[name] = target
     return parts
