@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..layers.experts import routed_rows
 from ..layers.kinds import LayerKind
 from ..layers.wrapper import kind_and_layer
 from ..numerics.grams import add_gram, wide_rows
@@ -116,7 +117,10 @@ class Recorder:
         of_encoder = self.encoder_output is not None and self.encoder_output() is x
         encodes = not self.inside_encoder or module in self.inside_encoder or of_encoder
         mask = self.source_mask if encodes else self.target_mask
-        return fitting_mask(mask, x)
+        routed = routed_rows()
+        if routed is None or mask is None:
+            return fitting_mask(mask, x)
+        return mask.flatten().to(x.device)[routed.tokens] if mask.numel() == routed.count else None
 
     def add_input(self, name: str, module: nn.Module, kind: LayerKind[Any], x: Tensor, mask: Tensor | None) -> None:
         """Add an input to its sums, unless another module has read the same tensor."""

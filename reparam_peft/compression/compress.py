@@ -23,7 +23,7 @@ from ..numerics.methods import names_of_methods
 from ..planning.plan import Plan
 from ..runtime.modules import uncompiled
 from ..runtime.processes import fails_together
-from ..runtime.restoring import unchanged_on_error
+from ..runtime.restoring import unchanged, unchanged_on_error
 from ..tuner.data_free import installing
 from ..tuner.targets import check_targets
 from .block_by_block import BlockByBlock, Result, Steps
@@ -227,7 +227,7 @@ def plan(
     """
     options = Options(seed, progress, max_memory)
     data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
-    with unchanged_on_error(model):
+    with unchanged(model):
         return Job.of_model(model, config, data, options).plan()
 
 
@@ -251,7 +251,7 @@ def calibrate(
         model, config, batches, tokenizer, seed, progress: as for `compress`, as are the errors.
     """
     data = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
-    with unchanged_on_error(model):
+    with unchanged(model):
         if isinstance(config, ReparamConfig):
             config = copy.copy(config)
             config.neurons = False  # which statistics serve as well as ranks

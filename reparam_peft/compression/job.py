@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,7 +13,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..arguments import ReparamWarning, check_seed
+from ..arguments import ReparamWarning, check_seed, listed
 from ..blockwise.blocks import block_of
 from ..calibration.gather import gather_statistics
 from ..calibration.self_written import SelfWritten
@@ -32,13 +32,17 @@ from ..runtime import processes
 from ..runtime.modules import naming
 from ..runtime.processes import check_whole, fails_together
 from ..tuner.matrices import base_dtype, own_bias, source_matrix
+from ..tuner.opening import open_parameters
 from ..tuner.selection import select_targets
 from ..tuner.targets import Target
 from .factorizing import Factorizer
 from .mlps import check_alike, find_mlps
 from .neurons import Neurons
 from .parts import Part
+from .pooling import Pool
 from .weighing import Weigher, Weighing, mean_output
+
+MOST_NAMED = 6  # experts in a warning
 
 
 @dataclass(frozen=True)
@@ -96,6 +100,7 @@ class Job:
         self.modules = {name: target.module for name, target in targets.items()} if modules is None else dict(modules)
         self.storages = {name: target.storage for name, target in targets.items()}
         self.weigher, self.factorizer = Weigher.of(config), Factorizer.of(config)
+        self.pool = Pool(self.storages, config)
         self.passes = [list(group) for group in passes]
         check_whole(batches)
         # Batches are read once for each group.
@@ -124,6 +129,8 @@ class Job:
     ) -> Job:
         """A job on the weights of a model, with everything checked that can be checked before the data are read.
 
+        Of the model nothing is changed, but that fused parameters among the targets are opened.
+
         Args:
             blocks: names of blocks, in each of which the statistics of all targets are needed together.
             moves_bias: whether biases are stored with the products for another reason than the method.
@@ -137,6 +144,7 @@ class Job:
         if plan is not None and not isinstance(plan, Plan):
             raise TypeError(f"`plan` must be a Plan, got a {type(plan).__name__}; read one with `Plan.load`.")
         config = with_defaults(config, plan, moves_bias)
+        open_parameters(config, model)
         targets = select_targets(model, config, adapter_name)
         for name, target in targets.items():
             with naming(name):
@@ -160,7 +168,7 @@ class Job:
             chooser=chooser,
             matrix_of=lambda name: source_matrix(targets[name].module),
             bias_of=lambda name: own_bias(targets[name].module) if targets[name].storage.bias else None,
-            passes=[list(targets)] if max_memory is None else passes_within(targets, max_memory, blocks, mlps),
+            passes=[list(targets)] if max_memory is None else passes_within(targets, max_memory, blocks, mlps, config.target_parameters or ()),
             mlps=mlps,
         )
 
@@ -265,7 +273,8 @@ class Job:
             moments: of the inputs.
             columns: indices of the inputs that are left, whose moments these are; None: all.
         """
-        return self.weigher.weighing(name, self.statistics_of(name), self.targets[name].storage.bias, moments, columns)
+        statistics = self.pool.pooled(name, self.statistics_of(name))
+        return self.weigher.weighing(name, statistics, self.targets[name].storage.bias, moments, columns)
 
     def statistics_of(self, name: str) -> Statistics:
         """The statistics of the group that a target is in. Processes gather them together, where they are not at hand."""
@@ -296,7 +305,15 @@ class Job:
                 starts=self.modules.values(),
             )
         with fails_together():
-            statistics.check(modules, self.weigher.gradients)
+            unreached = self.pool.unreached(modules, statistics)
+            statistics.check({n: m for n, m in modules.items() if n not in unreached}, self.weigher.gradients)
+        if unreached:
+            warnings.warn(
+                f"No token of the batches reached {len(unreached)} experts, which get the statistics of the others of their "
+                f"layers: {listed(unreached[:MOST_NAMED])}{' and more' if len(unreached) > MOST_NAMED else ''}.",
+                ReparamWarning,
+                stacklevel=4,
+            )
         self.calibration_tokens = max(self.calibration_tokens, statistics.tokens)
         self.gradient_tokens = max(self.gradient_tokens, statistics.gradient_tokens)
         self.seed = statistics.seed
@@ -350,11 +367,16 @@ def with_defaults(config: ReparamConfig, plan: Plan | None = None, moves_bias: b
 
 
 def passes_within(
-    targets: Mapping[str, Target], max_memory: int, blocks: Sequence[str], mlps: Sequence[NeuronGroup]
+    targets: Mapping[str, Target],
+    max_memory: int,
+    blocks: Sequence[str],
+    mlps: Sequence[NeuronGroup],
+    parameters: Collection[str] = (),
 ) -> list[list[str]]:
     """Targets in order, in groups whose statistics take at most so many bytes even where they share no inputs.
 
-    Modules that read the neurons of an MLP come before those that make them, whose rows they choose.
+    Modules that read the neurons of an MLP come before those that make them, whose rows they choose; experts of a layer, whose
+    parameters are named, are together.
 
     Raises:
         ValueError: those of one target, or of the targets in one block, take more.
@@ -362,7 +384,8 @@ def passes_within(
     consumers = [mlp.consumer for mlp in mlps]
     units: dict[str, list[str]] = {}
     for name in dict.fromkeys([*consumers, *targets]):
-        units.setdefault(block_of(name, blocks) or name, []).append(name)
+        layer = name.rpartition(".")[0]  # whose experts share statistics
+        units.setdefault(block_of(name, blocks) or (layer if layer in parameters else name), []).append(name)
     passes: list[list[str]] = [[]]
     left = max_memory
     for names in units.values():

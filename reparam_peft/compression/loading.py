@@ -42,6 +42,11 @@ class CompressingLoader(CheckpointLoader):
         device_map = kwargs.get("device_map")
         if isinstance(device_map, dict) and "disk" in device_map.values():
             raise ValueError("`device_map` puts modules on disk; compress with `reparam_peft.compress_checkpoint` instead.")
+        if self.config.target_parameters:
+            raise ValueError(
+                "`target_parameters` cannot be compressed while loading, since transformers puts the experts of a checkpoint "
+                "together as they arrive; load the model first, then call `get_peft_model`."
+            )
         chosen = select_targets(model, self.config, "default", loading=True)
         self.targets = {name: target for name, target in chosen.items() if target.rank is not None}
         tied = {key for pair in model.all_tied_weights_keys.items() for key in pair}

@@ -16,6 +16,7 @@ from ..calibration.neuron_groups import RefusedBatch, find_groups
 from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Batches, Statistics
 from ..config.reparam_config import ReparamConfig
+from ..layers.experts import neurons_of_experts
 from ..layers.neuron_groups import NeuronGroup
 from ..numerics.methods import method_of
 from ..planning.neurons import counts
@@ -23,6 +24,7 @@ from ..planning.plan import Plan
 from ..planning.ranks import is_nested
 from ..runtime.processes import fails_together, first_of
 from ..tuner.targets import Target
+from .pooling import is_expert
 
 
 def may_lose_neurons(config: ReparamConfig) -> bool:
@@ -74,13 +76,15 @@ def find_mlps(
     first, batches = _first(model, batches, example)
     if first is None and isinstance(batches, (Statistics, SelfWritten)):
         _tell_that_nothing_can_be_tried(model, needed)
-    modules = {name: target.module for name, target in targets.items()}
+    modules = {name: target.module for name, target in targets.items() if not is_expert(name, config)}
+    of_experts = [group for group in neurons_of_experts(model) if targets.keys() >= {*group.names}]
     try:
-        candidates = find_groups(model, modules, first) if isinstance(first, Mapping) else []
+        candidates = find_groups(model, modules, first) if isinstance(first, Mapping) and modules else []
     except RefusedBatch:  # which calibration tells, with the batch's number
         if isinstance(batches, (Statistics, SelfWritten)):
             _tell_that_nothing_can_be_tried(model, needed)
         return [], batches
+    candidates += of_experts
     mlps = [mlp for mlp in candidates if counts(mlp.neurons) and len({block_of(name, blocks) for name in mlp.names}) == 1]
     if config.neurons and not mlps:
         raise ValueError(

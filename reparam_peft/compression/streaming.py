@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import time
@@ -32,6 +33,7 @@ from ..runtime.run_folder import RunFolder, json_able
 from ..standalone.self_contained import auto_class
 from ..tuner.data_free import check_data_free, check_standalone, factorize_targets, installing
 from ..tuner.model import config_of
+from ..tuner.opening import open_parameters
 from ..tuner.selection import select_targets
 from ..tuner.sizes import SizeReport
 from ..tuner.targets import Target
@@ -193,6 +195,8 @@ def _mapped(folder: Path) -> PreTrainedModel:
 
 def _data_free(model: PreTrainedModel, config: ReparamConfig, run: Path, progress: bool) -> PeftModel:
     """Factorise without data, one block at a time, each of which goes to disk."""
+    config = copy.deepcopy(config)
+    open_parameters(config, model)
     targets = select_targets(model, config, "default")
     settings = {"config": json_able(config.to_dict()), "model": fingerprint_of_model(model)}
     with RunFolder(run, settings, mapped=True) as folder:

@@ -95,7 +95,8 @@ def _check_effects(config: Fields, from_file: bool) -> None:
 
 
 def _check_modules(config: Fields) -> None:
-    for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "dense_modules"):
+    names = ("target_modules", "target_parameters", "exclude_modules", "layers_pattern", "modules_to_save", "dense_modules")
+    for name in names:
         value = getattr(config, name)
         if value is not None:
             check_names(name, value, allows_str=name not in ("modules_to_save", "dense_modules"))
@@ -113,8 +114,9 @@ def _check_modules(config: Fields) -> None:
                     "layers into the expression, or list the module names."
                 )
         check_regex("target_modules", config.target_modules)
-    if isinstance(config.exclude_modules, str):
-        check_regex("exclude_modules", config.exclude_modules)
+    for name in ("exclude_modules", "target_parameters"):
+        if isinstance(getattr(config, name), str):
+            check_regex(name, getattr(config, name))
     indices = config.layers_to_transform
     for index in indices if isinstance(indices, (list, tuple)) else [indices]:
         if index is not None and not is_int(index):

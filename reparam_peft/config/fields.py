@@ -12,6 +12,7 @@ from ..numerics.methods import names_of_methods
 ALLOCATIONS = ("uniform", "loss")
 INPUT_METRICS = ("gram", "diagonal", "none")
 OUTPUT_METRICS = ("fisher", "diagonal", "none")
+ALL_EXPERTS = "all-experts"
 # Fields that have an effect with a calibrated method only, and with ranks by predicted loss only.
 OF_METRICS = ("input_metric", "output_metric", "shrinkage", "output_shrinkage")
 OF_ALLOCATION = ("rank_multiple", "floor", "ceiling")
@@ -29,6 +30,14 @@ class Fields(PeftConfig):
         metadata={
             "help": "Modules to factorise: a list of name endings, a regular expression, or 'all-linear'. None: the attention "
             "and MLP projections of the known architectures."
+        },
+    )
+    target_parameters: list[str] | str | None = field(
+        default=None,
+        metadata={
+            "help": "Parameters to factorise beside `target_modules`: fused experts of mixtures, (experts, out, in), each of "
+            "which becomes a matrix of its own, or weights of layers. A list of name endings, as for PEFT's LoRA, a regular "
+            f"expression, or {ALL_EXPERTS!r}."
         },
     )
     exclude_modules: list[str] | str | None = field(

@@ -75,6 +75,11 @@ class ReparamConfig(Fields):
         """Whether a module is one that a config out of a checkpoint has a product for or leaves dense; else True."""
         return self._in_file is None or name in self._in_file
 
+    def is_of_parameters(self, name: str) -> bool:
+        """Whether a module is of `target_parameters`, resolved: a layer of an opened parameter, or one whose weight it is."""
+        parameters = self.target_parameters or ()
+        return name.rpartition(".")[0] in parameters or f"{name}.weight" in parameters
+
     def module_rank(self, name: str) -> int | None:
         """The entry of `rank_pattern` for a module: its exact name before any pattern, as PEFT matches patterns."""
         if name in self.rank_pattern or self.is_resolved:
@@ -148,8 +153,9 @@ class ReparamConfig(Fields):
     def _name_targets(self) -> None:
         """Names of the targets in place of patterns, which whoever loads the adapter would try on names of modules."""
         if isinstance(self.target_modules, str) or isinstance(self.exclude_modules, str) or self.layers_pattern is not None:
-            names: Any = {*self.rank_pattern, *(self.dense_modules or ())}  # PEFT makes sets of lists, too
-            self.target_modules = names
+            names = {*self.rank_pattern, *(self.dense_modules or ())}  # PEFT makes sets of lists, too
+            named: Any = {name for name in names if not self.is_of_parameters(name)}
+            self.target_modules = named
             self.exclude_modules = self.layers_to_transform = self.layers_pattern = None
 
     def _make_smaller(self, keep: float) -> None:

@@ -75,3 +75,17 @@ def unchanged_on_error(model: nn.Module, beside: Iterable[object] = ()) -> Itera
         on_error.callback(Snapshot(model, beside).restore)
         yield
         on_error.pop_all()
+
+
+@contextmanager
+def unchanged(model: nn.Module) -> Iterator[None]:
+    """After this block, however it ends, the model is as it was before, to the very same tensors.
+
+    Args:
+        model: as for `unchanged_on_error`.
+    """
+    before = Snapshot(model)
+    try:
+        yield
+    finally:
+        before.restore()

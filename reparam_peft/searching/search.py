@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from ..evaluation.measures import Measure
 from ..planning.plan import Plan
 from ..runtime.fingerprints import fingerprint_of_batches, fingerprint_of_config, fingerprint_of_model, fingerprint_of_values
 from ..runtime.processes import check_whole, fails_together
-from ..runtime.restoring import unchanged_on_error
+from ..runtime.restoring import Snapshot
 from ..runtime.run_folder import RunFolder, json_able
 from .family import Family
 from .goal import CheckedGoal, Goal, Metric, check_goal, config_with
@@ -114,8 +115,12 @@ def find_smallest(
     checked = check_goal(goal, config)
     tokenizer = goal.tokenizer if isinstance(batches, str) else None
     data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress, folder=run_folder)
-    with unchanged_on_error(model):
-        return _found(model, config, data, goal, checked, build=build, run_folder=run_folder, seed=seed, progress=progress)
+    with ExitStack() as undoing:
+        undoing.callback(Snapshot(model).restore)
+        result = _found(model, config, data, goal, checked, build=build, run_folder=run_folder, seed=seed, progress=progress)
+        if result.model is not None:
+            undoing.pop_all()
+        return result
 
 
 def _found(

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, cast
@@ -22,6 +22,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..arguments import ReparamWarning
+from ..layers.experts import fused_parameters, is_open, open_experts
 from ..layers.factorized import MARKER, FactorizedModule, Replaced, weight_of
 from ..layers.kinds import LayerKind, layer_kind
 from ..numerics.storage import FORMS, narrow_form
@@ -196,6 +197,7 @@ def place_factorized(model: PreTrainedModel, layers: Mapping[str, Mapping[str, A
     Raises:
         ValueError: the model has none of them, one of its base is missing, or one cannot be factorised so.
     """
+    open_named_experts(model, layers)
     names_here = {name: _name_in(model, name) for name in layers}
     layers_here = {here: dict(layers[name]) for name, here in names_here.items() if here is not None}
     if not layers_here:
@@ -203,6 +205,16 @@ def place_factorized(model: PreTrainedModel, layers: Mapping[str, Mapping[str, A
     for name, specification in layers_here.items():
         set_module(model, name, _module(name, model.get_submodule(name), specification))
     return layers_here
+
+
+def open_named_experts(model: PreTrainedModel, layers: Iterable[str]) -> None:
+    """Open those fused parameters of experts, in place, of which layers are named, as the model that was saved has them."""
+    fused = fused_parameters(model)
+    for parameter in dict.fromkeys(name.rpartition(".")[0] for name in layers):
+        here = next((candidate for candidate in _candidates(model, parameter) if candidate in fused), None)
+        key = parameter.rpartition(".")[2]
+        if here is not None and not is_open(fused[here], key):
+            open_experts(fused[here], key)
 
 
 def with_layers_in_config(model: PreTrainedModel, described: CheckpointConfig) -> PreTrainedModel:
@@ -277,16 +289,21 @@ def _name_in(model: PreTrainedModel, name: str) -> str | None:
     Raises:
         ValueError: it belongs to the base model, which has no such layer.
     """
-    prefix = f"{model.base_model_prefix}."
-    for candidate in (name, name.removeprefix(prefix), prefix + name):
+    for candidate in _candidates(model, name):
         try:
             model.get_submodule(candidate)
         except AttributeError:
             continue
         return candidate
-    if name.startswith(prefix):
+    if name.startswith(f"{model.base_model_prefix}."):
         raise ValueError(f"{name}: config.json says that this layer is factorised, but there is none; {DAMAGED}.")
     return None
+
+
+def _candidates(model: PreTrainedModel, name: str) -> tuple[str, ...]:
+    """What something of the model that was saved may be called in this one, which may be its base, or have another head."""
+    prefix = f"{model.base_model_prefix}."
+    return name, name.removeprefix(prefix), prefix + name
 
 
 def _check_files(files: Sequence[str], model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from ..layers.factorized import FactorizedModule
 from ..layers.pivot_expansion import PivotExpansion
 from ..runtime.hosts import extend
-from .checkpoint import METHOD, CheckpointConfig, CheckpointLoader, mark_unquantized, place_factorized
+from .checkpoint import METHOD, CheckpointConfig, CheckpointLoader, mark_unquantized, open_named_experts, place_factorized
 from .quantization import check_scheme, quantize
 
 
@@ -50,6 +50,7 @@ def factorized(model: PreTrainedModel, described: CheckpointConfig) -> PreTraine
     """
     scheme = described.quantization
     check_scheme(scheme)
+    open_named_experts(model, described.layers)
     devices = {name: next(module.parameters(), torch.empty(0)).device for name, module in model.named_modules()}
     layers = place_factorized(model, described.layers)
     for name in layers:

@@ -18,6 +18,7 @@ from ..standalone.checkpoint import METHOD, CheckpointConfig, CheckpointLoader, 
 from ..standalone.quantization import check_scheme
 from ..standalone.quantization import quantize as quantize_factors
 from .layer import ReparamLayer
+from .opening import close_parameters
 
 
 def standalone_model(model: nn.Module, quantize: str | None = None) -> PreTrainedModel:
@@ -48,6 +49,7 @@ def standalone_model(model: nn.Module, quantize: str | None = None) -> PreTraine
         memo[id(module)] = replacement.train(model.training) if is_new else copy.deepcopy(replacement, memo)
     plain: Any = copy.deepcopy(model, memo)  # Any: what transformers sets on its models, its types do not know
     vars(plain).pop("peft_config", None)
+    close_parameters(plain)
     layers = {name: specification_of(module) for name, module in plain.named_modules() if isinstance(module, FactorizedModule)}
     if not layers:
         raise ValueError("no layer has factors in the active adapter, so that the model is a dense one; use `unload`.")

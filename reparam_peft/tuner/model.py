@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from ..config.fields import DATA_FREE
 from ..config.model_card import upload_with_section
 from ..config.reparam_config import ReparamConfig
-from ..runtime.modules import naming, parameter_owners
+from ..runtime.modules import naming
 from ..runtime.restoring import Snapshot, unchanged_on_error
 from .adapter_state import cast_to_base, check_whole, fit_to_model
 from .base_sample import check_base, sample_base
@@ -27,7 +27,9 @@ from .conversion import standalone_model
 from .copies import adapter_to_copy, copied, copy_saved_modules
 from .data_free import factorize_targets
 from .host_checks import AdapterConfigs, changed_along
-from .layer import W_IS_GONE, ReparamLayer, reparam_layer, reparam_layers
+from .layer import ReparamLayer, reparam_layer, reparam_layers
+from .merging import check_base_weights, check_mergeable
+from .opening import close_parameters, open_parameters
 from .sizes import SizeReport, size_report
 from .target_modules import TARGET_MODULES
 from .targets import Target, check_targets, find_targets, is_target, save_heads
@@ -128,6 +130,7 @@ class ReparamModel(BaseTuner):
         """Check and factorise all targets; PEFT calls this before it replaces the first."""
         adapter_name, loading, state_dict, source = self._injection
         _maybe_include_all_linear_layers(peft_config, model)  # in place
+        open_parameters(peft_config, model)
         if not loading and source is None:
             # A further adapter that starts from a product takes the bias that goes with it.
             peft_config.moved_bias |= any(layer.source_has_bias for _, layer in reparam_layers(model))
@@ -147,6 +150,10 @@ class ReparamModel(BaseTuner):
             peft_config.base_sample = sample_base(model, targets, peft_config.modules_to_save)
             self._targets = factorize_targets(targets, peft_config)
         peft_config.rank_pattern = {}  # until `record_resolved`: PEFT would try names in it as regular expressions
+
+    def _inject_parameters(self, peft_config: ReparamConfig, **_: Any) -> list[str]:  # type: ignore[override]
+        """The parameters that were opened; their layers are injected as modules."""
+        return list(peft_config.target_parameters or ())
 
     @staticmethod
     def _check_target_module_exists(peft_config: ReparamConfig, key: str) -> Any:  # type: ignore[override]
@@ -262,13 +269,13 @@ class ReparamModel(BaseTuner):
             super().set_adapter(adapter_name, inference_mode=inference_mode)
 
     def disable_adapter_layers(self) -> None:
-        self._check_base_weights("adapters cannot be disabled")
+        check_base_weights(self.model, "adapters cannot be disabled")
         with self._unchanged_on_error():
             super().disable_adapter_layers()
 
     def delete_adapter(self, adapter_name: str) -> None:
         if list(self.peft_config) == [adapter_name]:
-            self._check_base_weights(f"adapter {adapter_name!r} is the last one and cannot be deleted")
+            check_base_weights(self.model, f"adapter {adapter_name!r} is the last one and cannot be deleted")
         with self._unchanged_on_error():
             super().delete_adapter(adapter_name)
 
@@ -278,7 +285,7 @@ class ReparamModel(BaseTuner):
         Raises:
             ValueError: W was dropped; `merge_and_unload` gives a dense model of the products.
         """
-        self._check_base_weights("the base model cannot be restored (`merge_and_unload` gives a dense model of the products)")
+        check_base_weights(self.model, "the base model cannot be restored (`merge_and_unload` gives a dense model of the products)")
         with self._unchanged_on_error():
             for _, layer in reparam_layers(self.model):
                 if layer.merged:
@@ -292,7 +299,7 @@ class ReparamModel(BaseTuner):
             return super().unload()
 
     def merge_adapter(self, adapter_names: list[str] | None = None, safe_merge: bool = False) -> None:
-        self._check_mergeable(adapter_names, safe_merge)
+        check_mergeable(self.model, adapter_names, safe_merge)
         with self._unchanged_on_error():
             super().merge_adapter(adapter_names, safe_merge)
 
@@ -308,34 +315,13 @@ class ReparamModel(BaseTuner):
         adapter_names: list[str] | None = None,
     ) -> nn.Module:
         if merge:
-            self._check_mergeable(adapter_names, safe_merge)
+            check_mergeable(self.model, adapter_names, safe_merge)
         with self._unchanged_on_error():
-            return super()._unload_and_optionally_merge(  # type: ignore[return-value]
+            plain: nn.Module = super()._unload_and_optionally_merge(  # type: ignore[assignment]
                 merge, progressbar, safe_merge, adapter_names
             )
-
-    def _check_mergeable(self, adapter_names: list[str] | None, safe_merge: bool) -> None:
-        """Raise before the first layer is merged where a later one could not be."""
-        owners = parameter_owners(self.model)
-        for name, layer in reparam_layers(self.model):
-            names = layer.active_adapters if adapter_names is None else adapter_names
-            new = [n for n in names if n in layer.reparam_factors and n not in layer.merged_adapters]
-            if layer.base_weight_dropped and not new and not layer.merged:
-                raise ValueError(f"{name}: none of the adapters {names} has factors for this layer, and {W_IS_GONE}.")
-            shared = [] if layer.base_weight_dropped else owners[id(layer.base_layer.weight)]
-            if len(shared) > 1:
-                raise ValueError(
-                    f"{name}: the weight is shared ({', '.join(shared)}), so that merging would change the other too. Untie it "
-                    "before factorising."
-                )
-            if new:
-                with naming(name):
-                    layer.check_mergeable(new, safe_merge)
-
-    def _check_base_weights(self, what: str) -> None:
-        for name, layer in reparam_layers(self.model):
-            with naming(name):
-                layer.check_base_weight(what)
+            close_parameters(plain)
+            return plain
 
     @contextmanager
     def _enable_peft_forward_hooks(self, *args: Any, **kwargs: Any) -> Iterator[None]:

@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
 from peft.utils import CONFIG_NAME, AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -66,7 +66,8 @@ def is_target(config: ReparamConfig, name: str) -> object:
     """PEFT's matching; out of a checkpoint, no more than the modules that it has factors for or leaves dense."""
     if config.loading and not config.is_of_adapter(name):
         return False
-    return BaseTuner._check_target_module_exists(config, name)
+    matched = BaseTuner._check_target_module_exists(config, name)
+    return matched or (not isinstance(matched, _ExcludedModule) and config.is_of_parameters(name))
 
 
 def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str], object]) -> dict[str, Target]:

@@ -1,0 +1,217 @@
+"""Fused experts of a mixture: parameters (experts, …, …), opened into a linear layer for each expert, and closed again.
+
+transformers keeps the matrices of all experts of a layer in one parameter, which its `use_experts_implementation` computes
+with. Opened, each is the weight of a linear layer, a view of the parameter, under the parameter's name and the expert's number;
+everything that serves linear layers then serves experts.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextvars import ContextVar
+from types import MethodType
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from .neuron_groups import NeuronGroup, Producer
+
+# Names of transformers' experts interface: what reads the hidden states, with a gate and without, and what writes them.
+READERS, WRITER = ("gate_up_proj", "up_proj"), "down_proj"
+
+
+class RoutedRows(NamedTuple):
+    """Which rows of its hidden states a mixture has given to an expert.
+
+    Attributes:
+        tokens: their indices, int64, in the order in which the expert gets them.
+        count: of all rows.
+    """
+
+    tokens: Tensor
+    count: int
+
+
+_routed: ContextVar[RoutedRows | None] = ContextVar("routed", default=None)
+
+
+def routed_rows() -> RoutedRows | None:
+    """The rows that the expert which is computing was given; None outside of opened experts."""
+    return _routed.get()
+
+
+class ExpertLinear(nn.Linear):
+    """The matrix of one expert: an `nn.Linear` whose parameters are views of the fused ones.
+
+    Args:
+        matrix: weight (out, in).
+        bias: (out,), or None.
+    """
+
+    def __init__(self, matrix: nn.Parameter, bias: nn.Parameter | None) -> None:
+        nn.Module.__init__(self)
+        self.out_features, self.in_features = matrix.shape
+        self.weight, self.bias = matrix, bias  # type: ignore[assignment]  # torch types a bias as always there
+
+
+def is_experts(module: nn.Module) -> bool:
+    """Whether a module holds experts behind transformers' interface, fused or opened."""
+    return "_is_expert_parallel" in vars(module) and hasattr(module, "_apply_gate") and _kept(module, WRITER) is not None
+
+
+def fused_parameters(model: nn.Module) -> dict[str, nn.Module]:
+    """The names of a model's fused parameters of experts, opened ones too, each with the module that owns it."""
+    names: dict[str, nn.Module] = {}
+    for prefix, module in model.named_modules():
+        if is_experts(module):
+            own = [key for key in (*READERS, WRITER) if _kept(module, key) is not None]
+            names |= {f"{prefix}.{key}" if prefix else key: module for key in own}
+    return names
+
+
+def is_open(experts: nn.Module, key: str) -> bool:
+    """Whether one of the fused parameters of experts is opened."""
+    return isinstance(experts._modules.get(key), nn.ModuleList)
+
+
+def open_experts(experts: nn.Module, key: str) -> None:
+    """Open one fused parameter of experts, and the bias that goes with it, in place. No numbers are copied.
+
+    Args:
+        experts: of transformers' interface.
+        key: name of the parameter, of shape (experts, out, in) or transposed.
+    """
+    parameter, bias = experts._parameters.pop(key), experts._parameters.pop(f"{key}_bias", None)
+    if parameter is None:
+        raise ValueError(f"the experts have no parameter {key!r}.")
+
+    def view(tensor: Tensor) -> nn.Parameter:
+        return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
+
+    stacked = parameter.detach().mT if _is_transposed(experts) else parameter.detach()
+    biases = [None] * len(stacked) if bias is None else [view(row) for row in bias.detach()]
+    layers = [ExpertLinear(view(matrix), row) for matrix, row in zip(stacked, biases, strict=True)]
+    experts._modules[key] = nn.ModuleList(layers).train(experts.training)
+    # An attribute of the object, not another class: what notes attributes before an error puts it back.
+    vars(experts)[_forward(experts)] = MethodType(_compute, experts)
+    vars(experts)["_is_hf_initialized"] = True  # transformers would initialise parameters by their names
+
+
+def close_experts(experts: nn.Module, key: str) -> None:
+    """The inverse of `open_experts`, in place: the fused parameter, with a copy of the numbers that the layers have.
+
+    Args:
+        experts: with an opened parameter, all of whose layers are linear ones again.
+        key: name of the parameter.
+    """
+    layers: Any = experts._modules.pop(key)
+    stacked = torch.stack([layer.weight.detach() for layer in layers])
+    stacked = stacked.mT.contiguous() if _is_transposed(experts) else stacked
+    experts._parameters[key] = nn.Parameter(stacked, requires_grad=layers[0].weight.requires_grad)
+    if layers[0].bias is not None:
+        biases = torch.stack([layer.bias.detach() for layer in layers])
+        experts._parameters[f"{key}_bias"] = nn.Parameter(biases, requires_grad=layers[0].bias.requires_grad)
+    if not any(is_open(experts, other) for other in (*READERS, WRITER)):
+        del vars(experts)[_forward(experts)]
+        if hasattr(experts, "_hf_hook"):
+            vars(experts)["_old_forward"] = MethodType(type(experts).forward, experts)
+
+
+def _forward(experts: nn.Module) -> str:
+    """The attribute that holds what experts compute; accelerate, which moves inputs between devices, calls another one."""
+    return "_old_forward" if hasattr(experts, "_hf_hook") else "forward"
+
+
+def neurons_of_experts(model: nn.Module) -> Iterator[NeuronGroup]:
+    """The MLPs of opened experts whose two matrices are linear layers: what reads, the gate or activation, what writes."""
+    for prefix, experts in model.named_modules():
+        key = next((key for key in READERS if is_open(experts, key)), None)
+        if key is None or not is_open(experts, WRITER):
+            continue
+        readers, writers = experts.get_submodule(key), experts.get_submodule(WRITER)
+        for expert, writer in writers.named_children():
+            layout = _layout(experts, readers.get_submodule(expert), writer)
+            if layout is not None:
+                producer, consumer = (f"{prefix}.{name}.{expert}" if prefix else f"{name}.{expert}" for name in (key, WRITER))
+                yield NeuronGroup((Producer(producer, layout),), consumer, int(writer.in_features))  # type: ignore[arg-type]
+
+
+def _layout(experts: nn.Module, reader: Any, writer: Any) -> str | None:
+    """Which rows of the reader make a neuron, found by trying; None where they are not the reader's alone."""
+    neurons, rows = writer.in_features, reader.out_features
+    if not _has_gate(experts):
+        return "rows" if rows == neurons else None
+    if rows != 2 * neurons:
+        return None
+    made = torch.randn(1, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    layouts = {"split": (0, neurons), "interleaved": (0, 1)}
+    for layout, makes_first in layouts.items():
+        other = made.clone()
+        other[:, list(makes_first)] += 1
+        before, after = (experts._apply_gate(tensor) for tensor in (made, other))  # type: ignore[operator]
+        changed = (before != after).flatten().nonzero().flatten().tolist()
+        if changed == [0] and before.shape == (1, neurons):
+            return layout
+    return None
+
+
+def _compute(self: Any, hidden_states: Tensor, *routing: Any, **named_routing: Any) -> Tensor:
+    """What opened experts compute: of each expert that is chosen, the rows that chose it, in the order of transformers' loop.
+
+    Args:
+        hidden_states: (tokens, hidden).
+        routing, named_routing: the experts that each token has chosen, (tokens, k), int64, where numbers from the number of
+            experts on stand for none; and their weights, (tokens, k).
+    """
+    chosen, weights = (*routing, *named_routing.values())
+    reader = next(key for key in READERS if _kept(self, key) is not None)
+    experts, count = len(_kept(self, WRITER)), len(hidden_states)
+    result = torch.zeros_like(hidden_states)
+    # By rank of the choice, then by token: the order in which sums are formed decides how they are rounded.
+    flat = chosen.mT.flatten()
+    order = flat.argsort(stable=True)
+    numbers = torch.bincount(flat.clamp(max=experts), minlength=experts + 1)[:experts].tolist()
+    weights_in_order = weights.mT.flatten()[order]
+    start = 0
+    for expert, number in enumerate(numbers):
+        if number == 0:
+            continue
+        tokens = order[start : start + number] % count
+        token = _routed.set(RoutedRows(tokens, count))
+        try:
+            made = _product(self, reader, expert, hidden_states[tokens])
+            made = self._apply_gate(made) if _has_gate(self) else self.act_fn(made)
+            y = _product(self, WRITER, expert, made)
+        finally:
+            _routed.reset(token)
+        y = self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+        y = y * weights_in_order[start : start + number, None]
+        result.index_add_(0, tokens, y.to(result.dtype))
+        start += number
+    return result
+
+
+def _product(experts: nn.Module, key: str, expert: int, x: Tensor) -> Tensor:
+    """The product of one expert's matrix with rows x (…, in), whether the parameter is opened or fused."""
+    kept: Any = _kept(experts, key)
+    if is_open(experts, key):
+        return kept[expert](x)
+    bias: Any = experts._parameters.get(f"{key}_bias")
+    matrix = kept[expert].mT if _is_transposed(experts) else kept[expert]
+    return nn.functional.linear(x, matrix, None if bias is None else bias[expert])
+
+
+def _kept(experts: nn.Module, key: str) -> Any:
+    """A fused parameter, or the list of layers that it was opened into; None where there is none."""
+    parameter = experts._parameters.get(key)
+    is_fused = parameter is not None and parameter.ndim == 3
+    return parameter if is_fused else experts._modules[key] if is_open(experts, key) else None
+
+
+def _is_transposed(experts: nn.Module) -> bool:
+    return bool(getattr(experts, "is_transposed", False))
+
+
+def _has_gate(experts: nn.Module) -> bool:
+    return bool(getattr(experts, "has_gate", True))
