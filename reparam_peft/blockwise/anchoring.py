@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
 from ..calibration.statistics import Moments
+from ..layers.experts import RoutedRows, routed_rows
 from ..layers.kinds import layer_kind
 from ..numerics.grams import add_gram, cross_product, mirror, wide_rows
 from ..numerics.metrics import exact, solve
@@ -214,11 +215,12 @@ def observe(
     streams = {name: sources[name] for name in group if name in sources}
     for call, call_compressed, mask in calls:
         names = [*dict.fromkeys(streams.values()), leader]
-        inputs, inputs_compressed = _inputs(original, call, names), _inputs(compressed, call_compressed, names)
+        inputs, _ = _inputs(original, call, names)
+        inputs_compressed, routed = _inputs(compressed, call_compressed, names)
         if leader not in inputs_compressed:
             continue
         x = inputs_compressed[leader]
-        rows = mask(x)
+        rows = mask(x) if routed is None else _rows_of_expert(mask(x.new_empty(routed.count, 1)), routed)
         X = wide_rows(kind.rows(module, x), rows)
         if not torch.isfinite(X).all():
             raise ValueError("its inputs in the compressed model are NaN or infinite; raise `keep`.")
@@ -316,18 +318,25 @@ def _run(block: nn.Module, call: Call, hooks: Mapping[str, Callable[[str, Tensor
         return block(*args, **kwargs)
 
 
-def _inputs(block: nn.Module, call: Call, names: Sequence[str]) -> dict[str, Tensor]:
-    """First inputs of modules, the last of which ends the run."""
+def _inputs(block: nn.Module, call: Call, names: Sequence[str]) -> tuple[dict[str, Tensor], RoutedRows | None]:
+    """First inputs of modules, the last of which ends the run; and of that, if it is an expert, the rows that it was given."""
     inputs: dict[str, Tensor] = {}
+    routed: list[RoutedRows | None] = []
 
     def hook(name: str, x: Tensor) -> None:
         inputs[name] = x.detach() if name == names[-1] else x.detach().clone()
         if name == names[-1]:
+            routed.append(routed_rows())
             raise _Stop
 
     with suppress(_Stop):
         _run(block, call, dict.fromkeys(names, hook))
-    return inputs
+    return inputs, routed[0] if routed else None
+
+
+def _rows_of_expert(of_all: Tensor | None, routed: RoutedRows) -> Tensor | None:
+    """Which rows of an expert's input count, bool, of those rows that it was given of all; None: all."""
+    return None if of_all is None else of_all[routed.tokens.to(of_all.device)]
 
 
 def _paired(x: Tensor, other: Tensor, call: Call) -> bool:

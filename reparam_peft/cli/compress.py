@@ -29,7 +29,7 @@ from ..runtime.run_folder import HEALING, HEALING_TEXT, PLAN
 from ..tuner.sizes import SizeReport
 from .errors import CliError
 from .heal import TrainingOptions, minutes_of, rows_of, train
-from .inputs import held_out, load_compressed, load_dense, load_model, read_batches
+from .inputs import held_out, load_compressed, load_dense, load_model, read_batches, take_experts
 from .options import (
     CalibrationOptions,
     ConfigOptions,
@@ -253,6 +253,7 @@ def _read(settings: Settings) -> Inputs:
     """Model, texts and statistics; statistics that are not there yet are gathered."""
     options, calibration = settings.options, settings.calibration
     model, tokenizer = load_dense(options.model, options.load.dtype, options.load.device)
+    take_experts(settings.config, model, options.config.targets.experts)
     windows: list[dict[str, Tensor]] = []
     if options.evaluate:
         check_language_model(model, options.model, "; add --no-evaluate")

@@ -14,12 +14,14 @@ from accelerate.state import PartialState
 from datasets import load_dataset
 from peft import PeftConfig
 from safetensors import SafetensorError
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..config.fields import ALL_EXPERTS
 from ..config.model_card import AUTO_CLASSES
 from ..config.reparam_config import ReparamConfig
 from ..evaluation.text import text_batches
+from ..layers.experts import fused_parameters
 from ..layers.factorized import FactorizedModule
 from ..tuner.model import ReparamModel
 from .demo import demo_folder, reference_text
@@ -28,6 +30,12 @@ from .options import TextOptions
 
 SET_ASIDE = 48 * 512  # tokens of the reference text that no figure is measured on
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+
+
+def take_experts(config: ReparamConfig, model: nn.Module, experts: bool | None) -> None:
+    """Add the fused experts of a model to what a config takes, in place, if asked to; None: where there are any."""
+    if experts or (experts is None and fused_parameters(model)):
+        config.target_parameters = ALL_EXPERTS
 
 
 def load_model(

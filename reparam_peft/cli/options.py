@@ -70,6 +70,10 @@ class TargetOptions:
     exclude_modules: Annotated[
         str | None, typer.Option(help="Modules to leave out: a regular expression, or name endings separated by commas.")
     ] = None
+    experts: Annotated[
+        bool | None,
+        typer.Option("--experts/--no-experts", help="Whether fused experts of a mixture are compressed, too. Default: where there are."),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)

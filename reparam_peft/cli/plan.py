@@ -11,7 +11,7 @@ import typer
 from ..compression.compress import plan as plan_model
 from ..planning.plan import Plan
 from .errors import CliError
-from .inputs import load_dense
+from .inputs import load_dense, take_experts
 from .options import CalibrationOptions, ConfigOptions, JsonOption, LengthOption, LoadOptions, ModelArgument, SeedOption
 from .statistics_file import Calibration, check_folder, is_data_free
 
@@ -40,6 +40,7 @@ def plan(
     source = Calibration.of(calibration, length, seed)
     statistics = source.earlier(config)
     dense, tokenizer = load_dense(model, load.dtype, load.device)
+    take_experts(config, dense, options.targets.experts)
     if statistics is None:
         statistics = source.gather(dense, config, source.batches(dense, tokenizer))
     made = plan_model(dense, config, statistics)

@@ -16,7 +16,7 @@ from ..searching.goal import Goal, check_goal
 from ..searching.result import SearchResult
 from ..searching.search import find_smallest
 from .errors import CliError
-from .inputs import held_out, load_dense
+from .inputs import held_out, load_dense, take_experts
 from .options import (
     CalibrationOptions,
     ConfigOptions,
@@ -75,6 +75,7 @@ def search(
     source = Calibration.of(calibration, text.length, seed, run_folder)
     statistics = source.earlier(config)
     dense, tokenizer = load_dense(model, load.dtype, load.device)
+    take_experts(config, dense, targets.experts)
     check_language_model(dense, model, "")
     goal = Goal(
         metric=wanted.metric,

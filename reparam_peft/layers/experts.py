@@ -157,7 +157,7 @@ def _layout(experts: nn.Module, reader: Any, writer: Any) -> str | None:
 
 
 def _compute(self: Any, hidden_states: Tensor, *routing: Any, **named_routing: Any) -> Tensor:
-    """What opened experts compute: of each expert that is chosen, the rows that chose it, in the order of transformers' loop.
+    """What opened experts compute, in the order of transformers' loop: of each expert, the rows of the tokens that chose it.
 
     Args:
         hidden_states: (tokens, hidden).
@@ -168,16 +168,15 @@ def _compute(self: Any, hidden_states: Tensor, *routing: Any, **named_routing: A
     reader = next(key for key in READERS if _kept(self, key) is not None)
     experts, count = len(_kept(self, WRITER)), len(hidden_states)
     result = torch.zeros_like(hidden_states)
-    # By rank of the choice, then by token: the order in which sums are formed decides how they are rounded.
-    flat = chosen.mT.flatten()
-    order = flat.argsort(stable=True)
+    flat = chosen.flatten()
+    order = flat.argsort(stable=True)  # by expert, then by token
     numbers = torch.bincount(flat.clamp(max=experts), minlength=experts + 1)[:experts].tolist()
-    weights_in_order = weights.mT.flatten()[order]
+    weights_in_order = weights.flatten()[order]
     start = 0
     for expert, number in enumerate(numbers):
         if number == 0:
             continue
-        tokens = order[start : start + number] % count
+        tokens = order[start : start + number] // chosen.shape[-1]
         token = _routed.set(RoutedRows(tokens, count))
         try:
             made = _product(self, reader, expert, hidden_states[tokens])

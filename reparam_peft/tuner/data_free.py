@@ -38,6 +38,11 @@ def installing(products: Mapping[str, Product]) -> Iterator[None]:
         _computed.reset(token)
 
 
+def is_installing() -> bool:
+    """Whether products that are computed already are being installed."""
+    return _computed.get() is not None
+
+
 def check_data_free(config: ReparamConfig) -> None:
     """Raise `ValueError` where a config asks for what `get_peft_model`, which gets no data, cannot do."""
     for name, values in (("method", names_of_methods(needs_data=True)), ("allocation", ("loss",))):

@@ -25,11 +25,12 @@ from .adapter_state import cast_to_base, check_whole, fit_to_model
 from .base_sample import check_base, sample_base
 from .conversion import standalone_model
 from .copies import adapter_to_copy, copied, copy_saved_modules
-from .data_free import factorize_targets
+from .data_free import factorize_targets, is_installing
 from .host_checks import AdapterConfigs, changed_along
 from .layer import ReparamLayer, reparam_layer, reparam_layers
 from .merging import check_base_weights, check_mergeable
 from .opening import close_parameters, open_parameters
+from .reach import takes_what_there_is, warn_of_reach
 from .sizes import SizeReport, size_report
 from .target_modules import TARGET_MODULES
 from .targets import Target, check_targets, find_targets, is_target, save_heads
@@ -125,10 +126,17 @@ class ReparamModel(BaseTuner):
     def _unchanged_on_error(self) -> AbstractContextManager[None]:
         return unchanged_on_error(self, changed_along(self, self.peft_config))
 
+    def _prepare_adapter_config(self, peft_config: ReparamConfig, model_config: dict[str, Any]) -> ReparamConfig:  # type: ignore[override]
+        """PEFT's default modules, which are none where parameters are named and the architecture is not listed; as for LoRA."""
+        if peft_config.target_parameters and model_config["model_type"] not in TARGET_MODULES:
+            return peft_config
+        return cast(ReparamConfig, super()._prepare_adapter_config(peft_config, model_config))
+
     # PEFT's own tuners narrow the type of the config, too.
     def _prepare_model(self, peft_config: ReparamConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Check and factorise all targets; PEFT calls this before it replaces the first."""
         adapter_name, loading, state_dict, source = self._injection
+        takes_all = takes_what_there_is(peft_config)
         _maybe_include_all_linear_layers(peft_config, model)  # in place
         open_parameters(peft_config, model)
         if not loading and source is None:
@@ -148,6 +156,8 @@ class ReparamModel(BaseTuner):
             self._targets = targets
         else:
             peft_config.base_sample = sample_base(model, targets, peft_config.modules_to_save)
+            if not is_installing():  # else it was told before anything was computed
+                warn_of_reach(model, targets, peft_config, takes_all)
             self._targets = factorize_targets(targets, peft_config)
         peft_config.rank_pattern = {}  # until `record_resolved`: PEFT would try names in it as regular expressions
 

@@ -11,6 +11,7 @@ from torch import nn
 
 from ..config.reparam_config import ReparamConfig
 from .model import ReparamModel
+from .reach import takes_what_there_is, warn_of_reach
 from .targets import Target, check_targets, find_targets, is_target, save_heads
 
 
@@ -23,6 +24,7 @@ def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, l
         TypeError, ValueError: as for `get_peft_model`.
     """
     config = copy.deepcopy(config)
+    takes_all = takes_what_there_is(config)
     save_heads(config)
     tuner = ReparamModel.__new__(ReparamModel)
     prepared = tuner._prepare_adapter_config(config, BaseTuner.get_model_config(model))
@@ -31,4 +33,5 @@ def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, l
     if not targets:
         raise ValueError(f"`target_modules` {config.target_modules!r} match no module of the model; check the names.")
     check_targets(targets, config, model, adapter_name, loading)
+    warn_of_reach(model, targets, config, takes_all)
     return targets
