@@ -54,6 +54,9 @@ class CompressingLoader(CheckpointLoader):
             if f"{name}.weight" in tied:
                 raise ValueError(f"{name}: the weight is shared with another module; leave it out with `exclude_modules`.")
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        return weight_conversions  # the files are those of a dense model
+
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:
         return param_name.endswith(".weight") and param_name.removesuffix(".weight") in self.targets
 
@@ -85,9 +88,10 @@ class CompressingLoader(CheckpointLoader):
         module.set_factors(factors)
         if bias is not None:
             module.bias = bias  # loaded already, or still on meta and about to be
-        for parameter in module.parameters():
-            vars(parameter)["_is_hf_initialized"] = not parameter.is_meta
-        set_module(model, name, mark(module, name, kind, weight.shape).train(layer.training))
+        mark(module, name, kind, weight.shape)
+        for tensor in module.state_dict(keep_vars=True).values():
+            vars(tensor)["_is_hf_initialized"] = not tensor.is_meta
+        set_module(model, name, module.train(layer.training))
         return module
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:

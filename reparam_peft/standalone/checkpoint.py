@@ -7,16 +7,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
-from pathlib import Path
 from typing import Any, cast
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 from transformers import PreTrainedModel
-from transformers.core_model_loading import revert_weight_conversion
+from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
@@ -27,16 +25,16 @@ from ..layers.factorized import MARKER, FactorizedModule, Replaced, weight_of
 from ..layers.kinds import LayerKind, layer_kind
 from ..numerics.storage import FORMS, narrow_form
 from ..runtime.modules import is_offloaded, set_module
+from .contents import DAMAGED, check_files
 from .quantization import SCHEMES, check_scheme, finish, prepare, state_dict
 
 METHOD = "reparam"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
+HOSTS_NAMES = 1  # the version before: with the names, and in the layout, that transformers gives tensors in its own files
 ALIGNMENT = 64  # bytes; of PyTorch's allocator for CPUs
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-INTEGERS = {torch.uint8: "U8", torch.int8: "I8"}  # in the words of safetensors
 SPECIFICATION = {"rank": int, "form": str, "bias": bool}
 SIZE = ("out", "in")  # of layers that have lost neurons
-DAMAGED = "the checkpoint is damaged, or was changed by hand"
 
 
 class CheckpointConfig(QuantizationConfigMixin):
@@ -67,10 +65,10 @@ class CheckpointConfig(QuantizationConfigMixin):
         quantization: str | None = None,
         **unknown: Any,
     ) -> None:
-        if format_version != FORMAT_VERSION:
+        if format_version not in (HOSTS_NAMES, FORMAT_VERSION):
             raise ValueError(
                 f"`format_version` of the checkpoint is {format_version!r}, and this version of reparam_peft reads "
-                f"{FORMAT_VERSION}. Upgrade it: pip install --upgrade reparam_peft."
+                f"{HOSTS_NAMES} and {FORMAT_VERSION}. Upgrade it: pip install --upgrade reparam_peft."
             )
         if unknown or quant_method != METHOD:
             raise ValueError(f"`quantization_config` of config.json holds unknown fields {sorted(unknown)}; {DAMAGED}.")
@@ -151,10 +149,19 @@ class CheckpointLoader(HfQuantizer):
             for name in layers_here:
                 prepare(cast(FactorizedModule, model.get_submodule(name)), scheme)
         if checkpoint_files is not None:
-            _check_files(checkpoint_files, model)
+            check_files(checkpoint_files, model, self._conversions(get_model_conversion_mapping(model)))
         self.described.layers = layers_here  # under this model's names, for when it is saved
 
+    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+        """What transformers is to make of names and tensors in the files: nothing, but for those of earlier versions."""
+        return self._conversions(weight_conversions)
+
+    def _conversions(self, of_host: list[Any]) -> list[Any]:
+        return of_host if self.described.format_version == HOSTS_NAMES else []
+
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        keep_names(model)
+        self.described.format_version = FORMAT_VERSION
         _align(model)
         _warn_of_broken(model)
         scheme = self.described.quantization
@@ -226,6 +233,15 @@ def with_layers_in_config(model: PreTrainedModel, described: CheckpointConfig) -
     return plain
 
 
+def keep_names(model: PreTrainedModel) -> None:
+    """Have a model saved under the names of its own tensors, as they are.
+
+    For some architectures transformers renames, splits or joins what it writes, by patterns of names. They also catch factors,
+    and tear apart what is factorised in part: one of three matrices that share a tensor in the files, say.
+    """
+    vars(model)["_weight_conversions"] = []
+
+
 def mark_unquantized(model: PreTrainedModel) -> None:
     """Take away what tells transformers that a model cannot be trained or cast."""
     for module in model.modules():
@@ -249,6 +265,8 @@ def mark(module: FactorizedModule, name: str, kind: LayerKind[Any], shape: torch
         shape: of its weight.
     """
     module.mark(Replaced(name, kind, shape))
+    for part in module.modules():  # transformers is to initialise nothing in it, nor to look at the marker's shape
+        vars(part)["_is_hf_initialized"] = True
     return module
 
 
@@ -306,58 +324,6 @@ def _candidates(model: PreTrainedModel, name: str) -> tuple[str, ...]:
     return name, name.removeprefix(prefix), prefix + name
 
 
-def _check_files(files: Sequence[str], model: PreTrainedModel) -> None:
-    """Raise `ValueError` where the files lack a tensor of a factorised layer, hold others, or in another shape or dtype.
-
-    Of the model that was saved, not another one with the same base, no other tensor may be missing either, and none may hold
-    integers in place of numbers with a fraction, which transformers would take.
-    """
-    in_files = {key: (shape, dtype, file) for file in files for key, shape, dtype in _headers(file)}
-    where = str(Path(files[0]).parent) if len(files) > 1 else files[0]
-    factorized = [f"{name}." for name, module in model.named_modules() if isinstance(module, FactorizedModule)]
-    state = model.state_dict()
-    # Under the names that transformers gives them in files.
-    factors = revert_weight_conversion(model, {key: state[key] for key in state if key.startswith(tuple(factorized))})
-    # Every tensor of the model that was saved, and not of one with another head.
-    is_whole = getattr(model.config, "architectures", None) == [type(model).__name__]
-    expected = revert_weight_conversion(model, state)
-    prefix = f"{model.base_model_prefix}."
-    of_factors: set[str] = set()
-    for name, value in expected.items():
-        key = next((key for key in (name, prefix + name, name.removeprefix(prefix)) if key in in_files), name)
-        if key not in in_files:
-            if name not in model.all_tied_weights_keys and (is_whole or name in factors):
-                raise ValueError(f"{where}: tensor {key!r} is missing; {DAMAGED}.")
-            continue
-        shape, dtype, file = in_files[key]
-        if name not in factors:
-            if shape == [1] != list(value.shape):  # transformers before 5.23 would take it
-                raise ValueError(
-                    f"{file}: the layer of {key!r} is factorised, but not among `layers` of config.json; {DAMAGED}."
-                )
-        else:
-            of_factors.add(key)
-            if shape != list(value.shape):
-                raise ValueError(f"{file}: tensor {key!r} has shape {shape}, not {list(value.shape)}; {DAMAGED}.")
-        if "F" not in dtype if value.is_floating_point() else name in factors and dtype != INTEGERS.get(value.dtype):
-            raise ValueError(f"{file}: tensor {key!r} has dtype {dtype}, where {value.dtype} should be; {DAMAGED}.")
-    layers = tuple(key.removesuffix(MARKER) for key in of_factors if key.endswith(f".{MARKER}"))
-    for key, (*_, file) in in_files.items():
-        if key.startswith(layers) and key not in of_factors:
-            raise ValueError(f"{file}: tensor {key!r} does not belong to the factorised layer; {DAMAGED}.")
-
-
-def _headers(file: str) -> Iterator[tuple[str, list[int], str]]:
-    """Name, shape and dtype of each tensor."""
-    try:
-        with safe_open(file, framework="pt") as content:
-            for name in content.keys():  # noqa: SIM118  no dict
-                tensor = content.get_slice(name)
-                yield name, tensor.get_shape(), tensor.get_dtype()
-    except (SafetensorError, OSError) as error:
-        raise ValueError(f"{file} is not a whole safetensors file ({error}). Download or save it again.") from error
-
-
 def _align(model: PreTrainedModel) -> None:
     """Move matrices to memory as PyTorch aligns it: from within a file's pages, products of them would round differently."""
     for parameter in model.parameters():
@@ -386,7 +352,10 @@ def _is_finite(tensor: Tensor) -> bool:
 
 
 def _check_content(name: str, module: FactorizedModule) -> None:
-    """Raise `ValueError` where loaded factors hold NaN or inf, or the mask of the pivot form does not fit the rank."""
+    """Raise `ValueError` where factors were not loaded, or hold NaN or inf, or a mask does not fit the rank."""
+    for key, tensor in module.state_dict(keep_vars=True).items():
+        if not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)):  # which loaders of transformers set
+            raise ValueError(f"{name}.{key}: the tensor was not loaded from the checkpoint; {DAMAGED}.")
     for key, tensor in chain(module.named_parameters(), module.named_buffers()):
         if key != MARKER and not tensor.is_meta and not tensor.isfinite().all():
             raise ValueError(f"{name}.{key}: the tensor in the checkpoint holds NaN or infinite values; {DAMAGED}.")

@@ -13,7 +13,15 @@ from transformers import PreTrainedModel
 from ..layers.factorized import FactorizedModule
 from ..layers.pivot_expansion import PivotExpansion
 from ..runtime.hosts import extend
-from .checkpoint import METHOD, CheckpointConfig, CheckpointLoader, mark_unquantized, open_named_experts, place_factorized
+from .checkpoint import (
+    METHOD,
+    CheckpointConfig,
+    CheckpointLoader,
+    keep_names,
+    mark_unquantized,
+    open_named_experts,
+    place_factorized,
+)
 from .quantization import check_scheme, quantize
 
 
@@ -60,6 +68,7 @@ def factorized(model: PreTrainedModel, described: CheckpointConfig) -> PreTraine
     model.config.quantization_config = CheckpointConfig(layers, quantization=scheme)
     model.hf_quantizer = CheckpointLoader(model.config.quantization_config)  # type: ignore[assignment]
     mark_unquantized(model)
+    keep_names(model)
     if scheme is not None:
         quantize(model, scheme)
     elif not any(devices[name].type == "meta" for name in layers):  # what reads the weight itself gets the product

@@ -14,7 +14,15 @@ from transformers import PreTrainedModel
 from ..layers.factorized import FactorizedModule
 from ..layers.kinds import is_quantized
 from ..layers.quantized_bases import dequantized, note_dtype
-from ..standalone.checkpoint import METHOD, CheckpointConfig, CheckpointLoader, mark, mark_unquantized, specification_of
+from ..standalone.checkpoint import (
+    METHOD,
+    CheckpointConfig,
+    CheckpointLoader,
+    keep_names,
+    mark,
+    mark_unquantized,
+    specification_of,
+)
 from ..standalone.quantization import check_scheme
 from ..standalone.quantization import quantize as quantize_factors
 from .layer import ReparamLayer
@@ -54,6 +62,7 @@ def standalone_model(model: nn.Module, quantize: str | None = None) -> PreTraine
     if not layers:
         raise ValueError("no layer has factors in the active adapter, so that the model is a dense one; use `unload`.")
     mark_unquantized(plain)
+    keep_names(plain)
     plain.config.quantization_config = CheckpointConfig(layers, quantization=quantize)
     plain.hf_quantizer = CheckpointLoader(plain.config.quantization_config)
     if quantize is not None:

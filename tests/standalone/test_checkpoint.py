@@ -77,7 +77,7 @@ def test_truncated_files(length: int, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda c: c.update(format_version=2), r"`format_version` of the checkpoint is 2, .* reads 1\. Upgrade"),
+        (lambda c: c.update(format_version=3), r"`format_version` of the checkpoint is 3, .* reads 1 and 2\. Upgrade"),
         (lambda c: c.update(format_version="1"), r"`format_version` of the checkpoint is '1'"),
         (lambda c: c.update(run="os.system"), r"unknown fields \['run'\]"),
         (lambda c: c.update(layers=[1]), r"`layers` in config\.json"),
