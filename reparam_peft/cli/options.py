@@ -72,7 +72,9 @@ class TargetOptions:
     ] = None
     experts: Annotated[
         bool | None,
-        typer.Option("--experts/--no-experts", help="Whether fused experts of a mixture are compressed, too. Default: where there are."),
+        typer.Option(
+            "--experts/--no-experts", help="Whether fused experts of a mixture are compressed, too. Default: where there are."
+        ),
     ] = None
 
 

@@ -168,7 +168,9 @@ class Job:
             chooser=chooser,
             matrix_of=lambda name: source_matrix(targets[name].module),
             bias_of=lambda name: own_bias(targets[name].module) if targets[name].storage.bias else None,
-            passes=[list(targets)] if max_memory is None else passes_within(targets, max_memory, blocks, mlps, config.target_parameters or ()),
+            passes=[list(targets)]
+            if max_memory is None
+            else passes_within(targets, max_memory, blocks, mlps, config.target_parameters or ()),
             mlps=mlps,
         )
 

@@ -10,6 +10,7 @@ from ..calibration.statistics import Moments, Statistics
 from ..config.reparam_config import ReparamConfig
 from ..numerics.methods import method_of
 from ..numerics.metrics import diagonal, exact, shrink
+from .pooling import Pooled
 
 # Part of the input metric that weighs each token by the gradient there, so that the many tokens that matter are not drowned
 # out by the few of huge norm. Chosen on held-out calibration text, as shrinkage was; 0.1 to 0.4 differ by less than 1.5 %.
@@ -73,7 +74,7 @@ class Weigher:
     def weighing(
         self,
         name: str,
-        statistics: Statistics,
+        statistics: Statistics | Pooled,
         moves_bias: bool,
         moments: Moments | None = None,
         columns: Tensor | None = None,
@@ -118,7 +119,7 @@ class Weigher:
         amount = self.shrinkage
         return shrink(moments.gram, input_shrinkage(moments.rows, len(moments.gram)) if amount is None else amount)
 
-    def _shrunk_fisher(self, name: str, statistics: Statistics) -> Tensor:
+    def _shrunk_fisher(self, name: str, statistics: Statistics | Pooled) -> Tensor:
         fisher, amount = statistics.fisher(name), self.output_shrinkage
         return shrink(fisher, output_shrinkage(statistics.output_rows(name), len(fisher)) if amount is None else amount)
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextvars import ContextVar
+from dataclasses import dataclass
 from types import MethodType
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +22,8 @@ from .neuron_groups import NeuronGroup, Producer
 READERS, WRITER = ("gate_up_proj", "up_proj"), "down_proj"
 
 
-class RoutedRows(NamedTuple):
+@dataclass(frozen=True)
+class RoutedRows:
     """Which rows of its hidden states a mixture has given to an expert.
 
     Attributes:
@@ -52,7 +54,8 @@ class ExpertLinear(nn.Linear):
     def __init__(self, matrix: nn.Parameter, bias: nn.Parameter | None) -> None:
         nn.Module.__init__(self)
         self.out_features, self.in_features = matrix.shape
-        self.weight, self.bias = matrix, bias  # type: ignore[assignment]  # torch types a bias as always there
+        # Not assigned: loaders that start from empty parameters would move them to the meta device.
+        self._parameters |= {"weight": matrix, "bias": bias}
 
 
 def is_experts(module: nn.Module) -> bool:
@@ -82,9 +85,11 @@ def open_experts(experts: nn.Module, key: str) -> None:
         experts: of transformers' interface.
         key: name of the parameter, of shape (experts, out, in) or transposed.
     """
-    parameter, bias = experts._parameters.pop(key), experts._parameters.pop(f"{key}_bias", None)
+    parameter = experts._parameters.get(key)
     if parameter is None:
         raise ValueError(f"the experts have no parameter {key!r}.")
+    del experts._parameters[key]
+    bias = experts._parameters.pop(f"{key}_bias", None)
 
     def view(tensor: Tensor) -> nn.Parameter:
         return nn.Parameter(tensor, requires_grad=parameter.requires_grad)
@@ -134,7 +139,7 @@ def neurons_of_experts(model: nn.Module) -> Iterator[NeuronGroup]:
             layout = _layout(experts, readers.get_submodule(expert), writer)
             if layout is not None:
                 producer, consumer = (f"{prefix}.{name}.{expert}" if prefix else f"{name}.{expert}" for name in (key, WRITER))
-                yield NeuronGroup((Producer(producer, layout),), consumer, int(writer.in_features))  # type: ignore[arg-type]
+                yield NeuronGroup((Producer(producer, layout),), consumer, int(writer.in_features))
 
 
 def _layout(experts: nn.Module, reader: Any, writer: Any) -> str | None:

@@ -295,7 +295,9 @@ class ReparamModel(BaseTuner):
         Raises:
             ValueError: W was dropped; `merge_and_unload` gives a dense model of the products.
         """
-        check_base_weights(self.model, "the base model cannot be restored (`merge_and_unload` gives a dense model of the products)")
+        check_base_weights(
+            self.model, "the base model cannot be restored (`merge_and_unload` gives a dense model of the products)"
+        )
         with self._unchanged_on_error():
             for _, layer in reparam_layers(self.model):
                 if layer.merged:

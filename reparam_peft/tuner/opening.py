@@ -9,7 +9,7 @@ from torch import nn
 from ..arguments import listed
 from ..config.fields import ALL_EXPERTS
 from ..config.reparam_config import ReparamConfig
-from ..layers.experts import READERS, WRITER, close_experts, fused_parameters, is_experts, is_open, open_experts
+from ..layers.experts import READERS, WRITER, ExpertLinear, close_experts, fused_parameters, is_experts, is_open, open_experts
 from ..runtime.modules import is_offloaded, naming
 
 MOST_NAMED = 6  # in a message
@@ -34,7 +34,9 @@ def named_parameters(config: ReparamConfig, model: nn.Module) -> list[str]:
     else:
         names = [name for name, _ in model.named_parameters() if name not in fused] + list(fused)
         patterns = [asked] if isinstance(asked, str) else list(asked)
-        by_pattern = {pattern: [name for name in names if _takes(pattern, name, isinstance(asked, str))] for pattern in patterns}
+        by_pattern = {
+            pattern: [name for name in names if _takes(pattern, name, isinstance(asked, str))] for pattern in patterns
+        }
         unused = sorted(pattern for pattern, matched in by_pattern.items() if not matched)
         taken = list(dict.fromkeys(name for matched in by_pattern.values() for name in matched))
         if unused and not (taken or config.target_modules):
@@ -77,7 +79,7 @@ def close_parameters(model: nn.Module) -> None:
     for experts in model.modules():
         if is_experts(experts):
             for key in (*READERS, WRITER):
-                if is_open(experts, key) and all(type(layer).__mro__[1] is nn.Linear for layer in experts._modules[key]):
+                if is_open(experts, key) and all(isinstance(m, ExpertLinear) for m in experts.get_submodule(key).children()):
                     close_experts(experts, key)
 
 

@@ -92,9 +92,7 @@ def drop_experts(model: Any, keep: float, batches: Sequence[dict[str, Tensor]]) 
     of_experts = sum(p.numel() for layer in layers for p in layer.mlp.experts.parameters())
     linear = sum(m.weight.numel() for layer in layers for m in layer.self_attn.modules() if isinstance(m, nn.Linear))
     experts = layers[0].mlp.experts.num_experts
-    left = max(
-        layers[0].mlp.gate.top_k, math.ceil((keep * (of_experts + linear) - linear) / of_experts * experts - 1e-9)
-    )
+    left = max(layers[0].mlp.gate.top_k, math.ceil((keep * (of_experts + linear) - linear) / of_experts * experts - 1e-9))
     for layer, score in zip(layers, scores, strict=True):
         stays = score[0].div(score[1].clamp(min=1)).topk(left).indices.sort().values
         for owner, name in ((layer.mlp.experts, "gate_up_proj"), (layer.mlp.experts, "down_proj"), (layer.mlp.gate, "weight")):

@@ -14,6 +14,8 @@ from transformers import (
     BertForSequenceClassification,
     GPT2Config,
     GPT2LMHeadModel,
+    GptOssConfig,
+    GptOssForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -173,11 +175,23 @@ def net() -> Net:
 
 
 def qwen_moe() -> Qwen2MoeForCausalLM:
-    """A mixture whose experts are one tensor, which is left alone, beside a shared expert of linear layers."""
+    """A mixture whose experts are fused, gate and up split, beside a shared expert of linear layers."""
     torch.manual_seed(0)
-    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 24, "shared_expert_intermediate_size": 40}
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "moe_intermediate_size": 28, "shared_expert_intermediate_size": 40}
     heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_experts": 4, "num_experts_per_tok": 2}
     return Qwen2MoeForCausalLM(Qwen2MoeConfig(**sizes, **heads, num_hidden_layers=2, vocab_size=100)).eval()
+
+
+def gpt_oss() -> GptOssForCausalLM:
+    """A mixture whose experts are fused, transposed and with biases, gate and up interleaved."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 28, "num_hidden_layers": 2, "head_dim": 8, "vocab_size": 100}
+    heads = {"num_attention_heads": 4, "num_key_value_heads": 2, "num_local_experts": 4, "num_experts_per_tok": 2}
+    model = GptOssForCausalLM(GptOssConfig(**sizes, **heads, sliding_window=8)).eval()
+    for name, parameter in model.named_parameters():
+        if name.endswith("_bias"):
+            nn.init.normal_(parameter, std=0.02)
+    return model
 
 
 def masked_lm() -> BertForMaskedLM:

@@ -18,3 +18,8 @@ def assert_close(got: Tensor, expected: Tensor, dtype: torch.dtype | None = None
     """Equal to within the tolerance of `dtype`, by default that of `got`."""
     error = relative_error(got, expected)
     assert error <= TOLERANCE[dtype or got.dtype], f"relative error {error:.3g}"
+
+
+def assert_equal(got: Tensor, expected: Tensor) -> None:
+    """Equal to the bit."""
+    assert torch.equal(got, expected)

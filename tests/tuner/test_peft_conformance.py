@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import os
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,9 +19,9 @@ import torch
 import transformers
 from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
-from support.models import CASES, Case, bert, gpt2, image_inputs, llama, t5, token_inputs
+from support.models import CASES, Case, bert, gpt2, gpt_oss, image_inputs, llama, qwen_moe, t5, token_inputs
 from support.narrow import GROUPS, kept_neurons, narrow_config, narrow_products, narrowed
-from support.tolerances import assert_close
+from support.tolerances import assert_close, assert_equal
 from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
@@ -48,17 +48,19 @@ class Way(Case):
 
     form: str = "factors"
     calibrated: bool = False
+    target_parameters: str | None = None
 
     def config(self, **options: Any) -> ReparamConfig:
         if self.calibrated:
             options["allocation"] = "uniform"  # so that the same targets stay dense at every `keep`
-        return ReparamConfig(target_modules=self.target_modules, form=self.form, **{"keep": 0.5, **options})
+        targets = {"target_modules": self.target_modules, "target_parameters": self.target_parameters}
+        return ReparamConfig(**targets, form=self.form, **{"keep": 0.5, **options})
 
     def compressed(self, model: nn.Module | None = None, **options: Any) -> PeftModel:
         model = self.model() if model is None else model
         if not self.calibrated:
             return get_peft_model(model, self.config(**options)).eval()
-        statistics = statistics_of(self.build, self.target_modules)
+        statistics = statistics_of(self.build, self.target_modules, self.target_parameters)
         return compress(model, self.config(**options), statistics, progress=False).eval()
 
     def __str__(self) -> str:
@@ -86,7 +88,11 @@ NARROW = [
     NarrowWay("Linear", llama, ["gate_proj", "up_proj", "down_proj"], token_inputs, "pivot"),
     NarrowWay("Conv1D", gpt2, ["c_fc", "mlp.c_proj"], token_inputs, "factors", calibrated=True),
 ]
-WITH_NEURONS = [*(way(case, form) for case in CASES for form in ("factors", "pivot")), *CALIBRATED]
+EXPERTS = [
+    Way("Experts", qwen_moe, [], token_inputs, "factors", target_parameters="all-experts"),
+    Way("Experts", gpt_oss, [], token_inputs, "pivot", calibrated=True, target_parameters="all-experts"),
+]
+WITH_NEURONS = [*(way(case, form) for case in CASES for form in ("factors", "pivot")), *CALIBRATED, *EXPERTS]
 WAYS = [*WITH_NEURONS, *NARROW]
 
 
@@ -96,18 +102,24 @@ def linear_ways(*builds: Callable[[], nn.Module]) -> list[Way]:
 
 
 @cache
-def calibration_of(build: Callable[[], nn.Module], target_modules: tuple[str, ...] | str) -> Statistics:
+def calibration_of(
+    build: Callable[[], nn.Module], target_modules: tuple[str, ...] | str, target_parameters: str | None
+) -> Statistics:
     generator = torch.Generator().manual_seed(0)
     if build is CASES[3].build:
         batch = {"x": torch.randn(8, *image_inputs()["x"].shape[1:], generator=generator)}
     else:
         batch = {"input_ids": torch.randint(3, 100, (8, 12), generator=generator)}
     targets = target_modules if isinstance(target_modules, str) else list(target_modules)
-    return calibrate(build(), ReparamConfig(target_modules=targets), [batch], progress=False)
+    config = ReparamConfig(target_modules=targets, target_parameters=target_parameters)
+    return calibrate(build(), config, [batch], progress=False)
 
 
-def statistics_of(build: Callable[[], nn.Module], target_modules: list[str] | str) -> Statistics:
-    return calibration_of(build, target_modules if isinstance(target_modules, str) else tuple(target_modules))
+def statistics_of(
+    build: Callable[[], nn.Module], target_modules: list[str] | str, target_parameters: str | None = None
+) -> Statistics:
+    modules = target_modules if isinstance(target_modules, str) else tuple(target_modules)
+    return calibration_of(build, modules, target_parameters)
 
 
 @pytest.fixture(params=WAYS, ids=str)
@@ -179,8 +191,10 @@ def test_biases_are_kept(case: Way) -> None:
     for name, one in compressed(case).base_model.model.named_modules():
         if isinstance(one, ReparamLayer):
             bias = getattr(one.base_layer, "bias", None)
-            assert (bias is not None) == (f"{name}.bias" in original)
-            assert bias is None or torch.equal(bias, original[f"{name}.bias"])
+            fused, _, expert = name.rpartition(".")
+            own = original[f"{fused}_bias"][int(expert)] if f"{fused}_bias" in original else original.get(f"{name}.bias")
+            assert (bias is None) == (own is None)
+            assert bias is None or torch.equal(bias, own)
             moved = one.reparam_factors["default"].bias
             assert (moved is not None) == (case.calibrated and bias is not None)
             assert moved is None or not torch.equal(moved, bias)
@@ -383,7 +397,7 @@ def test_second_fresh_adapter_factorises_the_first(case: Way) -> None:
     small = compressed(case)
     expected = case.output(small)
     with pytest.warns(UserWarning, match="factorises the product of adapter 'default'"):
-        small.add_adapter("again", ReparamConfig(target_modules=case.target_modules, r="full", form=case.form))
+        small.add_adapter("again", replace(case, calibrated=False).config(r="full"))
     assert torch.equal(case.output(small), expected)
     small.set_adapter("again")
     assert_close(case.output(small), expected)
@@ -420,10 +434,11 @@ def test_kept_base_disables_unloads_deletes_and_adds(whole_case: Way) -> None:
     original = case.output(case.model())
     small = compressed(case, keep_base=True)
     expected = case.output(small)
+    check = assert_close if case.target_parameters else assert_equal  # opened experts compute in another order
     with small.disable_adapter():
-        assert torch.equal(case.output(small), original)
+        check(case.output(small), original)
     assert torch.equal(case.output(small), expected)
-    small.add_adapter("full", ReparamConfig(target_modules=case.target_modules, r="full", form=case.form, keep_base=True))
+    small.add_adapter("full", replace(case, calibrated=False).config(r="full", keep_base=True))
     small.base_model.set_adapter(["default", "full"])
     assert_close(case.output(small), expected)  # W + (AB − W) + (W − W)
     small.merge_adapter()
@@ -432,7 +447,7 @@ def test_kept_base_disables_unloads_deletes_and_adds(whole_case: Way) -> None:
     small.set_adapter("default")
     small.delete_adapter("default")
     small.delete_adapter("full")
-    assert torch.equal(case.output(small.base_model), original)
+    check(case.output(small.base_model), original)
     again = compressed(case, keep_base=True)
     again.merge_adapter()
     unloaded = again.unload()
