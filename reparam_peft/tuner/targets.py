@@ -67,7 +67,7 @@ def is_target(config: ReparamConfig, name: str) -> object:
     if config.loading and not config.is_of_adapter(name):
         return False
     matched = BaseTuner._check_target_module_exists(config, name)
-    return matched or (not isinstance(matched, _ExcludedModule) and config.is_of_parameters(name))
+    return matched if isinstance(matched, _ExcludedModule) else matched or config.is_of_parameters(name)
 
 
 def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str], object]) -> dict[str, Target]:

@@ -1,0 +1,101 @@
+"""Which parameters a config takes, and that they are open in the model only for as long as it holds factors of them."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+from support.batches import text
+from support.models import gpt_oss, llama, qwen_moe, token_inputs
+from support.tolerances import assert_close
+from torch import nn
+
+from reparam_peft import ReparamConfig, calibrate, compress, plan
+
+BATCHES = [text([24, 20, 24, 17], 24, seed=seed) for seed in range(3)]
+
+FIRST = "model.layers.0.mlp.experts.gate_up_proj"
+
+
+def names_of(model: nn.Module) -> list[str]:
+    return [name for name, _ in model.named_parameters()]
+
+
+@pytest.mark.parametrize(
+    ("options", "experts", "others"),
+    [
+        ({"target_parameters": "all-experts", "target_modules": []}, 16, 0),
+        ({"target_parameters": "all-experts", "target_modules": "all-linear"}, 16, 14),
+        ({"target_parameters": ["experts.gate_up_proj"], "target_modules": []}, 8, 0),
+        ({"target_parameters": [FIRST]}, 4, 0),
+        ({"target_parameters": r".*layers\.1.*(gate_up|down)_proj", "target_modules": ["q_proj"]}, 8, 2),
+        ({"target_parameters": "all-experts", "exclude_modules": r".*down_proj\.[01]"}, 12, 0),
+        ({"target_parameters": ["q_proj.weight"]}, 0, 2),
+    ],
+)
+def test_parameters_are_named_as_for_lora(options: dict[str, Any], experts: int, others: int) -> None:
+    small = get_peft_model(qwen_moe(), ReparamConfig(**{"target_modules": [], **options}, keep=0.5))
+    ranks = small.peft_config["default"].rank_pattern
+    assert sum(".experts." in name for name in ranks) == experts
+    assert sum(".experts." not in name for name in ranks) >= others
+    opened = {name.rpartition(".")[0] for name in ranks if ".experts." in name}
+    assert opened <= set(small.peft_config["default"].target_parameters)
+    assert small(**token_inputs()).logits.isfinite().all()
+
+
+@pytest.mark.parametrize(
+    ("build", "asked", "match"),
+    [
+        (llama, "all-experts", "has no fused experts"),
+        (qwen_moe, ["nothing"], r"\['nothing'\] match no parameter of the model; its fused experts are model.layers.0"),
+        (qwen_moe, ["input_layernorm.weight"], "input_layernorm"),
+        (qwen_moe, r".*shared_expert_gate|.*norm\.weigh", "match no parameter"),
+        (gpt_oss, ["experts.gate_up_proj_bias"], "neither the weight of a layer nor a parameter of fused experts"),
+    ],
+)
+def test_what_cannot_be_opened_is_refused(build: Any, asked: Any, match: str) -> None:
+    model = build()
+    before = names_of(model)
+    with pytest.raises((TypeError, ValueError), match=match):
+        get_peft_model(model, ReparamConfig(target_modules=[], target_parameters=asked))
+    assert names_of(model) == before
+
+
+@pytest.mark.parametrize("asked", [3, [3], "("])
+def test_values_are_checked(asked: Any) -> None:
+    with pytest.raises((TypeError, ValueError), match="target_parameters"):
+        ReparamConfig(target_parameters=asked)
+
+
+@pytest.mark.parametrize("build", [qwen_moe, gpt_oss])
+def test_only_a_compressed_model_stays_open(build: Any, tmp_path: Path) -> None:
+    model = build()
+    before = dict(model.named_parameters())
+    config = ReparamConfig(target_modules="all-linear", target_parameters="all-experts", keep=0.5)
+    statistics = calibrate(model, config, BATCHES, progress=False)
+    chosen = plan(model, config, statistics, progress=False)
+    assert len(chosen.modules) == len(statistics.outputs) > 16
+    assert {n: id(p) for n, p in model.named_parameters()} == {n: id(p) for n, p in before.items()}
+    small = compress(model, config, statistics, plan=chosen, progress=False).eval()
+    assert small.size_report().keep <= 0.5
+    expected = small(**token_inputs()).logits
+    small.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(), tmp_path).eval()
+    assert torch.equal(loaded(**token_inputs()).logits, expected)
+    merged = loaded.merge_and_unload()
+    assert names_of(merged) == list(before)
+    assert all(parameter.shape == before[name].shape for name, parameter in merged.named_parameters())
+    assert_close(merged(**token_inputs()).logits, expected)
+
+
+def test_an_adapter_in_a_file_names_its_parameters(tmp_path: Path) -> None:
+    config = ReparamConfig(target_modules="all-linear", target_parameters="all-experts", keep=0.5)
+    get_peft_model(qwen_moe(), config).save_pretrained(tmp_path)
+    saved = ReparamConfig.from_pretrained(str(tmp_path))
+    assert saved.target_parameters == sorted(saved.target_parameters, key=saved.target_parameters.index)
+    assert len(saved.target_parameters) == 4
+    assert not any(".experts." in name for name in saved.target_modules)  # tens of thousands, in a large model
+    assert config.target_parameters == "all-experts"
