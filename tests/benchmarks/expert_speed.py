@@ -1,0 +1,97 @@
+"""Time of a layer of experts, factorised, beside the dense module of transformers.
+
+    python tests/benchmarks/expert_speed.py [--shapes 128x768x2048x8 8x14336x4096x2] [--tokens 512 1] [--keep 0.5] [--rounds 7]
+
+A shape is experts x neurons x hidden size x experts of each token. Weights are random and factors are of plain form at one share
+of each matrix; the dense module computes in transformers' `eager` and `grouped_mm` ways, opened and factorised ones in theirs.
+Medians of alternating rounds in one process; prints a Markdown table of ratios, dense by factorised: above 1 is faster.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor, nn
+from transformers import MixtralConfig
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+
+from reparam_peft import ReparamConfig
+
+WAYS = ("eager", "grouped_mm")
+
+
+class Layer(nn.Module):
+    """A layer of experts by itself."""
+
+    def __init__(self, config: MixtralConfig) -> None:
+        super().__init__()
+        self.experts = MixtralExperts(config)
+
+    def forward(self, *inputs: Tensor) -> Tensor:
+        return self.experts(*inputs)
+
+
+def main() -> None:
+    """Print the table."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shapes", nargs="+", default=["128x768x2048x8", "8x14336x4096x2"])
+    parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1])
+    parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--rounds", type=int, default=7)
+    options = parser.parse_args()
+    print(f"{torch.get_num_threads()} threads, keep {options.keep:g}, float32\n")
+    print(f"| experts x neurons x hidden x active | tokens | {' | '.join(f'against {way}' for way in WAYS)} |\n{'| --- ' * 4}|")
+    for shape in options.shapes:
+        experts, neurons, hidden, active = map(int, shape.split("x"))
+        sizes = {"hidden_size": hidden, "intermediate_size": neurons, "num_local_experts": experts}
+        config = MixtralConfig(**sizes, num_experts_per_tok=active)
+        dense = Layer(config).eval()
+        for parameter in dense.parameters():
+            nn.init.normal_(parameter, std=0.02)
+        small = get_peft_model(copy.deepcopy(dense), _config(options.keep)).eval()
+        for tokens in options.tokens:
+            inputs = _inputs(tokens, hidden, experts, active)
+            with torch.no_grad():
+                times = _times(dense, small, inputs, options.rounds)
+            ratios = [f"{times[way] / times['factorised']:.2f}" for way in WAYS]
+            print(f"| {shape} | {tokens} | {' | '.join(ratios)} |", flush=True)
+
+
+def _config(keep: float) -> ReparamConfig:
+    return ReparamConfig(target_modules=[], target_parameters="all-experts", keep=keep, init_weights=False)
+
+
+def _inputs(tokens: int, hidden: int, experts: int, active: int) -> tuple[Tensor, Tensor, Tensor]:
+    chosen = torch.rand(tokens, experts).topk(active).indices
+    return torch.randn(tokens, hidden), chosen, torch.full((tokens, active), 1 / active)
+
+
+def _times(dense: Any, small: Any, inputs: tuple[Tensor, ...], rounds: int) -> dict[str, float]:
+    """Seconds of each way, medians."""
+
+    def of_dense(way: str) -> Callable[[], Tensor]:
+        def run() -> Tensor:
+            dense.experts.config._experts_implementation = way
+            return dense(*inputs)
+
+        return run
+
+    ways = {**{way: of_dense(way) for way in WAYS}, "factorised": lambda: small(*inputs)}
+    seconds: dict[str, list[float]] = {name: [] for name in ways}
+    for _ in range(rounds + 1):
+        for name, run in ways.items():
+            start = time.perf_counter()
+            run()
+            seconds[name].append(time.perf_counter() - start)
+    return {name: statistics.median(values[1:]) for name, values in seconds.items()}
+
+
+if __name__ == "__main__":
+    main()
