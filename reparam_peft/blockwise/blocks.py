@@ -1,8 +1,8 @@
-"""The blocks of a model, and their inputs: the model's own code says what happens between them."""
+"""The inputs of the blocks of a model: the model's own code says what happens between them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
@@ -15,52 +15,6 @@ from ..runtime.batches import Batch
 from ..runtime.modules import evaluating, forward_as, input_device, without_cache
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
-
-
-def block_of(name: str, blocks: Iterable[str]) -> str | None:
-    """The block that a module is in, by their names; None: in none.
-
-    >>> block_of("layers.1.mlp", ["layers.0", "layers.1"]), block_of("layers.10.mlp", ["layers.1"])
-    ('layers.1', None)
-    """
-    return next((block for block in blocks if name.startswith(f"{block}.")), None)
-
-
-def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a model, by name: what the model itself says must not be split, or else repeated items of module lists.
-
-    Args:
-        model: a transformers model, whose `_no_split_modules` names classes, or any other that repeats a class of modules in
-            an `nn.ModuleList` or `nn.Sequential`. Blocks inside of blocks do not count.
-
-    Returns:
-        Name → module, in the order of `named_modules`.
-
-    Raises:
-        ValueError: there are none.
-    """
-    classes = set(getattr(model, "_no_split_modules", None) or ())
-    blocks = _outermost({name: module for name, module in model.named_modules() if type(module).__name__ in classes})
-    if not blocks:
-        blocks = _outermost(
-            {
-                f"{prefix}{'.' if prefix else ''}{name}": child
-                for prefix, parent in model.named_modules()
-                if isinstance(parent, (nn.ModuleList, nn.Sequential))
-                for name, child in parent.named_children()
-                if sum(type(other) is type(child) for other in parent) > 1 and any(True for _ in child.children())
-            }
-        )
-    if not blocks:
-        raise ValueError(
-            f"a {type(model).__name__} has no blocks: it names none in `_no_split_modules`, and repeats no class of modules in "
-            "an nn.ModuleList. Leave out `sequential` and `refine`, which go block by block."
-        )
-    return blocks
-
-
-def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    return {name: module for name, module in modules.items() if not any(name.startswith(f"{n}.") for n in modules)}
 
 
 class _Reached(Exception):

@@ -14,7 +14,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from ..arguments import ReparamWarning, check_seed
-from ..blockwise.blocks import block_of
 from ..calibration.gather import gather_statistics
 from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Batches, Moments, Statistics
@@ -29,6 +28,7 @@ from ..planning.neurons import Losses
 from ..planning.plan import Plan, make_plan
 from ..planning.ranks import RankChooser, is_nested
 from ..runtime import processes
+from ..runtime.blocks import block_of
 from ..runtime.modules import naming
 from ..runtime.processes import check_whole, fails_together
 from ..tuner.matrices import base_dtype, own_bias, source_matrix

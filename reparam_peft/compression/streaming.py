@@ -18,13 +18,13 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..arguments import check_seed
 from ..blockwise.anchoring import Anchoring
-from ..blockwise.blocks import block_of, find_blocks
 from ..blockwise.refinement import Refinement
 from ..calibration.statistics import Statistics
 from ..config.model_card import write_standalone_card
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import Product, product_of, tensors_of
 from ..planning.plan import Plan
+from ..runtime.blocks import block_of, find_blocks
 from ..runtime.files import follow_umask, remove_whole, take_lock, unfinished, write_whole, writing
 from ..runtime.fingerprints import fingerprint_of_model
 from ..runtime.json_files import read_json
