@@ -38,18 +38,20 @@ class Replay:
         batches: keyword batches.
 
     Attributes:
-        order: names of the blocks, in the order of the data flow.
+        order: names of the blocks that the first batch reaches, in the order of the data flow.
+        unreached: names of the other blocks.
         depends: position of a block in `order` → positions of earlier ones that its inputs depend on.
         last_use: position of a block → the last position that depends on it.
 
     Raises:
-        ValueError: a block is never run or several times in one pass, the model does not accept a batch, or the inputs of a
+        ValueError: a block runs several times in one pass, the model does not accept a batch, or the inputs of a
             block cannot be reproduced.
     """
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], batches: Sequence[Batch]) -> None:
         self.model, self.blocks, self.batches = model, blocks, batches
         self.order: list[str] = []
+        self.unreached: list[str] = []
         self.depends: dict[int, set[int]] = {}
         self.changes_in_place = False  # what blocks return, for which hollow outputs need memory of their own
         self._find_dependencies()
@@ -118,8 +120,7 @@ class Replay:
                 stack.callback(hook.remove)
                 stack.callback(block.register_forward_hook(_bound(after, name)).remove)
             self._run(0)
-        for name in self.blocks.keys() - set(self.order):
-            raise ValueError(f"{name}: no batch reaches this block. Give batches that use it, or target none of its modules.")
+        self.unreached = [name for name in self.blocks if name not in self.order]
         # An output that is left out is played as a hollow one: right in shape, so that the model's code runs, and NaN, so that
         # whatever is computed from it is NaN, which equals nothing. Inputs that come out equal do not depend on it.
         hollow = {position: hollowed(output) for position, output in outputs.items()}

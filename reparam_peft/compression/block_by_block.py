@@ -33,7 +33,7 @@ from ..runtime.fingerprints import (
     fingerprint_of_model,
     fingerprint_of_values,
 )
-from ..runtime.modules import encoder_of, evaluating, naming, parameter_owners, set_module
+from ..runtime.modules import abridged, encoder_of, evaluating, naming, parameter_owners, set_module
 from ..runtime.processes import fails_together, processes
 from ..runtime.run_folder import RunFolder, json_able
 from ..tuner.layer import ReparamLayer
@@ -171,6 +171,7 @@ class BlockByBlock:
         self.unfinished = len(done) < len(order)  # else nobody needs what blocks compute
         with fails_together():
             targets = job.ranked(plan)
+            self._check_reached(targets)
             check_targets(targets, job.config, job.model, adapter_name, loading=False)
         self.folder.begin(plan.to_dict())
         result = Result(plan)
@@ -191,6 +192,15 @@ class BlockByBlock:
                     self._block(position, name, within, done.get(name), result, bar)
                 bar.update((position + 1) * passes - bar.n)
         return result
+
+    def _check_reached(self, targets: Mapping[str, Target]) -> None:
+        """Raise `ValueError` where blocks with targets are not run; what others hold stays as it is."""
+        blocks = [name for name in self.replay.unreached if targets_within(targets, name)]
+        if blocks:
+            raise ValueError(
+                f"the first batch does not reach {len(blocks)} blocks that hold targets: {', '.join(abridged(blocks))}. Let "
+                "the first batch use them, or leave their modules out with `exclude_modules`."
+            )
 
     def _outside(self, targets: Mapping[str, Target], result: Result) -> None:
         """Targets that belong to no block are factorised one-shot; those before the blocks change what the blocks see."""

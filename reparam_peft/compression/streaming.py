@@ -32,7 +32,7 @@ from ..runtime.run_folder import RunFolder, json_able
 from ..standalone.self_contained import auto_class
 from ..tuner.data_free import check_data_free, check_standalone, factorize_targets, installing
 from ..tuner.model import config_of
-from ..tuner.selection import select_targets
+from ..tuner.selection import select_targets, with_targets
 from ..tuner.sizes import SizeReport
 from ..tuner.targets import Target
 from .block_by_block import Steps
@@ -198,7 +198,7 @@ def _data_free(model: PreTrainedModel, config: ReparamConfig, run: Path, progres
     with RunFolder(run, settings, mapped=True) as folder:
         products = _data_free_products(targets, model, config, folder, progress)
     with installing(products):  # in the dtype of the files, in which they stay
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        return get_peft_model(model, with_targets(config, targets), autocast_adapter_dtype=False)
 
 
 def _data_free_products(

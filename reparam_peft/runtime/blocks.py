@@ -29,24 +29,35 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     Raises:
         ValueError: there are none.
     """
-    classes = set(getattr(model, "_no_split_modules", None) or ())
-    blocks = _outermost({name: module for name, module in model.named_modules() if type(module).__name__ in classes})
-    if not blocks:
-        blocks = _outermost(
-            {
-                f"{prefix}{'.' if prefix else ''}{name}": child
-                for prefix, parent in model.named_modules()
-                if isinstance(parent, (nn.ModuleList, nn.Sequential))
-                for name, child in parent.named_children()
-                if sum(type(other) is type(child) for other in parent) > 1 and any(True for _ in child.children())
-            }
-        )
+    blocks = _outermost(_unsplit(model)) or _outermost(_items(model))
     if not blocks:
         raise ValueError(
             f"a {type(model).__name__} has no blocks: it names none in `_no_split_modules`, and repeats no class of modules in "
             "an nn.ModuleList. Leave out `sequential` and `refine`, which go block by block."
         )
     return blocks
+
+
+def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
+    """All blocks of a model, by name: those of `find_blocks` and, of parts that the model says nothing of, repeated items."""
+    return _outermost({**_items(model), **_unsplit(model)})
+
+
+def _unsplit(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules that a model of transformers says must not be split, by name."""
+    classes = set(getattr(model, "_no_split_modules", None) or ())
+    return {name: module for name, module in model.named_modules() if type(module).__name__ in classes}
+
+
+def _items(model: nn.Module) -> dict[str, nn.Module]:
+    """Repeated items of module lists that have children of their own, by name."""
+    return {
+        f"{prefix}{'.' if prefix else ''}{name}": child
+        for prefix, parent in model.named_modules()
+        if isinstance(parent, (nn.ModuleList, nn.Sequential))
+        for name, child in parent.named_children()
+        if sum(type(other) is type(child) for other in parent) > 1 and any(True for _ in child.children())
+    }
 
 
 def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:

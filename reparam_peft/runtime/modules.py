@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -150,6 +151,18 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].append(name)
     return owners
+
+
+def abridged(names: Iterable[str]) -> list[str]:
+    """Names of modules, those that differ by their numbers only as one, with how many they are.
+
+    >>> abridged(["layers.0.mlp", "layers.1.mlp", "head"])
+    ['layers.*.mlp (2)', 'head']
+    """
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[re.sub(r"(?<![^.])\d+(?![^.])", "*", name)].append(name)
+    return [group[0] if len(group) == 1 else f"{pattern} ({len(group)})" for pattern, group in alike.items()]
 
 
 @contextmanager

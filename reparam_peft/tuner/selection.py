@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import cast
 
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner, _maybe_include_all_linear_layers
+from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config.reparam_config import ReparamConfig
-from .model import ReparamModel
+from ..runtime.blocks import block_of, repeated_blocks
+from .target_modules import TARGET_MODULES
 from .targets import Target, check_targets, find_targets, is_target, save_heads
 
 
@@ -24,11 +27,81 @@ def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, l
     """
     config = copy.deepcopy(config)
     save_heads(config)
-    tuner = ReparamModel.__new__(ReparamModel)
-    prepared = tuner._prepare_adapter_config(config, BaseTuner.get_model_config(model))
-    config = cast(ReparamConfig, _maybe_include_all_linear_layers(prepared, model))  # each returns what it was given
-    targets = find_targets(config, model, partial(is_target, config))
+    targets = take_targets(config, model, partial(is_target, config))
     if not targets:
         raise ValueError(f"`target_modules` {config.target_modules!r} match no module of the model; check the names.")
     check_targets(targets, config, model, adapter_name, loading)
     return targets
+
+
+def names_targets(config: ReparamConfig) -> bool:
+    """Whether a config names its targets, so that each of them is wanted."""
+    given = config.target_modules
+    return given is not None and not (isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND)
+
+
+def with_targets(config: ReparamConfig, targets: Iterable[str]) -> ReparamConfig:
+    """A copy of a config that takes these targets, of those that it had selected, and no others."""
+    config = copy.deepcopy(config)
+    names = {*targets}
+    if not names_targets(config):
+        config.target_modules = names
+    config.choose(names)
+    return config
+
+
+def take_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str], object]) -> dict[str, Target]:
+    """The targets of a config, which then names them: changes it in place.
+
+    Where the config leaves them open, modules that cannot be factorised are left out, with one warning.
+
+    Args:
+        config: whose `target_modules` may be "all-linear"; None: the projections of the known architectures, of others all
+            linear layers of the repeated blocks.
+        model: whose modules they are.
+        matches: whether a name is one of a target, by the config.
+
+    Raises:
+        TypeError, ValueError: as for `find_targets`; or no default is known for the model.
+    """
+    if names_targets(config):
+        return find_targets(config, model, matches)
+    if config.target_modules is None:
+        _take_default(config, model)
+    else:
+        config.target_modules = _all_linear(config, model)
+        config.choose(config.target_modules)
+    targets = find_targets(config, model, matches, named=False)
+    config.choose(targets)
+    return targets
+
+
+def _take_default(config: ReparamConfig, model: nn.Module) -> None:
+    """Endings of the names of the default targets, in place."""
+    model_type = BaseTuner.get_model_config(model).get("model_type")
+    if model_type in TARGET_MODULES:
+        config.target_modules = {*TARGET_MODULES[model_type]}
+        return
+    within = {}
+    if isinstance(model, PreTrainedModel):
+        blocks = list(repeated_blocks(model))
+        within = {name: block_of(name, blocks) for name in _all_linear(config, model)}
+    endings = {name.removeprefix(f"{block}.") for name, block in within.items() if block is not None}
+    if endings:
+        config.target_modules = endings
+        config.choose(name for name, block in within.items() if block is not None)
+    elif model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
+        config.target_modules = {*TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type]}
+    else:
+        raise ValueError(
+            "Please specify `target_modules` in `peft_config`: the model is none of transformers', or repeats no blocks that "
+            'hold linear layers. "all-linear" takes every linear layer.'
+        )
+
+
+def _all_linear(config: ReparamConfig, model: nn.Module) -> set[str]:
+    """The names of what PEFT takes for all linear layers of a model."""
+    config = copy.copy(config)
+    config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+    names = _maybe_include_all_linear_layers(config, model).target_modules
+    return {*names}
