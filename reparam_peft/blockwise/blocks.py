@@ -163,8 +163,15 @@ def hollowed(tree: Any) -> Any:
 
 
 def main_tensor(output: Any) -> Tensor:
-    """The first floating-point tensor of a block's output, which goes on to the next block."""
-    return next(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    """The first floating-point tensor of a block's output, which goes on to the next block.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for leaf in tree_flatten(output)[0]:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
+    raise ValueError("this block returns no floating-point tensor to compare; leave out `sequential` and `refine`.")
 
 
 def _reach(*args: Any, **kwargs: Any) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..layers.kinds import LayerKind
 from ..layers.wrapper import kind_and_layer
@@ -185,7 +186,8 @@ class Recorder:
         record.rows += len(Y)
 
     def _after_encoder(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.encoder_output = weakref.ref(output[0])
+        first = next((leaf for leaf in tree_leaves(output[0]) if isinstance(leaf, Tensor)), None)
+        self.encoder_output = None if first is None else weakref.ref(first)
 
 
 class _Hook:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 
+from ..arguments import ReparamWarning
 from ..blockwise.activations import Activations
 from ..blockwise.anchoring import Anchoring, Expansion, Observed, anchored, input_groups, observe, residual_sources
 from ..blockwise.blocks import Call, Replay
@@ -171,7 +173,7 @@ class BlockByBlock:
         self.unfinished = len(done) < len(order)  # else nobody needs what blocks compute
         with fails_together():
             targets = job.ranked(plan)
-            self._check_reached(targets)
+            self._tell_of_unreached(targets)
             check_targets(targets, job.config, job.model, adapter_name, loading=False)
         self.folder.begin(plan.to_dict())
         result = Result(plan)
@@ -193,13 +195,15 @@ class BlockByBlock:
                 bar.update((position + 1) * passes - bar.n)
         return result
 
-    def _check_reached(self, targets: Mapping[str, Target]) -> None:
-        """Raise `ValueError` where blocks with targets are not run; what others hold stays as it is."""
+    def _tell_of_unreached(self, targets: Mapping[str, Target]) -> None:
+        """Warn of blocks with targets that the first batch does not run, so that their place in the data flow is not known."""
         blocks = [name for name in self.replay.unreached if targets_within(targets, name)]
         if blocks:
-            raise ValueError(
-                f"the first batch does not reach {len(blocks)} blocks that hold targets: {', '.join(abridged(blocks))}. Let "
-                "the first batch use them, or leave their modules out with `exclude_modules`."
+            warnings.warn(
+                f"The first batch does not run {', '.join(abridged(blocks))}, so that the targets in it are factorised one-shot, "
+                "and are not refined.",
+                ReparamWarning,
+                stacklevel=5,
             )
 
     def _outside(self, targets: Mapping[str, Target], result: Result) -> None:

@@ -109,6 +109,7 @@ class Job:
         self.calibration_tokens = self.gradient_tokens = 0
         self._at_hand: tuple[list[str], Statistics] | None = None
         self.leaves_unreached = leaves_unreached
+        self.unreached: list[str] = []  # targets that were left out
         self.neurons = Neurons(mlps, self.storages, matrix_of, self.weighing, self.factorizer, self.share_out)
 
     @classmethod
@@ -143,9 +144,8 @@ class Job:
         config = with_defaults(config, plan, moves_bias)
         targets = select_targets(model, config, adapter_name)
         leaves_unreached = config.unreached == "dense" or (config.unreached is None and not names_targets(config))
-        if plan is not None and leaves_unreached:  # the plan has left them out
-            planned = {module.name for module in plan.modules}
-            targets = {name: target for name, target in targets.items() if name in planned} or targets
+        if plan is not None:
+            targets = {name: target for name, target in targets.items() if name not in plan.unreached}
         for name, target in targets.items():
             with naming(name):
                 check_matrix(source_matrix(target.module))
@@ -186,18 +186,16 @@ class Job:
         def compute(name: str) -> list[Tensor]:
             return [self.factorizer.losses(self.matrix_of(name), self.weighing(name))]
 
-        before = list(self.targets)
         for group in list(self.passes) if self.weigher.gradients or self.leaves_unreached else ():
             names = self.reached(group)
             if self.weigher.gradients and names:
                 shared = self.share_out(names, "Planning", compute, lambda name: [_direction_costs(self.targets[name])])
                 losses.update({name: costs for name, (costs,) in shared.items()})
                 self.neurons.weigh(names)
-        left_out = [name for name in before if name not in self.targets]
-        if left_out:
+        if self.unreached:
             warnings.warn(
-                f"No batch reached {len(left_out)} of the {len(before)} targets, which stay dense and do not count for `keep`: "
-                f"{', '.join(abridged(left_out))}.",
+                f"No batch reached {len(self.unreached)} targets, beside {len(self.targets)} others. They stay dense and do "
+                f"not count for `keep`: {', '.join(abridged(self.unreached))}.",
                 ReparamWarning,
                 stacklevel=4,
             )
@@ -222,6 +220,7 @@ class Job:
             calibration_tokens=self.calibration_tokens,
             gradient_tokens=self.gradient_tokens,
             seed=self.seed,
+            unreached=self.unreached,
         )
 
     def ranked(self, plan: Plan) -> dict[str, Target]:
@@ -312,6 +311,7 @@ class Job:
 
     def _leave_out(self, names: Sequence[str]) -> None:
         """Go on with the other targets."""
+        self.unreached += names
         self.targets = {name: target for name, target in self.targets.items() if name not in names}
         self.modules = {name: module for name, module in self.modules.items() if name not in names}
         self.storages = {name: storage for name, storage in self.storages.items() if name not in names}
@@ -323,7 +323,7 @@ class Job:
     def resume(self, plan: Plan, finished: Container[str]) -> None:
         """Go on with a plan that this job made earlier; no statistics are gathered any more of targets that are finished."""
         self.calibration_tokens, self.gradient_tokens, self.seed = plan.calibration_tokens, plan.gradient_tokens, plan.seed
-        self._leave_out(sorted(self.targets.keys() - {module.name for module in plan.modules}))
+        self._leave_out(plan.unreached)
         self.leaves_unreached = False
         unfinished = ([name for name in group if name not in finished] for group in self.passes)
         self.passes = [group for group in unfinished if group]

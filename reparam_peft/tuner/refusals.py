@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import TypeAlias
 
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -27,7 +27,12 @@ def refused_by_kind(module: nn.Module) -> Refusal | None:
 
 
 def refused_by_place(
-    model: nn.Module, name: str, module: nn.Module, owners: Mapping[int, Sequence[str]], keep_base: bool
+    model: nn.Module,
+    name: str,
+    module: nn.Module,
+    owners: Mapping[int, Sequence[str]],
+    in_lists: Container[int],
+    keep_base: bool,
 ) -> Refusal | None:
     """Why a module of a known kind cannot be factorised in its model; None: it can.
 
@@ -36,13 +41,21 @@ def refused_by_place(
         name: of the module.
         module: itself.
         owners: names of each parameter of the model, by its id.
+        in_lists: ids of modules that are kept in lists of Python, too.
         keep_base: whether its weight stays.
     """
     if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
         return ValueError(
             "nn.TransformerEncoderLayer reads the weights of its layers itself; leave it out with `exclude_modules`."
         )
-    if isinstance(module, BaseTunerLayer) or is_quantized(module) or keep_base:
+    if isinstance(module, BaseTunerLayer):
+        return None
+    if id(module) in in_lists:
+        return ValueError(
+            "the model keeps it in a list of Python, too, by which it would go on to call the original; leave it out with "
+            "`exclude_modules`."
+        )
+    if is_quantized(module) or keep_base:
         return None
     weight = module.get_parameter("weight")
     names = owners[id(weight)]

@@ -18,7 +18,7 @@ from ..layers.product import Product
 from ..layers.quantized_bases import note_dtype
 from ..numerics.storage import Storage
 from ..planning.ranks import resolve_rank
-from ..runtime.modules import is_offloaded, naming, parameter_owners
+from ..runtime.modules import is_offloaded, kept_in_lists, naming, parameter_owners
 from .layer import REMEDY, W_IS_GONE, ReparamLayer, reparam_layers
 from .matrices import matrix_storage, unwrapped
 from .refusals import Refusal, joint_error, joint_warning, refused_by_kind, refused_by_place
@@ -90,7 +90,7 @@ def find_targets(
     saved_whole = {*(config.dense_modules or ())} & {*(config.modules_to_save or ())}
     targets: dict[str, Target] = {}
     refused: dict[str, Refusal] = {}
-    owners = parameter_owners(model)
+    owners, in_lists = parameter_owners(model), kept_in_lists(model)
     note_dtype(model)
     for name, module in model.named_modules():
         if not name or name.startswith(inside) or not (matches(name) or name in saved_whole):
@@ -102,7 +102,7 @@ def find_targets(
                 storage = matrix_storage(module, name, config)
                 target = Target(module, resolve_rank(config, name, storage), storage)
             if not named or target.rank is not None:
-                reason = refused_by_place(model, name, module, owners, config.keep_base)
+                reason = refused_by_place(model, name, module, owners, in_lists, config.keep_base)
         if reason is None:
             targets[name] = target
         else:
@@ -146,8 +146,8 @@ def check_targets(
             ReparamWarning,
             stacklevel=2,
         )
-    owners = parameter_owners(model)
-    reasons = {name: refused_by_place(model, name, module, owners, config.keep_base) for name, module in factorized.items()}
+    owners, in_lists = parameter_owners(model), kept_in_lists(model)
+    reasons = {n: refused_by_place(model, n, m, owners, in_lists, config.keep_base) for n, m in factorized.items()}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     if refused:
         raise joint_error(refused)
