@@ -200,8 +200,8 @@ class BlockByBlock:
         blocks = [name for name in self.replay.unreached if targets_within(targets, name)]
         if blocks:
             warnings.warn(
-                f"The first batch does not run {', '.join(abridged(blocks))}, so that the targets in it are factorised one-shot, "
-                "and are not refined.",
+                f"The first batch does not run {', '.join(abridged(blocks))}, so that what is targeted there is factorised "
+                "one-shot, and not refined.",
                 ReparamWarning,
                 stacklevel=5,
             )

@@ -29,7 +29,7 @@ class Fields(PeftConfig):
         default=None,
         metadata={
             "help": "Modules to factorise: a list of name endings, a regular expression, or 'all-linear'. None: the attention "
-            "and MLP projections of the known architectures."
+            "and MLP projections of the known architectures, of others all linear layers of the repeated blocks."
         },
     )
     exclude_modules: list[str] | str | None = field(

@@ -39,8 +39,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
 
 
 def repeated_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """All blocks of a model, by name: those of `find_blocks` and, of parts that the model says nothing of, repeated items."""
-    return _outermost({**_items(model), **_unsplit(model)})
+    """All that could be repeated in a model, by name: what must not be split, and items of module lists, even single ones."""
+    return _outermost({**_items(model, least=1), **_unsplit(model)})
 
 
 def _unsplit(model: nn.Module) -> dict[str, nn.Module]:
@@ -49,14 +49,15 @@ def _unsplit(model: nn.Module) -> dict[str, nn.Module]:
     return {name: module for name, module in model.named_modules() if type(module).__name__ in classes}
 
 
-def _items(model: nn.Module) -> dict[str, nn.Module]:
-    """Repeated items of module lists that have children of their own, by name."""
+def _items(model: nn.Module, least: int = 2) -> dict[str, nn.Module]:
+    """Items of module lists that have children of their own and occur at least so often in their list, by name."""
     return {
         f"{prefix}{'.' if prefix else ''}{name}": child
         for prefix, parent in model.named_modules()
         if isinstance(parent, (nn.ModuleList, nn.Sequential))
         for name, child in parent.named_children()
-        if sum(type(other) is type(child) for other in parent) > 1 and any(True for _ in child.children())
+        if sum(type(other) is type(child) for other in parent) >= (least if isinstance(parent, nn.ModuleList) else 2)
+        and any(True for _ in child.children())
     }
 
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable
 from functools import partial
 
 from peft.tuners.tuners_utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner, _maybe_include_all_linear_layers
-from peft.utils.constants import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -82,21 +81,20 @@ def _take_default(config: ReparamConfig, model: nn.Module) -> None:
     if model_type in TARGET_MODULES:
         config.target_modules = {*TARGET_MODULES[model_type]}
         return
-    within = {}
-    if isinstance(model, PreTrainedModel):
-        blocks = list(repeated_blocks(model))
-        within = {name: block_of(name, blocks) for name in _all_linear(config, model)}
-    endings = {name.removeprefix(f"{block}.") for name, block in within.items() if block is not None}
-    if endings:
-        config.target_modules = endings
-        config.choose(name for name, block in within.items() if block is not None)
-    elif model_type in TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING:
-        config.target_modules = {*TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING[model_type]}
-    else:
+    if not isinstance(model, PreTrainedModel):
         raise ValueError(
-            "Please specify `target_modules` in `peft_config`: the model is none of transformers', or repeats no blocks that "
-            'hold linear layers. "all-linear" takes every linear layer.'
+            f"Please specify `target_modules` in `peft_config`: no default is known for a {type(model).__name__}, which is no "
+            'model of transformers. "all-linear" takes every linear layer.'
         )
+    blocks = list(repeated_blocks(model))
+    linear = _all_linear(config, model)
+    within = {name: block for name in linear if (block := block_of(name, blocks)) is not None}
+    if within:
+        config.target_modules = {name.removeprefix(f"{block}.") for name, block in within.items()}
+        config.choose(within)
+    else:
+        config.target_modules = linear
+        config.choose(linear)
 
 
 def _all_linear(config: ReparamConfig, model: nn.Module) -> set[str]:
