@@ -1,8 +1,8 @@
-"""The blocks of a model, and their inputs: the model's own code says what happens between them."""
+"""The inputs of the blocks of a model: the model's own code says what happens between them."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import Any, TypeAlias
 
@@ -15,52 +15,6 @@ from ..runtime.batches import Batch
 from ..runtime.modules import evaluating, forward_as, input_device, without_cache
 
 Call: TypeAlias = tuple[tuple[Any, ...], dict[str, Any]]  # positional and keyword arguments
-
-
-def block_of(name: str, blocks: Iterable[str]) -> str | None:
-    """The block that a module is in, by their names; None: in none.
-
-    >>> block_of("layers.1.mlp", ["layers.0", "layers.1"]), block_of("layers.10.mlp", ["layers.1"])
-    ('layers.1', None)
-    """
-    return next((block for block in blocks if name.startswith(f"{block}.")), None)
-
-
-def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
-    """The blocks of a model, by name: what the model itself says must not be split, or else repeated items of module lists.
-
-    Args:
-        model: a transformers model, whose `_no_split_modules` names classes, or any other that repeats a class of modules in
-            an `nn.ModuleList` or `nn.Sequential`. Blocks inside of blocks do not count.
-
-    Returns:
-        Name → module, in the order of `named_modules`.
-
-    Raises:
-        ValueError: there are none.
-    """
-    classes = set(getattr(model, "_no_split_modules", None) or ())
-    blocks = _outermost({name: module for name, module in model.named_modules() if type(module).__name__ in classes})
-    if not blocks:
-        blocks = _outermost(
-            {
-                f"{prefix}{'.' if prefix else ''}{name}": child
-                for prefix, parent in model.named_modules()
-                if isinstance(parent, (nn.ModuleList, nn.Sequential))
-                for name, child in parent.named_children()
-                if sum(type(other) is type(child) for other in parent) > 1 and any(True for _ in child.children())
-            }
-        )
-    if not blocks:
-        raise ValueError(
-            f"a {type(model).__name__} has no blocks: it names none in `_no_split_modules`, and repeats no class of modules in "
-            "an nn.ModuleList. Leave out `sequential` and `refine`, which go block by block."
-        )
-    return blocks
-
-
-def _outermost(modules: dict[str, nn.Module]) -> dict[str, nn.Module]:
-    return {name: module for name, module in modules.items() if not any(name.startswith(f"{n}.") for n in modules)}
 
 
 class _Reached(Exception):
@@ -84,18 +38,20 @@ class Replay:
         batches: keyword batches.
 
     Attributes:
-        order: names of the blocks, in the order of the data flow.
+        order: names of the blocks that the first batch reaches, in the order of the data flow.
+        unreached: names of the other blocks.
         depends: position of a block in `order` → positions of earlier ones that its inputs depend on.
         last_use: position of a block → the last position that depends on it.
 
     Raises:
-        ValueError: a block is never run or several times in one pass, the model does not accept a batch, or the inputs of a
+        ValueError: a block runs several times in one pass, the model does not accept a batch, or the inputs of a
             block cannot be reproduced.
     """
 
     def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], batches: Sequence[Batch]) -> None:
         self.model, self.blocks, self.batches = model, blocks, batches
         self.order: list[str] = []
+        self.unreached: list[str] = []
         self.depends: dict[int, set[int]] = {}
         self.changes_in_place = False  # what blocks return, for which hollow outputs need memory of their own
         self._find_dependencies()
@@ -164,8 +120,7 @@ class Replay:
                 stack.callback(hook.remove)
                 stack.callback(block.register_forward_hook(_bound(after, name)).remove)
             self._run(0)
-        for name in self.blocks.keys() - set(self.order):
-            raise ValueError(f"{name}: no batch reaches this block. Give batches that use it, or target none of its modules.")
+        self.unreached = [name for name in self.blocks if name not in self.order]
         # An output that is left out is played as a hollow one: right in shape, so that the model's code runs, and NaN, so that
         # whatever is computed from it is NaN, which equals nothing. Inputs that come out equal do not depend on it.
         hollow = {position: hollowed(output) for position, output in outputs.items()}
@@ -208,8 +163,15 @@ def hollowed(tree: Any) -> Any:
 
 
 def main_tensor(output: Any) -> Tensor:
-    """The first floating-point tensor of a block's output, which goes on to the next block."""
-    return next(leaf for leaf in tree_flatten(output)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
+    """The first floating-point tensor of a block's output, which goes on to the next block.
+
+    Raises:
+        ValueError: there is none.
+    """
+    for leaf in tree_flatten(output)[0]:
+        if isinstance(leaf, Tensor) and leaf.is_floating_point():
+            return leaf
+    raise ValueError("this block returns no floating-point tensor to compare; leave out `sequential` and `refine`.")
 
 
 def _reach(*args: Any, **kwargs: Any) -> None:

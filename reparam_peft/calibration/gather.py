@@ -18,7 +18,7 @@ from ..layers.kinds import stored_weight
 from ..layers.wrapper import features, kind_and_layer
 from ..numerics.metrics import device_of_sums
 from ..runtime.batches import rows_in
-from ..runtime.modules import evaluating, frozen, input_device, uncompiled
+from ..runtime.modules import evaluating, frozen, input_device, leaving_no_graph, uncompiled
 from ..runtime.processes import check_whole, fails_together, processes
 from .recorder import Recorder
 from .self_written import written
@@ -79,7 +79,7 @@ def gather_statistics(
     batches = written(batches)
     device = input_device(model)
     count = 0
-    with fails_together(), evaluating(model), frozen(model), uncompiled(model), ExitStack() as stack:
+    with fails_together(), evaluating(model), frozen(model), uncompiled(model), leaving_no_graph(model), ExitStack() as stack:
         recorder = Recorder(statistics, modules, gradients)
         stack.enter_context(recorder.hooks(model, set(starts) - set(modules.values())))
         bar = tqdm(batches, desc="Calibrating", unit="batch", delay=1, disable=None if progress and rank == 0 else True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import weakref
+from collections import Counter
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 from ..layers.experts import routed_rows
 from ..layers.kinds import LayerKind
@@ -64,6 +66,11 @@ class Recorder:
         # tensor once this one is gone, and a tensor can be changed in place between two readers: the weak reference and
         # the version tell.
         self.inputs_read: dict[int, _ReadInput] = {}
+        # A module that is called several times in a pass may share some of its inputs only, and then has sums of its own.
+        self.reads_in_pass: Counter[str] = Counter()
+        self.diverged: set[str] = set()
+        self.alone: set[str] = set()
+        self.is_first = True
         self.source_mask: Tensor | None = None
         self.target_mask: Tensor | None = None
         self.encoder_output: weakref.ref[Tensor] | None = None
@@ -87,8 +94,20 @@ class Recorder:
                 handle.remove()
 
     def run(self, model: nn.Module, batch: dict[str, Any], index: int, first_row: int, seed: int) -> None:
-        """One batch: forward and, for gradients, backward."""
+        """One batch: forward and, for gradients, backward; the first again where it shows who shares no inputs after all."""
+        self._pass(model, batch, index, first_row, seed)
+        while self.diverged:
+            self.alone |= self.diverged
+            for sums in (self.statistics.inputs, self.statistics.outputs, self.statistics.reads):
+                sums.clear()
+            self.gradient_tokens = 0
+            self._pass(model, batch, index, first_row, seed)
+        self.is_first = False
+
+    def _pass(self, model: nn.Module, batch: dict[str, Any], index: int, first_row: int, seed: int) -> None:
         self.inputs_read.clear()
+        self.reads_in_pass.clear()
+        self.diverged.clear()
         self.source_mask, self.target_mask = padding_masks(batch, bool(self.inside_encoder))
         with torch.set_grad_enabled(self.gradients):
             try:
@@ -103,6 +122,9 @@ class Recorder:
                 self.gradient_tokens += gradient_tokens
                 if objective.requires_grad:
                     objective.backward()
+        for name, leader in self.statistics.reads.items():
+            if self.reads_in_pass[name] != self.reads_in_pass[leader]:
+                self._part(name, leader)
         for name, of_input in self.statistics.inputs.items():
             if not torch.isfinite(of_input.sum).all():
                 raise ValueError(
@@ -124,15 +146,11 @@ class Recorder:
 
     def add_input(self, name: str, module: nn.Module, kind: LayerKind[Any], x: Tensor, mask: Tensor | None) -> None:
         """Add an input to its sums, unless another module has read the same tensor."""
-        read = self.inputs_read.get(id(x))
-        if read is None or not read.is_still(x):
-            read = self.inputs_read[id(x)] = _ReadInput(weakref.ref(x), _version(x), name)
-        leader = self.statistics.reads.setdefault(name, read.reader)
-        if leader != read.reader:
-            raise _InputError(
-                f"{name}: it read the same input as {leader} in one batch and not in another, so that they cannot share "
-                "statistics. Give batches of one kind, or target the two in separate runs."
-            )
+        self.reads_in_pass[name] += 1
+        reader = name if name in self.alone else self._reader(name, x)
+        leader = self.statistics.reads.setdefault(name, reader)
+        if leader != reader:
+            self._part(name, leader)
         if leader != name:
             return
         if kind.one_hot:
@@ -151,6 +169,22 @@ class Recorder:
         record.rows += len(X)
         if self.gradients and x.requires_grad:
             x.register_hook(partial(self.add_weighted, name, module, kind, x.detach(), x._version, mask))
+
+    def _reader(self, name: str, x: Tensor) -> str:
+        """The first module that has read this tensor in the running pass, which is the one of this name where none has."""
+        read = self.inputs_read.get(id(x))
+        if read is None or not read.is_still(x):
+            read = self.inputs_read[id(x)] = _ReadInput(weakref.ref(x), _version(x), name)
+        return read.reader
+
+    def _part(self, name: str, leader: str) -> None:
+        """Note that two modules do not share all of their inputs; after the first batch, whose sums are gone, an error."""
+        if not self.is_first:
+            raise _InputError(
+                f"{name}: it read the same input as {leader} in one batch and not in another, so that they cannot share "
+                "statistics. Give batches of one kind, or target the two in separate runs."
+            )
+        self.diverged.add(name)
 
     def _input_sums(self, name: str, rows: Tensor, one_hot: bool = False) -> InputSums:
         """The record of an input, made when its first rows, or their counts, have come."""
@@ -189,7 +223,8 @@ class Recorder:
         record.rows += len(Y)
 
     def _after_encoder(self, module: nn.Module, args: Any, output: Any) -> None:
-        self.encoder_output = weakref.ref(output[0])
+        first = next((leaf for leaf in tree_leaves(output[0]) if isinstance(leaf, Tensor)), None)
+        self.encoder_output = None if first is None else weakref.ref(first)
 
 
 class _Hook:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils._pytree import tree_leaves
 
 
 def sampled_objective(model: nn.Module, output: Any, mask: Tensor | None, first_row: int, seed: int) -> tuple[Tensor, int]:
@@ -66,14 +67,15 @@ def _predicting_tensors(output: Any) -> list[tuple[Tensor, bool]]:
     if floating(output):
         return [(output, False)]
     if isinstance(output, Mapping):
-        logits = [value for key, value in output.items() if key.endswith("logits") and floating(value)]
+        of_heads = [leaf for key, value in output.items() if key.endswith("logits") for leaf in tree_leaves(value)]
+        logits = [value for value in of_heads if floating(value)]
         if logits:
             return [(value, True) for value in logits]
         hidden = [output[key] for key in ("last_hidden_state", "pooler_output") if floating(output.get(key))]
         if hidden:
             return [(value, False) for value in hidden]
     values = output.values() if isinstance(output, Mapping) else output if isinstance(output, (tuple, list)) else ()
-    for value in values:
+    for value in tree_leaves(list(values)):
         if floating(value):
             return [(value, False)]
     raise ValueError(

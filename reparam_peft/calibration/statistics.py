@@ -19,7 +19,7 @@ from ..layers.wrapper import Wrapper, features
 from ..runtime.files import save_tensors
 from ..runtime.fingerprints import fingerprint_of_tensors, fingerprint_of_values
 from ..runtime.json_files import parse_json
-from ..runtime.modules import naming
+from ..runtime.modules import abridged, naming
 from .sums import InputSums, OutputSums, Sums, WeightedSums
 
 FORMAT = "reparam_peft statistics 1"
@@ -192,15 +192,26 @@ class Statistics:
             # of 4 bits on a CPU by 1e-4.
             tolerance = (1e-3 if is_quantized(module) else 1e-4) + ROUNDING / math.sqrt(out_features * in_features)
             _check_norm(name, self.weight_norms[name], weight_norm(module), tolerance)
-            if of_input is None or not of_input.rows:
-                raise ValueError(
-                    f"{name}: no batch reached this module. Give batches that use it, or leave it out with `exclude_modules`."
-                )
-            if gradients and of_output is None:
+            if gradients and of_output is None and of_input is not None:
                 raise ValueError(
                     f"{name}: the statistics hold no gradients, which `allocation='loss'` and `output_metric` need; gather "
                     "them anew."
                 )
+        unreached = self.unreached(modules)
+        if unreached:
+            raise ValueError(
+                f"{unreached[0]}: no batch reached this module. Give batches that use it, or leave it out with "
+                "`exclude_modules`."
+                if len(unreached) == 1
+                else f"no batch reached these {len(unreached)} of {len(modules)} targets: {', '.join(abridged(unreached))}. "
+                "Give batches that use them, leave them out with `exclude_modules`, or set `unreached='dense'`, by which "
+                "they stay as they are."
+            )
+
+    def unreached(self, names: Iterable[str]) -> list[str]:
+        """Those of some modules that the statistics are of, and that no batch has reached."""
+        records = {name: self.inputs.get(self.reads.get(name, "")) for name in names if name in self.weight_norms}
+        return [name for name, record in records.items() if record is None or not record.rows]
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file; the same statistics give the same bytes.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import time
+import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
 
+from ..arguments import ReparamWarning
 from ..blockwise.activations import Activations
 from ..blockwise.anchoring import Anchoring, Expansion, Observed, anchored, input_groups, observe, residual_sources
 from ..blockwise.blocks import Call, Replay
@@ -33,7 +35,7 @@ from ..runtime.fingerprints import (
     fingerprint_of_model,
     fingerprint_of_values,
 )
-from ..runtime.modules import encoder_of, evaluating, naming, parameter_owners, set_module
+from ..runtime.modules import abridged, encoder_of, evaluating, naming, parameter_owners, set_module
 from ..runtime.processes import fails_together, processes
 from ..runtime.run_folder import RunFolder, json_able
 from ..tuner.layer import ReparamLayer
@@ -171,6 +173,7 @@ class BlockByBlock:
         self.unfinished = len(done) < len(order)  # else nobody needs what blocks compute
         with fails_together():
             targets = job.ranked(plan)
+            self._tell_of_unreached(targets)
             check_targets(targets, job.config, job.model, adapter_name, loading=False)
         self.folder.begin(plan.to_dict())
         result = Result(plan)
@@ -191,6 +194,17 @@ class BlockByBlock:
                     self._block(position, name, within, done.get(name), result, bar)
                 bar.update((position + 1) * passes - bar.n)
         return result
+
+    def _tell_of_unreached(self, targets: Mapping[str, Target]) -> None:
+        """Warn of blocks with targets that the first batch does not run, so that their place in the data flow is not known."""
+        blocks = [name for name in self.replay.unreached if targets_within(targets, name)]
+        if blocks:
+            warnings.warn(
+                f"The first batch does not run {', '.join(abridged(blocks))}, so that what is targeted there is factorised "
+                "one-shot, and not refined.",
+                ReparamWarning,
+                stacklevel=5,
+            )
 
     def _outside(self, targets: Mapping[str, Target], result: Result) -> None:
         """Targets that belong to no block are factorised one-shot; those before the blocks change what the blocks see."""

@@ -12,7 +12,6 @@ from peft import PeftModel, get_peft_model
 from torch import nn
 
 from ..blockwise.anchoring import Anchoring
-from ..blockwise.blocks import find_blocks
 from ..blockwise.refinement import Refinement
 from ..calibration.gather import gather_statistics
 from ..calibration.self_written import SELF, SelfWritten, batches_or_self_written
@@ -21,6 +20,7 @@ from ..config.reparam_config import ReparamConfig
 from ..layers.kinds import is_quantized
 from ..numerics.methods import names_of_methods
 from ..planning.plan import Plan
+from ..runtime.blocks import find_blocks
 from ..runtime.modules import uncompiled
 from ..runtime.processes import fails_together
 from ..runtime.restoring import unchanged, unchanged_on_error

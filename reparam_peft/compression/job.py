@@ -13,8 +13,7 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..arguments import ReparamWarning, check_seed, listed
-from ..blockwise.blocks import block_of
+from ..arguments import ReparamWarning, check_seed
 from ..calibration.gather import gather_statistics
 from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Batches, Moments, Statistics
@@ -29,11 +28,12 @@ from ..planning.neurons import Losses
 from ..planning.plan import Plan, make_plan
 from ..planning.ranks import RankChooser, is_nested
 from ..runtime import processes
-from ..runtime.modules import naming
+from ..runtime.blocks import block_of
+from ..runtime.modules import abridged, naming
 from ..runtime.processes import check_whole, fails_together
 from ..tuner.matrices import base_dtype, own_bias, source_matrix
 from ..tuner.opening import open_parameters
-from ..tuner.selection import select_targets
+from ..tuner.selection import names_targets, select_targets, with_targets
 from ..tuner.targets import Target
 from .factorizing import Factorizer
 from .mlps import check_alike, find_mlps
@@ -41,8 +41,6 @@ from .neurons import Neurons
 from .parts import Part
 from .pooling import Pool
 from .weighing import Weigher, Weighing, mean_output
-
-MOST_NAMED = 6  # experts in a warning
 
 
 @dataclass(frozen=True)
@@ -78,6 +76,7 @@ class Job:
         passes: names of the targets whose statistics are gathered together; targets in none are not factorised.
         modules: what statistics are gathered of, by name; None: the modules of the targets.
         mlps: MLPs that may lose neurons.
+        leaves_unreached: whether targets that no batch reaches are left out, until ranks are chosen; else they are an error.
     """
 
     def __init__(
@@ -94,8 +93,10 @@ class Job:
         passes: Sequence[Sequence[str]],
         modules: Mapping[str, nn.Module] | None = None,
         mlps: Sequence[NeuronGroup] = (),
+        leaves_unreached: bool = False,
     ) -> None:
-        self.model, self.config, self.targets, self.options, self.chooser = model, config, targets, options, chooser
+        self.model, self.config, self.options, self.chooser = model, config, options, chooser
+        self.targets = dict(targets)
         self.matrix_of, self.bias_of = matrix_of, bias_of
         self.modules = {name: target.module for name, target in targets.items()} if modules is None else dict(modules)
         self.storages = {name: target.storage for name, target in targets.items()}
@@ -110,6 +111,8 @@ class Job:
         self.seed = options.seed
         self.calibration_tokens = self.gradient_tokens = 0
         self._at_hand: tuple[list[str], Statistics] | None = None
+        self.leaves_unreached = leaves_unreached
+        self.unreached: list[str] = []  # targets that were left out
         self.neurons = Neurons(mlps, self.storages, matrix_of, self.weighing, self.factorizer, self.share_out)
 
     @classmethod
@@ -146,6 +149,9 @@ class Job:
         config = with_defaults(config, plan, moves_bias)
         open_parameters(config, model)
         targets = select_targets(model, config, adapter_name)
+        leaves_unreached = config.unreached == "dense" or (config.unreached is None and not names_targets(config))
+        if plan is not None:
+            targets = {name: target for name, target in targets.items() if name not in plan.unreached}
         for name, target in targets.items():
             with naming(name):
                 check_matrix(source_matrix(target.module))
@@ -172,11 +178,13 @@ class Job:
             if max_memory is None
             else passes_within(targets, max_memory, blocks, mlps, config.target_parameters or ()),
             mlps=mlps,
+            leaves_unreached=leaves_unreached and plan is None,
         )
 
     def plan(self) -> Plan:
         """The ranks that the config and the statistics lead to."""
-        return self.plan_with(self.chooser, self.losses())
+        losses = self.losses()
+        return self.plan_with(self.chooser, losses)
 
     def losses(self) -> Losses:
         """What each direction of each target is predicted to cost, and numbers of neurons; empty without gradients."""
@@ -186,11 +194,20 @@ class Job:
         def compute(name: str) -> list[Tensor]:
             return [self.factorizer.losses(self.matrix_of(name), self.weighing(name))]
 
-        for names in self.passes if self.weigher.gradients else ():
-            self.statistics(names)
-            shared = self.share_out(names, "Planning", compute, lambda name: [_direction_costs(self.targets[name])])
-            losses.update({name: costs for name, (costs,) in shared.items()})
-            self.neurons.weigh(names)
+        for names_of_pass in list(self.passes) if self.weigher.gradients or self.leaves_unreached else ():
+            names = self.reached(names_of_pass)
+            if self.weigher.gradients and names:
+                shared = self.share_out(names, "Planning", compute, lambda name: [_direction_costs(self.targets[name])])
+                losses.update({name: costs for name, (costs,) in shared.items()})
+                self.neurons.weigh(names)
+        if self.unreached:
+            warnings.warn(
+                f"No batch reached {len(self.unreached)} targets, beside {len(self.targets)} others. They stay dense and do "
+                f"not count for `keep`: {', '.join(abridged(self.unreached))}.",
+                ReparamWarning,
+                stacklevel=4,
+            )
+        self.leaves_unreached = False
         return Losses(losses, self.neurons.offered(losses) if losses else {})
 
     def plan_with(self, chooser: RankChooser, losses: Losses) -> Plan:
@@ -211,6 +228,7 @@ class Job:
             calibration_tokens=self.calibration_tokens,
             gradient_tokens=self.gradient_tokens,
             seed=self.seed,
+            unreached=self.unreached,
         )
 
     def ranked(self, plan: Plan) -> dict[str, Target]:
@@ -282,9 +300,41 @@ class Job:
         """The statistics of the group that a target is in. Processes gather them together, where they are not at hand."""
         return self.statistics(next(group for group in self.passes if name in group))
 
+    def reached(self, group: list[str]) -> list[str]:
+        """The targets of a group, whose statistics are at hand then, but for those that are left out because no batch comes.
+
+        Raises:
+            ValueError: no batch reaches some that must not be left out, or any target at all.
+        """
+        statistics = self.statistics(group)
+        pooled = self.pool.unreached(group, statistics)
+        unreached = [name for name in statistics.unreached(group) if name not in pooled]
+        if not unreached:
+            return group
+        with fails_together():
+            if not self.leaves_unreached or len(unreached) == len(self.targets):
+                statistics.check({name: self.modules[name] for name in unreached})
+        names = [name for name in group if name not in unreached]
+        self._leave_out(unreached)
+        self._at_hand = (names, statistics)
+        return names
+
+    def _leave_out(self, names: Sequence[str]) -> None:
+        """Go on with the other targets."""
+        self.unreached += names
+        self.targets = {name: target for name, target in self.targets.items() if name not in names}
+        self.modules = {name: module for name, module in self.modules.items() if name not in names}
+        self.storages = {name: storage for name, storage in self.storages.items() if name not in names}
+        self.chooser = self.chooser.without(names)
+        self.neurons.leave_out(names)
+        left = ([name for name in group if name not in names] for group in self.passes)
+        self.passes = [group for group in left if group]
+
     def resume(self, plan: Plan, finished: Container[str]) -> None:
         """Go on with a plan that this job made earlier; no statistics are gathered any more of targets that are finished."""
         self.calibration_tokens, self.gradient_tokens, self.seed = plan.calibration_tokens, plan.gradient_tokens, plan.seed
+        self._leave_out(plan.unreached)
+        self.leaves_unreached = False
         unfinished = ([name for name in group if name not in finished] for group in self.passes)
         self.passes = [group for group in unfinished if group]
 
@@ -307,12 +357,13 @@ class Job:
                 starts=self.modules.values(),
             )
         with fails_together():
-            unreached = self.pool.unreached(modules, statistics)
+            pooled = self.pool.unreached(modules, statistics)
+            unreached = {*pooled, *(statistics.unreached(modules) if self.leaves_unreached else ())}
             statistics.check({n: m for n, m in modules.items() if n not in unreached}, self.weigher.gradients)
-        if unreached:
+        if pooled:
             warnings.warn(
-                f"No token of the batches reached {len(unreached)} experts, which get the statistics of the others of their "
-                f"layers: {listed(unreached[:MOST_NAMED])}{' and more' if len(unreached) > MOST_NAMED else ''}.",
+                f"No token of the batches reached {len(pooled)} experts, which get the statistics of the others of their "
+                f"layers: {', '.join(abridged(pooled))}.",
                 ReparamWarning,
                 stacklevel=4,
             )
@@ -324,7 +375,7 @@ class Job:
 
     def resolved(self, plan: Plan) -> ReparamConfig:
         """The config for the tuner: what was chosen, and where it came from."""
-        config = copy.deepcopy(self.config)
+        config = with_targets(self.config, self.targets)
         config.rank_pattern, config.dense_modules = plan.ranks, plan.dense_modules
         config.calibration_tokens, config.gradient_tokens, config.seed = (
             self.calibration_tokens,

@@ -11,7 +11,6 @@ from typing import Any
 from torch import nn
 
 from ..arguments import ReparamWarning
-from ..blockwise.blocks import block_of
 from ..calibration.neuron_groups import RefusedBatch, find_groups
 from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Batches, Statistics
@@ -22,6 +21,7 @@ from ..numerics.methods import method_of
 from ..planning.neurons import counts
 from ..planning.plan import Plan
 from ..planning.ranks import is_nested
+from ..runtime.blocks import block_of
 from ..runtime.processes import fails_together, first_of
 from ..tuner.targets import Target
 from .pooling import is_expert

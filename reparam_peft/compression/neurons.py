@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import TypeAlias
 
 import torch
@@ -52,6 +52,11 @@ class Neurons:
         self.consumers = {name: mlp.consumer for mlp in mlps for name in mlp.names}
         self._eliminations: dict[str, Elimination] = {}
         self._spectra: dict[str, list[Tensor]] = {}  # of what is left at each of the computed numbers, by module
+
+    def leave_out(self, names: Container[str]) -> None:
+        """MLPs that hold one of these modules keep their neurons."""
+        self.mlps = {key: mlp for key, mlp in self.mlps.items() if not any(name in names for name in mlp.names)}
+        self.consumers = {name: consumer for name, consumer in self.consumers.items() if consumer in self.mlps}
 
     def weigh(self, names: Sequence[str]) -> None:
         """Find what MLPs lose with their neurons, as far as the statistics of these modules, which are at hand, tell it.

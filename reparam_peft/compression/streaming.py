@@ -19,13 +19,13 @@ from transformers import AutoConfig, PreTrainedModel
 
 from ..arguments import check_seed
 from ..blockwise.anchoring import Anchoring
-from ..blockwise.blocks import block_of, find_blocks
 from ..blockwise.refinement import Refinement
 from ..calibration.statistics import Statistics
 from ..config.model_card import write_standalone_card
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import Product, product_of, tensors_of
 from ..planning.plan import Plan
+from ..runtime.blocks import block_of, find_blocks
 from ..runtime.files import follow_umask, remove_whole, take_lock, unfinished, write_whole, writing
 from ..runtime.fingerprints import fingerprint_of_model
 from ..runtime.json_files import read_json
@@ -34,7 +34,7 @@ from ..standalone.self_contained import auto_class
 from ..tuner.data_free import check_data_free, check_standalone, factorize_targets, installing
 from ..tuner.model import config_of
 from ..tuner.opening import open_parameters
-from ..tuner.selection import select_targets
+from ..tuner.selection import select_targets, with_targets
 from ..tuner.sizes import SizeReport
 from ..tuner.targets import Target
 from .block_by_block import Steps
@@ -202,7 +202,7 @@ def _data_free(model: PreTrainedModel, config: ReparamConfig, run: Path, progres
     with RunFolder(run, settings, mapped=True) as folder:
         products = _data_free_products(targets, model, config, folder, progress)
     with installing(products):  # in the dtype of the files, in which they stay
-        return get_peft_model(model, config, autocast_adapter_dtype=False)
+        return get_peft_model(model, with_targets(config, targets), autocast_adapter_dtype=False)
 
 
 def _data_free_products(

@@ -11,7 +11,7 @@ from safetensors import SafetensorError, safe_open
 from ..arguments import check_bool, check_choice, check_int, check_names, check_number, check_regex, is_finite, is_int
 from ..numerics.methods import METHODS
 from ..numerics.storage import FORMS, narrow_form
-from .fields import ALLOCATIONS, INPUT_METRICS, OF_ALLOCATION, OF_METRICS, OUTPUT_METRICS, Fields
+from .fields import ALLOCATIONS, INPUT_METRICS, OF_ALLOCATION, OF_METRICS, OUTPUT_METRICS, UNREACHED, Fields
 
 FACTORS = ".reparam_factors."
 STORED = "the fraction of the parameters that is stored"
@@ -53,6 +53,7 @@ def _check_choices(config: Fields) -> None:
     check_choice("form", config.form, FORMS, optional=True)
     check_choice("input_metric", config.input_metric, INPUT_METRICS, optional=True)
     check_choice("output_metric", config.output_metric, OUTPUT_METRICS, optional=True)
+    check_choice("unreached", config.unreached, UNREACHED, optional=True)
     for name in ("keep_base", "init_weights", "inference_mode", "moved_bias"):
         check_bool(name, getattr(config, name))
     if config.neurons is not None:

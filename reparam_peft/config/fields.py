@@ -13,6 +13,7 @@ ALLOCATIONS = ("uniform", "loss")
 INPUT_METRICS = ("gram", "diagonal", "none")
 OUTPUT_METRICS = ("fisher", "diagonal", "none")
 ALL_EXPERTS = "all-experts"
+UNREACHED = ("dense", "error")
 # Fields that have an effect with a calibrated method only, and with ranks by predicted loss only.
 OF_METRICS = ("input_metric", "output_metric", "shrinkage", "output_shrinkage")
 OF_ALLOCATION = ("rank_multiple", "floor", "ceiling")
@@ -29,7 +30,7 @@ class Fields(PeftConfig):
         default=None,
         metadata={
             "help": "Modules to factorise: a list of name endings, a regular expression, or 'all-linear'. None: the attention "
-            "and MLP projections of the known architectures."
+            "and MLP projections of the known architectures, of others all linear layers of the repeated blocks."
         },
     )
     target_parameters: list[str] | str | None = field(
@@ -119,6 +120,13 @@ class Fields(PeftConfig):
     neurons: bool | None = field(
         default=None,
         metadata={"help": "Whether MLPs may lose neurons, with calibration data and `allocation='loss'`. None: where it can."},
+    )
+    unreached: str | None = field(
+        default=None,
+        metadata={
+            "help": "What becomes of targets that no batch of calibration data reaches: 'dense', they are left out with a "
+            "warning; or 'error'. None: 'error' where `target_modules` names them, else 'dense'."
+        },
     )
     keep_base: bool = field(
         default=False,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import stat
-from collections.abc import Collection
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -44,6 +44,8 @@ class ReparamConfig(Fields):
         # `from_pretrained` makes the config out of a file, where PEFT always writes inference_mode=True.
         self._made_for_inference = self.inference_mode
         self._from_file = self.stored_parameters is not None
+        # Names of the modules that were chosen for a model; None: those that `target_modules` matches.
+        self._among: frozenset[str] | None = getattr(self, "_among", None)
         self.ranks_in_file: dict[str, int] = {}  # where the file is loaded at a smaller size
         check_fields(self, from_file=self._from_file)
         if read_from_file and not self._from_file:
@@ -79,6 +81,14 @@ class ReparamConfig(Fields):
         """Whether a module is of `target_parameters`, resolved: a layer of an opened parameter, or one whose weight it is."""
         parameters = self.target_parameters or ()
         return name.rpartition(".")[0] in parameters or f"{name}.weight" in parameters
+
+    def is_among(self, name: str) -> bool:
+        """Whether a module that `target_modules` matches is one of those that were chosen; else True."""
+        return self._among is None or name in self._among
+
+    def choose(self, names: Iterable[str]) -> None:
+        """Take no other modules than these, of those that `target_modules` matches, which it may do by endings of names."""
+        self._among = frozenset(names)
 
     def module_rank(self, name: str) -> int | None:
         """The entry of `rank_pattern` for a module: its exact name before any pattern, as PEFT matches patterns."""

@@ -74,7 +74,8 @@ class ComputedWeight(Tensor):
             if isinstance(target, ComputedWeight):
                 raise RuntimeError(
                     f"{target.layer_name or 'a factorised layer'}: its weight is the product of its factors and cannot be "
-                    "written to. Change the factors, or merge the adapter first (`merge_and_unload`)."
+                    "written to. Leave it out with `exclude_modules` where the model writes to its weights itself; else change "
+                    "the factors, or merge the adapter first (`merge_and_unload`)."
                 )
         leaves, structure = tree_flatten((args, kwargs))
         for index, leaf in enumerate(leaves):

@@ -1,12 +1,11 @@
 """The one file that knows layer kinds: for each, its matrix, its input rows and its factorised module.
 
-A kind is one class below and one entry in `KINDS`.
+A kind is one class below and one entry in `KINDS`; its factorised module is beside this file, in `factorized_kinds.py`.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from functools import partial
 from typing import Any, Generic, TypeVar, cast
 
 import torch
@@ -18,90 +17,11 @@ from torch.nn.utils.parametrize import is_parametrized
 from torch.types import Device
 from transformers.pytorch_utils import Conv1D
 
-from .factorized import Dtype, FactorizedModule, FactorLinear, weight_of
+from .alike import computes_as, random_tensor
+from .factorized import Dtype, FactorizedModule, weight_of
+from .factorized_kinds import FactorizedConv2d, FactorizedEmbedding, FactorizedLinear, embedding_scale
 
 Layer = TypeVar("Layer", bound=nn.Module)
-
-
-class FactorizedLinear(FactorizedModule):
-    """`nn.Linear` (or GPT-2's `Conv1D`) of a product: x (..., in) → A (B x) (..., out), with the features that are left."""
-
-    def __init__(
-        self,
-        in_features: int,
-        out_features: int,
-        rank: int,
-        form: str = "factors",
-        bias: bool = False,
-        device: Device = None,
-        dtype: Dtype = None,
-        whole: tuple[int, int] | None = None,
-    ) -> None:
-        B = FactorLinear(in_features, out_features if form == "dense" else rank, bias=False, device=device, dtype=dtype)
-        expand = partial(FactorLinear, rank, bias=False, device=device, dtype=dtype)
-        super().__init__(B, expand, rank, out_features, form, bias, device=device, dtype=dtype)
-        self.in_features, self.out_features = in_features, out_features
-        if whole is not None:
-            self.leave_out((out_features, in_features), whole, device)
-
-
-class FactorizedConv2d(FactorizedModule):
-    """`nn.Conv2d` of a product: B is the convolution with r output channels, A a 1 × 1 convolution."""
-
-    def __init__(
-        self, layer: nn.Conv2d, rank: int, form: str = "factors", bias: bool = False, device: Device = None, dtype: Dtype = None
-    ) -> None:
-        # torch types what it keeps as tuples of any length.
-        geometry: tuple[Any, Any, Any, Any] = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        B = nn.Conv2d(
-            layer.in_channels, rank, *geometry, bias=False, padding_mode=layer.padding_mode, device=device, dtype=dtype
-        )
-        expand = partial(nn.Conv2d, rank, kernel_size=1, bias=False, device=device, dtype=dtype)
-        super().__init__(B, expand, rank, layer.out_channels, form, bias, dim=-3, device=device, dtype=dtype)
-
-    def shaped_bias(self, bias: Tensor) -> Tensor:
-        return bias.view(-1, 1, 1)
-
-
-class FactorizedEmbedding(FactorizedModule):
-    """`nn.Embedding` of a product: the table's transpose W (embedding_dim, num_embeddings) is A B."""
-
-    def __init__(
-        self,
-        layer: nn.Embedding,
-        rank: int,
-        form: str = "factors",
-        bias: bool = False,
-        device: Device = None,
-        dtype: Dtype = None,
-    ) -> None:
-        B = nn.Embedding(
-            layer.num_embeddings,
-            rank,
-            padding_idx=layer.padding_idx,
-            scale_grad_by_freq=layer.scale_grad_by_freq,
-            sparse=layer.sparse,
-            device=device,
-            dtype=dtype,
-        )
-        expand = partial(nn.Linear, rank, bias=False, device=device, dtype=dtype)
-        super().__init__(B, expand, rank, layer.embedding_dim, form, bias, device=device, dtype=dtype)
-        self.scale = embedding_scale(layer, B.weight.dtype)
-
-    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = super().forward(x, bias)
-        return y if self.scale == 1.0 else y * self.scale
-
-    def matrix_of_B(self, weight: Tensor) -> Tensor:
-        return weight.mT
-
-
-def embedding_scale(layer: nn.Embedding, dtype: torch.dtype) -> float:
-    """What an embedding multiplies its rows by: BART a number, Gemma a tensor in the table's dtype, which may be on meta."""
-    scale = getattr(layer, "embed_scale", 1.0)
-    if isinstance(scale, Tensor):
-        scale = torch.tensor(float(getattr(layer, "scalar_embed_scale", scale)), dtype=dtype)
-    return float(scale)
 
 
 class LayerKind(ABC, Generic[Layer]):
@@ -143,8 +63,13 @@ class LayerKind(ABC, Generic[Layer]):
         # accelerate replaces `forward` to move inputs between devices, and leaves the class's own on the layer afterwards.
         forward = vars(layer).get("forward")
         own = forward is None or getattr(forward, "__func__", None) is type(layer).forward
-        alike = type(layer).forward is self.layer_class.forward and not isinstance(layer, NonDynamicallyQuantizableLinear)
-        return alike and (own or hasattr(layer, "_hf_hook"))
+        if isinstance(layer, NonDynamicallyQuantizableLinear) or not (own or hasattr(layer, "_hf_hook")):
+            return False
+        return type(layer).forward is self.layer_class.forward or self.tried_alike(layer)
+
+    def tried_alike(self, layer: Layer) -> bool:
+        """Whether a layer whose class has a `forward` of its own was seen to compute alike; False where nothing is tried."""
+        return False
 
     @abstractmethod
     def shape(self, layer: Layer) -> tuple[int, int]:
@@ -221,13 +146,25 @@ class LinearKind(LayerKind[Any]):
 
     layer_class: type[nn.Module] = nn.Linear
     linear = True
+    sides = ("out_features", "in_features")  # attributes that hold the shape of the matrix
 
     @property
     def name(self) -> str:
         return nn.Linear.__name__
 
+    def tried_alike(self, layer: Any) -> bool:
+        out_features, in_features = 5, 7
+        weight = self.weight(random_tensor(out_features, in_features), torch.Size())
+        bias = None if getattr(layer, "bias", None) is None else random_tensor(out_features)
+        # Numbers of several sizes, so that one that is clipped is found.
+        x = random_tensor(1, 4, in_features) * torch.tensor([[1e-3], [1.0], [30.0], [1e3]], device="cpu")
+        attributes = dict(zip(self.sides, (out_features, in_features), strict=True))
+        parameters = {"weight": weight, "bias": bias}
+        return computes_as(layer, parameters, attributes, x, lambda x: F.linear(x, self.matrix(weight), bias))
+
     def shape(self, layer: Any) -> tuple[int, int]:
-        return layer.out_features, layer.in_features
+        out_features, in_features = (getattr(layer, side) for side in self.sides)
+        return out_features, in_features
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight
@@ -300,9 +237,7 @@ class Conv1DKind(LinearKind):
     """transformers' `Conv1D`: a linear layer whose weight is stored transposed, (in, out)."""
 
     layer_class = Conv1D
-
-    def shape(self, layer: Any) -> tuple[int, int]:
-        return layer.nf, layer.nx
+    sides = ("nf", "nx")
 
     def matrix(self, weight: Tensor) -> Tensor:
         return weight.mT
@@ -365,9 +300,17 @@ class EmbeddingKind(LayerKind[nn.Embedding]):
     layer_class = nn.Embedding
     one_hot = True
 
-    def computes_alike(self, layer: nn.Embedding) -> bool:
+    def tried_alike(self, layer: nn.Embedding) -> bool:
         """A subclass that only multiplies by a constant, as Gemma's, is a plain embedding with a scale."""
-        return super().computes_alike(layer) or (hasattr(layer, "embed_scale") and set(layer._parameters) == {"weight"})
+        rows = 8 + (layer.padding_idx or 0)
+        weight, ids = random_tensor(rows, 7), torch.tensor([[0, 3, rows - 1, 3]], device="cpu")
+        scale = embedding_scale(layer, weight.dtype)
+        attributes: dict[str, object] = {"num_embeddings": rows, "embedding_dim": 7}
+        if isinstance(getattr(layer, "embed_scale", None), Tensor):
+            attributes["embed_scale"] = torch.tensor(scale, device="cpu")  # the layer's own may be on meta
+        parameters = {"weight": weight}
+        takes_numbers = computes_as(layer, parameters, attributes, random_tensor(4, rows), lambda x: x @ weight)
+        return not takes_numbers and computes_as(layer, parameters, attributes, ids, lambda x: F.embedding(x, weight) * scale)
 
     def check(self, layer: nn.Embedding) -> None:
         super().check(layer)

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 from torch import Tensor
 
-from ..arguments import check_text, is_finite, is_int
+from ..arguments import check_names, check_text, is_finite, is_int
 from ..config.reparam_config import ReparamConfig
 from ..display.axes import grid_of, heat_map
 from ..display.tables import html_table
@@ -82,6 +82,7 @@ class Plan:
         seed: of the labels.
         ceiling: the most that was to be stored of a matrix, as a fraction; None: 1.
         neurons: the MLPs that lose neurons.
+        unreached: names of modules that were left out, because no batch reached them.
     """
 
     modules: tuple[ModulePlan, ...]
@@ -95,6 +96,7 @@ class Plan:
     seed: int = 0
     ceiling: float | None = None
     neurons: tuple[NeuronPlan, ...] = ()
+    unreached: tuple[str, ...] = ()
 
     @property
     def dense_parameters(self) -> int:
@@ -160,7 +162,9 @@ class Plan:
             raise ValueError(f"`format` must be {FORMAT!r}.")
         try:
             neurons = tuple(map(read_neuron_plan, fields.pop("neurons", ())))
-            plan = cls(tuple(map(_module_plan, fields.pop("modules"))), **fields, neurons=neurons)
+            unreached = fields.pop("unreached", [])
+            check_names("unreached", unreached)
+            plan = cls(tuple(map(_module_plan, fields.pop("modules"))), **fields, neurons=neurons, unreached=tuple(unreached))
             _check_sizes(plan)
             ReparamConfig(  # which checks them
                 keep=plan.keep,
@@ -346,6 +350,7 @@ def make_plan(
     calibration_tokens: int = 0,
     gradient_tokens: int = 0,
     seed: int = 0,
+    unreached: Sequence[str] = (),
 ) -> Plan:
     """The plan of these ranks.
 
@@ -357,6 +362,7 @@ def make_plan(
         losses: what each direction of each target costs, nats per token; empty where that is not known.
         mlps: the MLPs, by consumer.
         calibration_tokens, gradient_tokens, seed: of the statistics.
+        unreached: names of modules that were left out.
     """
     if config.method is None or config.allocation is None or config.form is None:
         raise ValueError("`config` must have its `method`, `allocation` and `form` resolved.")
@@ -386,6 +392,7 @@ def make_plan(
         seed=seed,
         ceiling=config.ceiling,
         neurons=tuple(NeuronPlan(mlps[name], option.neurons, option.loss) for name, option in allotment.neurons.items()),
+        unreached=tuple(unreached),
     )
 
 

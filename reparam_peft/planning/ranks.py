@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -95,6 +96,12 @@ class RankChooser:
             floor=config.floor or 0.0,
             ceiling=1.0 if config.ceiling is None else config.ceiling,
         )
+
+    def without(self, names: Container[str]) -> RankChooser:
+        """The chooser of the other matrices."""
+        ours: Any = (self.storages, self.prescribed, self.uniform)
+        storages, prescribed, uniform = ({n: value for n, value in of.items() if n not in names} for of in ours)
+        return replace(self, storages=storages, prescribed=prescribed, uniform=uniform)
 
     @property
     def budget(self) -> int:

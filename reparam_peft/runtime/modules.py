@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch._dynamo.eval_frame import OptimizedModule
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 @contextmanager
@@ -43,6 +45,32 @@ def frozen(model: nn.Module) -> Iterator[None]:
     finally:
         for parameter in trained:
             parameter.requires_grad_(True)
+
+
+@contextmanager
+def leaving_no_graph(model: nn.Module) -> Iterator[None]:
+    """After this block tensors that modules have kept of their passes, such as recurrent states, are parts of no graph.
+
+    A graph would hold the memory of its pass, and a module that holds one cannot be copied.
+    """
+    try:
+        yield
+    finally:
+        for module in model.modules():
+            for held in (vars(module), module._buffers):
+                for name, value in list(held.items()):
+                    if isinstance(value, (Tensor, list, tuple)) and any(map(_is_computed, tree_leaves(value))):
+                        held[name] = tree_map(lambda leaf: leaf.detach() if _is_computed(leaf) else leaf, value)
+
+
+def _is_computed(leaf: object) -> bool:
+    return isinstance(leaf, Tensor) and leaf.grad_fn is not None
+
+
+def kept_in_lists(model: nn.Module) -> set[int]:
+    """The ids of modules that others keep in lists of Python, too, by which they may be called."""
+    lists = (value for module in model.modules() for value in vars(module).values() if isinstance(value, (list, tuple)))
+    return {id(item) for items in lists for item in items if isinstance(item, nn.Module)}
 
 
 def encoder_of(model: nn.Module) -> nn.Module | None:
@@ -150,6 +178,18 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
     for name, parameter in model.named_parameters(remove_duplicate=False):
         owners[id(parameter)].append(name)
     return owners
+
+
+def abridged(names: Iterable[str]) -> list[str]:
+    """Names of modules, those that differ by their numbers only as one, with how many they are.
+
+    >>> abridged(["layers.0.mlp", "layers.1.mlp", "head"])
+    ['layers.*.mlp (2)', 'head']
+    """
+    alike: defaultdict[str, list[str]] = defaultdict(list)
+    for name in names:
+        alike[re.sub(r"(?<![^.])\d+(?![^.])", "*", name)].append(name)
+    return [group[0] if len(group) == 1 else f"{pattern} ({len(group)})" for pattern, group in alike.items()]
 
 
 @contextmanager

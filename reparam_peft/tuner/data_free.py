@@ -51,7 +51,7 @@ def check_data_free(config: ReparamConfig) -> None:
                 f"`{name}={getattr(config, name)!r}` needs calibration data, which `get_peft_model` has no way to pass; use "
                 "`reparam_peft.compress(model, config, batches)`."
             )
-    for name in (*OF_METRICS, *OF_ALLOCATION, *(("neurons",) if config.neurons else ())):
+    for name in (*OF_METRICS, *OF_ALLOCATION, "unreached", *(("neurons",) if config.neurons else ())):
         if getattr(config, name) is not None:
             raise ValueError(
                 f"`{name}` has an effect with calibration data only; leave it out, or use `reparam_peft.compress`."

@@ -10,8 +10,8 @@ from dataclasses import replace
 from functools import partial
 from typing import Any, cast
 
-from peft import PeftModel
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft import PeftConfig, PeftModel
+from peft.tuners.tuners_utils import BaseTuner
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
@@ -30,9 +30,9 @@ from .host_checks import AdapterConfigs, changed_along
 from .layer import ReparamLayer, reparam_layer, reparam_layers
 from .merging import check_base_weights, check_mergeable
 from .opening import close_parameters, open_parameters
-from .reach import takes_what_there_is, warn_of_reach
+from .reach import warn_of_reach
+from .selection import names_targets, take_targets
 from .sizes import SizeReport, size_report
-from .target_modules import TARGET_MODULES
 from .targets import Target, check_targets, find_targets, is_target, save_heads
 
 
@@ -45,7 +45,6 @@ class ReparamModel(BaseTuner):
 
     prefix = "reparam_"
     tuner_layer_cls = ReparamLayer
-    target_module_mapping = TARGET_MODULES
     # Of the injection that is under way: adapter, whether a loader is to bring the factors, PEFT's state dict, and the adapter
     # that is copied.
     _injection: tuple[str, bool, dict[str, Tensor] | None, str | None]
@@ -126,25 +125,21 @@ class ReparamModel(BaseTuner):
     def _unchanged_on_error(self) -> AbstractContextManager[None]:
         return unchanged_on_error(self, changed_along(self, self.peft_config))
 
-    def _prepare_adapter_config(self, peft_config: ReparamConfig, model_config: dict[str, Any]) -> ReparamConfig:  # type: ignore[override]
-        """PEFT's default modules, which are none where parameters are named and the architecture is not listed; as for LoRA."""
-        if peft_config.target_parameters and model_config["model_type"] not in TARGET_MODULES:
-            return peft_config
-        return cast(ReparamConfig, super()._prepare_adapter_config(peft_config, model_config))
+    def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
+        return peft_config  # whose default targets depend on the model itself
 
     # PEFT's own tuners narrow the type of the config, too.
     def _prepare_model(self, peft_config: ReparamConfig, model: nn.Module) -> None:  # type: ignore[override]
         """Check and factorise all targets; PEFT calls this before it replaces the first."""
         adapter_name, loading, state_dict, source = self._injection
-        takes_all = takes_what_there_is(peft_config)
-        _maybe_include_all_linear_layers(peft_config, model)  # in place
-        open_parameters(peft_config, model)
+        takes_all = not names_targets(peft_config)
         if not loading and source is None:
             # A further adapter that starts from a product takes the bias that goes with it.
             peft_config.moved_bias |= any(layer.source_has_bias for _, layer in reparam_layers(model))
         if state_dict is None:
-            targets = find_targets(peft_config, model, partial(is_target, peft_config))
+            targets = take_targets(peft_config, model, partial(is_target, peft_config))
         else:  # PEFT replaces what the state dict has keys of
+            open_parameters(peft_config, model)
             names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
             targets = find_targets(peft_config, model, names.__contains__)
         check_targets(targets, peft_config, model, adapter_name, loading)

@@ -70,8 +70,6 @@ def open_parameters(config: ReparamConfig, model: nn.Module) -> None:
         if name in owners and not is_open(owners[name], key):
             open_experts(owners[name], key)
     config.target_parameters = taken
-    if isinstance(config.target_modules, set):  # "all-linear" takes the layers of what is open already
-        config.target_modules = {name for name in config.target_modules if not config.is_of_parameters(name)}
 
 
 def close_parameters(model: nn.Module) -> None:

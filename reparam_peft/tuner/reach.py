@@ -18,11 +18,6 @@ LEAST = 0.5  # of the parameters in matrices outside of embeddings, below which 
 MOST_NAMED = 3
 
 
-def takes_what_there_is(config: ReparamConfig) -> bool:
-    """Whether a config, which is not resolved yet, leaves it to the package which modules it takes."""
-    return config.target_modules in (None, "all-linear") and not config.target_parameters
-
-
 def warn_of_reach(model: nn.Module, targets: Collection[str], config: ReparamConfig, takes_all: bool) -> None:
     """Warn where targets are less than half of a model's matrices outside of embeddings, with what is left out.
 

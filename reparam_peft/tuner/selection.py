@@ -3,20 +3,25 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable, Iterable
 from functools import partial
-from typing import cast
 
-from peft.tuners.tuners_utils import BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner, _maybe_include_all_linear_layers
 from torch import nn
+from transformers import PreTrainedModel
 
 from ..config.reparam_config import ReparamConfig
-from .model import ReparamModel
-from .reach import takes_what_there_is, warn_of_reach
+from ..runtime.blocks import block_of, repeated_blocks
+from .opening import open_parameters
+from .reach import warn_of_reach
+from .target_modules import TARGET_MODULES
 from .targets import Target, check_targets, find_targets, is_target, save_heads
 
 
 def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, loading: bool = False) -> dict[str, Target]:
-    """The targets that `get_peft_model` would take for a config, checked; changes neither model nor config.
+    """The targets that `get_peft_model` would take for a config, checked.
+
+    Opens the fused parameters that the config takes; else it changes neither model nor config.
 
     With `loading`, weights may be on the meta device.
 
@@ -24,14 +29,95 @@ def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, l
         TypeError, ValueError: as for `get_peft_model`.
     """
     config = copy.deepcopy(config)
-    takes_all = takes_what_there_is(config)
+    takes_all = not names_targets(config)
     save_heads(config)
-    tuner = ReparamModel.__new__(ReparamModel)
-    prepared = tuner._prepare_adapter_config(config, BaseTuner.get_model_config(model))
-    config = cast(ReparamConfig, _maybe_include_all_linear_layers(prepared, model))  # each returns what it was given
-    targets = find_targets(config, model, partial(is_target, config))
+    targets = take_targets(config, model, partial(is_target, config))
     if not targets:
         raise ValueError(f"`target_modules` {config.target_modules!r} match no module of the model; check the names.")
     check_targets(targets, config, model, adapter_name, loading)
     warn_of_reach(model, targets, config, takes_all)
     return targets
+
+
+def names_targets(config: ReparamConfig) -> bool:
+    """Whether a config names its targets, so that each of them is wanted."""
+    given = config.target_modules
+    return given is not None and not (isinstance(given, str) and given.lower() == INCLUDE_LINEAR_LAYERS_SHORTHAND)
+
+
+def with_targets(config: ReparamConfig, targets: Iterable[str]) -> ReparamConfig:
+    """A copy of a config that takes these targets, of those that it had selected, and no others."""
+    config = copy.deepcopy(config)
+    names = {*targets}
+    if not names_targets(config):
+        config.target_modules = names
+    config.choose(names)
+    return config
+
+
+def take_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str], object]) -> dict[str, Target]:
+    """The targets of a config, which then names them: changes it in place, and opens the fused parameters that it takes.
+
+    Where the config leaves them open, modules that cannot be factorised are left out, with one warning.
+
+    Args:
+        config: whose `target_modules` may be "all-linear"; None: the projections of the known architectures, of others all
+            linear layers of the repeated blocks.
+        model: whose modules they are.
+        matches: whether a name is one of a target, by the config.
+
+    Raises:
+        TypeError, ValueError: as for `find_targets`; or no default is known for the model.
+    """
+    open_parameters(config, model)
+    if names_targets(config) or not _has_default(config, model):
+        return find_targets(config, model, matches)
+    if config.target_modules is None:
+        _take_default(config, model)
+    else:
+        config.target_modules = _all_linear(config, model)
+        _choose(config, model, config.target_modules)
+    targets = find_targets(config, model, matches, named=False)
+    config.choose(targets)
+    return targets
+
+
+def _has_default(config: ReparamConfig, model: nn.Module) -> bool:
+    """Whether modules are taken that a config leaves open: not beside parameters in an unknown architecture, as for LoRA."""
+    known = BaseTuner.get_model_config(model).get("model_type") in TARGET_MODULES
+    return config.target_modules is not None or not config.target_parameters or known
+
+
+def _choose(config: ReparamConfig, model: nn.Module, names: Iterable[str]) -> None:
+    """Take these modules and those of opened parameters, in place."""
+    config.choose([*names, *(name for name, _ in model.named_modules() if config.is_of_parameters(name))])
+
+
+def _take_default(config: ReparamConfig, model: nn.Module) -> None:
+    """Endings of the names of the default targets, in place."""
+    model_type = BaseTuner.get_model_config(model).get("model_type")
+    if model_type in TARGET_MODULES:
+        config.target_modules = {*TARGET_MODULES[model_type]}
+        return
+    if not isinstance(model, PreTrainedModel):
+        raise ValueError(
+            f"Please specify `target_modules` in `peft_config`: no default is known for a {type(model).__name__}, which is no "
+            'model of transformers. "all-linear" takes every linear layer.'
+        )
+    blocks = list(repeated_blocks(model))
+    linear = _all_linear(config, model)
+    within = {name: block for name in linear if (block := block_of(name, blocks)) is not None}
+    if within:
+        config.target_modules = {name.removeprefix(f"{block}.") for name, block in within.items()}
+        _choose(config, model, within)
+    else:
+        config.target_modules = linear
+        _choose(config, model, linear)
+
+
+def _all_linear(config: ReparamConfig, model: nn.Module) -> set[str]:
+    """The names of what PEFT takes for all linear layers of a model, but for those of opened parameters."""
+    config = copy.copy(config)
+    config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
+    names = _maybe_include_all_linear_layers(config, model).target_modules
+    return {name for name in names if not config.is_of_parameters(name)}

@@ -1,8 +1,8 @@
 """Modules by name: the heads of tasks, and the default `target_modules` of known architectures.
 
 The defaults are the attention and MLP projections, by transformers' `model_type`. Names are endings of module names, in the
-spelling of the transformers versions that setup.cfg allows. An architecture that is not listed needs `target_modules`, for
-example "all-linear".
+spelling of the transformers versions that setup.cfg allows. Of an architecture that is not listed all linear layers of the
+repeated blocks are taken. PEFT's tables are not read: most name two projections of attention, which are enough to be trained.
 """
 
 from __future__ import annotations

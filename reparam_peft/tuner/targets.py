@@ -18,9 +18,10 @@ from ..layers.product import Product
 from ..layers.quantized_bases import note_dtype
 from ..numerics.storage import Storage
 from ..planning.ranks import resolve_rank
-from ..runtime.modules import is_offloaded, naming, parameter_owners
+from ..runtime.modules import is_offloaded, kept_in_lists, naming, parameter_owners
 from .layer import REMEDY, W_IS_GONE, ReparamLayer, reparam_layers
 from .matrices import matrix_storage, unwrapped
+from .refusals import Refusal, joint_error, joint_warning, refused_by_kind, refused_by_place
 from .target_modules import SAVED_BY_TASK
 
 # What PEFT's and our own modules add to the names in a state dict.
@@ -63,30 +64,55 @@ def save_heads(config: ReparamConfig) -> None:
 
 
 def is_target(config: ReparamConfig, name: str) -> object:
-    """PEFT's matching; out of a checkpoint, no more than the modules that it has factors for or leaves dense."""
+    """PEFT's matching, by endings of names: no more than the modules that were chosen, or that a checkpoint has."""
     if config.loading and not config.is_of_adapter(name):
         return False
     matched = BaseTuner._check_target_module_exists(config, name)
-    return matched if isinstance(matched, _ExcludedModule) else matched or config.is_of_parameters(name)
+    if isinstance(matched, _ExcludedModule):
+        return matched
+    return (matched or config.is_of_parameters(name)) and config.is_among(name)
 
 
-def find_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str], object]) -> dict[str, Target]:
+def find_targets(
+    config: ReparamConfig, model: nn.Module, matches: Callable[[str], object], named: bool = True
+) -> dict[str, Target]:
     """The modules whose names match, except inside of tuner layers, by name and with their ranks.
 
+    Args:
+        config: that says ranks and sizes.
+        model: whose modules they are.
+        matches: whether a name is one of a target.
+        named: whether the user has named them; else those that cannot be factorised are left out, with one warning.
+
     Raises:
-        TypeError, ValueError: a module cannot be factorised, or its rank is out of range.
+        TypeError, ValueError: modules that were named cannot be factorised, or none can; or a rank is out of range.
     """
     inside = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, BaseTunerLayer))
     # Dense targets whose weight has changed are saved whole, which PEFT takes for no targets at all.
     saved_whole = {*(config.dense_modules or ())} & {*(config.modules_to_save or ())}
-    targets = {}
+    targets: dict[str, Target] = {}
+    refused: dict[str, Refusal] = {}
+    owners, in_lists = parameter_owners(model), kept_in_lists(model)
     note_dtype(model)
     for name, module in model.named_modules():
-        if name and not name.startswith(inside) and (matches(name) or name in saved_whole):
+        if not name or name.startswith(inside) or not (matches(name) or name in saved_whole):
+            continue
+        module = unwrapped(module)
+        reason = refused_by_kind(module)
+        if reason is None:
             with naming(name):
-                module = unwrapped(module)
                 storage = matrix_storage(module, name, config)
-                targets[name] = Target(module, resolve_rank(config, name, storage), storage)
+                target = Target(module, resolve_rank(config, name, storage), storage)
+            if not named or target.rank is not None:
+                reason = refused_by_place(model, name, module, owners, in_lists, config.keep_base)
+        if reason is None:
+            targets[name] = target
+        else:
+            refused[name] = reason
+    if refused and (named or not targets):
+        raise joint_error(refused)
+    if refused:
+        warnings.warn(joint_warning(refused), ReparamWarning, stacklevel=2)
     unknown = sorted(set(config.dense_modules or []) - set(targets))
     if unknown:
         warnings.warn(f"`dense_modules` {unknown} are not targeted and were ignored.", RuntimeWarning, stacklevel=2)
@@ -122,13 +148,13 @@ def check_targets(
             ReparamWarning,
             stacklevel=2,
         )
-    owners = parameter_owners(model)
+    owners, in_lists = parameter_owners(model), kept_in_lists(model)
+    reasons = {n: refused_by_place(model, n, m, owners, in_lists, config.keep_base) for n, m in factorized.items()}
+    refused = {name: reason for name, reason in reasons.items() if reason is not None}
+    if refused:
+        raise joint_error(refused)
     for name, module in factorized.items():
         with naming(name):
-            if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-                raise ValueError(
-                    "nn.TransformerEncoderLayer reads the weights of its layers itself; leave it out with `exclude_modules`."
-                )
             if isinstance(module, ReparamLayer):
                 if module.base_weight_dropped and config.keep_base:
                     raise ValueError(f"`keep_base=True` cannot be honoured, {W_IS_GONE}. To keep it, {REMEDY}.")
@@ -139,7 +165,7 @@ def check_targets(
                         "model in full precision."
                     )
                 if not is_quantized(module):
-                    _check_weight(module, owners[id(module.weight)], config.keep_base, loading)
+                    _check_weight(module, name, loading)
     for name, layer in reparam_layers(model):
         if layer.base_weight_dropped and name not in factorized:
             raise ValueError(
@@ -156,8 +182,8 @@ def _parts_of_names(model: nn.Module) -> set[str]:
     return {part for name in names for part in name.split(".")} | ADDED_NAMES
 
 
-def _check_weight(module: nn.Module, owners: list[str], keep_base: bool, loading: bool) -> None:
-    """Raise `ValueError` where a module's weight cannot be read, or cannot be dropped because it has other owners."""
+def _check_weight(module: nn.Module, name: str, loading: bool) -> None:
+    """Raise `ValueError` where a module's weight cannot be read."""
     if is_offloaded(module):
         raise ValueError(
             "accelerate moves the weight of this layer to where it computes at each pass (it is offloaded), and would move one "
@@ -171,13 +197,7 @@ def _check_weight(module: nn.Module, owners: list[str], keep_base: bool, loading
         )
     if module._forward_hooks or module._forward_pre_hooks:
         warnings.warn(
-            f"The forward hooks of {owners[0].removesuffix('.weight')} do not run once it is factorised; register them again.",
+            f"The forward hooks of {name} do not run once it is factorised; register them again.",
             ReparamWarning,
             stacklevel=3,
-        )
-    if len(owners) > 1 and not keep_base:
-        raise ValueError(
-            f"the weight is shared ({', '.join(owners)}) and cannot be dropped in one place. Leave it out with "
-            "`exclude_modules`, or untie it first: set `config.tie_word_embeddings = False` and give one of the modules a "
-            "copy, `module.weight = nn.Parameter(module.weight.clone())`."
         )

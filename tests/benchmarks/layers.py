@@ -15,7 +15,7 @@ import time
 import torch
 from torch import nn
 
-from reparam_peft.layers.kinds import FactorizedLinear
+from reparam_peft.layers.factorized_kinds import FactorizedLinear
 from reparam_peft.numerics.storage import Storage, uniform_rank
 
 KEEPS = (0.5, 0.8)

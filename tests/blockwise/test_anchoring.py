@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from reparam_peft import Anchoring
 from reparam_peft.blockwise.anchoring import Observed, anchored, input_groups, observe, residual_sources
-from reparam_peft.blockwise.blocks import Replay, find_blocks
+from reparam_peft.blockwise.blocks import Replay
+from reparam_peft.runtime.blocks import find_blocks
 
 GENERATOR = torch.Generator().manual_seed(0)
 

@@ -8,11 +8,12 @@ from typing import Any
 import pytest
 import torch
 from support.batches import images, pairs, text
-from support.models import Residual, Skipping, bert, convnet, gpt2, llama, skipping, t5, vit
+from support.models import Skipping, bert, gpt2, llama, skipping, t5, vit
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 
-from reparam_peft.blockwise.blocks import Replay, find_blocks, hollowed, main_tensor
+from reparam_peft.blockwise.blocks import Replay, hollowed, main_tensor
+from reparam_peft.runtime.blocks import find_blocks
 
 TEXT = [text([12, 9, 12, 5], 12), text([10, 10, 3], 10, seed=1)]
 PAIRS = [pairs([8, 3], [6, 2], (8, 6)), pairs([5, 5], [4, 1], (5, 4))]
@@ -41,16 +42,6 @@ def test_blocks_are_found_and_put_in_the_order_of_the_data_flow(key: str) -> Non
     blocks = find_blocks(model)
     assert [name for name in blocks if name in expected] == expected
     assert Replay(model, dict(reversed(blocks.items())), batches).order == expected
-
-
-def test_a_model_without_blocks_is_refused() -> None:
-    with pytest.raises(ValueError, match=r"ConvNet has no blocks: .* Leave out `sequential` and `refine`"):
-        find_blocks(convnet())
-
-
-def test_blocks_inside_of_blocks_do_not_count() -> None:
-    nested = nn.ModuleList([nn.ModuleDict({"inner": nn.ModuleList([Residual(), Residual()])}) for _ in range(2)])
-    assert list(find_blocks(nn.ModuleDict({"outer": nested}))) == ["outer.0", "outer.1"]
 
 
 def real_calls(replay: Replay, batch: int) -> tuple[list[Any], list[Any]]:

@@ -11,8 +11,9 @@ from support.models import Skipping, skipping
 from torch import Tensor, nn
 
 from reparam_peft.blockwise.activations import Activations
-from reparam_peft.blockwise.blocks import Replay, find_blocks
+from reparam_peft.blockwise.blocks import Replay
 from reparam_peft.blockwise.streams import Stream
+from reparam_peft.runtime.blocks import find_blocks
 
 BATCHES = [{"x": torch.randn(5, 8, generator=torch.Generator().manual_seed(seed))} for seed in (0, 1)]
 

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 import reparam_peft.layers.factorized as products_module
 from reparam_peft.layers.factorized import FactorizedModule, FactorLinear
-from reparam_peft.layers.kinds import FactorizedLinear
+from reparam_peft.layers.factorized_kinds import FactorizedLinear
 from reparam_peft.numerics.decompositions import Factors, Whole, random_factors
 from reparam_peft.numerics.pivoting import PivotFactors, pivot
 from reparam_peft.numerics.storage import FORMS, Storage

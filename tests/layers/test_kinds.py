@@ -18,7 +18,8 @@ from transformers.models.opt.modeling_opt import OPTLearnedPositionalEmbedding
 from transformers.models.t5gemma2.modeling_t5gemma2 import T5Gemma2TextScaledWordEmbedding
 from transformers.pytorch_utils import Conv1D
 
-from reparam_peft.layers.kinds import KINDS, FactorizedLinear, FactorizedModule, layer_kind
+from reparam_peft.layers.factorized import FactorizedModule
+from reparam_peft.layers.kinds import KINDS, layer_kind
 from reparam_peft.numerics.decompositions import Factors, factorize, random_factors
 from reparam_peft.numerics.storage import Storage
 
@@ -305,13 +306,6 @@ def test_set_factors_casts_and_refuses_other_shapes() -> None:
     assert torch.equal(module.factors.A, A.bfloat16())
     with pytest.raises(RuntimeError, match="size"):
         module.set_factors(Factors(A[:, :1].expand(4, 3), B))
-
-
-def test_set_factors_keeps_the_parameters_that_an_optimiser_holds() -> None:
-    module = FactorizedLinear(5, 4, 2)
-    held = list(module.parameters())
-    module.set_factors(Factors(torch.ones(4, 2), torch.ones(2, 5)))
-    assert all(a is b for a, b in zip(module.parameters(), held, strict=True))
 
 
 def test_the_padding_row_gets_no_gradient() -> None:

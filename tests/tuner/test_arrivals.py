@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from reparam_peft.layers.kinds import FactorizedLinear
+from reparam_peft.layers.factorized_kinds import FactorizedLinear
 from reparam_peft.numerics.decompositions import Factors, factorize
 from reparam_peft.tuner.arrivals import Arrivals
 

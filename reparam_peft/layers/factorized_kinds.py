@@ -1,0 +1,93 @@
+"""The factorised module of each kind of layer."""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.types import Device
+
+from .factorized import Dtype, FactorizedModule, FactorLinear
+
+
+class FactorizedLinear(FactorizedModule):
+    """`nn.Linear` (or GPT-2's `Conv1D`) of a product: x (..., in) → A (B x) (..., out), with the features that are left."""
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        rank: int,
+        form: str = "factors",
+        bias: bool = False,
+        device: Device = None,
+        dtype: Dtype = None,
+        whole: tuple[int, int] | None = None,
+    ) -> None:
+        B = FactorLinear(in_features, out_features if form == "dense" else rank, bias=False, device=device, dtype=dtype)
+        expand = partial(FactorLinear, rank, bias=False, device=device, dtype=dtype)
+        super().__init__(B, expand, rank, out_features, form, bias, device=device, dtype=dtype)
+        self.in_features, self.out_features = in_features, out_features
+        if whole is not None:
+            self.leave_out((out_features, in_features), whole, device)
+
+
+class FactorizedConv2d(FactorizedModule):
+    """`nn.Conv2d` of a product: B is the convolution with r output channels, A a 1 × 1 convolution."""
+
+    def __init__(
+        self, layer: nn.Conv2d, rank: int, form: str = "factors", bias: bool = False, device: Device = None, dtype: Dtype = None
+    ) -> None:
+        # torch types what it keeps as tuples of any length.
+        geometry: tuple[Any, Any, Any, Any] = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+        B = nn.Conv2d(
+            layer.in_channels, rank, *geometry, bias=False, padding_mode=layer.padding_mode, device=device, dtype=dtype
+        )
+        expand = partial(nn.Conv2d, rank, kernel_size=1, bias=False, device=device, dtype=dtype)
+        super().__init__(B, expand, rank, layer.out_channels, form, bias, dim=-3, device=device, dtype=dtype)
+
+    def shaped_bias(self, bias: Tensor) -> Tensor:
+        return bias.view(-1, 1, 1)
+
+
+class FactorizedEmbedding(FactorizedModule):
+    """`nn.Embedding` of a product: the table's transpose W (embedding_dim, num_embeddings) is A B."""
+
+    def __init__(
+        self,
+        layer: nn.Embedding,
+        rank: int,
+        form: str = "factors",
+        bias: bool = False,
+        device: Device = None,
+        dtype: Dtype = None,
+    ) -> None:
+        B = nn.Embedding(
+            layer.num_embeddings,
+            rank,
+            padding_idx=layer.padding_idx,
+            scale_grad_by_freq=layer.scale_grad_by_freq,
+            sparse=layer.sparse,
+            device=device,
+            dtype=dtype,
+        )
+        expand = partial(nn.Linear, rank, bias=False, device=device, dtype=dtype)
+        super().__init__(B, expand, rank, layer.embedding_dim, form, bias, device=device, dtype=dtype)
+        self.scale = embedding_scale(layer, B.weight.dtype)
+
+    def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        y = super().forward(x, bias)
+        return y if self.scale == 1.0 else y * self.scale
+
+    def matrix_of_B(self, weight: Tensor) -> Tensor:
+        return weight.mT
+
+
+def embedding_scale(layer: nn.Embedding, dtype: torch.dtype) -> float:
+    """What an embedding multiplies its rows by: BART a number, Gemma a tensor in the table's dtype, which may be on meta."""
+    scale = getattr(layer, "embed_scale", 1.0)
+    if isinstance(scale, Tensor):
+        scale = torch.tensor(float(getattr(layer, "scalar_embed_scale", scale)), dtype=dtype)
+    return float(scale)
