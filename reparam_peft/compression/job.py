@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Collection, Container, Iterable, Mapping, Sequence
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,7 +19,7 @@ from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Batches, Moments, Statistics
 from ..config.fields import CALIBRATED
 from ..config.reparam_config import ReparamConfig
-from ..layers.kinds import layer_kind, stored_weight
+from ..layers.kinds import stored_weight
 from ..layers.neuron_groups import NeuronGroup
 from ..layers.product import Product, empty_product, product_of, tensors_of
 from ..numerics.decompositions import check_matrix
@@ -28,7 +28,6 @@ from ..planning.neurons import Losses
 from ..planning.plan import Plan, make_plan
 from ..planning.ranks import RankChooser, is_nested
 from ..runtime import processes
-from ..runtime.blocks import block_of
 from ..runtime.modules import abridged, naming
 from ..runtime.processes import check_whole, fails_together
 from ..tuner.matrices import base_dtype, own_bias, source_matrix
@@ -39,6 +38,7 @@ from .factorizing import Factorizer
 from .mlps import check_alike, find_mlps
 from .neurons import Neurons
 from .parts import Part
+from .passes import passes_within
 from .pooling import Pool
 from .weighing import Weigher, Weighing, mean_output
 
@@ -417,47 +417,6 @@ def with_defaults(config: ReparamConfig, plan: Plan | None = None, moves_bias: b
     config.__post_init__()
     config.moved_bias = moves_bias or method_of(config.method).needs_data
     return config
-
-
-def passes_within(
-    targets: Mapping[str, Target],
-    max_memory: int,
-    blocks: Sequence[str],
-    mlps: Sequence[NeuronGroup],
-    parameters: Collection[str] = (),
-) -> list[list[str]]:
-    """Targets in order, in groups whose statistics take at most so many bytes even where they share no inputs.
-
-    Modules that read the neurons of an MLP come before those that make them, whose rows they choose; experts of a layer, whose
-    parameters are named, are together.
-
-    Raises:
-        ValueError: those of one target, or of the targets in one block, take more.
-    """
-    consumers = [mlp.consumer for mlp in mlps]
-    units: dict[str, list[str]] = {}
-    for name in dict.fromkeys([*consumers, *targets]):
-        layer = name.rpartition(".")[0]  # whose experts share statistics
-        units.setdefault(block_of(name, blocks) or (layer if layer in parameters else name), []).append(name)
-    passes: list[list[str]] = [[]]
-    left = max_memory
-    for names in units.values():
-        needed = sum(_bytes_of_statistics(targets[name]) for name in names)
-        if needed > max_memory:
-            which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-            raise ValueError(f"{which}: its statistics take {needed:,} bytes, and `max_memory` is {max_memory:,}; raise it.")
-        if needed > left:
-            passes.append([])
-            left = max_memory
-        passes[-1] += names
-        left -= needed
-    return passes
-
-
-def _bytes_of_statistics(target: Target) -> int:
-    """Two Grams of the input, or counts for a lookup, and one of the output gradients, in float64."""
-    size, one_hot = target.storage.in_features, layer_kind(target.module).one_hot
-    return 8 * ((size if one_hot else 2 * size**2) + target.storage.out_features**2)
 
 
 def _direction_costs(target: Target) -> Tensor:

@@ -3,7 +3,8 @@
     python tests/benchmarks/expert_speed.py [--shapes 128x768x2048x8 8x14336x4096x2] [--tokens 512 1] [--keep 0.5] [--rounds 7]
 
 A shape is experts x neurons x hidden size x experts of each token. Weights are random, factors of plain form at one share of
-each matrix. The dense module computes in transformers' `eager` and `grouped_mm` ways, the factorised one in its own. Medians of alternating rounds in one process; prints a Markdown table of ratios, dense by factorised: above 1 is faster.
+each matrix. The dense module computes in transformers' `eager` and `grouped_mm` ways, the factorised one in its own. Medians of
+alternating rounds in one process; prints a Markdown table of ratios, dense by factorised: above 1 is faster.
 """
 
 from __future__ import annotations
