@@ -96,7 +96,12 @@ def _check_effects(config: Fields, from_file: bool) -> None:
 
 
 def _check_modules(config: Fields) -> None:
-    names = ("target_modules", "target_parameters", "exclude_modules", "layers_pattern", "modules_to_save", "dense_modules")
+    parameters = config.target_parameters
+    if isinstance(parameters, dict) and not all(isinstance(pattern, str) for pattern in parameters.values()):
+        raise TypeError(f"`target_parameters` must map names to patterns, got {parameters!r}.")
+    if parameters is not None:
+        check_names("target_parameters", [*parameters] if isinstance(parameters, dict) else parameters, allows_str=True)
+    names = ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save", "dense_modules")
     for name in names:
         value = getattr(config, name)
         if value is not None:

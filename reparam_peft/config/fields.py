@@ -33,12 +33,13 @@ class Fields(PeftConfig):
             "and MLP projections of the known architectures, of others all linear layers of the repeated blocks."
         },
     )
-    target_parameters: list[str] | str | None = field(
+    target_parameters: list[str] | dict[str, str] | str | None = field(
         default=None,
         metadata={
-            "help": "Parameters to factorise beside `target_modules`: fused experts of mixtures, (experts, out, in), each of "
-            "which becomes a matrix of its own, or weights of layers. A list of name endings, as for PEFT's LoRA, a regular "
-            f"expression, or {ALL_EXPERTS!r}."
+            "help": "Parameters to factorise beside `target_modules`: fused experts of mixtures, each of which becomes a "
+            "matrix of its own; others that the model multiplies by itself; weights of layers. A list of name endings, as for PEFT's "
+            f"LoRA, a regular expression, {ALL_EXPERTS!r}, or endings with how dimensions make a matrix, "
+            "{'rel_attn.q': '(d) (n h)'}."
         },
     )
     exclude_modules: list[str] | str | None = field(

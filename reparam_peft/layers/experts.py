@@ -43,8 +43,8 @@ def routed_rows() -> RoutedRows | None:
     return _routed.get()
 
 
-class ExpertLinear(nn.Linear):
-    """The matrix of one expert: an `nn.Linear` whose parameters are views of the fused ones.
+class ViewLinear(nn.Linear):
+    """A matrix of a larger parameter: an `nn.Linear` whose own parameters are views of it.
 
     Args:
         matrix: weight (out, in).
@@ -96,7 +96,7 @@ def open_experts(experts: nn.Module, key: str) -> None:
 
     stacked = parameter.detach().mT if _is_transposed(experts) else parameter.detach()
     biases = [None] * len(stacked) if bias is None else [view(row) for row in bias.detach()]
-    layers = [ExpertLinear(view(matrix), row) for matrix, row in zip(stacked, biases, strict=True)]
+    layers = [ViewLinear(view(matrix), row) for matrix, row in zip(stacked, biases, strict=True)]
     experts._modules[key] = nn.ModuleList(layers).train(experts.training)
     # An attribute of the object, not another class: what notes attributes before an error puts it back.
     vars(experts)[_forward(experts)] = MethodType(_compute, experts)

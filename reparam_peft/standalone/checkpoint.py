@@ -23,6 +23,7 @@ from ..arguments import ReparamWarning
 from ..layers.experts import fused_parameters, is_open, open_experts
 from ..layers.factorized import MARKER, FactorizedModule, Replaced, weight_of
 from ..layers.kinds import LayerKind, layer_kind
+from ..layers.parameters import Reading, open_parameter
 from ..numerics.storage import FORMS, narrow_form
 from ..runtime.modules import is_offloaded, set_module
 from .contents import DAMAGED, check_files
@@ -46,6 +47,7 @@ class CheckpointConfig(QuantizationConfigMixin):
         format_version: of the checkpoint.
         quant_method: "reparam", by which transformers finds this class.
         quantization: how the matrices of the factors are stored, one of `quantization.SCHEMES`; None: in the model's dtype.
+        parameters: name of a parameter of which layers were made → how its dimensions make matrices, a pattern of `Reading`.
 
     Attributes:
         being_loaded: whether `from_pretrained` is making the model, in which it will place the factorised layers itself.
@@ -55,6 +57,7 @@ class CheckpointConfig(QuantizationConfigMixin):
     """
 
     quantization: str | None = None
+    parameters: Mapping[str, str] | None = None
     being_loaded = False
 
     def __init__(
@@ -63,6 +66,7 @@ class CheckpointConfig(QuantizationConfigMixin):
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
         quantization: str | None = None,
+        parameters: Mapping[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         if format_version not in (HOSTS_NAMES, FORMAT_VERSION):
@@ -79,7 +83,10 @@ class CheckpointConfig(QuantizationConfigMixin):
         self.layers = {name: dict(layer) for name, layer in layers.items()}
         self.format_version = format_version
         self.quant_method = quant_method  # type: ignore[assignment]  # an enum, which no other library can add to
-        if quantization is not None:  # else config.json says nothing of it
+        if parameters:  # else config.json says nothing of it
+            _check_parameters(parameters)
+            self.parameters = dict(parameters)
+        if quantization is not None:  # likewise
             if quantization not in SCHEMES:
                 raise ValueError(
                     f"`quantization` in config.json must be one of {list(SCHEMES)}, got {quantization!r}; {DAMAGED}."
@@ -89,6 +96,16 @@ class CheckpointConfig(QuantizationConfigMixin):
     def to_dict(self) -> dict[str, Any]:
         """What config.json says."""
         return {key: value for key, value in super().to_dict().items() if key != "being_loaded"}
+
+
+def _check_parameters(parameters: Any) -> None:
+    if not isinstance(parameters, Mapping) or not all(isinstance(name, str) and name for name in parameters):
+        raise ValueError(f"`parameters` in config.json must map names to patterns, got {parameters!r}; {DAMAGED}.")
+    for name, pattern in parameters.items():
+        try:
+            Reading.parse(pattern)
+        except (ValueError, TypeError) as error:
+            raise ValueError(f"{name}: `parameters` in config.json: {error} {DAMAGED[0].upper()}{DAMAGED[1:]}.") from error
 
 
 def _check_specification(name: Any, layer: Any) -> None:
@@ -144,6 +161,7 @@ class CheckpointLoader(HfQuantizer):
         self.described.being_loaded = False
         layers, scheme = self.described.layers, self.described.quantization
         check_scheme(scheme)
+        open_named(model, layers, self.described.parameters or {})
         layers_here = place_factorized(model, layers)
         if scheme is not None:
             for name in layers_here:
@@ -204,7 +222,6 @@ def place_factorized(model: PreTrainedModel, layers: Mapping[str, Mapping[str, A
     Raises:
         ValueError: the model has none of them, one of its base is missing, or one cannot be factorised so.
     """
-    open_named_experts(model, layers)
     names_here = {name: _name_in(model, name) for name in layers}
     layers_here = {here: dict(layers[name]) for name, here in names_here.items() if here is not None}
     if not layers_here:
@@ -214,8 +231,26 @@ def place_factorized(model: PreTrainedModel, layers: Mapping[str, Mapping[str, A
     return layers_here
 
 
-def open_named_experts(model: PreTrainedModel, layers: Iterable[str]) -> None:
-    """Open those fused parameters of experts, in place, of which layers are named, as the model that was saved has them."""
+def open_named(model: PreTrainedModel, layers: Iterable[str], parameters: Mapping[str, str]) -> None:
+    """Open parameters, in place, as the model that was saved has them open.
+
+    Args:
+        model: as for `place_factorized`.
+        layers: names of layers, some of which may be of fused experts.
+        parameters: other parameters, with their patterns.
+
+    Raises:
+        ValueError: a parameter is not there, or not as its pattern says.
+    """
+    for name, pattern in parameters.items():
+        present = dict(model.named_parameters(remove_duplicate=False))
+        here = next((candidate for candidate in _candidates(model, name) if candidate in present), None)
+        if here is None:
+            raise ValueError(f"{name}: config.json says that this parameter is factorised, but there is none; {DAMAGED}.")
+        try:
+            open_parameter(model, here, Reading.parse(pattern))
+        except ValueError as error:
+            raise ValueError(f"{name}: {error} {DAMAGED[0].upper()}{DAMAGED[1:]}.") from error
     fused = fused_parameters(model)
     for parameter in dict.fromkeys(name.rpartition(".")[0] for name in layers):
         here = next((candidate for candidate in _candidates(model, parameter) if candidate in fused), None)

@@ -19,7 +19,7 @@ from .checkpoint import (
     CheckpointLoader,
     keep_names,
     mark_unquantized,
-    open_named_experts,
+    open_named,
     place_factorized,
 )
 from .quantization import check_scheme, quantize
@@ -58,14 +58,14 @@ def factorized(model: PreTrainedModel, described: CheckpointConfig) -> PreTraine
     """
     scheme = described.quantization
     check_scheme(scheme)
-    open_named_experts(model, described.layers)
+    open_named(model, described.layers, described.parameters or {})
     devices = {name: next(module.parameters(), torch.empty(0)).device for name, module in model.named_modules()}
     layers = place_factorized(model, described.layers)
     for name in layers:
         module = model.get_submodule(name)
         module.to_empty(device=devices[name])
         _fill_at_random(module)
-    model.config.quantization_config = CheckpointConfig(layers, quantization=scheme)
+    model.config.quantization_config = CheckpointConfig(layers, quantization=scheme, parameters=described.parameters)
     model.hf_quantizer = CheckpointLoader(model.config.quantization_config)  # type: ignore[assignment]
     mark_unquantized(model)
     keep_names(model)

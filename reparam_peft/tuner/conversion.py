@@ -13,6 +13,7 @@ from transformers import PreTrainedModel
 
 from ..layers.factorized import FactorizedModule
 from ..layers.kinds import is_quantized
+from ..layers.parameters import opened_parameters
 from ..layers.quantized_bases import dequantized, note_dtype
 from ..standalone.checkpoint import (
     METHOD,
@@ -59,11 +60,13 @@ def standalone_model(model: nn.Module, quantize: str | None = None) -> PreTraine
     vars(plain).pop("peft_config", None)
     close_parameters(plain)
     layers = {name: specification_of(module) for name, module in plain.named_modules() if isinstance(module, FactorizedModule)}
+    opened = opened_parameters(plain)
+    patterns = {name: parameter.reading.pattern(len(parameter.shape)) for name, parameter in opened.items()}
     if not layers:
         raise ValueError("no layer has factors in the active adapter, so that the model is a dense one; use `unload`.")
     mark_unquantized(plain)
     keep_names(plain)
-    plain.config.quantization_config = CheckpointConfig(layers, quantization=quantize)
+    plain.config.quantization_config = CheckpointConfig(layers, quantization=quantize, parameters=patterns)
     plain.hf_quantizer = CheckpointLoader(plain.config.quantization_config)
     if quantize is not None:
         quantize_factors(plain, quantize)

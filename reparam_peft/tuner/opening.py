@@ -3,73 +3,53 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable, Mapping
+from contextlib import suppress
+from typing import Any
 
+import torch
 from torch import nn
 
 from ..arguments import listed
 from ..config.fields import ALL_EXPERTS
 from ..config.reparam_config import ReparamConfig
-from ..layers.experts import READERS, WRITER, ExpertLinear, close_experts, fused_parameters, is_experts, is_open, open_experts
-from ..runtime.modules import is_offloaded, naming
+from ..layers.experts import READERS, WRITER, ViewLinear, close_experts, fused_parameters, is_experts, is_open, open_experts
+from ..layers.kinds import layer_kind
+from ..layers.parameters import Reading, close_parameter, open_parameter, opened_parameters, readings
+from ..runtime.modules import evaluating, is_offloaded, naming
 
 MOST_NAMED = 6  # in a message
 
 
-def named_parameters(config: ReparamConfig, model: nn.Module) -> list[str]:
-    """The names of those parameters of a model, fused experts or weights of layers, that `target_parameters` takes.
+def open_parameters(config: ReparamConfig, model: nn.Module) -> None:
+    """Open the parameters that a config takes, in place, and write the names of all that it takes into the config.
+
+    How a parameter's dimensions make a matrix is what the config says, or what is seen when the model runs on the example that
+    models of transformers have (`dummy_inputs`).
 
     Raises:
-        ValueError: it matches none, or one of its names does; or accelerate moves the parameters in each pass.
+        ValueError: `target_parameters` matches nothing; a parameter cannot be opened, or its pattern is not that of the model.
     """
-    asked = config.target_parameters
-    if not asked:
-        return []
     fused = fused_parameters(model)
-    if asked == ALL_EXPERTS:
-        if not fused:
-            raise ValueError(
-                f"`target_parameters={ALL_EXPERTS!r}`, and the model has no fused experts that can be opened; leave it out."
-            )
-        taken = list(fused)
-    else:
-        names = [name for name, _ in model.named_parameters() if name not in fused] + list(fused)
-        patterns = [asked] if isinstance(asked, str) else list(asked)
-        by_pattern = {
-            pattern: [name for name in names if _takes(pattern, name, isinstance(asked, str))] for pattern in patterns
-        }
-        unused = sorted(pattern for pattern, matched in by_pattern.items() if not matched)
-        taken = list(dict.fromkeys(name for matched in by_pattern.values() for name in matched))
-        if unused and not (taken or config.target_modules):
-            raise ValueError(
-                f"`target_parameters` {unused} match no parameter of the model; its fused experts are "
-                f"{listed(list(fused)[:MOST_NAMED]) or 'none'}."
-            )
-    for name in taken:
-        owner = fused.get(name)
+    patterns = _taken(config, model, fused)
+    for name in patterns:
         with naming(name):
-            if owner is None and not name.endswith(".weight"):
-                raise ValueError(
-                    "it is neither the weight of a layer nor a parameter of fused experts; leave it out of `target_parameters`."
-                )
-            if owner is not None and is_offloaded(owner):
-                raise ValueError(
-                    "accelerate moves the experts to where they compute at each pass (they are offloaded), and could not move "
-                    "opened ones. Load the model without offloading."
-                )
-    return taken
-
-
-def open_parameters(config: ReparamConfig, model: nn.Module) -> None:
-    """Open the fused parameters that a config takes, in place, and write the names of all that it takes into the config."""
-    taken = named_parameters(config, model)
-    if not taken:
-        return
-    owners = fused_parameters(model)
-    for name in taken:
+            _check(model.get_submodule(name.rpartition(".")[0]))
+    opened = opened_parameters(model)
+    raw = {name: patterns[name] for name in patterns if name not in fused and not _is_weight_of_layer(model, name)}
+    resolved = _readings(model, {name: pattern for name, pattern in raw.items() if name not in opened})
+    for name in patterns:
         key = name.rpartition(".")[2]
-        if name in owners and not is_open(owners[name], key):
-            open_experts(owners[name], key)
-    config.target_parameters = taken
+        if name in resolved:
+            open_parameter(model, name, resolved[name])
+        elif name in fused and not is_open(fused[name], key):
+            open_experts(fused[name], key)
+    if raw:
+        present = opened_parameters(model)
+        described = {name: present[name].reading.pattern(len(present[name].shape)) for name in raw}
+        config.target_parameters = {name: described.get(name, "") for name in patterns}
+    elif patterns:
+        config.target_parameters = list(patterns)
 
 
 def close_parameters(model: nn.Module) -> None:
@@ -77,10 +57,115 @@ def close_parameters(model: nn.Module) -> None:
     for experts in model.modules():
         if is_experts(experts):
             for key in (*READERS, WRITER):
-                if is_open(experts, key) and all(isinstance(m, ExpertLinear) for m in experts.get_submodule(key).children()):
+                if is_open(experts, key) and _are_plain(experts.get_submodule(key).children()):
                     close_experts(experts, key)
+    for name, opened in opened_parameters(model).items():
+        if _are_plain(opened.layers):
+            close_parameter(model, name)
+
+
+def _are_plain(layers: Iterable[nn.Module]) -> bool:
+    return all(isinstance(layer, ViewLinear) for layer in layers)
+
+
+def _taken(config: ReparamConfig, model: nn.Module, fused: Mapping[str, nn.Module]) -> dict[str, str]:
+    """The names of the parameters that `target_parameters` takes, in order, with the patterns that it gives them, or ""."""
+    asked = config.target_parameters
+    if not asked:
+        return {}
+    opened = opened_parameters(model)
+    names = [*(name for name, _ in model.named_parameters() if not _is_inside(name, [*fused, *opened])), *fused, *opened]
+    if asked == ALL_EXPERTS:
+        taken = dict.fromkeys([*fused, *(name for name in names if _is_of_experts(model, name))], "")
+        if not taken:
+            raise ValueError(
+                f"`target_parameters={ALL_EXPERTS!r}`, and the model has no fused experts that can be opened; leave it out."
+            )
+        return taken
+    is_regex = isinstance(asked, str)
+    by_ending = {asked: ""} if isinstance(asked, str) else dict(asked) if isinstance(asked, dict) else dict.fromkeys(asked, "")
+    found = {ending: [name for name in names if _takes(ending, name, is_regex)] for ending in by_ending}
+    unused = sorted(ending for ending, matched in found.items() if not matched)
+    if unused and not (any(found.values()) or config.target_modules):
+        raise ValueError(
+            f"`target_parameters` {unused} match no parameter of the model; its fused experts are "
+            f"{listed(list(fused)[:MOST_NAMED]) or 'none'}."
+        )
+    return {name: by_ending[ending] for ending, matched in found.items() for name in matched}
+
+
+def _is_inside(name: str, prefixes: Iterable[str]) -> bool:
+    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
 
 
 def _takes(pattern: str, name: str, is_regex: bool) -> bool:
     """Whether an ending of a name, or a regular expression for the whole of it, takes a parameter; as for modules in PEFT."""
     return bool(re.fullmatch(pattern, name)) if is_regex else name == pattern or name.endswith(f".{pattern}")
+
+
+def _is_of_experts(model: nn.Module, name: str) -> bool:
+    """Whether a parameter that is behind no interface holds the matrices of experts, by what it and its owner are called."""
+    owner = model.get_submodule(name.rpartition(".")[0])
+    tensor: Any = getattr(owner, name.rpartition(".")[2])
+    return len(tensor.shape) == 3 and "expert" in f"{type(owner).__name__}.{name}".lower()
+
+
+def _is_weight_of_layer(model: nn.Module, name: str) -> bool:
+    """Whether a parameter is the weight of a layer that can be factorised as it is."""
+    owner, _, key = name.rpartition(".")
+    with suppress(TypeError, ValueError):
+        module: Any = model.get_submodule(owner)
+        return key == "weight" and layer_kind(getattr(module, "base_layer", module)) is not None
+    return False
+
+
+def _check(owner: nn.Module) -> None:
+    if is_offloaded(owner):
+        raise ValueError(
+            "accelerate moves the parameter to where it computes at each pass (it is offloaded), and could not move an opened "
+            "one. Load the model without offloading."
+        )
+
+
+def _readings(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, Reading]:
+    """How each of some parameters makes matrices."""
+    parameters = {name: model.get_parameter(name) for name in patterns}
+    for name, parameter in parameters.items():
+        with naming(name):
+            if parameter.ndim < 2 or not parameter.is_floating_point():
+                raise ValueError(
+                    f"a parameter of shape {tuple(parameter.shape)} and dtype {parameter.dtype} makes no matrix; leave it out "
+                    "of `target_parameters`."
+                )
+    given = {name: Reading.parse(pattern) for name, pattern in patterns.items() if pattern}
+    seen = _seen(model, {name: p for name, p in parameters.items() if name not in given or given[name].first_is_input is None})
+    resolved = {}
+    for name, parameter in parameters.items():
+        with naming(name):
+            reading = given.get(name) or seen.get(name) or _default(parameter)
+            reading.check(parameter.shape)
+            if name in given and name in seen:
+                if (reading.batch, reading.first) != (seen[name].batch, seen[name].first):
+                    raise ValueError(
+                        f"`target_parameters` says {patterns[name]!r}, and the model reads it as "
+                        f"{seen[name].pattern(parameter.ndim)!r}; leave the pattern out."
+                    )
+                reading = seen[name]
+            resolved[name] = reading
+    return resolved
+
+
+def _default(parameter: nn.Parameter) -> Reading:
+    """How a parameter makes matrices of which nothing is known: as in `nn.Linear`, and one for each first index of more."""
+    return Reading(0, 1, False) if parameter.ndim == 2 else Reading(1, 1, None)
+
+
+def _seen(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Reading]:
+    """How a run of the model reads parameters; empty where it cannot be run."""
+    example = getattr(model, "dummy_inputs", None)
+    if not parameters or example is None or any(parameter.is_meta for parameter in model.parameters()):
+        return {}
+    with readings(parameters) as found, suppress(Exception), torch.no_grad(), evaluating(model):
+        device = next(iter(parameters.values())).device
+        model(**{key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in example.items()})
+    return found

@@ -25,6 +25,8 @@ from transformers import (
     T5ForConditionalGeneration,
     ViTConfig,
     ViTForImageClassification,
+    XLNetConfig,
+    XLNetLMHeadModel,
 )
 
 
@@ -191,6 +193,16 @@ def gpt_oss() -> GptOssForCausalLM:
     for name, parameter in model.named_parameters():
         if name.endswith("_bias"):
             nn.init.normal_(parameter, std=0.02)
+    return model
+
+
+def xlnet() -> XLNetLMHeadModel:
+    """A model whose attention multiplies by parameters of three dimensions; its weights are large enough to matter."""
+    torch.manual_seed(0)
+    model = XLNetLMHeadModel(XLNetConfig(vocab_size=100, d_model=32, n_layer=2, n_head=4, d_inner=48)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
     return model
 
 

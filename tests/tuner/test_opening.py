@@ -9,9 +9,10 @@ import pytest
 import torch
 from peft import PeftModel, get_peft_model
 from support.batches import text
-from support.models import gpt_oss, llama, qwen_moe, token_inputs
-from support.tolerances import assert_close
+from support.models import gpt_oss, llama, qwen_moe, token_inputs, xlnet
+from support.tolerances import assert_close, relative_error
 from torch import nn
+from transformers import XLNetLMHeadModel
 
 from reparam_peft import ReparamConfig, calibrate, compress, plan
 
@@ -53,7 +54,7 @@ def test_parameters_are_named_as_for_lora(options: dict[str, Any], experts: int,
         (qwen_moe, ["nothing"], r"\['nothing'\] match no parameter of the model; its fused experts are model.layers.0"),
         (qwen_moe, ["input_layernorm.weight"], "input_layernorm"),
         (qwen_moe, r".*shared_expert_gate|.*norm\.weigh", "match no parameter"),
-        (gpt_oss, ["experts.gate_up_proj_bias"], "neither the weight of a layer nor a parameter of fused experts"),
+        (llama, ["input_layernorm.weight"], r"a parameter of shape \(64,\) and dtype torch.float32 makes no matrix"),
     ],
 )
 def test_what_cannot_be_opened_is_refused(build: Any, asked: Any, match: str) -> None:
@@ -99,3 +100,47 @@ def test_an_adapter_in_a_file_names_its_parameters(tmp_path: Path) -> None:
     assert len(saved.target_parameters) == 4
     assert not any(".experts." in name for name in saved.target_modules)  # tens of thousands, in a large model
     assert config.target_parameters == "all-experts"
+
+
+ATTENTION = ["rel_attn.q", "rel_attn.k", "rel_attn.v", "rel_attn.o", "rel_attn.r"]
+
+
+def test_parameters_of_a_model_are_compressed_saved_merged_and_made_standalone(tmp_path: Path) -> None:
+    model = xlnet()
+    expected_names = set(names_of(model))
+    dense = model(**token_inputs()).logits
+    config = ReparamConfig(target_modules="all-linear", target_parameters=ATTENTION, keep=0.6)
+    assert_close(
+        get_peft_model(xlnet(), ReparamConfig(target_modules=[], target_parameters=ATTENTION, r="full"))(
+            **token_inputs()
+        ).logits,
+        dense,
+    )
+    small = compress(model, config, BATCHES, progress=False).eval()
+    assert small.size_report().keep <= 0.6
+    patterns = small.peft_config["default"].target_parameters
+    assert patterns["transformer.layer.0.rel_attn.q"] == "(a) -> (b c)"
+    assert patterns["transformer.layer.1.rel_attn.o"] == "(a) <- (b c)"
+    expected = small(**token_inputs()).logits
+    with torch.no_grad():
+        data_free = get_peft_model(xlnet(), config).eval()(**token_inputs()).logits
+    assert relative_error(expected, dense) < relative_error(data_free, dense)
+    small.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(xlnet(), tmp_path / "adapter").eval()
+    assert_close(loaded(**token_inputs()).logits, expected)
+    small.base_model.to_standalone().save_pretrained(tmp_path / "standalone")
+    assert_close(XLNetLMHeadModel.from_pretrained(tmp_path / "standalone")(**token_inputs()).logits, expected)
+    merged = loaded.merge_and_unload()
+    assert set(names_of(merged)) == expected_names
+    assert_close(merged(**token_inputs()).logits, expected)
+
+
+def test_a_pattern_that_is_not_the_models_is_refused() -> None:
+    model = xlnet()
+    before = names_of(model)
+    for pattern, match in (("(d n) (h)", r"reads it as '\(a\) -> \(b c\)'"), ("d", "name each dimension once")):
+        with pytest.raises(ValueError, match=match):
+            get_peft_model(model, ReparamConfig(target_modules=[], target_parameters={"rel_attn.q": pattern}))
+        assert names_of(model) == before
+    small = get_peft_model(model, ReparamConfig(target_modules=[], target_parameters={"rel_attn.q": "(d) (n h)"}))
+    assert len(small.peft_config["default"].rank_pattern) == 2
