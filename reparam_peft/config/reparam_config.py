@@ -86,9 +86,17 @@ class ReparamConfig(Fields):
         """Whether a module that `target_modules` matches is one of those that were chosen; else True."""
         return self._among is None or name in self._among
 
-    def choose(self, names: Iterable[str]) -> None:
-        """Take no other modules than these, of those that `target_modules` matches, which it may do by endings of names."""
+    def choose(self, names: Iterable[str], target_modules: Iterable[str] | None = None) -> None:
+        """Take no other modules than these, of those that `target_modules` matches, which it may do by endings of names.
+
+        Args:
+            names: of the modules.
+            target_modules: what takes the place of `target_modules`; None: it stays.
+        """
         self._among = frozenset(names)
+        if target_modules is not None:
+            endings: Any = {*target_modules}  # PEFT makes sets of lists, too
+            self.target_modules = endings
 
     def module_rank(self, name: str) -> int | None:
         """The entry of `rank_pattern` for a module: its exact name before any pattern, as PEFT matches patterns."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -42,7 +43,7 @@ def computes_as(
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         vars(stand_in).update(_parameters=dict(parameters), _buffers=dict(layer._buffers))
         for name, value in attributes.items():
-            held = stand_in._buffers if name in stand_in._buffers else vars(stand_in)
+            held: dict[str, Any] = stand_in._buffers if name in stand_in._buffers else vars(stand_in)
             held[name] = value
         for training in (True, False):
             stand_in.training = training

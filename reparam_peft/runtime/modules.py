@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import inspect
-import re
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -181,15 +180,21 @@ def parameter_owners(model: nn.Module) -> dict[int, list[str]]:
 
 
 def abridged(names: Iterable[str]) -> list[str]:
-    """Names of modules, those that differ by their numbers only as one, with how many they are.
+    """Names of modules, those that differ by numbers only as one, with how many they are.
 
-    >>> abridged(["layers.0.mlp", "layers.1.mlp", "head"])
-    ['layers.*.mlp (2)', 'head']
+    >>> abridged(["layers.0.mlp.2", "layers.1.mlp.2", "head"])
+    ['layers.*.mlp.2 (2)', 'head']
     """
-    alike: defaultdict[str, list[str]] = defaultdict(list)
+    alike: defaultdict[tuple[str, ...], list[list[str]]] = defaultdict(list)
     for name in names:
-        alike[re.sub(r"(?<![^.])\d+(?![^.])", "*", name)].append(name)
-    return [group[0] if len(group) == 1 else f"{pattern} ({len(group)})" for pattern, group in alike.items()]
+        parts = name.split(".")
+        alike[tuple("*" if part.isdecimal() else part for part in parts)].append(parts)
+    patterns = []
+    for group in alike.values():
+        places = (set(parts) for parts in zip(*group, strict=True))
+        pattern = ".".join(place.pop() if len(place) == 1 else "*" for place in places)
+        patterns.append(pattern if len(group) == 1 else f"{pattern} ({len(group)})")
+    return patterns
 
 
 @contextmanager

@@ -49,9 +49,7 @@ def with_targets(config: ReparamConfig, targets: Iterable[str]) -> ReparamConfig
     """A copy of a config that takes these targets, of those that it had selected, and no others."""
     config = copy.deepcopy(config)
     names = {*targets}
-    if not names_targets(config):
-        config.target_modules = names
-    config.choose(names)
+    config.choose(names, None if names_targets(config) else names)
     return config
 
 
@@ -75,8 +73,8 @@ def take_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str
     if config.target_modules is None:
         _take_default(config, model)
     else:
-        config.target_modules = _all_linear(config, model)
-        _choose(config, model, config.target_modules)
+        linear = _all_linear(config, model)
+        _choose(config, model, linear, linear)
     targets = find_targets(config, model, matches, named=False)
     config.choose(targets)
     return targets
@@ -88,16 +86,17 @@ def _has_default(config: ReparamConfig, model: nn.Module) -> bool:
     return config.target_modules is not None or not config.target_parameters or known
 
 
-def _choose(config: ReparamConfig, model: nn.Module, names: Iterable[str]) -> None:
+def _choose(config: ReparamConfig, model: nn.Module, names: Iterable[str], target_modules: Iterable[str] | None = None) -> None:
     """Take these modules and those of opened parameters, in place."""
-    config.choose([*names, *(name for name, _ in model.named_modules() if config.is_of_parameters(name))])
+    opened = (name for name, _ in model.named_modules() if config.is_of_parameters(name))
+    config.choose([*names, *opened], target_modules)
 
 
 def _take_default(config: ReparamConfig, model: nn.Module) -> None:
     """Endings of the names of the default targets, in place."""
     model_type = BaseTuner.get_model_config(model).get("model_type")
     if model_type in TARGET_MODULES:
-        config.target_modules = {*TARGET_MODULES[model_type]}
+        config.choose((name for name, _ in model.named_modules()), TARGET_MODULES[model_type])
         return
     if not isinstance(model, PreTrainedModel):
         raise ValueError(
@@ -108,16 +107,14 @@ def _take_default(config: ReparamConfig, model: nn.Module) -> None:
     linear = _all_linear(config, model)
     within = {name: block for name in linear if (block := block_of(name, blocks)) is not None}
     if within:
-        config.target_modules = {name.removeprefix(f"{block}.") for name, block in within.items()}
-        _choose(config, model, within)
+        _choose(config, model, within, (name.removeprefix(f"{block}.") for name, block in within.items()))
     else:
-        config.target_modules = linear
-        _choose(config, model, linear)
+        _choose(config, model, linear, linear)
 
 
 def _all_linear(config: ReparamConfig, model: nn.Module) -> set[str]:
     """The names of what PEFT takes for all linear layers of a model, but for those of opened parameters."""
     config = copy.copy(config)
     config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
-    names = _maybe_include_all_linear_layers(config, model).target_modules
-    return {name for name in names if not config.is_of_parameters(name)}
+    _maybe_include_all_linear_layers(config, model)  # in place
+    return {name for name in config.target_modules or () if not config.is_of_parameters(name)}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -137,6 +138,46 @@ def test_inputs_that_are_shared_at_times_only_are_refused() -> None:
 
     with pytest.raises(ValueError, match="two: it read the same input as one in one batch and not in another"):
         gather(Net(), named("one", "two"), [{"x": torch.randn(4, 6)}, {"x": torch.randn(3, 6)}])
+
+
+def test_modules_that_share_some_of_their_inputs_have_sums_of_their_own() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.one, self.two, self.three, self.four = (nn.Linear(6, 6) for _ in range(4))
+
+        def forward(self, x: Tensor) -> Tensor:
+            shared, other = self.one(x) + self.two(x) + self.three(x) + self.four(x), x - 1
+            return shared + self.two(x + 1) + self.one(other) + self.four(other)
+
+    x = torch.randn(10, 6)
+    got = gather(Net(), named("one", "two", "three", "four"), [{"x": x}, {"x": x}])
+    assert got.reads == {"one": "one", "two": "two", "three": "three", "four": "one"}
+    for name, read in (("one", [x, x - 1]), ("two", [x, x + 1]), ("three", [x])):
+        X = torch.cat(read).double()
+        assert got.input_rows(name) == 2 * len(X)
+        assert relative_error(got.gram(name), X.mT @ X / len(X)) < 1e-6
+
+
+def test_the_output_of_an_encoder_may_be_a_list() -> None:
+    class Net(nn.Module):
+        config = SimpleNamespace(is_encoder_decoder=True)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.encoder, self.head = nn.Sequential(nn.Linear(6, 6), Listed()), nn.Linear(6, 6)
+
+        def get_encoder(self) -> nn.Module:
+            return self.encoder
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.encoder(x)[0][0])
+
+    class Listed(nn.Module):
+        def forward(self, x: Tensor) -> tuple[list[Tensor]]:
+            return ([x],)
+
+    assert gather(Net(), named("head"), [{"x": torch.randn(4, 6)}]).input_rows("head") == 4
 
 
 def test_experts_see_the_tokens_that_are_routed_to_them() -> None:

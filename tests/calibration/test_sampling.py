@@ -219,3 +219,11 @@ def test_what_a_model_predicts_with() -> None:
 def test_refuses_what_predicts_nothing(output: Any) -> None:
     with pytest.raises(ValueError, match=f"the model returned a {type(output).__name__} without a floating-point tensor"):
         sampled_objective(model_of(), output, None, 0, 0)
+
+
+def test_logits_of_several_heads_may_come_as_a_tuple() -> None:
+    heads = (torch.zeros(2, 3, 4, requires_grad=True), torch.zeros(2, 5, requires_grad=True))
+    objective, tokens = sampled_objective(model_of(), {"logits": heads}, None, 0, 0)
+    assert tokens == 2 * 3 + 2
+    objective.backward()
+    assert all(head.grad is not None and head.grad.any() for head in heads)

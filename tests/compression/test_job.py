@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import weakref
 from collections.abc import Callable
 from pathlib import Path
@@ -10,16 +11,18 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
+from peft import get_peft_model
 from support.batches import Batch, pairs, read, text
 from support.compressing import ALL, IMAGES, ROWS, TEXT, Q, batches_of, compressed, layers, planned
 from support.model_state import assert_same_model, state_of
-from support.models import Case, Net, bert, byte_tokenizer, convnet, gpt2, llama, net, t5
+from support.models import Case, Net, bert, byte_tokenizer, convnet, gpt2, llama, mixture, net, t5
 from support.processes import run_in_processes
 from support.tolerances import relative_error
 from torch import Tensor, nn
 
 import reparam_peft.compression.job
-from reparam_peft import Plan, ReparamConfig, Statistics, compress, self_written
+from reparam_peft import Plan, ReparamConfig, Statistics, compress, plan, self_written
+from reparam_peft.arguments import ReparamWarning
 from reparam_peft.calibration.self_written import SelfWritten
 from reparam_peft.numerics.storage import uniform_rank
 from reparam_peft.tuner.matrices import matrix_storage
@@ -211,3 +214,40 @@ def test_two_processes_write_the_text_that_one_writes(shared: Path) -> None:
     expected = [batch["input_ids"] for batch in self_written(llama(), byte_tokenizer(), 3, 8, batch_size=2, progress=False)]
     for rank in (0, 1):
         assert all(map(torch.equal, torch.load(shared / f"text.{rank}"), expected))
+
+
+TOKENS = [{"x": torch.randn(8, 30, 16, generator=torch.Generator().manual_seed(0))}]
+LEFT_OUT = {"target_modules": "all-linear", "keep": 0.6}
+
+
+@pytest.mark.parametrize("max_memory", [None, 40_000])
+@pytest.mark.parametrize("allocation", ["loss", "uniform"])
+def test_targets_that_no_batch_reaches_stay_dense_where_they_were_not_named(allocation: str, max_memory: int | None) -> None:
+    config = ReparamConfig(**LEFT_OUT, allocation=allocation)
+    with pytest.warns(ReparamWarning, match=r"No batch reached 2 targets, beside 7 others.*experts\.3\.\* \(2\)"):
+        chosen = plan(mixture(), config, TOKENS, max_memory=max_memory, progress=False)
+    assert chosen.unreached == ("experts.3.0", "experts.3.2")
+    assert Plan.from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
+    small = compress(mixture(), config, TOKENS, plan=chosen, progress=False)
+    assert not any("experts.3" in name for name in small.peft_config["default"].rank_pattern)
+    assert small.size_report().keep <= 0.6
+    with pytest.warns(ReparamWarning, match="No batch reached"):
+        again = compress(mixture(), config, TOKENS, progress=False)
+    assert again.peft_config["default"].rank_pattern == small.peft_config["default"].rank_pattern
+
+
+def test_where_targets_were_named_all_that_are_not_reached_are_listed() -> None:
+    named = {"target_modules": r"experts\.\d\.(0|2)", "keep": 0.6}
+    with pytest.raises(ValueError, match=r"no batch reached these 2 of 8 targets: experts\.3\.\* \(2\).*unreached='dense'"):
+        compress(mixture(), ReparamConfig(**named), TOKENS, progress=False)
+    with pytest.raises(ValueError, match="no batch reached these 2 of 9 targets"):
+        compress(mixture(), ReparamConfig(**LEFT_OUT, unreached="error"), TOKENS, progress=False)
+    with pytest.warns(ReparamWarning, match="No batch reached 2 targets, beside 6"):
+        compress(mixture(), ReparamConfig(**named, unreached="dense"), TOKENS, progress=False)
+    with pytest.raises(ValueError, match="`unreached` has an effect with calibration data only"):
+        get_peft_model(mixture(), ReparamConfig(**named, unreached="dense"))
+
+
+def test_where_nothing_is_reached_nothing_is_left_out() -> None:
+    with pytest.raises(ValueError, match="unused: no batch reached this module"):
+        compress(net(), ReparamConfig(target_modules=["unused"], unreached="dense"), ROWS, progress=False)

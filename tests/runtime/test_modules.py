@@ -2,15 +2,25 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from accelerate import cpu_offload
 from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodules
 from peft import get_peft_model
 from support.models import Residual, bert, convnet, gpt2, llama, masked_lm, skipping, t5
+from torch import Tensor, nn
 
 from reparam_peft import ReparamConfig
-from reparam_peft.runtime.modules import is_offloaded, predicts_next_token, replaced, uncompiled, without_cache
+from reparam_peft.runtime.modules import (
+    is_offloaded,
+    leaving_no_graph,
+    predicts_next_token,
+    replaced,
+    uncompiled,
+    without_cache,
+)
 
 
 def test_modules_are_replaced_for_a_while() -> None:
@@ -61,3 +71,27 @@ def test_offloaded_layers_are_told_by_their_hooks() -> None:
     assert is_offloaded(model.stages[0].linear)
     remove_hook_from_submodules(model)
     assert not is_offloaded(model.stages[0].linear)
+
+
+class Recurrent(nn.Module):
+    """Keeps states of its last pass."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4)
+        self.states: list[Tensor] = []
+        self.register_buffer("last", torch.zeros(4))
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.last = self.linear(x)
+        self.states = [self.last]
+        return self.last
+
+
+def test_no_graph_is_left_in_a_model() -> None:
+    model = Recurrent()
+    with leaving_no_graph(model):
+        y = model(torch.ones(4))
+    copied = copy.deepcopy(model)
+    assert torch.equal(copied.states[0], y)
+    assert torch.equal(copied.last, y)
