@@ -37,8 +37,8 @@ class Fields(PeftConfig):
         default=None,
         metadata={
             "help": "Parameters to factorise beside `target_modules`: fused experts of mixtures, each of which becomes a "
-            "matrix of its own; others that the model multiplies by itself; weights of layers. A list of name endings, as for PEFT's "
-            f"LoRA, a regular expression, {ALL_EXPERTS!r}, or endings with how dimensions make a matrix, "
+            "matrix of its own; others that the model multiplies by itself; weights of layers. A list of name endings, as for "
+            f"PEFT's LoRA, a regular expression, {ALL_EXPERTS!r}, or endings with how dimensions make a matrix, "
             "{'rel_attn.q': '(d) (n h)'}."
         },
     )

@@ -221,7 +221,7 @@ class OpenedParameter(nn.Module):
     def __len__(self) -> int:
         return self.shape[0]
 
-    def to(self, *args: Any, **kwargs: Any) -> Any:  # type: ignore[override]  # as a model that reads a parameter means it
+    def to(self, *args: Any, **kwargs: Any) -> Any:  # as a model that reads a parameter means it
         """The parameter's numbers, converted; this very object where there is nothing to convert."""
         here = torch.empty(0, dtype=self.dtype, device=self.device)
         there = here.to(*args, **kwargs)
