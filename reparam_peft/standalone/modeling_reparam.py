@@ -9,9 +9,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers  # noqa: F401  the classes at the end of the copy
+import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
+
+WITHOUT_NUMBERS = [getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad")]
+
+
+class Product(Tensor):
+    """The weight of a factorised layer, for models that read it themselves: computed where its numbers are used."""
+
+    layer: Factorized
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in WITHOUT_NUMBERS:
+            args, kwargs = tree_map(lambda leaf: leaf.layer.product() if isinstance(leaf, cls) else leaf, (args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 class Pivot(nn.Module):
@@ -39,6 +55,7 @@ class Factorized(nn.Module):
     def __init__(self, layer: nn.Module, rank: int, form: str, bias: bool, size: tuple[int, int] | None = None) -> None:
         super().__init__()
         convolution, dim, self.scale = isinstance(layer, nn.Conv2d), -1, 1.0
+        self.shape, self.is_transposed, self.is_loaded = layer.weight.shape, isinstance(layer, (Conv1D, nn.Embedding)), False
         if convolution:
             dim = -3
             geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
@@ -73,6 +90,31 @@ class Factorized(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
         self.bias_shape = (-1, 1, 1) if convolution else (-1,)
         self.register_buffer("weight", torch.zeros(1))  # without meaning; makes other readers fail
+        for module in self.modules():
+            module._is_hf_initialized = True  # by what is loaded; transformers would look at the weight's shape
+
+    @property
+    def weight(self) -> Tensor:
+        marker = self._buffers.get("weight")
+        if marker is None:
+            raise AttributeError("weight")
+        if not self.is_loaded or torch.compiler.is_compiling():
+            return self.product() if self.is_loaded else marker
+        weight = marker.new_empty(()).expand(self.shape).as_subclass(Product)
+        weight.layer = self
+        return weight
+
+    def train(self, mode: bool = True) -> Factorized:
+        self.is_loaded = self.is_loaded or not any(parameter.is_meta for parameter in self.parameters())
+        return super().train(mode)  # every loader ends with `eval()`
+
+    def product(self) -> Tensor:
+        """A B in the shape of the weight; of what is left, where neurons were left out."""
+        B = self.B.weight.mT if isinstance(self.B, nn.Embedding) else self.B.weight.flatten(1)
+        if isinstance(self.B, nn.Conv2d):
+            return self.A(B[..., None]).reshape(self.shape)
+        matrix = self.A(B.mT)  # (in, out)
+        return matrix if self.is_transposed else matrix.mT
 
     def forward(self, x: Tensor) -> Tensor:
         y = self.A(self.B(x))
@@ -81,11 +123,18 @@ class Factorized(nn.Module):
         return y if self.scale == 1.0 else y * self.scale
 
 
+def _is_custom_code() -> bool:
+    return True
+
+
 class WithFactors:
     """Before a model's class in the order of resolution: its layers that `config.reparam_layers` names are factorised."""
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        for model in self.modules():
+            if isinstance(model, transformers.PreTrainedModel):  # whose conversions of names would catch factors
+                model.is_custom_code = _is_custom_code
         prefix = f"{self.base_model_prefix}."
         for saved, how in config.reparam_layers.items():
             for name in (saved, saved.removeprefix(prefix), prefix + saved):
