@@ -171,7 +171,7 @@ class CheckpointLoader(HfQuantizer):
                 marker = module.weight.zero_()  # `_init_weights` of some models fills it
                 if scheme is not None:
                     finish(name, module, scheme, marker.dtype)
-                elif not (marker.is_meta or is_offloaded(module)):  # accelerate would look for it in the files again
+                if not (marker.is_meta or is_offloaded(module)):  # accelerate would look for it in the files again
                     module.unmark()
         if scheme is None:
             mark_unquantized(model)

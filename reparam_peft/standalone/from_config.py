@@ -71,7 +71,7 @@ def factorized(model: PreTrainedModel, described: CheckpointConfig) -> PreTraine
     keep_names(model)
     if scheme is not None:
         quantize(model, scheme)
-    elif not any(devices[name].type == "meta" for name in layers):  # what reads the weight itself gets the product
+    if not any(devices[name].type == "meta" for name in layers):  # what reads the weight itself gets the product
         for name in layers:  # on meta, loaders look for a place for the marker
             cast(FactorizedModule, model.get_submodule(name)).unmark()
     return model

@@ -68,7 +68,6 @@ def standalone_model(model: nn.Module, quantize: str | None = None) -> PreTraine
     if quantize is not None:
         quantize_factors(plain, quantize)
         plain.is_quantized, plain.quantization_method = True, METHOD
-        return plain
     for module in plain.modules():
         if isinstance(module, FactorizedModule):
             module.unmark()
