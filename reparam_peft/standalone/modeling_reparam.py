@@ -49,17 +49,34 @@ class Pivot(nn.Module):
         return torch.cat([z, self.K(z)], self.dim).index_select(self.dim, self.order)
 
 
+class Stretching(nn.Module):
+    """A transposed convolution whose weight has the outputs first: (out, in, elements of the kernel)."""
+
+    def __init__(self, layer: nn.ConvTranspose1d, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rank, layer.in_channels, *layer.kernel_size))
+        self.geometry = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv_transpose1d(x, self.weight.transpose(0, 1), None, *self.geometry)
+
+
 class Factorized(nn.Module):
     """The layer of a matrix W ≈ A B: x → A (B x) + b; of a narrow one, of `size` (out, in), the form may be "dense": B is W."""
 
     def __init__(self, layer: nn.Module, rank: int, form: str, bias: bool, size: tuple[int, int] | None = None) -> None:
         super().__init__()
-        convolution, dim, self.scale = isinstance(layer, nn.Conv2d), -1, 1.0
+        convolution, dim, self.scale, self.groups = None, -1, 1.0, 1
         self.shape, self.is_transposed, self.is_loaded = layer.weight.shape, isinstance(layer, (Conv1D, nn.Embedding)), False
-        if convolution:
-            dim = -3
-            geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-            self.B = nn.Conv2d(layer.in_channels, rank, *geometry, bias=False, padding_mode=layer.padding_mode)
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d)):
+            convolution = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Conv1d
+            dim, self.groups = 1 - layer.weight.ndim, layer.groups
+            if isinstance(layer, nn.ConvTranspose1d):
+                self.B = Stretching(layer, rank)
+            else:
+                geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+                channels, mode = layer.in_channels // layer.groups, layer.padding_mode
+                self.B = convolution(channels, rank, *geometry, bias=False, padding_mode=mode)
             out_features = layer.out_channels
         elif isinstance(layer, nn.Embedding):
             self.B = nn.Embedding(layer.num_embeddings, rank, padding_idx=layer.padding_idx)
@@ -79,7 +96,7 @@ class Factorized(nn.Module):
                     self.register_buffer(name, torch.zeros((features + 7) // 8, dtype=torch.uint8))
 
         def expand(rows: int) -> nn.Module:
-            return nn.Conv2d(rank, rows, 1, bias=False) if convolution else nn.Linear(rank, rows, bias=False)
+            return convolution(rank, rows, 1, bias=False) if convolution else nn.Linear(rank, rows, bias=False)
 
         if form == "dense":
             self.A = nn.Identity()
@@ -88,7 +105,7 @@ class Factorized(nn.Module):
         else:
             self.A = expand(out_features)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        self.bias_shape = (-1, 1, 1) if convolution else (-1,)
+        self.bias_shape = (-1, *[1] * (-1 - dim))
         self.register_buffer("weight", torch.zeros(1))  # without meaning; makes other readers fail
         for module in self.modules():
             module._is_hf_initialized = True  # by what is loaded; transformers would look at the weight's shape
@@ -111,13 +128,22 @@ class Factorized(nn.Module):
     def product(self) -> Tensor:
         """A B in the shape of the weight; of what is left, where neurons were left out."""
         B = self.B.weight.mT if isinstance(self.B, nn.Embedding) else self.B.weight.flatten(1)
-        if isinstance(self.B, nn.Conv2d):
-            return self.A(B[..., None]).reshape(self.shape)
+        if isinstance(self.B, Stretching):
+            return self.A(B).unflatten(1, (-1, self.shape[2])).transpose(0, 1)
+        if isinstance(self.B, (nn.Conv1d, nn.Conv2d)):
+            return self.A(B.view(*B.shape, *[1] * (len(self.shape) - 3))).reshape(self.shape)
         matrix = self.A(B.mT)  # (in, out)
         return matrix if self.is_transposed else matrix.mT
 
+    def grouped(self, x: Tensor) -> Tensor:
+        """Of a grouped convolution: B maps each group alike, A has rows of its own for each."""
+        z = self.B(x.unflatten(1, (self.groups, -1)).flatten(0, 1)).unflatten(0, (-1, self.groups)).flatten(1, 2)
+        rank, spare = z.shape[1] // self.groups, [1] * (z.ndim - 3)
+        A = self.A(torch.eye(rank, dtype=z.dtype, device=z.device).view(rank, rank, *spare))
+        return (nn.functional.conv2d if spare else nn.functional.conv1d)(z, A[..., None], groups=self.groups)
+
     def forward(self, x: Tensor) -> Tensor:
-        y = self.A(self.B(x))
+        y = self.A(self.B(x)) if self.groups == 1 else self.grouped(x)
         if self.bias is not None:
             y = y + self.bias.view(self.bias_shape)
         return y if self.scale == 1.0 else y * self.scale
