@@ -99,7 +99,8 @@ class StretchingConv1d(nn.Module):
         super().__init__()
         elements = layer.kernel_size[0]
         self.weight = nn.Parameter(torch.empty(out_channels, layer.in_channels, elements, device=device, dtype=dtype))
-        self.geometry = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+        # torch types the padding as one of a plain convolution, which may be a word.
+        self.geometry: tuple[Any, ...] = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
