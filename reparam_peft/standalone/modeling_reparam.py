@@ -112,6 +112,7 @@ class Factorized(nn.Module):
 
     @property
     def weight(self) -> Tensor:
+        """A B, for models that read it themselves; until all is loaded, the element without meaning."""
         marker = self._buffers.get("weight")
         if marker is None:
             raise AttributeError("weight")
