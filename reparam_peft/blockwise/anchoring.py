@@ -221,6 +221,7 @@ def observe(
             continue
         x = inputs_compressed[leader]
         rows = mask(x) if routed is None else _rows_of_expert(mask(x.new_empty(routed.count, 1)), routed)
+        rows = rows if kind.has_positions else None
         X = wide_rows(kind.rows(module, x), rows)
         if not torch.isfinite(X).all():
             raise ValueError("its inputs in the compressed model are NaN or infinite; raise `keep`.")

@@ -65,7 +65,7 @@ class Recorder:
         # By the identity of the tensor, which tells that q, k and v share one, in any model. An identity can go to another
         # tensor once this one is gone, and a tensor can be changed in place between two readers: the weak reference and
         # the version tell.
-        self.inputs_read: dict[int, _ReadInput] = {}
+        self.inputs_read: dict[tuple[int, tuple[Any, ...]], _ReadInput] = {}
         # A module that is called several times in a pass may share some of its inputs only, and then has sums of its own.
         self.reads_in_pass: Counter[str] = Counter()
         self.diverged: set[str] = set()
@@ -147,7 +147,7 @@ class Recorder:
     def add_input(self, name: str, module: nn.Module, kind: LayerKind[Any], x: Tensor, mask: Tensor | None) -> None:
         """Add an input to its sums, unless another module has read the same tensor."""
         self.reads_in_pass[name] += 1
-        reader = name if name in self.alone else self._reader(name, x)
+        reader = name if name in self.alone else self._reader(name, x, kind.reading(module))
         leader = self.statistics.reads.setdefault(name, reader)
         if leader != reader:
             self._part(name, leader)
@@ -170,11 +170,12 @@ class Recorder:
         if self.gradients and x.requires_grad:
             x.register_hook(partial(self.add_weighted, name, module, kind, x.detach(), x._version, mask))
 
-    def _reader(self, name: str, x: Tensor) -> str:
-        """The first module that has read this tensor in the running pass, which is the one of this name where none has."""
-        read = self.inputs_read.get(id(x))
+    def _reader(self, name: str, x: Tensor, reading: tuple[Any, ...]) -> str:
+        """The first module that has read this tensor so in the running pass: the one of this name where none has."""
+        key = (id(x), reading)
+        read = self.inputs_read.get(key)
         if read is None or not read.is_still(x):
-            read = self.inputs_read[id(x)] = _ReadInput(weakref.ref(x), _version(x), name)
+            read = self.inputs_read[key] = _ReadInput(weakref.ref(x), _version(x), name)
         return read.reader
 
     def _part(self, name: str, leader: str) -> None:
@@ -236,7 +237,7 @@ class _Hook:
     def __call__(self, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor) -> Tensor | None:
         x = args[0] if args else next(iter(kwargs.values()))
         recorder = self.recorder
-        mask = recorder.mask_of(module, x)
+        mask = recorder.mask_of(module, x) if self.kind.has_positions else None
         if mask is not None and not mask.any():
             return None
         with torch.no_grad():

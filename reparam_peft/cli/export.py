@@ -36,6 +36,12 @@ class Bits(str, Enum):
     int4 = "int4"
 
 
+class TableBits(str, Enum):
+    """How tables of embeddings are stored."""
+
+    int8 = "int8"
+
+
 def export(
     model: ModelArgument,
     output: OutputArgument,
@@ -50,6 +56,9 @@ def export(
     quantize: Annotated[
         Bits | None, typer.Option(help="Factors in 8 bits (needs torchao) or 4 bits (needs bitsandbytes).")
     ] = None,
+    quantize_tables: Annotated[
+        TableBits | None, typer.Option(help="Tables of embeddings that are not factorised in 8 bits (needs torchao).")
+    ] = None,
     load: LoadOptions,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -57,10 +66,12 @@ def export(
     """Write the compressed MODEL to OUT as a checkpoint that `AutoModel…` loads without the dense one, or as ONNX files."""
     output = output.resolve()
     check_output(output, model, overwrite)
-    if self_contained and (to is not Kind.standalone or quantize):
+    quantizes = quantize is not None or quantize_tables is not None
+    if self_contained and (to is not Kind.standalone or quantizes):
         raise CliError("--self-contained is for standalone checkpoints that are not quantised; leave one of the two out.")
-    if quantize and to is not Kind.standalone:
-        raise CliError("--quantize is for standalone checkpoints; leave it out.")
+    if quantizes and to is not Kind.standalone:
+        option = "--quantize" if quantize else "--quantize-tables"
+        raise CliError(f"{option} is for standalone checkpoints; leave it out.")
     # ONNX Runtime has no bfloat16 on a CPU.
     dtype = "float32" if to is Kind.onnx and load.dtype == "auto" else load.dtype
     adapter, tokenizer = load_compressed(model, dtype, load.device, keep=keep)
@@ -68,7 +79,10 @@ def export(
         if to is Kind.dense:
             plain = adapter.merge_and_unload(safe_merge=True)
         else:
-            plain = adapter.to_standalone(quantize.value if quantize else None)
+            plain = adapter.to_standalone(
+                quantize=quantize.value if quantize else None,
+                quantize_tables=quantize_tables.value if quantize_tables else None,
+            )
         save_whole(
             plain,
             tokenizer,
@@ -81,8 +95,9 @@ def export(
     weights = (path for pattern in ("*.safetensors", "*.onnx*") for path in output.glob(pattern))
     written = sum(path.stat().st_size for path in weights)
     if as_json:
-        stored = quantize.value if quantize else None
-        print(json.dumps({"model": model, "output": str(output), "to": to.value, "quantize": stored, "bytes": written}))
+        stored = {"quantize": quantize, "quantize_tables": quantize_tables}
+        bits = {name: None if value is None else value.value for name, value in stored.items()}
+        print(json.dumps({"model": model, "output": str(output), "to": to.value, **bits, "bytes": written}))
     else:
         out.print(f"{written:,} bytes of weights saved to {output}", highlight=False, soft_wrap=True)
 

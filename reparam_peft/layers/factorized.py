@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol, TypeAlias, cast
 
 import torch
+from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.types import Device
 
@@ -31,6 +32,13 @@ def weight_of(layer: nn.Module) -> Tensor:
     No check at run time: under FSDP it may be a plain tensor, in quantised layers a subclass, in a LoRA's layers a property.
     """
     return cast(Tensor, layer.weight)
+
+
+def numbers_of(layer: nn.Module) -> Tensor:
+    """The numbers of a factor's weight, dequantised where a library holds them in few bits."""
+    weight = weight_of(layer)
+    in_few_bits = not weight.is_floating_point() or type(weight).__module__.startswith("torchao.")
+    return dequantize_module_weight(layer).detach() if in_few_bits else weight
 
 
 class MatrixInShape(Protocol):
@@ -167,7 +175,8 @@ class FactorizedModule(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that inputs are cast to."""
-        return weight_of(self.B).dtype
+        weight: Any = weight_of(self.B)
+        return weight.dtype if weight.is_floating_point() else weight.quant_state.dtype
 
     @property
     def weight(self) -> Tensor:
@@ -185,8 +194,8 @@ class FactorizedModule(nn.Module):
             raise AttributeError(f"a {type(self).__name__} of an adapter has no `{MARKER}`; its layer has.")
         if torch.compiler.is_compiling():  # which leaves out what is not used
             return self._computed_weight()
-        of_B = weight_of(self.B)
-        return ComputedWeight.of(of_B.new_empty(()), self.replaced.shape, self._computed_weight, self.replaced.name)
+        placeholder = torch.empty((), dtype=self.dtype, device=weight_of(self.B).device)
+        return ComputedWeight.of(placeholder, self.replaced.shape, self._computed_weight, self.replaced.name)
 
     def _computed_weight(self) -> Tensor:
         if self.replaced is None:
@@ -199,7 +208,7 @@ class FactorizedModule(nn.Module):
         Of the whole matrix, with zeros in the rows and columns that are left out.
         """
         if self.A is None:
-            matrix = weight_of(self.B).to(dtype)
+            matrix = numbers_of(self.B).to(dtype)
         else:
             A, B = self.factors
             precision = torch.promote_types(A.dtype, torch.float32)
@@ -228,7 +237,7 @@ class FactorizedModule(nn.Module):
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.replaced is not None and MARKER not in self._buffers:
-            destination[prefix + MARKER] = weight_of(self.B).detach().new_zeros(1)
+            destination[prefix + MARKER] = torch.zeros(1, dtype=self.dtype, device=weight_of(self.B).device)
 
     def _load_from_state_dict(self, state_dict: Any, prefix: str, *args: Any, **kwargs: Any) -> None:
         if self.replaced is not None and MARKER not in self._buffers:
@@ -249,17 +258,17 @@ class FactorizedModule(nn.Module):
     @property
     def factors(self) -> Factors:
         """A (out, r) and B (r, in), without what is left out; views of the parameters, but for A of the pivot form and I."""
-        B = self.matrix_of_B(weight_of(self.B))
+        B = self.matrix_of_B(numbers_of(self.B))
         if self.A is None:
             return Whole(B).factors()
         if not isinstance(self.A, PivotExpansion):
-            return Factors(weight_of(self.A).flatten(1), B)
+            return Factors(numbers_of(self.A).flatten(1), B)
         if not torch.compiler.is_compiling():
             _ = self.A.pivots  # refuses a damaged mask
             if not self.A.is_ordered:
                 self.A.refresh()
         identity = torch.eye(len(B), dtype=B.dtype, device=B.device)
-        rows = [identity] if self.A.K is None else [identity, weight_of(self.A.K).flatten(1)]
+        rows = [identity] if self.A.K is None else [identity, numbers_of(self.A.K).flatten(1)]
         # By `order`, as outputs are, and not by indices of pivots, whose number a graph of PyTorch's exporter cannot know.
         return Factors(torch.cat(rows).index_select(0, self.A.order), B)
 

@@ -1,9 +1,8 @@
-"""The factorised module of each kind of layer."""
+"""The factorised modules of linear layers and embeddings."""
 
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -32,24 +31,6 @@ class FactorizedLinear(FactorizedModule):
         self.in_features, self.out_features = in_features, out_features
         if whole is not None:
             self.leave_out((out_features, in_features), whole, device)
-
-
-class FactorizedConv2d(FactorizedModule):
-    """`nn.Conv2d` of a product: B is the convolution with r output channels, A a 1 × 1 convolution."""
-
-    def __init__(
-        self, layer: nn.Conv2d, rank: int, form: str = "factors", bias: bool = False, device: Device = None, dtype: Dtype = None
-    ) -> None:
-        # torch types what it keeps as tuples of any length.
-        geometry: tuple[Any, Any, Any, Any] = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-        B = nn.Conv2d(
-            layer.in_channels, rank, *geometry, bias=False, padding_mode=layer.padding_mode, device=device, dtype=dtype
-        )
-        expand = partial(nn.Conv2d, rank, kernel_size=1, bias=False, device=device, dtype=dtype)
-        super().__init__(B, expand, rank, layer.out_channels, form, bias, dim=-3, device=device, dtype=dtype)
-
-    def shaped_bias(self, bias: Tensor) -> Tensor:
-        return bias.view(-1, 1, 1)
 
 
 class FactorizedEmbedding(FactorizedModule):

@@ -28,6 +28,7 @@ from ..numerics.storage import FORMS, narrow_form
 from ..runtime.modules import is_offloaded, set_module
 from .contents import DAMAGED, check_files
 from .quantization import SCHEMES, check_scheme, finish, prepare, state_dict
+from .tables import TABLES, check_tables, finish_tables, prepare_tables, tables_state
 
 METHOD = "reparam"
 FORMAT_VERSION = 2
@@ -48,6 +49,7 @@ class CheckpointConfig(QuantizationConfigMixin):
         quant_method: "reparam", by which transformers finds this class.
         quantization: how the matrices of the factors are stored, one of `quantization.SCHEMES`; None: in the model's dtype.
         parameters: name of a parameter of which layers were made → how its dimensions make matrices, a pattern of `Reading`.
+        tables: name of an embedding, or of the head → "int8", how its table is stored; None: all in the model's dtype.
 
     Attributes:
         being_loaded: whether `from_pretrained` is making the model, in which it will place the factorised layers itself.
@@ -58,6 +60,7 @@ class CheckpointConfig(QuantizationConfigMixin):
 
     quantization: str | None = None
     parameters: Mapping[str, str] | None = None
+    tables: dict[str, str] | None = None
     being_loaded = False
 
     def __init__(
@@ -67,6 +70,7 @@ class CheckpointConfig(QuantizationConfigMixin):
         quant_method: str = METHOD,
         quantization: str | None = None,
         parameters: Mapping[str, str] | None = None,
+        tables: Mapping[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         if format_version not in (HOSTS_NAMES, FORMAT_VERSION):
@@ -92,6 +96,15 @@ class CheckpointConfig(QuantizationConfigMixin):
                     f"`quantization` in config.json must be one of {list(SCHEMES)}, got {quantization!r}; {DAMAGED}."
                 )
             self.quantization = quantization
+        if tables is not None:
+            if not isinstance(tables, Mapping) or not tables or set(tables.values()) != {TABLES}:
+                raise ValueError(f"`tables` in config.json must name tables that are {TABLES!r}, got {tables!r}; {DAMAGED}.")
+            self.tables = dict(tables)
+
+    @property
+    def is_quantized(self) -> bool:
+        """Whether anything is stored in few bits."""
+        return self.quantization is not None or self.tables is not None
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json says."""
@@ -146,7 +159,7 @@ class CheckpointLoader(HfQuantizer):
     @property
     def is_qat_trainable(self) -> bool:
         """Whether the factors themselves can be trained: else a LoRA on them."""
-        return self.described.quantization is None
+        return not self.described.is_quantized
 
     def is_serializable(self) -> bool:
         return True
@@ -166,8 +179,15 @@ class CheckpointLoader(HfQuantizer):
         if scheme is not None:
             for name in layers_here:
                 prepare(cast(FactorizedModule, model.get_submodule(name)), scheme)
+        tables = self.described.tables
+        if tables is not None:
+            check_tables(TABLES)
+            tables = {here: TABLES for name in tables if (here := _name_in(model, name)) is not None}
+            self.dtype_of_tables = weight_of(model.get_submodule(next(iter(tables)))).dtype
+            prepare_tables(model, tables)
+            self.described.tables = tables
         if checkpoint_files is not None:
-            check_files(checkpoint_files, model, self._conversions(get_model_conversion_mapping(model)))
+            check_files(checkpoint_files, model, self._conversions(get_model_conversion_mapping(model)), tables or ())
         self.described.layers = layers_here  # under this model's names, for when it is saved
 
     def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
@@ -189,9 +209,11 @@ class CheckpointLoader(HfQuantizer):
                 marker = module.weight.zero_()  # `_init_weights` of some models fills it
                 if scheme is not None:
                     finish(name, module, scheme, marker.dtype)
-                elif not (marker.is_meta or is_offloaded(module)):  # accelerate would look for it in the files again
+                if not (marker.is_meta or is_offloaded(module)):  # accelerate would look for it in the files again
                     module.unmark()
-        if scheme is None:
+        if self.described.tables is not None:
+            finish_tables(model, self.described.tables, self.dtype_of_tables)
+        if not self.described.is_quantized:
             mark_unquantized(model)
 
     def get_state_dict_and_metadata(self, model: PreTrainedModel) -> tuple[dict[str, Tensor] | None, dict[str, str]]:
@@ -201,8 +223,13 @@ class CheckpointLoader(HfQuantizer):
                     raise ValueError(
                         f"{name}.{key}: the tensor is empty, as of a model that is sharded. Gather the model first."
                     )
-        scheme = self.described.quantization
-        return (None if scheme is None else state_dict(model, scheme)), {}
+        scheme, tables = self.described.quantization, self.described.tables
+        if not self.described.is_quantized:
+            return None, {}
+        state = model.state_dict() if scheme is None else state_dict(model, scheme)
+        for key in model.all_tied_weights_keys if tables else ():
+            state.pop(key, None)
+        return state | tables_state(model, tables or ()), {}
 
 
 def register_checkpoints() -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ class Stored:
     converted: bool = False
 
 
-def check_files(files: Sequence[str], model: PreTrainedModel, conversions: Sequence[Any]) -> None:
+def check_files(files: Sequence[str], model: PreTrainedModel, conversions: Sequence[Any], tables: Iterable[str] = ()) -> None:
     """Raise `ValueError` where the files lack a tensor of a factorised layer, hold others, or in another shape or dtype.
 
     Of the model that was saved, not another one with the same base, no other tensor may be missing either, and none may hold
@@ -54,6 +54,7 @@ def check_files(files: Sequence[str], model: PreTrainedModel, conversions: Seque
     in_files = _by_name(files, model, state, conversions)
     where = str(Path(files[0]).parent) if len(files) > 1 else files[0]
     layers = tuple(f"{name}." for name, module in model.named_modules() if isinstance(module, FactorizedModule))
+    layers += tuple(f"{name}." for name in tables)
     # Every tensor of the model that was saved, and not of one with another head.
     is_whole = getattr(model.config, "architectures", None) == [type(model).__name__]
     may_lack = [*(model._keys_to_ignore_on_save or []), *(model._keys_to_ignore_on_load_missing or [])]

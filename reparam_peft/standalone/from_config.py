@@ -23,6 +23,7 @@ from .checkpoint import (
     place_factorized,
 )
 from .quantization import check_scheme, quantize
+from .tables import TABLES, check_tables, quantize_tables
 
 
 def register_from_config() -> None:
@@ -65,13 +66,18 @@ def factorized(model: PreTrainedModel, described: CheckpointConfig) -> PreTraine
         module = model.get_submodule(name)
         module.to_empty(device=devices[name])
         _fill_at_random(module)
-    model.config.quantization_config = CheckpointConfig(layers, quantization=scheme, parameters=described.parameters)
+    model.config.quantization_config = CheckpointConfig(
+        layers, quantization=scheme, parameters=described.parameters, tables=described.tables
+    )
     model.hf_quantizer = CheckpointLoader(model.config.quantization_config)  # type: ignore[assignment]
     mark_unquantized(model)
     keep_names(model)
     if scheme is not None:
         quantize(model, scheme)
-    elif not any(devices[name].type == "meta" for name in layers):  # what reads the weight itself gets the product
+    if described.tables is not None:
+        check_tables(TABLES)
+        quantize_tables(model, described.tables)
+    if not any(devices[name].type == "meta" for name in layers):  # what reads the weight itself gets the product
         for name in layers:  # on meta, loaders look for a place for the marker
             cast(FactorizedModule, model.get_submodule(name)).unmark()
     return model

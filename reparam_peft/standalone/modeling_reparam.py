@@ -9,9 +9,25 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-import transformers  # noqa: F401  the classes at the end of the copy
+import transformers
 from torch import Tensor, nn
+from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
+
+WITHOUT_NUMBERS = [getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad")]
+
+
+class Product(Tensor):
+    """The weight of a factorised layer, for models that read it themselves: computed where its numbers are used."""
+
+    layer: Factorized
+
+    @classmethod
+    def __torch_function__(cls, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func not in WITHOUT_NUMBERS:
+            args, kwargs = tree_map(lambda leaf: leaf.layer.product() if isinstance(leaf, cls) else leaf, (args, kwargs))
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
 
 
 class Pivot(nn.Module):
@@ -33,16 +49,34 @@ class Pivot(nn.Module):
         return torch.cat([z, self.K(z)], self.dim).index_select(self.dim, self.order)
 
 
+class Stretching(nn.Module):
+    """A transposed convolution whose weight has the outputs first: (out, in, elements of the kernel)."""
+
+    def __init__(self, layer: nn.ConvTranspose1d, rank: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(rank, layer.in_channels, *layer.kernel_size))
+        self.geometry = (layer.stride, layer.padding, layer.output_padding, layer.groups, layer.dilation)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.conv_transpose1d(x, self.weight.transpose(0, 1), None, *self.geometry)
+
+
 class Factorized(nn.Module):
     """The layer of a matrix W ≈ A B: x → A (B x) + b; of a narrow one, of `size` (out, in), the form may be "dense": B is W."""
 
     def __init__(self, layer: nn.Module, rank: int, form: str, bias: bool, size: tuple[int, int] | None = None) -> None:
         super().__init__()
-        convolution, dim, self.scale = isinstance(layer, nn.Conv2d), -1, 1.0
-        if convolution:
-            dim = -3
-            geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
-            self.B = nn.Conv2d(layer.in_channels, rank, *geometry, bias=False, padding_mode=layer.padding_mode)
+        convolution, dim, self.scale, self.groups = None, -1, 1.0, 1
+        self.shape, self.is_transposed, self.is_loaded = layer.weight.shape, isinstance(layer, (Conv1D, nn.Embedding)), False
+        if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d)):
+            convolution = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Conv1d
+            dim, self.groups = 1 - layer.weight.ndim, layer.groups
+            if isinstance(layer, nn.ConvTranspose1d):
+                self.B = Stretching(layer, rank)
+            else:
+                geometry = (layer.kernel_size, layer.stride, layer.padding, layer.dilation)
+                channels, mode = layer.in_channels // layer.groups, layer.padding_mode
+                self.B = convolution(channels, rank, *geometry, bias=False, padding_mode=mode)
             out_features = layer.out_channels
         elif isinstance(layer, nn.Embedding):
             self.B = nn.Embedding(layer.num_embeddings, rank, padding_idx=layer.padding_idx)
@@ -62,7 +96,7 @@ class Factorized(nn.Module):
                     self.register_buffer(name, torch.zeros((features + 7) // 8, dtype=torch.uint8))
 
         def expand(rows: int) -> nn.Module:
-            return nn.Conv2d(rank, rows, 1, bias=False) if convolution else nn.Linear(rank, rows, bias=False)
+            return convolution(rank, rows, 1, bias=False) if convolution else nn.Linear(rank, rows, bias=False)
 
         if form == "dense":
             self.A = nn.Identity()
@@ -71,14 +105,53 @@ class Factorized(nn.Module):
         else:
             self.A = expand(out_features)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
-        self.bias_shape = (-1, 1, 1) if convolution else (-1,)
+        self.bias_shape = (-1, *[1] * (-1 - dim))
         self.register_buffer("weight", torch.zeros(1))  # without meaning; makes other readers fail
+        for module in self.modules():
+            module._is_hf_initialized = True  # by what is loaded; transformers would look at the weight's shape
+
+    @property
+    def weight(self) -> Tensor:
+        """A B, for models that read it themselves; until all is loaded, the element without meaning."""
+        marker = self._buffers.get("weight")
+        if marker is None:
+            raise AttributeError("weight")
+        if not self.is_loaded or torch.compiler.is_compiling():
+            return self.product() if self.is_loaded else marker
+        weight = marker.new_empty(()).expand(self.shape).as_subclass(Product)
+        weight.layer = self
+        return weight
+
+    def train(self, mode: bool = True) -> Factorized:
+        self.is_loaded = self.is_loaded or not any(parameter.is_meta for parameter in self.parameters())
+        return super().train(mode)  # every loader ends with `eval()`
+
+    def product(self) -> Tensor:
+        """A B in the shape of the weight; of what is left, where neurons were left out."""
+        B = self.B.weight.mT if isinstance(self.B, nn.Embedding) else self.B.weight.flatten(1)
+        if isinstance(self.B, Stretching):
+            return self.A(B).unflatten(1, (-1, self.shape[2])).transpose(0, 1)
+        if isinstance(self.B, (nn.Conv1d, nn.Conv2d)):
+            return self.A(B.view(*B.shape, *[1] * (len(self.shape) - 3))).reshape(self.shape)
+        matrix = self.A(B.mT)  # (in, out)
+        return matrix if self.is_transposed else matrix.mT
+
+    def grouped(self, x: Tensor) -> Tensor:
+        """Of a grouped convolution: B maps each group alike, A has rows of its own for each."""
+        z = self.B(x.unflatten(1, (self.groups, -1)).flatten(0, 1)).unflatten(0, (-1, self.groups)).flatten(1, 2)
+        rank, spare = z.shape[1] // self.groups, [1] * (z.ndim - 3)
+        A = self.A(torch.eye(rank, dtype=z.dtype, device=z.device).view(rank, rank, *spare))
+        return (nn.functional.conv2d if spare else nn.functional.conv1d)(z, A[..., None], groups=self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.A(self.B(x))
+        y = self.A(self.B(x)) if self.groups == 1 else self.grouped(x)
         if self.bias is not None:
             y = y + self.bias.view(self.bias_shape)
         return y if self.scale == 1.0 else y * self.scale
+
+
+def _is_custom_code() -> bool:
+    return True
 
 
 class WithFactors:
@@ -86,6 +159,9 @@ class WithFactors:
 
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
         super().__init__(config, *args, **kwargs)
+        for model in self.modules():
+            if isinstance(model, transformers.PreTrainedModel):  # whose conversions of names would catch factors
+                model.is_custom_code = _is_custom_code
         prefix = f"{self.base_model_prefix}."
         for saved, how in config.reparam_layers.items():
             for name in (saved, saved.removeprefix(prefix), prefix + saved):

@@ -43,9 +43,9 @@ def save_onnx(model: PreTrainedModel, folder: str | Path) -> None:
             f"ONNX files need transformers 5.23 and the extra `onnx` ({error}): pip install 'reparam_peft[onnx]'."
         ) from error
     described = getattr(model.config, "quantization_config", None)
-    if isinstance(described, CheckpointConfig) and described.quantization is not None:
+    if isinstance(described, CheckpointConfig) and described.is_quantized:
         raise ValueError(
-            "quantised factors have no ONNX form; export them as they are, and quantise with ONNX Runtime's tools."
+            "quantised factors and tables have no ONNX form; export them as they are, and quantise with ONNX Runtime's tools."
         )
     plain = with_layers_in_config(model, described) if isinstance(described, CheckpointConfig) else model
     exporter, options = OnnxExporter(), OnnxConfig(dynamic=True)

@@ -67,14 +67,18 @@ class Int8(Scheme):
         quantized = self._classes().Int8Tensor.from_hp(weight.detach(), self._classes().PerRow())
         return {"weight": quantized.qdata, "weight_scale": quantized.scale}
 
-    def linear(self, plain: nn.Linear, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Linear:
+    def matrix(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
+        """A tensor that computes with the numbers, and in which rows can be looked up."""
         numbers = tensors["weight"]
-        quantized = self._classes().Int8Tensor(numbers, tensors["weight_scale"], [1, numbers.shape[1]], dtype)
-        plain.weight = nn.Parameter(quantized, requires_grad=False)
+        quantized: Tensor = self._classes().Int8Tensor(numbers, tensors["weight_scale"], [1, numbers.shape[1]], dtype)
+        return quantized
+
+    def linear(self, plain: nn.Linear, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Linear:
+        plain.weight = nn.Parameter(self.matrix(tensors, dtype), requires_grad=False)
         return plain
 
-    def tensors(self, linear: nn.Linear) -> dict[str, Tensor]:
-        weight: Any = linear.weight.data
+    def tensors(self, linear: nn.Module) -> dict[str, Tensor]:
+        weight: Any = linear.get_parameter("weight").data
         return {"weight": weight.qdata, "weight_scale": weight.scale}
 
     def _classes(self) -> Any:

@@ -22,13 +22,15 @@ def save_self_contained(model: PreTrainedModel, folder: str | Path) -> None:
         folder: with `modeling_reparam.py`, a reader that imports torch and transformers only.
 
     Raises:
-        ValueError: the model has no factorised layers, or quantised ones.
+        ValueError: the model has no factorised layers, or is quantised.
     """
     described = getattr(model.config, "quantization_config", None)
     if not isinstance(described, CheckpointConfig):
         raise ValueError("only a standalone model can be saved with its code; call `to_standalone` first.")
-    if described.quantization is not None:
-        raise ValueError("the code of self-contained checkpoints does not read quantised factors; leave one of the two out.")
+    if described.is_quantized:
+        raise ValueError(
+            "the code of self-contained checkpoints does not read quantised factors or tables; quantise nothing for it."
+        )
     plain = with_layers_in_config(model, described)
     del plain.hf_quantizer
     classes = {auto: made.__name__ for auto, made in _auto_classes(model).items()}

@@ -26,23 +26,28 @@ from ..standalone.checkpoint import (
 )
 from ..standalone.quantization import check_scheme
 from ..standalone.quantization import quantize as quantize_factors
+from ..standalone.tables import check_tables, tables_of
+from ..standalone.tables import quantize_tables as put_tables
 from .layer import ReparamLayer
 from .opening import close_parameters
 
 
-def standalone_model(model: nn.Module, quantize: str | None = None) -> PreTrainedModel:
+def standalone_model(model: nn.Module, quantize: str | None = None, quantize_tables: str | None = None) -> PreTrainedModel:
     """A transformers model as it computes with its active adapter, without any of PEFT's modules.
 
     Args:
         model: with `ReparamLayer`s; stays as it is. Its tensors are shared, not copied.
         quantize: "int8" or "int4", for the matrices of factors; None: as they are.
+        quantize_tables: "int8", for tables of embeddings that are not factorised; None: as they are.
 
     Raises:
         TypeError: not a transformers model, or it holds modules of other PEFT methods.
-        ValueError: an adapter is merged or was never loaded, several are active, or none is and W is gone.
-        ImportError: the library of `quantize` is missing.
+        ValueError: an adapter is merged or was never loaded, several are active, or none is and W is gone; or there is no
+            table to be quantised.
+        ImportError: the library of `quantize` or `quantize_tables` is missing.
     """
     check_scheme(quantize)
+    check_tables(quantize_tables)
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"a standalone model is a transformers model, and a {type(model).__name__} is none; keep the adapter.")
     # A copy of everything but the tensors, with PEFT's modules replaced wherever they stand; tied parameters stay tied.
@@ -66,12 +71,15 @@ def standalone_model(model: nn.Module, quantize: str | None = None) -> PreTraine
         raise ValueError("no layer has factors in the active adapter, so that the model is a dense one; use `unload`.")
     mark_unquantized(plain)
     keep_names(plain)
-    plain.config.quantization_config = CheckpointConfig(layers, quantization=quantize, parameters=patterns)
+    tables = None if quantize_tables is None else dict.fromkeys(tables_of(plain), quantize_tables)
+    plain.config.quantization_config = CheckpointConfig(layers, quantization=quantize, parameters=patterns, tables=tables)
     plain.hf_quantizer = CheckpointLoader(plain.config.quantization_config)
     if quantize is not None:
         quantize_factors(plain, quantize)
+    if tables is not None:
+        put_tables(plain, tables)
+    if quantize is not None or tables is not None:
         plain.is_quantized, plain.quantization_method = True, METHOD
-        return plain
     for module in plain.modules():
         if isinstance(module, FactorizedModule):
             module.unmark()

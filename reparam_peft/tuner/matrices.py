@@ -46,7 +46,8 @@ def matrix_storage(module: nn.Module, name: str, config: ReparamConfig) -> Stora
     kind, layer = kind_and_layer(module)
     kind.check_size(layer, None if left is None else size)
     # Where rows are left out, so are they of the bias, which then cannot be that of the base model.
-    bias = (config.moved_bias or size[0] < shape[0]) and getattr(layer, "bias", None) is not None
+    moves = (config.moved_bias and kind.has_one_mean) or size[0] < shape[0]
+    bias = moves and getattr(layer, "bias", None) is not None
     return Storage(*size, form=config.form or DATA_FREE["form"], bias=bias, whole=None if left is None else shape)
 
 

@@ -247,7 +247,7 @@ class ReparamModel(BaseTuner):
             raise ValueError(f"`adapter_name` must be one of {list(self._configs)}, got {adapter_name!r}.")
         return size_report(self.model, self._configs[adapter_name])
 
-    def to_standalone(self, quantize: str | None = None) -> PreTrainedModel:
+    def to_standalone(self, quantize: str | None = None, quantize_tables: str | None = None) -> PreTrainedModel:
         """A plain transformers model of the same class with factorised layers, that computes as this one does.
 
         It has no PEFT modules and no dense weights; `save_pretrained` makes a checkpoint that `AutoModel…` loads after
@@ -257,13 +257,14 @@ class ReparamModel(BaseTuner):
         Args:
             quantize: "int8" (torchao) or "int4" (bitsandbytes' NF4): the matrices of the factors, which then have memory of
                 their own and cannot be trained, but by a LoRA on them. None: in the model's dtype.
+            quantize_tables: "int8" (torchao): tables of embeddings, tied ones too, that are not factorised; None: as above.
 
         Raises:
             ImportError: the library of `quantize` is not installed.
             TypeError: the base model is none of transformers', or it holds modules of other PEFT methods.
             ValueError: the adapter is merged, disabled or was never loaded, or several are active.
         """
-        return standalone_model(self.model, quantize)
+        return standalone_model(self.model, quantize, quantize_tables)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name

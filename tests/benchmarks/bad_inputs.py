@@ -42,9 +42,9 @@ def spoilt(value: float) -> nn.Module:
     return model
 
 
-def grouped() -> nn.Module:
+def depthwise() -> nn.Module:
     model = convnet()
-    model.conv1 = nn.Conv2d(12, 16, 3, groups=4)
+    model.conv1 = nn.Conv2d(12, 12, 3, groups=12)
     return model
 
 
@@ -103,7 +103,7 @@ CASES: dict[str, Callable[[], Any]] = {
     "no such module": lambda: compress(llama(), target_modules=["query"]),
     "no targets, unknown architecture": lambda: compress(convnet(), target_modules=None),
     "target of another kind": lambda: compress(llama(), target_modules=["norm"]),
-    "grouped convolution": lambda: compress(grouped(), target_modules=["conv1"]),
+    "depthwise convolution": lambda: compress(depthwise(), target_modules=["conv1"]),
     "tied output layer": lambda: compress(llama(tie_word_embeddings=True), target_modules=["lm_head"]),
     "NaN in a weight": lambda: compress(spoilt(torch.nan)),
     "inf in a weight": lambda: compress(spoilt(torch.inf)),

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel
+from safetensors.torch import load_file
 from support.command_line import Run, assert_error
 from support.models import llama
 from support.tolerances import assert_close
@@ -32,6 +33,14 @@ def test_export(run: Run, models: Path, tmp_path: Path, kind: str) -> None:
     assert (tmp_path / "out/README.md").exists() == (kind == "standalone")
 
 
+def test_export_quantises_tables(run: Run, models: Path, tmp_path: Path) -> None:
+    assert run("compress", models / "llama", tmp_path / "small", "--rank", 24, "--method", "svd", "--no-evaluate").code == 0
+    result = run("export", tmp_path / "small", tmp_path / "out", "--quantize-tables", "int8", "--json")
+    assert result.code == 0, result.err
+    assert json.loads(result.out)["quantize_tables"] == "int8"
+    assert load_file(tmp_path / "out/model.safetensors")["model.embed_tokens.weight"].dtype == torch.int8
+
+
 def test_export_quantises(run: Run, models: Path, tmp_path: Path) -> None:
     assert run("compress", models / "llama", tmp_path / "small", "--rank", 24, "--method", "svd", "--no-evaluate").code == 0
     sizes = {}
@@ -49,6 +58,9 @@ def test_export_quantises(run: Run, models: Path, tmp_path: Path) -> None:
         assert 0.8 * written["bytes"] < evaluated["bytes"] <= written["bytes"]  # the file has a header
     assert sizes["int4"] < sizes["int8"] < sizes[None]
     out = tmp_path / "other"
+    assert_error(
+        run("export", tmp_path / "small", out, "--quantize-tables", "int8", "--to", "dense"), "--quantize-tables is for"
+    )
     assert_error(run("export", tmp_path / "small", out, "--quantize", "int8", "--self-contained"), "not quantised")
     assert_error(run("export", tmp_path / "small", out, "--quantize", "int8", "--to", "dense"), "is for standalone checkpoints")
     assert not out.exists()

@@ -77,6 +77,32 @@ def conv2ds(draw: st.DrawFn) -> Example:
     return Example(layer, inputs, lambda rows: rows.view(*batch, height, width, layer.out_channels).movedim(-1, -3))
 
 
+def laid_out(layer: nn.Module, inputs: Tensor) -> Example:
+    """An example of a convolution, of one group."""
+    with torch.no_grad():
+        output = layer(inputs)
+    n = len(layer.kernel_size)
+    batch, places = output.shape[: output.ndim - n - 1], output.shape[output.ndim - n :]
+    return Example(layer, inputs, lambda rows: rows.view(*batch, *places, layer.out_channels).movedim(-1, -1 - n))
+
+
+@st.composite
+def sequences(draw: st.DrawFn) -> Example:
+    """`nn.Conv1d` and `nn.ConvTranspose1d`."""
+    channels, out_channels, kernel, dilation = (draw(st.integers(1, 3)) for _ in range(4))
+    stride, padding, extra = draw(st.integers(1, 3)), draw(st.integers(0, 2)), draw(st.integers(0, 2))
+    batch = draw(st.sampled_from([(), (1,), (2,)]))
+    bias = draw(st.booleans())
+    inputs = torch.randn(*batch, channels, draw(st.integers(7, 10)))
+    if draw(st.booleans()):
+        mode = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+        layer = nn.Conv1d(channels, out_channels, kernel, stride, padding, dilation, bias=bias, padding_mode=mode)
+    else:
+        extra = extra if extra < max(stride, dilation) else 0
+        layer = nn.ConvTranspose1d(channels, out_channels, kernel, stride, padding, extra, bias=bias, dilation=dilation)
+    return laid_out(layer, inputs)
+
+
 @st.composite
 def embeddings(draw: st.DrawFn) -> Example:
     number, width, shape = draw(sizes), draw(sizes), draw(batches)
@@ -92,7 +118,7 @@ def embeddings(draw: st.DrawFn) -> Example:
 @st.composite
 def examples(draw: st.DrawFn) -> Example:
     torch.manual_seed(draw(st.integers(0, 999)))
-    example = draw(st.one_of(linears(), conv1ds(), conv2ds(), embeddings()))
+    example = draw(st.one_of(linears(), conv1ds(), conv2ds(), sequences(), embeddings()))
     example.layer.double()
     if example.inputs.is_floating_point():
         example.inputs = example.inputs.double()
@@ -133,7 +159,8 @@ def test_weight_is_the_inverse_of_matrix(example: Example) -> None:
     layer = example.layer
     kind = layer_kind(layer)
     W = kind.matrix(layer.weight)
-    assert W.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr(), "a view, so that no memory is taken"
+    is_view = W.untyped_storage().data_ptr() == layer.weight.untyped_storage().data_ptr()
+    assert is_view or isinstance(layer, nn.ConvTranspose1d), "a view, so that no memory is taken"
     weight = kind.weight(W.clone(), layer.weight.shape)
     assert torch.equal(weight, layer.weight)
     assert weight.is_contiguous()
@@ -381,10 +408,21 @@ def without_weight() -> nn.Linear:
 
 
 REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
-    "grouped convolution": (lambda: nn.Conv2d(4, 4, 3, groups=2), ValueError, "`groups` of a Conv2d must be 1, got 2"),
-    "depthwise convolution": (lambda: nn.Conv2d(4, 4, 3, groups=4), ValueError, "`groups` of a Conv2d must be 1, got 4"),
-    "nn.Conv1d": (lambda: nn.Conv1d(4, 4, 3), TypeError, "a Conv1d .*, only Linear, Conv1D, Conv2d, Embedding can"),
-    "nn.Conv3d": (lambda: nn.Conv3d(4, 4, 3), TypeError, "a Conv3d cannot be factorised"),
+    "depthwise convolution": (
+        lambda: nn.Conv2d(4, 8, 3, groups=4),
+        ValueError,
+        "`groups` of a Conv2d must be fewer than its 4 input channels: .* has 9 columns",
+    ),
+    "grouped transposed convolution": (
+        lambda: nn.ConvTranspose1d(4, 4, 3, groups=2),
+        ValueError,
+        "`groups` of a ConvTranspose1d must be 1, got 2",
+    ),
+    "nn.Conv3d": (
+        lambda: nn.Conv3d(4, 4, 3),
+        TypeError,
+        "a Conv3d .*, only Linear, Conv1D, Embedding, Conv1d, Conv2d, ConvTranspose1d can",
+    ),
     "nn.ConvTranspose2d": (lambda: nn.ConvTranspose2d(4, 4, 3), TypeError, "a ConvTranspose2d cannot be factorised"),
     "nn.LSTM": (lambda: nn.LSTM(4, 4), TypeError, "a LSTM cannot be factorised"),
     "nn.LayerNorm": (lambda: nn.LayerNorm(4), TypeError, "a LayerNorm cannot be factorised"),
@@ -443,6 +481,8 @@ def test_accepts_a_subclass_that_computes_alike() -> None:
 
 
 def test_each_kind_is_found_by_its_class() -> None:
-    layers = [nn.Linear(3, 2), Conv1D(2, 3), nn.Conv2d(3, 2, 1), nn.Embedding(3, 2)]
+    layers = [nn.Linear(3, 2), Conv1D(2, 3), nn.Embedding(3, 2)]
+    grouped = [nn.Conv1d(6, 2, 1, groups=2), nn.Conv2d(6, 2, 1, groups=2)]
+    layers += [*grouped, nn.Conv1d(3, 2, 1), nn.Conv2d(3, 2, 1), nn.ConvTranspose1d(3, 2, 1)]
     assert [layer_kind(layer) for layer in layers] == list(KINDS[1:])  # the first one is of quantised layers
-    assert [layer_kind(layer).shape(layer) for layer in layers] == [(2, 3)] * 4
+    assert [layer_kind(layer).shape(layer) for layer in layers] == [(2, 3)] * 8

@@ -107,3 +107,16 @@ def test_the_reader_needs_torch_and_transformers_only() -> None:
     lines = Path(modeling_reparam.__file__).read_text(encoding="utf-8").splitlines()
     imported = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
     assert imported == {"__future__", "typing", "torch", "transformers"}
+
+
+@pytest.mark.filterwarnings("ignore:.*reads this weight itself")
+def test_a_model_that_reads_weights_itself(tmp_path: Path) -> None:
+    config = transformers.MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=100)
+    plain = small(model=transformers.MambaForCausalLM(config).eval()).to_standalone()
+    save_self_contained(plain, tmp_path)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    with torch.no_grad():
+        torch.testing.assert_close(read(IDS).logits, plain(IDS).logits)
+        weight = read.backbone.layers[0].mixer.dt_proj.weight
+        assert weight.dtype == torch.float32
+        torch.testing.assert_close(weight + 0, plain.backbone.layers[0].mixer.dt_proj.weight + 0)

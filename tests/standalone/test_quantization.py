@@ -16,7 +16,7 @@ from support.models import bert, gpt2, llama, t5, token_inputs
 from support.narrow import narrowed
 from support.standalone import NARROW
 from support.tolerances import relative_error
-from transformers import AutoModelForCausalLM, PreTrainedModel, Trainer, TrainingArguments
+from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from reparam_peft import ReparamConfig
 from reparam_peft.standalone.quantization import LEAST_INPUTS, SCHEMES
@@ -93,6 +93,18 @@ def test_a_reader_needs_the_documented_arithmetic_only(scheme: str, tmp_path: Pa
         product.append(matrix[: shape[0] * shape[1]].reshape(shape))
     x = torch.randn(5, 64)
     torch.testing.assert_close(quantised.get_submodule(LAYER)(x), x @ (product[0] @ product[1]).T, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("scheme", list(SCHEMES))
+@pytest.mark.filterwarnings("ignore:.*reads this weight itself")
+def test_models_that_read_weights_themselves(scheme: str, tmp_path: Path) -> None:
+    config = MambaConfig(hidden_size=32, num_hidden_layers=1, vocab_size=100, time_step_rank=16)
+    model = small(lambda: MambaForCausalLM(config), rank_pattern={"dt_proj": 16})
+    quantised = model.to_standalone(quantize=scheme)
+    got = logits(quantised)
+    assert 0 < relative_error(got, logits(model)) < LARGEST_ERROR[scheme]
+    quantised.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), got)
 
 
 def test_short_rows_stay_as_they_are(tmp_path: Path) -> None:

@@ -44,7 +44,11 @@ def test_the_class_is_named_after_the_kind(name: str) -> None:
 
 
 def test_every_kind_has_its_class_before_a_layer_is_made() -> None:
-    assert {kind.name for kind in kinds.KINDS} == {"Linear", "Conv2d", "Embedding"} <= set(vars(layer_module))
+    assert (
+        {kind.name for kind in kinds.KINDS}
+        == {"Linear", "Conv1d", "Conv2d", "ConvTranspose1d", "Embedding"}
+        <= set(vars(layer_module))
+    )
 
 
 @layers

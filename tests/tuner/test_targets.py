@@ -125,16 +125,21 @@ def with_config(model: nn.Module, folder: Path) -> PeftModel:
     return PeftModel.from_pretrained(model, folder, config=PeftConfig.from_pretrained(folder))
 
 
-def grouped() -> ConvNet:
+def depthwise() -> ConvNet:
     model = convnet()
-    model.conv1 = nn.Conv2d(12, 16, 3, groups=4)
+    model.conv1 = nn.Conv2d(12, 12, 3, groups=12)
     return model
 
 
 @pytest.mark.parametrize(
     ("build", "options", "error", "match"),
     [
-        (grouped, {"target_modules": ["conv0", "conv1"]}, ValueError, r"conv1: `groups` of a Conv2d must be 1, got 4"),
+        (
+            depthwise,
+            {"target_modules": ["conv0", "conv1"]},
+            ValueError,
+            r"conv1: `groups` of a Conv2d must be fewer than its 12 input",
+        ),
         (llama, {"target_modules": ["norm"]}, TypeError, r"model\.norm: a LlamaRMSNorm cannot be factorised, only Linear"),
         (
             llama,
