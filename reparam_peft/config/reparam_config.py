@@ -80,7 +80,9 @@ class ReparamConfig(Fields):
     def is_of_parameters(self, name: str) -> bool:
         """Whether a module is of `target_parameters`, resolved: a layer of an opened parameter, or one whose weight it is."""
         parameters = self.target_parameters or ()
-        return name.rpartition(".")[0] in parameters or f"{name}.weight" in parameters
+        weight = f"{name}.weight"  # of a layer, or one that was opened, and has a pattern
+        is_layer = parameters.get(weight) == "" if isinstance(parameters, dict) else weight in parameters
+        return is_layer or name.rpartition(".")[0] in parameters
 
     def is_among(self, name: str) -> bool:
         """Whether a module that `target_modules` matches is one of those that were chosen; else True."""

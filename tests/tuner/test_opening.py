@@ -35,10 +35,11 @@ def names_of(model: nn.Module) -> list[str]:
         ({"target_parameters": r".*layers\.1.*(gate_up|down)_proj", "target_modules": ["q_proj"]}, 8, 2),
         ({"target_parameters": "all-experts", "exclude_modules": r".*down_proj\.[01]"}, 12, 0),
         ({"target_parameters": ["q_proj.weight"]}, 0, 2),
+        ({"target_parameters": ["q_proj.weight", "mlp.gate.weight"], "r": 2}, 0, 4),
     ],
 )
 def test_parameters_are_named_as_for_lora(options: dict[str, Any], experts: int, others: int) -> None:
-    small = get_peft_model(qwen_moe(), ReparamConfig(**{"target_modules": [], **options}, keep=0.5))
+    small = get_peft_model(qwen_moe(), ReparamConfig(**{"target_modules": [], "keep": 0.5, **options}))
     ranks = small.peft_config["default"].rank_pattern
     assert sum(".experts." in name for name in ranks) == experts
     assert sum(".experts." not in name for name in ranks) >= others
