@@ -97,7 +97,7 @@ class CheckpointConfig(QuantizationConfigMixin):
                 )
             self.quantization = quantization
         if tables is not None:
-            if not isinstance(tables, Mapping) or not tables or set(tables.values()) != {TABLES}:
+            if not isinstance(tables, Mapping) or not tables or any(scheme != TABLES for scheme in tables.values()):
                 raise ValueError(f"`tables` in config.json must name tables that are {TABLES!r}, got {tables!r}; {DAMAGED}.")
             self.tables = dict(tables)
 
@@ -183,9 +183,8 @@ class CheckpointLoader(HfQuantizer):
         if tables is not None:
             check_tables(TABLES)
             tables = {here: TABLES for name in tables if (here := _name_in(model, name)) is not None}
-            self.dtype_of_tables = weight_of(model.get_submodule(next(iter(tables)))).dtype
-            prepare_tables(model, tables)
-            self.described.tables = tables
+            self.dtype_of_tables = prepare_tables(model, tables)
+            self.described.tables = tables or None  # another head may lack them
         if checkpoint_files is not None:
             check_files(checkpoint_files, model, self._conversions(get_model_conversion_mapping(model)), tables or ())
         self.described.layers = layers_here  # under this model's names, for when it is saved
@@ -211,7 +210,7 @@ class CheckpointLoader(HfQuantizer):
                     finish(name, module, scheme, marker.dtype)
                 if not (marker.is_meta or is_offloaded(module)):  # accelerate would look for it in the files again
                     module.unmark()
-        if self.described.tables is not None:
+        if self.described.tables:
             finish_tables(model, self.described.tables, self.dtype_of_tables)
         if not self.described.is_quantized:
             mark_unquantized(model)

@@ -51,19 +51,28 @@ def quantize_tables(model: PreTrainedModel, names: Iterable[str]) -> None:
         _put(model, weight, SCHEME.quantize(weight), weight.dtype)
 
 
-def prepare_tables(model: PreTrainedModel, names: Iterable[str]) -> None:
-    """Give tables on the meta device the tensors that a checkpoint is to fill in."""
+def prepare_tables(model: PreTrainedModel, names: Iterable[str]) -> torch.dtype | None:
+    """Give tables on the meta device the tensors that a checkpoint is to fill in; returns the dtype that they had, if any.
+
+    Raises:
+        ValueError: a module of such a name is no table.
+    """
+    dtype = None
     for name in names:
         table = model.get_submodule(name)
+        if not isinstance(table, nn.Embedding | nn.Linear):
+            raise ValueError(f"{name}: config.json says that this table is quantised, but it is a {type(table).__name__}.")
+        dtype = table.weight.dtype
         for key, tensor in SCHEME.empty(*table.get_parameter("weight").shape).items():
             if key == "weight":
                 table.weight = nn.Parameter(tensor, requires_grad=False)
             else:
                 table.register_buffer(key, tensor)
         vars(table)["_is_hf_initialized"] = True  # transformers is to initialise nothing in it
+    return dtype
 
 
-def finish_tables(model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype) -> None:
+def finish_tables(model: PreTrainedModel, names: Iterable[str], dtype: torch.dtype | None) -> None:
     """Have tables, and modules that they are tied to, compute with what a checkpoint has filled in.
 
     Raises:
@@ -77,7 +86,7 @@ def finish_tables(model: PreTrainedModel, names: Iterable[str], dtype: torch.dty
         if not scale.isfinite().all() or not all(hasattr(tensor, "_is_hf_initialized") for tensor in (weight, scale)):
             raise ValueError(f"{name}: the quantised table was not loaded, or its scales hold NaN or infinite values.")
         del table.weight_scale
-        _put(model, weight, {"weight": weight.detach(), "weight_scale": scale}, dtype)
+        _put(model, weight, {"weight": weight.detach(), "weight_scale": scale}, dtype or scale.dtype)
 
 
 def tables_state(model: nn.Module, names: Iterable[str]) -> dict[str, Tensor]:

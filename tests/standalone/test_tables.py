@@ -87,6 +87,25 @@ def test_damaged_tables(change: Any, message: str, tmp_path: Path) -> None:
         AutoModelForCausalLM.from_pretrained(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("tables", "message"),
+    [
+        ({"model.norm": "int8"}, "model.norm: .* but it is a LlamaRMSNorm"),
+        ({"model.nothing": "int8"}, "model.nothing: .* there is none"),
+        ({TABLE: {}}, "`tables` in config.json must name tables"),
+        ([TABLE], "`tables` in config.json must name tables"),
+    ],
+)
+def test_damaged_configs(tables: Any, message: str, tmp_path: Path) -> None:
+    quantised().save_pretrained(tmp_path)
+    path = tmp_path / "config.json"
+    config = json.loads(path.read_text(encoding="utf-8"))
+    config["quantization_config"]["tables"] = tables
+    path.write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ValueError, match=message):
+        AutoModelForCausalLM.from_pretrained(tmp_path)
+
+
 def test_what_is_refused(tmp_path: Path) -> None:
     model = small()
     with pytest.raises(ValueError, match="`quantize_tables` must be 'int8' or None, got 'int4'"):
