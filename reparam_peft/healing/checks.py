@@ -15,9 +15,10 @@ from transformers.trainer_utils import SchedulerType
 from ..arguments import is_finite, is_int
 from ..tuner.layer import reparam_layers
 from ..tuner.model import ReparamModel
-from .trained import norms_of
+from .trained import norms_of, routers_of
 
-TRAINS = ("factors", "norms", "biases")
+TRAINS = ("factors", "norms", "biases")  # by default
+ROUTERS = "routers"
 
 
 def checked_model(model: Any) -> PeftModel:
@@ -89,13 +90,22 @@ def check_classes(model: PeftModel, distillation: float) -> None:
 
 def check_trained(model: PeftModel, trains: Sequence[str]) -> None:
     """Raise `ValueError` unless what is to be trained is known, and something that the model has."""
-    unknown = [trains] if isinstance(trains, str) else [part for part in trains if part not in TRAINS]
+    known = (*TRAINS, ROUTERS)
+    unknown = [trains] if isinstance(trains, str) else [part for part in trains if part not in known]
     if unknown:
-        raise ValueError(f"`trains` must be a list of {', '.join(TRAINS)}, got {unknown[0]!r}.")
+        raise ValueError(f"`trains` must be a list of {', '.join(known)}, got {unknown[0]!r}.")
+    if ROUTERS in trains and not routers_of(model):
+        raise ValueError(f"`trains` names {ROUTERS!r}, and the model has no routers of experts; leave them out.")
     adapter = model.active_adapter
     saved_whole = any(isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save for m in model.modules())
     biases = any(layer.reparam_factors[adapter].bias is not None for _, layer in reparam_layers(model))
-    if not (saved_whole or "factors" in trains or ("norms" in trains and norms_of(model)) or ("biases" in trains and biases)):
+    if not (
+        saved_whole
+        or "factors" in trains
+        or ROUTERS in trains
+        or ("norms" in trains and norms_of(model))
+        or ("biases" in trains and biases)
+    ):
         raise ValueError(f"`trains` must name something that the model has, got {list(trains)!r}; add 'factors'.")
 
 

@@ -9,6 +9,7 @@ from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
 from peft.utils.other import _set_trainable
 
+from ..layers.experts import is_experts
 from ..runtime.modules import evaluating
 from ..tuner.layer import ReparamLayer, reparam_layers
 from ..tuner.model import config_of
@@ -17,16 +18,15 @@ from ..tuner.model import config_of
 def set_trained(model: PeftModel, kinds: Sequence[str]) -> None:
     """Let gradients flow to these kinds of parameters of the active adapter, and to what it saves whole; to no others.
 
-    Norms outside of the adapter become part of it, through `modules_to_save`.
+    Norms and routers outside of the adapter become part of it, through `modules_to_save`.
     """
     adapter = model.active_adapter
     model.requires_grad_(False)
-    if "norms" in kinds:
-        names = norms_of(model)
-        if names:
-            _set_trainable(model, adapter, names, inference_mode=False)
-            config = config_of(model, adapter)
-            config.modules_to_save = sorted({*(config.modules_to_save or ()), *names})
+    names = [*(norms_of(model) if "norms" in kinds else ()), *(routers_of(model) if "routers" in kinds else ())]
+    if names:
+        _set_trainable(model, adapter, names, inference_mode=False)
+        config = config_of(model, adapter)
+        config.modules_to_save = sorted({*(config.modules_to_save or ()), *names})
     for module in model.modules():
         if isinstance(module, ModulesToSaveWrapper) and adapter in module.modules_to_save:
             module.modules_to_save[adapter].requires_grad_(True)
@@ -49,6 +49,24 @@ def norms_of(model: PeftModel) -> list[str]:
         and (parameters := list(module.parameters()))
         and all(parameter.ndim <= 1 for parameter in parameters)
     ]
+
+
+def routers_of(model: PeftModel) -> list[str]:
+    """Modules of the base model, outside of adapters, that have a row for each expert of the mixture that they stand in."""
+    base = model.get_base_model()
+    routers: list[str] = []
+    for name, experts in base.named_modules():
+        if not is_experts(experts):
+            continue
+        prefix = name.rpartition(".")[0]
+        for relative, module in base.get_submodule(prefix).named_modules():
+            own = dict(module.named_parameters(recurse=False))
+            has_rows = any(p.ndim == 2 and len(p) == experts.num_experts for p in own.values())
+            inside = f"{relative}.".startswith(f"{name[len(prefix) :].lstrip('.')}.")
+            if has_rows and relative and not inside and not isinstance(module, (ReparamLayer, ModulesToSaveWrapper)):
+                routers.append(f"{prefix}.{relative}" if prefix else relative)
+    inside_layers = tuple(f"{n}." for n, m in base.named_modules() if isinstance(m, (ReparamLayer, ModulesToSaveWrapper)))
+    return [router for router in routers if not router.startswith(inside_layers)]
 
 
 @contextmanager

@@ -8,7 +8,7 @@ import pytest
 import torch
 from peft import PeftModel
 from support.healing import ROWS, small, stacked, trainer
-from support.models import bert, llama
+from support.models import bert, llama, qwen_moe
 from torch import nn
 
 from reparam_peft import ReparamConfig, compress
@@ -44,3 +44,33 @@ def test_heads_that_are_saved_whole_are_trained(tmp_path: Path) -> None:
     set_trained(model, [])
     trained = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert sorted(trained) == [f"base_model.model.classifier.modules_to_save.default.{key}" for key in ("bias", "weight")]
+
+
+def test_routers_alone_are_trained_and_saved(tmp_path: Path) -> None:
+    config = ReparamConfig(target_modules=[], target_parameters="all-experts", keep=0.5)
+    model = compress(qwen_moe(), config, [stacked(ROWS)], progress=False)
+    before = {name: p.detach().clone() for name, p in model.named_parameters()}
+    made = trainer(tmp_path, model, teacher=qwen_moe(), trains=["routers"])
+    made.train()
+    changed = {n for n, p in model.named_parameters() if n in before and not torch.equal(before[n], p)}
+    assert changed == set()
+    routers = [f"model.layers.{layer}.mlp.gate" for layer in range(2)]
+    assert model.peft_config["default"].modules_to_save == routers
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    assert trained == {f"base_model.model.{router}.modules_to_save.default.weight" for router in routers}
+    model.eval()
+    made.save_model(tmp_path / "saved")
+    loaded = PeftModel.from_pretrained(qwen_moe(), tmp_path / "saved").eval()
+    batch = stacked(ROWS[:4])
+    with torch.no_grad():
+        assert torch.equal(loaded(**batch).logits, model(**batch).logits)
+        untrained = PeftModel.from_pretrained(qwen_moe(), tmp_path / "saved")
+        assert not torch.equal(
+            untrained.get_submodule(f"base_model.model.{routers[0]}").original_module.weight,
+            model.get_submodule(f"base_model.model.{routers[0]}").modules_to_save["default"].weight,
+        )
+
+
+def test_routers_of_a_model_without_any_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="names 'routers', and the model has no routers"):
+        trainer(tmp_path, small(llama), teacher=llama(), trains=["routers"])
