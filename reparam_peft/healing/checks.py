@@ -99,13 +99,8 @@ def check_trained(model: PeftModel, trains: Sequence[str]) -> None:
     adapter = model.active_adapter
     saved_whole = any(isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save for m in model.modules())
     biases = any(layer.reparam_factors[adapter].bias is not None for _, layer in reparam_layers(model))
-    if not (
-        saved_whole
-        or "factors" in trains
-        or ROUTERS in trains
-        or ("norms" in trains and norms_of(model))
-        or ("biases" in trains and biases)
-    ):
+    has = {"factors": True, "norms": bool(norms_of(model)), "biases": biases, ROUTERS: True}
+    if not (saved_whole or any(has[part] for part in trains)):
         raise ValueError(f"`trains` must name something that the model has, got {list(trains)!r}; add 'factors'.")
 
 

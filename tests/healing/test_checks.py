@@ -27,7 +27,7 @@ from reparam_peft import HealingTrainer
         ({"temperature": 0.0}, ValueError, "`temperature` must be positive and finite"),
         ({"hidden": -1.0}, ValueError, "`hidden` must be finite and not negative"),
         ({"top_k": 0}, ValueError, "`top_k` must be a positive whole number"),
-        ({"trains": ["weights"]}, ValueError, "`trains` must be a list of factors, norms, biases, got 'weights'"),
+        ({"trains": ["weights"]}, ValueError, "`trains` must be a list of factors, norms, biases, routers, got 'weights'"),
         ({"trains": "factors"}, ValueError, "`trains` must be a list of"),
         ({"teacher_cache": "x", "hidden": 1.0}, ValueError, "`teacher_cache` keeps probabilities at temperature 1 only"),
         ({"lora": {"r": 4}}, TypeError, "`lora` must be a LoraConfig, got a dict"),
