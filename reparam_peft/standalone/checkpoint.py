@@ -23,7 +23,7 @@ from ..arguments import ReparamWarning
 from ..layers.experts import fused_parameters, is_open, open_experts
 from ..layers.factorized import MARKER, FactorizedModule, Replaced, weight_of
 from ..layers.kinds import LayerKind, layer_kind
-from ..layers.parameters import Reading, open_parameter
+from ..layers.parameters import Reading, open_parameter, opened_parameters
 from ..numerics.storage import FORMS, narrow_form
 from ..runtime.modules import is_offloaded, set_module
 from .contents import DAMAGED, check_files
@@ -301,6 +301,17 @@ def keep_names(model: PreTrainedModel) -> None:
     and tear apart what is factorised in part: one of three matrices that share a tensor in the files, say.
     """
     vars(model)["_weight_conversions"] = []
+
+
+def check_closed(model: PreTrainedModel, form: str) -> None:
+    """Raise `ValueError` where a model has opened parameters, which a form of checkpoint cannot hold."""
+    fused = [name for name, owner in fused_parameters(model).items() if is_open(owner, name.rpartition(".")[2])]
+    opened = [*fused, *opened_parameters(model)]
+    if opened:
+        raise ValueError(
+            f"{opened[0]}: {form} knows factorised layers only, and this parameter was made into layers. Save a standalone "
+            "checkpoint, or compress the model without `target_parameters` (`--no-experts`)."
+        )
 
 
 def mark_unquantized(model: PreTrainedModel) -> None:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
-from .checkpoint import CheckpointConfig, with_layers_in_config
+from .checkpoint import CheckpointConfig, check_closed, with_layers_in_config
 
 LARGEST_DIFFERENCE = 1e-3  # of outputs, relative to the largest of them; float32 gives about 1e-6
 
@@ -32,7 +32,7 @@ def save_onnx(model: PreTrainedModel, folder: str | Path) -> None:
     Raises:
         ImportError: onnx, onnxscript or onnxruntime is missing, or transformers is older than 5.23.
         TypeError: the model takes neither tokens nor images.
-        ValueError: the factors are quantised; or ONNX Runtime computes something else than PyTorch.
+        ValueError: the factors are quantised, or of parameters; or ONNX Runtime computes something else than PyTorch.
     """
     try:
         import onnxruntime  # noqa: F401
@@ -47,6 +47,7 @@ def save_onnx(model: PreTrainedModel, folder: str | Path) -> None:
         raise ValueError(
             "quantised factors and tables have no ONNX form; export them as they are, and quantise with ONNX Runtime's tools."
         )
+    check_closed(model, "an ONNX file")
     plain = with_layers_in_config(model, described) if isinstance(described, CheckpointConfig) else model
     exporter, options = OnnxExporter(), OnnxConfig(dynamic=True)
     few, more = _inputs(plain, 2, 8), _inputs(plain, 3, 11)

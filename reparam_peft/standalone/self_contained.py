@@ -9,7 +9,7 @@ from transformers import PreTrainedModel
 from transformers.models.auto import modeling_auto
 
 from ..runtime.files import write_whole
-from .checkpoint import CheckpointConfig, with_layers_in_config
+from .checkpoint import CheckpointConfig, check_closed, with_layers_in_config
 
 MODULE = "modeling_reparam"
 
@@ -22,7 +22,7 @@ def save_self_contained(model: PreTrainedModel, folder: str | Path) -> None:
         folder: with `modeling_reparam.py`, a reader that imports torch and transformers only.
 
     Raises:
-        ValueError: the model has no factorised layers, or is quantised.
+        ValueError: the model has no factorised layers, or such of parameters; or it is quantised.
     """
     described = getattr(model.config, "quantization_config", None)
     if not isinstance(described, CheckpointConfig):
@@ -31,6 +31,7 @@ def save_self_contained(model: PreTrainedModel, folder: str | Path) -> None:
         raise ValueError(
             "the code of self-contained checkpoints does not read quantised factors or tables; quantise nothing for it."
         )
+    check_closed(model, "the code of self-contained checkpoints")
     plain = with_layers_in_config(model, described)
     del plain.hf_quantizer
     classes = {auto: made.__name__ for auto, made in _auto_classes(model).items()}
