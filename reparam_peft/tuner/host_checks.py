@@ -21,6 +21,7 @@ from ..runtime.hosts import extend
 from ..runtime.restoring import unchanged_on_error
 from .layer import ReparamLayer, reparam_layers
 
+EMBEDDINGS_POSITION = 3  # of `save_embedding_layers` among the arguments of `save_pretrained`, after the folder
 LORA_ON_ADAPTER = (
     "PEFT cannot put another adapter around it. Make a standalone model, `model.to_standalone()`, and put the LoRA on that; or "
     "train one with `HealingTrainer(..., lora=LoraConfig(...))`"
@@ -32,6 +33,7 @@ def register_host_checks() -> None:
     extend(PreTrainedModel, "save_pretrained", _saving)
     extend(PreTrainedModel, "resize_token_embeddings", _resizing)
     extend(PeftModel, "load_adapter", _loading)
+    extend(PeftModel, "save_pretrained", _saving_adapter)
     extend(LoraModel, "_prepare_model", _aimed)
 
 
@@ -75,6 +77,24 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
             return original(self, model_id, adapter_name, *args, **kwargs)
 
     return load_adapter
+
+
+def _saving_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
+    def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> Any:
+        # PEFT asks for embeddings where a head is among the targets, and some models of audio know none.
+        if all(isinstance(config, ReparamConfig) for config in self.peft_config.values()) and not _has_embeddings(self):
+            kwargs = {"save_embedding_layers": False, **kwargs} if len(args) < EMBEDDINGS_POSITION else kwargs
+        return original(self, save_directory, *args, **kwargs)
+
+    return save_pretrained
+
+
+def _has_embeddings(model: PeftModel) -> bool:
+    base: Any = model.get_base_model()
+    try:
+        return hasattr(base, "get_input_embeddings") and base.get_input_embeddings() is not None
+    except NotImplementedError:
+        return False
 
 
 def _saving(original: Callable[..., None]) -> Callable[..., None]:

@@ -3,8 +3,9 @@
     python tests/benchmarks/sparse_mixture.py MODEL TEXT FOLDER [--active 4] [--minutes 30]
 
 MODEL is a folder with a Mixtral all of whose experts are active, as the teacher, too; TEXT is a text file. Routers start from
-least squares: of the norm of what each expert makes of the inputs of its layer, on the first windows; experts that are active add what they
-added when all were. Then everything learns from the teacher's logits, one window of 256 tokens in a step. FOLDER gets the trained model.
+least squares: of the norm of what each expert makes of the inputs of its layer, on the first windows; experts that are active
+add what they added when all were. Then everything learns from the teacher's logits, one window of 256 tokens in a step. FOLDER
+gets the trained model.
 """
 
 from __future__ import annotations

@@ -11,7 +11,7 @@ from peft import LoraConfig, PeftModel, get_peft_model, inject_adapter_in_model
 from support.models import bert, gpt2, llama, token_inputs
 from support.tolerances import assert_close
 from torch import nn
-from transformers import AutoModelForCausalLM, LlamaForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, Wav2Vec2Config, Wav2Vec2ForCTC
 
 from reparam_peft import ReparamConfig, compress
 from reparam_peft.tuner.layer import ReparamLayer
@@ -198,3 +198,20 @@ def test_a_calibrated_standalone_model_is_trained_with_a_lora() -> None:
         losses.append(loss.item())
     assert losses[-1] < losses[0]
     assert not [module for module in model.modules() if isinstance(module, ReparamLayer)]
+
+
+def test_models_that_know_no_embeddings_are_saved_with_their_head(tmp_path: Path) -> None:
+    """PEFT looks for embeddings where a head is among the targets, and models of audio raise there."""
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4, "vocab_size": 32}
+    convolutions = {"conv_dim": (32,) * 7, "num_conv_pos_embeddings": 16, "num_conv_pos_embedding_groups": 4}
+
+    def build() -> Wav2Vec2ForCTC:
+        torch.manual_seed(0)
+        return Wav2Vec2ForCTC(Wav2Vec2Config(**sizes, **convolutions)).eval()
+
+    small = get_peft_model(build(), ReparamConfig(target_modules="all-linear", keep=0.5)).eval()
+    assert "lm_head" in small.peft_config["default"].rank_pattern
+    small.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(build(), tmp_path).eval()
+    sound = torch.randn(1, 2000)
+    assert torch.equal(loaded(sound).logits, small(sound).logits)
