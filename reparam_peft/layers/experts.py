@@ -179,7 +179,7 @@ def _compute(self: Any, hidden_states: Tensor, *routing: Any, **named_routing: A
     weights_in_order = weights.flatten()[order]
     start = 0
     for expert, number in enumerate(numbers):
-        if number == 0:
+        if number == 0 and not _trains(self, reader, expert):
             continue
         tokens = order[start : start + number] // chosen.shape[-1]
         token = _routed.set(RoutedRows(tokens, count))
@@ -194,6 +194,17 @@ def _compute(self: Any, hidden_states: Tensor, *routing: Any, **named_routing: A
         result.index_add_(0, tokens, y.to(result.dtype))
         start += number
     return result
+
+
+def _trains(experts: nn.Module, reader: str, expert: int) -> bool:
+    """Whether an expert's layers are trained: without tokens they have gradients of zero, as a fused parameter has there.
+
+    Processes that train together wait for the gradients of all parameters.
+    """
+    if not torch.is_grad_enabled():
+        return False
+    layers = [_kept(experts, key)[expert] for key in (reader, WRITER) if is_open(experts, key)]
+    return any(parameter.requires_grad for layer in layers for parameter in layer.parameters())
 
 
 def _product(experts: nn.Module, key: str, expert: int, x: Tensor) -> Tensor:

@@ -203,9 +203,11 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
 
     def drop_base_weight(self) -> None:
         """Forget W; with factors still on their way, as soon as they have arrived."""
+        if self.base_weight_dropped:
+            return
         if self.arrivals.awaited:
             self.arrivals.postpone(self.drop_base_weight)
-        elif not self.base_weight_dropped:
+        else:
             # The layer stays as a shell: its bias and its geometry are read, and the state dict has no key for a None.
             self.base_layer.weight = None
             self.base_weight_dropped = True

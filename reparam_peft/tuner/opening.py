@@ -88,8 +88,8 @@ def _taken(config: ReparamConfig, model: nn.Module, fused: Mapping[str, nn.Modul
     unused = sorted(ending for ending, matched in found.items() if not matched)
     if unused and not (any(found.values()) or config.target_modules):
         raise ValueError(
-            f"`target_parameters` {unused} match no parameter of the model; its fused experts are "
-            f"{listed(list(fused)[:MOST_NAMED]) or 'none'}."
+            f"`target_parameters` {unused} match no parameter of the model; "
+            f"{f'its fused experts are {listed(list(fused)[:MOST_NAMED])}' if fused else 'it has no fused experts'}."
         )
     return {name: by_ending[ending] for ending, matched in found.items() for name in matched}
 

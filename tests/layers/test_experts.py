@@ -121,12 +121,19 @@ def test_experts_that_stand_for_none_add_nothing() -> None:
     assert torch.equal(experts(hidden, chosen, weights), first_only)
 
 
-def test_gradients_reach_only_experts_that_were_chosen() -> None:
+def test_experts_that_were_not_chosen_have_gradients_of_zero_where_they_are_trained() -> None:
     experts = fused("interleaved, transposed, with biases")
+    expected = torch.autograd.grad(experts(*routing()).sum(), experts.down_proj)[0]
     for key in ("gate_up_proj", "down_proj"):
         open_experts(experts, key)
     experts(*routing()).sum().backward()
-    assert [layer.weight.grad is not None for layer in experts.down_proj] == [True, True, False]
+    for layer, gradient in zip(experts.down_proj, expected, strict=True):
+        assert_close(layer.weight.grad, gradient.mT)
+    calls: list[Any] = []
+    experts.requires_grad_(False)
+    experts.down_proj[2].register_forward_hook(lambda *_: calls.append(1))
+    experts(routing()[0].requires_grad_(), *routing()[1:])
+    assert not calls
 
 
 def test_rows_of_an_expert_are_known_while_it_computes() -> None:
