@@ -26,7 +26,8 @@ from reparam_peft import ReparamConfig
 # At full rank with the base kept, PEFT's tests find the identity at the start that those of disabling and unloading assume.
 KEPT = {"r": "full", "keep_base": True}
 CUSTOM = [
-    ("MLP", {"target_modules": ["lin0"]}), ("MLP", {"target_modules": ["lin0", "lin1"]}), ("MLP", {"target_modules": r".*lin0"}),
+    ("MLP", {"target_modules": ["lin0"]}), ("MLP", {"target_modules": ["lin0", "lin1"]}),
+    ("MLP", {"target_modules": r".*lin0"}),
     ("EmbConv1D", {"target_modules": ["emb"]}), ("EmbConv1D", {"target_modules": ["emb", "conv1d"]}),
     ("Conv2d", {"target_modules": ["conv2d"]}), ("Conv2d", {"target_modules": ["conv2d", "lin0"]}),
     ("Conv2d2", {"target_modules": ["conv2d"]}),

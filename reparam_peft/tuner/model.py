@@ -29,7 +29,7 @@ from .data_free import factorize_targets, is_installing
 from .host_checks import AdapterConfigs, changed_along
 from .layer import ReparamLayer, reparam_layer, reparam_layers
 from .merging import check_base_weights, check_mergeable
-from .opening import close_parameters, open_parameters
+from .opening import close_parameters
 from .reach import warn_of_reach
 from .selection import names_targets, take_targets
 from .sizes import SizeReport, size_report
@@ -138,8 +138,7 @@ class ReparamModel(BaseTuner):
             peft_config.moved_bias |= any(layer.source_has_bias for _, layer in reparam_layers(model))
         if state_dict is None:
             targets = take_targets(peft_config, model, partial(is_target, peft_config))
-        else:  # PEFT replaces what the state dict has keys of
-            open_parameters(peft_config, model)
+        else:  # PEFT replaces what the state dict has keys of, and refuses `target_parameters` beside it
             names = {key.rsplit(f".{self.prefix}", 1)[0] for key in state_dict}
             targets = find_targets(peft_config, model, names.__contains__)
         check_targets(targets, peft_config, model, adapter_name, loading)

@@ -8,6 +8,7 @@ from contextlib import suppress
 from typing import Any
 
 import torch
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
 from ..arguments import listed
@@ -31,7 +32,8 @@ def open_parameters(config: ReparamConfig, model: nn.Module) -> None:
         ValueError: `target_parameters` matches nothing; a parameter cannot be opened, or its pattern is not that of the model.
     """
     fused = fused_parameters(model)
-    patterns = _taken(config, model, fused)
+    taken = _taken(config, model, fused)
+    patterns = {name: pattern for name, pattern in taken.items() if not _is_excluded(config, name)}
     for name in patterns:
         with naming(name):
             _check(model.get_submodule(name.rpartition(".")[0]))
@@ -48,7 +50,7 @@ def open_parameters(config: ReparamConfig, model: nn.Module) -> None:
         present = opened_parameters(model)
         described = {name: present[name].reading.pattern(len(present[name].shape)) for name in raw}
         config.target_parameters = {name: described.get(name, "") for name in patterns}
-    elif patterns:
+    elif config.target_parameters:
         config.target_parameters = list(patterns)
 
 
@@ -92,6 +94,11 @@ def _taken(config: ReparamConfig, model: nn.Module, fused: Mapping[str, nn.Modul
             f"{f'its fused experts are {listed(list(fused)[:MOST_NAMED])}' if fused else 'it has no fused experts'}."
         )
     return {name: by_ending[ending] for ending, matched in found.items() for name in matched}
+
+
+def _is_excluded(config: ReparamConfig, name: str) -> bool:
+    """Whether a config leaves out a whole parameter, by its name or one of a module that is saved whole, as PEFT matches."""
+    return isinstance(BaseTuner._check_target_module_exists(config, name), _ExcludedModule)
 
 
 def _is_inside(name: str, prefixes: Iterable[str]) -> bool:

@@ -15,6 +15,7 @@ from torch import nn
 from transformers import XLNetLMHeadModel
 
 from reparam_peft import ReparamConfig, calibrate, compress, plan
+from reparam_peft.layers.experts import fused_parameters
 
 BATCHES = [text([24, 20, 24, 17], 24, seed=seed) for seed in range(3)]
 
@@ -34,6 +35,9 @@ def names_of(model: nn.Module) -> list[str]:
         ({"target_parameters": [FIRST]}, 4, 0),
         ({"target_parameters": r".*layers\.1.*(gate_up|down)_proj", "target_modules": ["q_proj"]}, 8, 2),
         ({"target_parameters": "all-experts", "exclude_modules": r".*down_proj\.[01]"}, 12, 0),
+        ({"target_parameters": "all-experts", "exclude_modules": ["down_proj"]}, 8, 0),
+        ({"target_parameters": "all-experts", "exclude_modules": r".*layers\.0\..*", "target_modules": ["q_proj"]}, 8, 1),
+        ({"target_parameters": "all-experts", "modules_to_save": ["layers.0.mlp.experts"]}, 8, 0),
         ({"target_parameters": ["q_proj.weight"]}, 0, 2),
         ({"target_parameters": ["q_proj.weight", "mlp.gate.weight"], "r": 2}, 0, 4),
     ],
@@ -45,6 +49,8 @@ def test_parameters_are_named_as_for_lora(options: dict[str, Any], experts: int,
     assert sum(".experts." not in name for name in ranks) >= others
     opened = {name.rpartition(".")[0] for name in ranks if ".experts." in name}
     assert opened <= set(small.peft_config["default"].target_parameters)
+    modules = dict(small.base_model.model.named_modules())
+    assert opened == {name for name in fused_parameters(small.base_model.model) if name in modules}
     assert small(**token_inputs()).logits.isfinite().all()
 
 
@@ -55,6 +61,7 @@ def test_parameters_are_named_as_for_lora(options: dict[str, Any], experts: int,
         (qwen_moe, ["nothing"], r"\['nothing'\] match no parameter of the model; its fused experts are model.layers.0"),
         (qwen_moe, ["input_layernorm.weight"], "input_layernorm"),
         (qwen_moe, r".*shared_expert_gate|.*norm\.weigh", "match no parameter"),
+        (llama, ["nothing"], "match no parameter of the model; it has no fused experts"),
         (llama, ["input_layernorm.weight"], r"a parameter of shape \(64,\) and dtype torch.float32 makes no matrix"),
     ],
 )
@@ -101,6 +108,73 @@ def test_an_adapter_in_a_file_names_its_parameters(tmp_path: Path) -> None:
     assert len(saved.target_parameters) == 4
     assert not any(".experts." in name for name in saved.target_modules)  # tens of thousands, in a large model
     assert config.target_parameters == "all-experts"
+
+
+def test_adapters_of_other_parameters_stand_beside_each_other() -> None:
+    def config(key: str) -> ReparamConfig:
+        return ReparamConfig(target_modules=[], target_parameters=[f"experts.{key}"], keep=0.5, keep_base=True)
+
+    model = qwen_moe()
+    dense, names = model(**token_inputs()).logits, names_of(model)
+    both = get_peft_model(model, config("down_proj"))
+    both.add_adapter("other", config("gate_up_proj"))
+    for adapter, key in (("other", "gate_up_proj"), ("default", "down_proj")):
+        both.set_adapter(adapter)
+        alone = get_peft_model(qwen_moe(), config(key))
+        assert torch.equal(both(**token_inputs()).logits, alone(**token_inputs()).logits)
+    layers = both.get_layer_status()
+    assert len(layers) == 16
+    assert {tuple(layer.available_adapters) for layer in layers} == {("default",), ("other",)}
+    plain = both.unload()
+    assert names_of(plain) == names
+    assert_close(plain(**token_inputs()).logits, dense)
+
+
+def test_adapters_of_experts_load_in_any_order(tmp_path: Path) -> None:
+    outputs = {}
+    for name, keep in (("large", 0.8), ("small", 0.4)):
+        small = get_peft_model(gpt_oss(), ReparamConfig(target_modules=[], target_parameters="all-experts", keep=keep))
+        outputs[name] = small(**token_inputs()).logits
+        small.save_pretrained(tmp_path / name)
+    for first, second in (("large", "small"), ("small", "large")):
+        both = PeftModel.from_pretrained(gpt_oss(), tmp_path / first, adapter_name=first)
+        result = both.load_adapter(tmp_path / second, adapter_name=second)
+        assert not result.missing_keys
+        assert not result.unexpected_keys
+        for name, expected in outputs.items():
+            both.set_adapter(name)
+            assert torch.equal(both(**token_inputs()).logits, expected)
+
+
+def test_a_weight_as_a_parameter_is_its_layer_as_a_module() -> None:
+    as_module = get_peft_model(llama(), ReparamConfig(target_modules=["gate_proj"], r=4))
+    as_parameter = get_peft_model(llama(), ReparamConfig(target_modules=[], target_parameters=["gate_proj.weight"], r=4))
+    assert torch.equal(as_module(**token_inputs()).logits, as_parameter(**token_inputs()).logits)
+
+
+class Multiplies(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.param = nn.Parameter(torch.randn(6, 8))
+        self.head = nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.head(x @ self.param)
+
+
+def test_parameters_and_modules_of_the_model_itself() -> None:
+    torch.manual_seed(0)
+    model, x = Multiplies(), torch.randn(3, 6)
+    y = model(x)
+    options = {"target_modules": [], "r": "full", "keep_base": True}
+    small = get_peft_model(model, ReparamConfig(target_parameters={"param": "(d) -> (m)"}, **options))
+    assert list(small.peft_config["default"].rank_pattern) == ["param.0"]
+    assert_close(small(x), y)
+    plain = small.unload()
+    assert names_of(plain) == ["param", "head.weight", "head.bias"]
+    one = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
+    config = ReparamConfig(target_modules=["a"], target_parameters="nothing.*", r=2)
+    assert list(get_peft_model(one, config).peft_config["default"].rank_pattern) == ["a"]
 
 
 ATTENTION = ["rel_attn.q", "rel_attn.k", "rel_attn.v", "rel_attn.o", "rel_attn.r"]
