@@ -21,9 +21,9 @@ from ..config.fields import ALL_EXPERTS
 from ..config.model_card import AUTO_CLASSES
 from ..config.reparam_config import ReparamConfig
 from ..evaluation.text import text_batches
-from ..layers.experts import fused_parameters
 from ..layers.factorized import FactorizedModule
 from ..tuner.model import ReparamModel
+from ..tuner.opening import experts_of
 from .demo import demo_folder, reference_text
 from .errors import CliError
 from .options import TextOptions
@@ -34,7 +34,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 
 def take_experts(config: ReparamConfig, model: nn.Module, experts: bool | None) -> None:
     """Add the fused experts of a model to what a config takes, in place, if asked to; None: where there are any."""
-    if experts or (experts is None and fused_parameters(model)):
+    if experts or (experts is None and experts_of(model)):
         config.target_parameters = ALL_EXPERTS
 
 

@@ -79,7 +79,9 @@ class ReparamConfig(Fields):
 
     def is_of_parameters(self, name: str) -> bool:
         """Whether a module is of `target_parameters`, resolved: a layer of an opened parameter, or one whose weight it is."""
-        parameters = self.target_parameters or ()
+        parameters = self.target_parameters
+        if not parameters or isinstance(parameters, str):
+            return False
         weight = f"{name}.weight"  # of a layer, or one that was opened, and has a pattern
         is_layer = parameters.get(weight) == "" if isinstance(parameters, dict) else weight in parameters
         return is_layer or name.rpartition(".")[0] in parameters
@@ -104,13 +106,18 @@ class ReparamConfig(Fields):
         """The entry of `rank_pattern` for a module: its exact name before any pattern, as PEFT matches patterns."""
         if name in self.rank_pattern or self.is_resolved:
             return self.rank_pattern.get(name)
-        return next((rank for key, rank in self.rank_pattern.items() if _matches(key, name)), None)
+        return next((rank for key, rank in self.rank_pattern.items() if self._is_key_of(key, name)), None)
+
+    def _is_key_of(self, key: str, name: str) -> bool:
+        """Whether a key of `rank_pattern` matches a module, or the parameter that it is a layer of."""
+        parameter = name.rpartition(".")[0]
+        return _matches(key, name) or (self.is_of_parameters(name) and bool(parameter) and _matches(key, parameter))
 
     def check_ranks_used(self, targets: Collection[str]) -> None:
         """Raise `ValueError` where a key of `rank_pattern` is none of the targets and matches none."""
         where = "" if self._in_file is None else f" of {CONFIG_NAME}"
         for key in sorted(self.rank_pattern.keys() - set(targets)):
-            if self.is_resolved or not any(_matches(key, name) for name in targets):
+            if self.is_resolved or not any(self._is_key_of(key, name) for name in targets):
                 raise ValueError(
                     f"`rank_pattern`{where} holds {key!r}, which none of the {len(targets)} targeted modules is called or "
                     "matches; correct it or leave it out."

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any
 
@@ -99,7 +100,7 @@ def open_experts(experts: nn.Module, key: str) -> None:
     layers = [ViewLinear(view(matrix), row) for matrix, row in zip(stacked, biases, strict=True)]
     experts._modules[key] = nn.ModuleList(layers).train(experts.training)
     # An attribute of the object, not another class: what notes attributes before an error puts it back.
-    vars(experts)[_forward(experts)] = MethodType(_compute, experts)
+    vars(experts)[_forward(experts)] = partial(_compute, experts)
     vars(experts)["_is_hf_initialized"] = True  # transformers would initialise parameters by their names
 
 
@@ -166,10 +167,10 @@ def _compute(self: Any, hidden_states: Tensor, *routing: Any, **named_routing: A
 
     Args:
         hidden_states: (tokens, hidden).
-        routing, named_routing: the experts that each token has chosen, (tokens, k), int64, where numbers from the number of
-            experts on stand for none; and their weights, (tokens, k).
+        routing, named_routing: in any order, the experts that each token has chosen, (tokens, k), int64, where numbers from the
+            number of experts on stand for none; and their weights, (tokens, k).
     """
-    chosen, weights = (*routing, *named_routing.values())
+    chosen, weights = sorted((*routing, *named_routing.values()), key=Tensor.is_floating_point)
     reader = next(key for key in READERS if _kept(self, key) is not None)
     experts, count = len(_kept(self, WRITER)), len(hidden_states)
     result = torch.zeros_like(hidden_states)

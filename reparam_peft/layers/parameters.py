@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
-from .computed_weight import WITHOUT_NUMBERS
+from .computed_weight import WITHOUT_NUMBERS, ComputedWeight
 from .experts import ViewLinear
 
 PATTERN = re.compile(r"(?:(\w+(?: \w+)*) )?\((\w+(?: \w+)*)\) (?:(->|<-) )?\((\w+(?: \w+)*)\)")
@@ -31,12 +31,14 @@ class Reading:
 
     Attributes:
         batch: number of first dimensions, each index of which has a matrix of its own.
-        first: number of dimensions after those that are one side of the matrix; the others are the other side.
+        first: number of dimensions after those that are one side of the matrix.
+        second: number of the rest, the other side.
         first_is_input: whether the first side is summed over by what multiplies with it; None: not known.
     """
 
     batch: int
     first: int
+    second: int
     first_is_input: bool | None = None
 
     @classmethod
@@ -47,7 +49,7 @@ class Reading:
             ValueError: it is no such pattern, or one dimension is named twice.
 
         >>> Reading.parse("e (d) -> (n h)")
-        Reading(batch=1, first=1, first_is_input=True)
+        Reading(batch=1, first=1, second=2, first_is_input=True)
         """
         match = PATTERN.fullmatch(pattern)
         names = re.findall(r"\w+", pattern)
@@ -58,23 +60,25 @@ class Reading:
                 f"'e (d) (m)'; got {pattern!r}."
             )
         arrow = match[3]
-        return cls(len((match[1] or "").split()), len(match[2].split()), None if arrow is None else arrow == "->")
+        batch, one, other = ((part or "").split() for part in (match[1], match[2], match[4]))
+        return cls(len(batch), len(one), len(other), None if arrow is None else arrow == "->")
 
-    def pattern(self, dimensions: int) -> str:
-        """The pattern of a parameter of so many dimensions.
+    def pattern(self) -> str:
+        """The pattern that says it.
 
-        >>> Reading(1, 1, False).pattern(4)
+        >>> Reading(1, 1, 2, False).pattern()
         'a (b) <- (c d)'
         """
-        names = [chr(ord("a") + i) for i in range(dimensions)]
+        names = [chr(ord("a") + i) for i in range(self.batch + self.first + self.second)]
         one, other = names[self.batch : self.batch + self.first], names[self.batch + self.first :]
         arrow = {True: "-> ", False: "<- ", None: ""}[self.first_is_input]
         return f"{''.join(f'{name} ' for name in names[: self.batch])}({' '.join(one)}) {arrow}({' '.join(other)})"
 
     def check(self, shape: Sequence[int]) -> None:
         """Raise `ValueError` where it is of another number of dimensions than a parameter has."""
-        if self.batch + self.first >= len(shape):
-            raise ValueError(f"the pattern names too few dimensions or too many for the shape {tuple(shape)}.")
+        named = self.batch + self.first + self.second
+        if named != len(shape):
+            raise ValueError(f"the pattern names {named} dimensions, and the parameter has {len(shape)}: {tuple(shape)}.")
 
     def matrices(self, parameter: Tensor) -> Tensor:
         """The matrices, shape (number, out, in): views, where the layout of the parameter allows it."""
@@ -119,7 +123,12 @@ class Multiplication:
         if sorted(sides) != ["in", "out"] or summed_elsewhere:
             return None
         first = next(i for i, role in enumerate(roles[batch:]) if role != sides[0])
-        return Reading(batch, first, sides[0] == "in")
+        return Reading(batch, first, len(roles) - batch - first, sides[0] == "in")
+
+    def fits(self, shape: Sequence[int]) -> bool:
+        """Whether dimensions that x shares with a parameter of this shape have the same sizes, so that nothing is broadcast."""
+        sizes = dict(zip(self.of_x, self.x.shape, strict=True))
+        return all(sizes.get(letter, size) == size for letter, size in zip(self.of_parameter, shape, strict=True))
 
     def computed_by(self, layers: Sequence[nn.Module], shape: Sequence[int]) -> Tensor:
         """The output, by a layer for each matrix of a parameter of this shape that is read so."""
@@ -198,6 +207,11 @@ class OpenedParameter(nn.Module):
         """The numbers of the parameter, computed where its layers hold products, with their gradients."""
         return self.reading.parameter(torch.stack([layer.weight for layer in self.layers]), self.shape)
 
+    def weight(self) -> Tensor:
+        """The parameter as a tensor whose numbers are computed when they are read, and which cannot be written to."""
+        placeholder = torch.empty((), dtype=self.dtype, device=self.device)
+        return ComputedWeight.of(placeholder, self.shape, self.numbers, self.name)
+
     @classmethod
     def __torch_function__(
         cls, func: Any, types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
@@ -205,18 +219,17 @@ class OpenedParameter(nn.Module):
         kwargs = kwargs or {}
         opened = next(leaf for leaf in tree_flatten((args, kwargs))[0] if isinstance(leaf, OpenedParameter))
         called = multiplication(func, args, kwargs, opened, len(opened.shape))
-        if called is not None and called.reading() == opened.reading:
+        if called is not None and called.reading() == opened.reading and called.fits(opened.shape):
             return called.computed_by(opened.layers, opened.shape)
-        numbers = tree_map(lambda leaf: leaf.numbers() if isinstance(leaf, OpenedParameter) else leaf, (args, dict(kwargs)))
-        return func(*numbers[0], **numbers[1])
+        weights = tree_map(lambda leaf: leaf.weight() if isinstance(leaf, OpenedParameter) else leaf, (args, dict(kwargs)))
+        return func(*weights[0], **weights[1])
 
     def __getattr__(self, name: str) -> Any:
         if name in ("dtype", "device", "requires_grad", "is_floating_point"):
             return getattr(self.layers[0].weight, name)
         if name.startswith("_") or not hasattr(Tensor, name):
             return super().__getattr__(name)
-        without_numbers = name in ("ndim", "size", "dim", "numel")
-        return getattr(torch.empty(self.shape, device="meta") if without_numbers else self.numbers(), name)
+        return getattr(self.weight(), name)
 
     def __len__(self) -> int:
         return self.shape[0]
@@ -225,11 +238,11 @@ class OpenedParameter(nn.Module):
         """The parameter's numbers, converted; this very object where there is nothing to convert."""
         here = torch.empty(0, dtype=self.dtype, device=self.device)
         there = here.to(*args, **kwargs)
-        return self if (here.dtype, here.device) == (there.dtype, there.device) else self.numbers().to(*args, **kwargs)
+        return self if (here.dtype, here.device) == (there.dtype, there.device) else self.weight().to(*args, **kwargs)
 
     def type(self, *args: Any) -> Any:
         """As `Tensor.type`."""
-        return self.to(*args) if args and isinstance(args[0], torch.dtype) else self.numbers().type(*args)
+        return self.to(*args) if args and isinstance(args[0], torch.dtype) else self.weight().type(*args)
 
 
 def _as_of_tensors(name: str) -> Callable[..., Any]:

@@ -66,7 +66,7 @@ def standalone_model(model: nn.Module, quantize: str | None = None, quantize_tab
     close_parameters(plain)
     layers = {name: specification_of(module) for name, module in plain.named_modules() if isinstance(module, FactorizedModule)}
     opened = opened_parameters(plain)
-    patterns = {name: parameter.reading.pattern(len(parameter.shape)) for name, parameter in opened.items()}
+    patterns = {name: parameter.reading.pattern() for name, parameter in opened.items()}
     if not layers:
         raise ValueError("no layer has factors in the active adapter, so that the model is a dense one; use `unload`.")
     mark_unquantized(plain)

@@ -29,7 +29,7 @@ from .data_free import factorize_targets, is_installing
 from .host_checks import AdapterConfigs, changed_along
 from .layer import ReparamLayer, reparam_layer, reparam_layers
 from .merging import check_base_weights, check_mergeable
-from .opening import close_parameters
+from .opening import close_parameters, own_memory
 from .reach import warn_of_reach
 from .selection import names_targets, take_targets
 from .sizes import SizeReport, size_report
@@ -206,6 +206,7 @@ class ReparamModel(BaseTuner):
         for _, layer in reparam_layers(model):
             if set(layer.reparam_factors) == set(configs):
                 layer.drop_base_weight()
+        own_memory(model)
 
     @property
     def _configs(self) -> dict[str, ReparamConfig]:

@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
-from ..arguments import listed
+from ..arguments import ReparamWarning, listed
 from ..config.fields import ALL_EXPERTS
 from ..config.reparam_config import ReparamConfig
 from ..layers.experts import READERS, WRITER, ViewLinear, close_experts, fused_parameters, is_experts, is_open, open_experts
 from ..layers.kinds import layer_kind
-from ..layers.parameters import Reading, close_parameter, open_parameter, opened_parameters, readings
-from ..runtime.modules import evaluating, is_offloaded, naming
+from ..layers.parameters import OpenedParameter, Reading, close_parameter, open_parameter, opened_parameters, readings
+from ..runtime.modules import evaluating, is_offloaded, naming, parameter_owners
 
 MOST_NAMED = 6  # in a message
 
@@ -34,9 +36,12 @@ def open_parameters(config: ReparamConfig, model: nn.Module) -> None:
     fused = fused_parameters(model)
     taken = _taken(config, model, fused)
     patterns = {name: pattern for name, pattern in taken.items() if not _is_excluded(config, name)}
+    owners = parameter_owners(model)
     for name in patterns:
+        prefix, _, key = name.rpartition(".")
+        owner = model.get_submodule(prefix)
         with naming(name):
-            _check(model.get_submodule(name.rpartition(".")[0]))
+            _check(owner, owners.get(id(owner._parameters.get(key)), []))
     opened = opened_parameters(model)
     raw = {name: patterns[name] for name in patterns if name not in fused and not _is_weight_of_layer(model, name)}
     resolved = _readings(model, {name: pattern for name, pattern in raw.items() if name not in opened})
@@ -48,7 +53,7 @@ def open_parameters(config: ReparamConfig, model: nn.Module) -> None:
             open_experts(fused[name], key)
     if raw:
         present = opened_parameters(model)
-        described = {name: present[name].reading.pattern(len(present[name].shape)) for name in raw}
+        described = {name: present[name].reading.pattern() for name in raw}
         config.target_parameters = {name: described.get(name, "") for name in patterns}
     elif config.target_parameters:
         config.target_parameters = list(patterns)
@@ -66,6 +71,18 @@ def close_parameters(model: nn.Module) -> None:
             close_parameter(model, name)
 
 
+def own_memory(model: nn.Module) -> None:
+    """Give matrices that stay dense memory of their own, where others of their parameter have dropped theirs; in place."""
+    groups = [list(module.children()) for module in model.modules() if isinstance(module, (nn.ModuleList, OpenedParameter))]
+    for layers in groups:
+        views = [layer for layer in layers if isinstance(layer, ViewLinear)]
+        if len(views) == len(layers):
+            continue
+        for layer in views:
+            if layer.weight.untyped_storage().nbytes() > layer.weight.nbytes and not layer.weight.is_meta:
+                layer.weight.data = layer.weight.data.clone()
+
+
 def _are_plain(layers: Iterable[nn.Module]) -> bool:
     return all(isinstance(layer, ViewLinear) for layer in layers)
 
@@ -78,7 +95,7 @@ def _taken(config: ReparamConfig, model: nn.Module, fused: Mapping[str, nn.Modul
     opened = opened_parameters(model)
     names = [*(name for name, _ in model.named_parameters() if not _is_inside(name, [*fused, *opened])), *fused, *opened]
     if asked == ALL_EXPERTS:
-        taken = dict.fromkeys([*fused, *(name for name in names if _is_of_experts(model, name))], "")
+        taken = dict.fromkeys(experts_of(model), "")
         if not taken:
             raise ValueError(
                 f"`target_parameters={ALL_EXPERTS!r}`, and the model has no fused experts that can be opened; leave it out."
@@ -88,11 +105,14 @@ def _taken(config: ReparamConfig, model: nn.Module, fused: Mapping[str, nn.Modul
     by_ending = {asked: ""} if isinstance(asked, str) else dict(asked) if isinstance(asked, dict) else dict.fromkeys(asked, "")
     found = {ending: [name for name in names if _takes(ending, name, is_regex)] for ending in by_ending}
     unused = sorted(ending for ending, matched in found.items() if not matched)
-    if unused and not (any(found.values()) or config.target_modules):
-        raise ValueError(
+    if unused:
+        message = (
             f"`target_parameters` {unused} match no parameter of the model; "
             f"{f'its fused experts are {listed(list(fused)[:MOST_NAMED])}' if fused else 'it has no fused experts'}."
         )
+        if not (any(found.values()) or config.target_modules):
+            raise ValueError(message)
+        warnings.warn(message, ReparamWarning, stacklevel=2)  # as PEFT does, which takes what is there
     return {name: by_ending[ending] for ending, matched in found.items() for name in matched}
 
 
@@ -110,11 +130,20 @@ def _takes(pattern: str, name: str, is_regex: bool) -> bool:
     return bool(re.fullmatch(pattern, name)) if is_regex else name == pattern or name.endswith(f".{pattern}")
 
 
-def _is_of_experts(model: nn.Module, name: str) -> bool:
-    """Whether a parameter that is behind no interface holds the matrices of experts, by what it and its owner are called."""
-    owner = model.get_submodule(name.rpartition(".")[0])
-    tensor: Any = getattr(owner, name.rpartition(".")[2])
-    return len(tensor.shape) == 3 and "expert" in f"{type(owner).__name__}.{name}".lower()
+def experts_of(model: nn.Module) -> list[str]:
+    """The parameters of a model that hold the matrices of experts, open or not.
+
+    Those that are behind no interface have three dimensions, and are told by what they or their owners are called.
+    """
+    names = list(fused_parameters(model))
+    tensors: list[tuple[str, Any]] = [*model.named_parameters(), *opened_parameters(model).items()]
+    for name, tensor in tensors:
+        prefix, _, key = name.rpartition(".")
+        owner = model.get_submodule(prefix)
+        is_own = key in owner._parameters or isinstance(owner._modules.get(key), OpenedParameter)
+        if is_own and len(tensor.shape) == 3 and "expert" in f"{type(owner).__name__}.{name}".lower() and name not in names:
+            names.append(name)
+    return names
 
 
 def _is_weight_of_layer(model: nn.Module, name: str) -> bool:
@@ -126,7 +155,10 @@ def _is_weight_of_layer(model: nn.Module, name: str) -> bool:
     return False
 
 
-def _check(owner: nn.Module) -> None:
+def _check(owner: nn.Module, names: list[str]) -> None:
+    """Raise `ValueError` where a parameter cannot be opened, which is its owner's and has these names."""
+    if len(names) > 1 and not names[0].endswith(".weight"):
+        raise ValueError(f"the parameter is shared ({', '.join(names)}) and cannot be made into layers in one place.")
     if is_offloaded(owner):
         raise ValueError(
             "accelerate moves the parameter to where it computes at each pass (it is offloaded), and could not move an opened "
@@ -152,10 +184,10 @@ def _readings(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, Readin
             reading = given.get(name) or seen.get(name) or _default(parameter)
             reading.check(parameter.shape)
             if name in given and name in seen:
-                if (reading.batch, reading.first) != (seen[name].batch, seen[name].first):
+                if replace(reading, first_is_input=None) != replace(seen[name], first_is_input=None):
                     raise ValueError(
                         f"`target_parameters` says {patterns[name]!r}, and the model reads it as "
-                        f"{seen[name].pattern(parameter.ndim)!r}; leave the pattern out."
+                        f"{seen[name].pattern()!r}; leave the pattern out."
                     )
                 reading = seen[name]
             resolved[name] = reading
@@ -164,7 +196,7 @@ def _readings(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, Readin
 
 def _default(parameter: nn.Parameter) -> Reading:
     """How a parameter makes matrices of which nothing is known: as in `nn.Linear`, and one for each first index of more."""
-    return Reading(0, 1, False) if parameter.ndim == 2 else Reading(1, 1, None)
+    return Reading(0, 1, 1, False) if parameter.ndim == 2 else Reading(1, 1, parameter.ndim - 2)
 
 
 def _seen(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Reading]:

@@ -7,12 +7,13 @@ import warnings
 from collections import Counter
 from collections.abc import Collection
 
+from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
 from ..arguments import ReparamWarning
 from ..config.fields import ALL_EXPERTS
 from ..config.reparam_config import ReparamConfig
-from ..layers.experts import fused_parameters, is_open
+from .opening import experts_of
 
 LEAST = 0.5  # of the parameters in matrices outside of embeddings, below which is told what is left out
 MOST_NAMED = 3
@@ -30,8 +31,9 @@ def warn_of_reach(model: nn.Module, targets: Collection[str], config: ReparamCon
         config: that chose them.
         takes_all: whether it left that to the package.
     """
-    fused = [name for name, owner in fused_parameters(model).items() if not is_open(owner, name.rpartition(".")[2])]
-    if not (takes_all or fused):
+    experts = [] if config.target_parameters else experts_of(model)
+    has_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())  # which were told of
+    if has_adapters or not (takes_all or experts):
         return
     left_out: Counter[str] = Counter()
     total = 0
@@ -46,7 +48,7 @@ def warn_of_reach(model: nn.Module, targets: Collection[str], config: ReparamCon
     missed = sum(left_out.values())
     if not total or missed <= (1 - LEAST) * total:
         return
-    remedy = f"To compress its experts too, set `target_parameters={ALL_EXPERTS!r}`. " if fused else ""
+    remedy = f"To compress its experts too, set `target_parameters={ALL_EXPERTS!r}`. " if experts else ""
     largest = ", ".join(f"{name} ({size:,})" for name, size in left_out.most_common(MOST_NAMED))
     warnings.warn(
         f"The config reaches {(total - missed) / total:.0%} of the parameters in matrices outside of embeddings. Left out are "

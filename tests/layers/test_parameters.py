@@ -52,7 +52,7 @@ def test_products_are_seen_and_computed_by_layers(use: str) -> None:
     net, x = Net(shape, function), torch.randn(inputs)
     with readings({"W": net.W}) as found:
         expected = net(x)
-    assert {name: reading.pattern(len(shape)) for name, reading in found.items()} == {"W": pattern}
+    assert {name: reading.pattern() for name, reading in found.items()} == {"W": pattern}
     before = net.W.detach().clone()
     open_parameter(net, "W", found["W"])
     opened = opened_parameters(net)["W"]
@@ -90,7 +90,7 @@ def test_products_are_seen_and_computed_by_layers(use: str) -> None:
 def test_any_other_use_gets_the_numbers(use: Callable[[Tensor, Any], Tensor]) -> None:
     net, x = Net((6, 6), use), torch.randn(6, 6)
     expected = net(x)
-    open_parameter(net, "W", Reading(0, 1, False))
+    open_parameter(net, "W", Reading(0, 1, 1, False))
     result = net(x)
     assert_close(result, expected)
     result.sum().backward()
@@ -106,6 +106,25 @@ def test_another_product_than_the_pattern_says_is_right_too() -> None:
     assert_close(net(x), expected)
 
 
+@pytest.mark.parametrize(
+    ("shape", "use"),
+    [((3, 6, 4), lambda x, W: torch.matmul(x, W)), ((3, 6, 4), lambda x, W: torch.einsum("eti,eio->eto", x, W))],
+)
+def test_a_product_that_is_broadcast_gets_the_numbers(shape: tuple[int, ...], use: Callable[[Tensor, Any], Tensor]) -> None:
+    net, x = Net(shape, use), torch.randn(1, 5, 6)
+    expected = net(x)
+    open_parameter(net, "W", Reading.parse("e (i) -> (o)"))
+    assert_close(net(x), expected)
+
+
+@pytest.mark.parametrize("write", [lambda W: W.mul_(2), lambda W: W.data.clamp_(0, 1), lambda W: W.__setitem__(0, 1.0)])
+def test_an_opened_parameter_cannot_be_written_to(write: Callable[[Any], Any]) -> None:
+    net = Net((6, 6), lambda x, W: x)
+    open_parameter(net, "W", Reading(0, 1, 1, False))
+    with pytest.raises((RuntimeError, AttributeError), match=r"cannot be written to|__setitem__"):
+        write(net.W)
+
+
 def test_what_is_read_in_two_ways_has_no_reading() -> None:
     net = Net((6, 6), lambda x, W: x @ W + F.linear(x, W))
     with readings({"W": net.W}) as found:
@@ -115,7 +134,7 @@ def test_what_is_read_in_two_ways_has_no_reading() -> None:
 
 def test_an_opened_parameter_looks_like_one_and_is_not_converted() -> None:
     net = Net((6, 2, 3), lambda x, W: x)
-    open_parameter(net, "W", Reading(0, 1, True))
+    open_parameter(net, "W", Reading(0, 1, 2, True))
     opened: Any = net.W
     assert (opened.shape, opened.ndim, len(opened), opened.dtype) == ((6, 2, 3), 3, 6, torch.float32)
     assert opened.size(1) == 2
@@ -135,6 +154,6 @@ def test_patterns_are_checked(pattern: str) -> None:
 
 def test_a_pattern_of_other_dimensions_is_refused_before_anything_is_changed() -> None:
     net = Net((6, 2), lambda x, W: x)
-    with pytest.raises(ValueError, match="too few dimensions or too many"):
+    with pytest.raises(ValueError, match="the pattern names 3 dimensions, and the parameter has 2"):
         open_parameter(net, "W", Reading.parse("e (d) (n)"))
     assert isinstance(net.W, nn.Parameter)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pickle
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from support.tolerances import assert_close, relative_error
 from torch import nn
 from transformers import XLNetLMHeadModel
 
-from reparam_peft import ReparamConfig, calibrate, compress, plan
+from reparam_peft import ReparamConfig, calibrate, compress, plan, search
 from reparam_peft.layers.experts import fused_parameters
 
 BATCHES = [text([24, 20, 24, 17], 24, seed=seed) for seed in range(3)]
@@ -98,6 +99,52 @@ def test_only_a_compressed_model_stays_open(build: Any, tmp_path: Path) -> None:
     assert names_of(merged) == list(before)
     assert all(parameter.shape == before[name].shape for name, parameter in merged.named_parameters())
     assert_close(merged(**token_inputs()).logits, expected)
+
+
+def test_a_typing_error_is_told_and_takes_nothing_else() -> None:
+    for asked, experts in ((["experts.gate_up_proj", "down_prj"], 8), (r".*experts_.*", 0)):
+        with pytest.warns(UserWarning, match="match no parameter of the model"):
+            small = get_peft_model(qwen_moe(), ReparamConfig(target_modules="all-linear", target_parameters=asked, keep=0.5))
+        ranks = small.peft_config["default"].rank_pattern
+        assert sum(".experts." in name for name in ranks) == experts
+        assert not {"lm_head", "model"} & ranks.keys()
+
+
+def test_ranks_are_named_by_parameter_or_expert() -> None:
+    config = ReparamConfig(
+        target_modules=[],
+        target_parameters="all-experts",
+        rank_pattern={"experts.down_proj": 3, r".*\.0\..*gate_up_proj\.1": 5},
+    )
+    ranks = get_peft_model(qwen_moe(), config).peft_config["default"].rank_pattern
+    assert {rank for name, rank in ranks.items() if "down_proj" in name} == {3}
+    assert ranks[f"{FIRST}.1"] == 5 != ranks[f"{FIRST}.0"]
+
+
+def test_open_models_take_adapters_searches_and_pickling() -> None:
+    config = ReparamConfig(target_modules="all-linear", target_parameters="all-experts", keep=0.5)
+    small = get_peft_model(qwen_moe(), config).eval()
+    expected = small(**token_inputs()).logits
+    with pytest.warns(UserWarning, match="factorises the product of adapter"):
+        small.add_adapter("second", config)
+    small.set_adapter("second")
+    assert small(**token_inputs()).logits.isfinite().all()
+    small.set_adapter("default")
+    copied = pickle.loads(pickle.dumps(small.get_base_model()))
+    assert torch.equal(copied(**token_inputs()).logits, expected)
+    found = search(qwen_moe(), config, BATCHES, evaluation=BATCHES[:1], tolerance=0.5, keeps=[0.5], progress=False)
+    assert found.model is not None
+
+
+def test_experts_that_stay_dense_do_not_keep_the_others_in_memory() -> None:
+    config = ReparamConfig(
+        target_modules=[], target_parameters="all-experts", exclude_modules=r".*\.0", keep=0.5, init_weights=False
+    )
+    model = get_peft_model(qwen_moe(), config).get_base_model()
+    kept = [model.get_submodule(f"{FIRST}.{expert}") for expert in range(4)]
+    dense = kept[0].weight
+    assert dense.untyped_storage().nbytes() == dense.nbytes
+    assert all(layer.base_layer.weight is None for layer in kept[1:])
 
 
 def test_an_adapter_in_a_file_names_its_parameters(tmp_path: Path) -> None:
