@@ -73,8 +73,8 @@ def close_parameters(model: nn.Module) -> None:
 
 def own_memory(model: nn.Module) -> None:
     """Give matrices that stay dense memory of their own, where others of their parameter have dropped theirs; in place."""
-    groups = [list(module.children()) for module in model.modules() if isinstance(module, (nn.ModuleList, OpenedParameter))]
-    for layers in groups:
+    opened = [list(module.children()) for module in model.modules() if isinstance(module, (nn.ModuleList, OpenedParameter))]
+    for layers in opened:
         views = [layer for layer in layers if isinstance(layer, ViewLinear)]
         if len(views) == len(layers):
             continue
