@@ -124,6 +124,7 @@ EXPECTED = [
     ("set_adapter_non_overlapping_modules", "[ReparamConfig]", "an adapter that leaves a layer without any weight: " + W),
     ("adapter_dtype_autocast", "-True-dtype0", HALF),
     ("adapter_dtype_autocast", "-True-dtype1", HALF),
+    ("get_base_model_state_dict", "MlpUsingParameters", "state dicts name the layers that a parameter is opened into"),
     ("rank_pattern_for_moe", "", LORA),
     ("targeting_module_and_targeting_param", "", LORA),
     ("target_multiple_parameters_on_same_module", "", LORA),

@@ -85,6 +85,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         Where adapters compute, its numbers are made when they are used, with their gradients; shape, dtype and device, which
         transformers reads of some layers in each forward pass, cost nothing.
         """
+        self._unmerge_disabled()
         active = [name for name in self.active_adapters if name in self.reparam_factors]
         dense = self.merged or self.disable_adapters or self.arrivals.awaited or not active
         if dense and self.base_layer.weight is not None:
@@ -228,8 +229,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        if self.disable_adapters and self.merged:
-            self.unmerge()
+        self._unmerge_disabled()
         if self.disable_adapters or self.merged:
             return self.base_layer(x, *args, **kwargs)
         if self.arrivals.awaited:
@@ -240,6 +240,10 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         self.check_active(active)
         base = self.base_layer(x, *args, **kwargs)
         return sum((self._product(name, x) - base for name in active), start=base)
+
+    def _unmerge_disabled(self) -> None:
+        if self.disable_adapters and self.merged:  # as PEFT does where it computes
+            self.unmerge()
 
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
         """Put A B into the base layer's weight, in addition to the factors; several adapters as W + Σ (A_i B_i − W).

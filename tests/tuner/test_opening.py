@@ -217,8 +217,25 @@ def test_parameters_and_modules_of_the_model_itself() -> None:
     small = get_peft_model(model, ReparamConfig(target_parameters={"param": "(d) -> (m)"}, **options))
     assert list(small.peft_config["default"].rank_pattern) == ["param.0"]
     assert_close(small(x), y)
-    plain = small.unload()
-    assert names_of(plain) == ["param", "head.weight", "head.bias"]
+    assert names_of(small.unload()) == ["param", "head.weight", "head.bias"]
+
+
+@pytest.mark.parametrize("pattern", ["(d) -> (m)", "(d) <- (m)"])  # what the model does, and not: read, then
+def test_disabled_adapters_that_are_merged_are_not_read(pattern: str) -> None:
+    torch.manual_seed(0)
+    model, x = Multiplies(), torch.randn(3, 6)
+    y = model(x)
+    config = ReparamConfig(target_modules=[], target_parameters={"param": pattern}, r=2, keep_base=True)
+    small = get_peft_model(model, config)
+    expected = small(x)
+    small.merge_adapter()
+    assert_close(small(x), expected)
+    with small.disable_adapter():
+        assert_close(small(x), y)
+    assert_close(small(x), expected)
+
+
+def test_a_pattern_for_no_parameter_takes_no_modules() -> None:
     one = nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)})
     config = ReparamConfig(target_modules=["a"], target_parameters="nothing.*", r=2)
     assert list(get_peft_model(one, config).peft_config["default"].rank_pattern) == ["a"]
