@@ -162,6 +162,7 @@ def _layout(experts: nn.Module, reader: Any, writer: Any) -> str | None:
     return None
 
 
+@torch.compiler.disable  # how many tokens an expert gets differs from pass to pass, and each number would be compiled anew
 def _compute(self: Any, hidden_states: Tensor, *routing: Any, **named_routing: Any) -> Tensor:
     """What opened experts compute, in the order of transformers' loop: of each expert, the rows of the tokens that chose it.
 
