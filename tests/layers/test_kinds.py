@@ -486,3 +486,9 @@ def test_each_kind_is_found_by_its_class() -> None:
     layers += [*grouped, nn.Conv1d(3, 2, 1), nn.Conv2d(3, 2, 1), nn.ConvTranspose1d(3, 2, 1)]
     assert [layer_kind(layer) for layer in layers] == list(KINDS[1:])  # the first one is of quantised layers
     assert [layer_kind(layer).shape(layer) for layer in layers] == [(2, 3)] * 8
+
+
+def test_sizes_that_are_tensors_are_numbers() -> None:
+    layer = nn.Linear(4, 6)
+    layer.in_features, layer.out_features = torch.tensor(4), torch.tensor(6)  # type: ignore[assignment]
+    assert [type(size) for size in layer_kind(layer).shape(layer)] == [int, int]
