@@ -47,7 +47,7 @@ class LinearKind(LayerKind[Any]):
         return computes_as(layer, parameters, attributes, x, lambda x: F.linear(x, self.matrix(weight), bias))
 
     def shape(self, layer: Any) -> tuple[int, int]:
-        out_features, in_features = (getattr(layer, side) for side in self.sides)
+        out_features, in_features = (int(getattr(layer, side)) for side in self.sides)  # some models have tensors there
         return out_features, in_features
 
     def matrix(self, weight: Tensor) -> Tensor:
