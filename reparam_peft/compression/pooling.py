@@ -37,7 +37,7 @@ class Pooled:
         """Moments of the expert's input, with its covariance if `centred`, else with E[x xᵀ]."""
         shared = self.shared.moments(SHARED, centred=False)
         gram, mean, rows, weight = shared.gram, shared.mean, 0, len(shared.mean)
-        if self._has_rows(name):
+        if _is_reached(name, self.own):
             own = self.own.moments(name, centred=False)
             rows = own.rows
             gram, mean = (_moved(one, rows, other, weight) for one, other in ((own.gram, gram), (own.mean, mean)))
@@ -50,7 +50,7 @@ class Pooled:
     def weighted_gram(self, name: str, centre: Tensor | None = None) -> Tensor | None:
         """The Gram of the expert's input, weighed by the gradients there, around a centre; None where there are none."""
         shared = self.shared.weighted_gram(SHARED, centre)
-        own = self.own.weighted_gram(name, centre) if self._has_rows(name) else None
+        own = self.own.weighted_gram(name, centre) if _is_reached(name, self.own) else None
         if own is None or shared is None:
             return own if shared is None else shared
         return _moved(own, self.own.input_rows(name), shared, len(shared))
@@ -70,9 +70,6 @@ class Pooled:
         """What ½ tr(F Δ G Δᵀ) is multiplied by, as in `Statistics`; of an expert without rows, as if it had one."""
         own = self.own.loss_scale(name) if name in self.own.outputs else 0.0
         return own or self.shared.loss_scale(SHARED) / max(self.shared.output_rows(SHARED), 1)
-
-    def _has_rows(self, name: str) -> bool:
-        return name in self.own.reads and self.own.input_rows(name) > 0
 
 
 SHARED = "experts"  # under which `Pooled` has the sums of all
@@ -105,7 +102,7 @@ class Pool:
 
     def unreached(self, names: Iterable[str], statistics: Statistics) -> list[str]:
         """Those experts among names that have no rows, in layers of which others have."""
-        without = [name for name in names if not _is_reached(name, statistics)]
+        without = statistics.unreached(names)
         return [name for name in without if any(_is_reached(other, statistics) for other in self._experts.get(name, []))]
 
 
@@ -115,7 +112,7 @@ def is_expert(name: str, config: ReparamConfig) -> bool:
 
 
 def _is_reached(name: str, statistics: Statistics) -> bool:
-    return name in statistics.reads and statistics.input_rows(name) > 0
+    return not statistics.unreached([name])
 
 
 def _together(statistics: Statistics, experts: list[str]) -> Statistics:

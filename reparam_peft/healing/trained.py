@@ -59,12 +59,11 @@ def routers_of(model: PeftModel) -> list[str]:
         if not is_experts(experts):
             continue
         prefix = name.rpartition(".")[0]
-        for relative, module in base.get_submodule(prefix).named_modules():
-            own = dict(module.named_parameters(recurse=False))
-            has_rows = any(p.ndim == 2 and len(p) == experts.num_experts for p in own.values())
-            inside = f"{relative}.".startswith(f"{name[len(prefix) :].lstrip('.')}.")
-            if has_rows and relative and not inside and not isinstance(module, (ReparamLayer, ModulesToSaveWrapper)):
-                routers.append(f"{prefix}.{relative}" if prefix else relative)
+        for router, module in base.get_submodule(prefix).named_modules(prefix=prefix):
+            has_rows = any(p.ndim == 2 and len(p) == experts.num_experts for p in module.parameters(recurse=False))
+            is_beside = router != prefix and not f"{router}.".startswith(f"{name}.")
+            if has_rows and is_beside and not isinstance(module, (ReparamLayer, ModulesToSaveWrapper)):
+                routers.append(router)
     inside_layers = tuple(f"{n}." for n, m in base.named_modules() if isinstance(m, (ReparamLayer, ModulesToSaveWrapper)))
     return [router for router in routers if not router.startswith(inside_layers)]
 

@@ -16,7 +16,7 @@ from torch import nn
 from ..arguments import ReparamWarning, listed
 from ..config.fields import ALL_EXPERTS
 from ..config.reparam_config import ReparamConfig
-from ..layers.experts import READERS, WRITER, ViewLinear, close_experts, fused_parameters, is_experts, is_open, open_experts
+from ..layers.experts import ViewLinear, close_experts, fused_parameters, is_open, open_experts
 from ..layers.kinds import layer_kind
 from ..layers.parameters import OpenedParameter, Reading, close_parameter, open_parameter, opened_parameters, readings
 from ..runtime.modules import evaluating, is_offloaded, naming, parameter_owners
@@ -61,11 +61,10 @@ def open_parameters(config: ReparamConfig, model: nn.Module) -> None:
 
 def close_parameters(model: nn.Module) -> None:
     """Close all opened parameters whose layers are linear ones again, in place."""
-    for experts in model.modules():
-        if is_experts(experts):
-            for key in (*READERS, WRITER):
-                if is_open(experts, key) and _are_plain(experts.get_submodule(key).children()):
-                    close_experts(experts, key)
+    for name, experts in fused_parameters(model).items():
+        key = name.rpartition(".")[2]
+        if is_open(experts, key) and _are_plain(experts.get_submodule(key).children()):
+            close_experts(experts, key)
     for name, opened in opened_parameters(model).items():
         if _are_plain(opened.layers):
             close_parameter(model, name)
