@@ -69,11 +69,12 @@ def test_export_quantises(run: Run, models: Path, tmp_path: Path) -> None:
 def test_export_to_onnx(run: Run, models: Path, tmp_path: Path) -> None:
     pytest.importorskip("transformers.exporters.runners", reason="ONNX files need transformers 5.23")
     assert run("compress", models / "llama", tmp_path / "small", "--rank", 4, "--method", "svd", "--no-evaluate").code == 0
-    result = run("export", tmp_path / "small", tmp_path / "out", "--to", "onnx", "--json")
+    assert run("export", tmp_path / "small", tmp_path / "out").code == 0
+    result = run("export", tmp_path / "small", tmp_path / "out", "--to", "onnx", "--overwrite", "--json")
     assert result.code == 0, result.err
     assert json.loads(result.out)["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.onnx*"))
     assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == {"prefill.onnx", "decode.onnx"}
-    assert run("export", tmp_path / "small", tmp_path / "out", "--to", "onnx", "--overwrite").code == 0
+    assert not (tmp_path / "out/model.safetensors").exists()
 
 
 def test_export_replaces_standalone_checkpoints_only(run: Run, models: Path, tmp_path: Path) -> None:

@@ -36,7 +36,7 @@ def taught(models: Path, tmp_path: Path, run: Run) -> Path:
 
 def test_heal_brings_back_what_was_lost(run: Run, models: Path, taught: Path) -> None:
     texts = ["--calibration", models / "calibration.txt", "--text", models / "calibration.txt", "--length", 64]
-    arguments = [*texts, "--train-windows", 8, "--epochs", 30, "--learning-rate", 3e-3, "--run-folder", taught / "run"]
+    arguments = [*texts, "--train-windows", 8, "--epochs", 12, "--learning-rate", 3e-3, "--run-folder", taught / "run"]
     result = run("heal", taught / "small", taught / "healed", *arguments, "--json")
     assert result.code == 0, result.err
     printed = json.loads(result.out)
