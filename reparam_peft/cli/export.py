@@ -19,6 +19,7 @@ from .errors import CliError
 from .inputs import load_compressed
 from .options import JsonOption, LoadOptions, ModelArgument, OutputArgument, OverwriteOption, SmallerOption
 from .outputs import check_output, out, save_whole
+from .statistics_file import load_statistics
 
 
 class Kind(str, Enum):
@@ -59,6 +60,9 @@ def export(
     quantize_tables: Annotated[
         TableBits | None, typer.Option(help="Tables of embeddings that are not factorised in 8 bits (needs torchao).")
     ] = None,
+    statistics: Annotated[
+        Path | None, typer.Option(help="File that `compress --statistics` wrote, with which --quantize loses much less.")
+    ] = None,
     load: LoadOptions,
     overwrite: OverwriteOption = False,
     as_json: JsonOption = False,
@@ -72,6 +76,9 @@ def export(
     if quantizes and to is not Kind.standalone:
         option = "--quantize" if quantize else "--quantize-tables"
         raise CliError(f"{option} is for standalone checkpoints; leave it out.")
+    if statistics is not None and quantize is None:
+        raise CliError("--statistics is for --quantize; give both or neither.")
+    known = None if statistics is None else load_statistics(statistics)
     # ONNX Runtime has no bfloat16 on a CPU.
     dtype = "float32" if to is Kind.onnx and load.dtype == "auto" else load.dtype
     adapter, tokenizer = load_compressed(model, dtype, load.device, keep=keep)
@@ -82,6 +89,7 @@ def export(
             plain = adapter.to_standalone(
                 quantize=quantize.value if quantize else None,
                 quantize_tables=quantize_tables.value if quantize_tables else None,
+                statistics=known,
             )
         save_whole(
             plain,

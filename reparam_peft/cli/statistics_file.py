@@ -77,10 +77,7 @@ class Calibration:
             raise CliError(
                 f"{self.file} exists and would be read in place of --calibration and --self-written; give one of the two."
             )
-        try:
-            statistics = Statistics.load(self.file)
-        except OSError as error:
-            raise CliError(f"{self.file} cannot be read: {error}") from error
+        statistics = load_statistics(self.file)
         if self.seed not in (None, statistics.seed):
             raise CliError(
                 f"{self.file} exists, and was made with --seed {statistics.seed}; leave out --seed, or name another file."
@@ -142,6 +139,19 @@ def uses_no_data(config: ReparamConfig) -> bool:
 def is_data_free(config: ReparamConfig) -> bool:
     """Whether nothing of what is asked for needs calibration."""
     return uses_no_data(config) and config.allocation != "loss"
+
+
+def load_statistics(path: Path) -> Statistics:
+    """The statistics in a file.
+
+    Raises:
+        CliError: it cannot be read.
+        ValueError: it holds no statistics.
+    """
+    try:
+        return Statistics.load(path)
+    except OSError as error:
+        raise CliError(f"{path} cannot be read: {error}") from error
 
 
 def check_folder(option: str, path: Path | None) -> None:

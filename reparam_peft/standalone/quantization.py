@@ -5,17 +5,21 @@ from __future__ import annotations
 import importlib
 import math
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from types import ModuleType
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from ..layers.factorized import FactorizedModule
+from ..numerics.rounding import Grid
 from ..runtime.modules import set_module
 
 LEAST_INPUTS = 16  # shorter rows stay as they are: scales would take a good part of what is saved
 NF4_BLOCK = 64  # numbers with a scale of their own, as in QLoRA, arXiv:2305.14314
+INT8_MOST = 127
+SMALLEST_SCALE = 1e-30  # of matrices of zeros
 
 
 class Scheme(ABC):
@@ -43,6 +47,14 @@ class Scheme(ABC):
         """The tensors of a matrix."""
 
     @abstractmethod
+    def grid(self, weight: Tensor) -> Grid:
+        """The numbers that the tensors of a matrix like this one can hold, with the scales of this one."""
+
+    @abstractmethod
+    def packed(self, numbers: Tensor, grid: Grid) -> dict[str, Tensor]:
+        """The tensors of a matrix whose numbers are on a grid that `grid` has made."""
+
+    @abstractmethod
     def linear(self, plain: nn.Linear, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Linear:
         """A layer that computes with the tensors, in place of a plain one; dtype is that of the rest of the model."""
 
@@ -66,6 +78,13 @@ class Int8(Scheme):
     def quantize(self, weight: Tensor) -> dict[str, Tensor]:
         quantized = self._classes().Int8Tensor.from_hp(weight.detach(), self._classes().PerRow())
         return {"weight": quantized.qdata, "weight_scale": quantized.scale}
+
+    def grid(self, weight: Tensor) -> Grid:
+        scale = weight.abs().amax(1, keepdim=True).clamp(min=SMALLEST_SCALE) / INT8_MOST
+        return Grid(scale.float().double(), torch.arange(-INT8_MOST, INT8_MOST + 1, device=weight.device).double())
+
+    def packed(self, numbers: Tensor, grid: Grid) -> dict[str, Tensor]:
+        return {"weight": (grid.indices(numbers) - INT8_MOST).to(torch.int8), "weight_scale": grid.scale.float()}
 
     def matrix(self, tensors: dict[str, Tensor], dtype: torch.dtype) -> Tensor:
         """A tensor that computes with the numbers, and in which rows can be looked up."""
@@ -104,6 +123,17 @@ class Int4(Scheme):
         packed, state = functional.quantize_4bit(weight.detach(), blocksize=NF4_BLOCK, quant_type="nf4")
         return {"weight": packed, "weight_absmax": state.absmax}
 
+    def grid(self, weight: Tensor) -> Grid:
+        largest = _in_blocks(weight).abs().amax(1, keepdim=True).clamp(min=SMALLEST_SCALE).float().double()
+        scale = largest.expand(-1, NF4_BLOCK).flatten()[: weight.numel()].view(weight.shape)
+        return Grid(scale, self.imported().functional.get_4bit_type("nf4", device=weight.device).double())
+
+    def packed(self, numbers: Tensor, grid: Grid) -> dict[str, Tensor]:
+        indices = grid.indices(numbers).flatten()
+        upper, lower = nn.functional.pad(indices, (0, len(indices) % 2)).view(-1, 2).unbind(1)
+        scales = _in_blocks(grid.scale)[:, 0].float().contiguous()
+        return {"weight": (16 * upper + lower).to(torch.uint8)[:, None], "weight_absmax": scales}
+
     def linear(self, plain: nn.Linear, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Linear:
         library = self.imported()
         with torch.device("meta"):
@@ -138,6 +168,11 @@ class Int4(Scheme):
         return {"weight": weight.data, "weight_absmax": weight.quant_state.absmax}
 
 
+def _in_blocks(weight: Tensor) -> Tensor:
+    """All numbers, row by row, in blocks with a scale of their own, the last filled up with zeros."""
+    return nn.functional.pad(weight.flatten(), (0, -weight.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK)
+
+
 SCHEMES: dict[str, Scheme] = {"int8": Int8(), "int4": Int4()}
 
 
@@ -153,17 +188,33 @@ def check_scheme(name: str | None) -> None:
         SCHEMES[name].imported()
 
 
-def quantize(model: nn.Module, scheme: str) -> None:
-    """Quantise the factors of a model in place: matrices of linear layers with rows of at least `LEAST_INPUTS` numbers."""
-    for _, module in _factorized(model):
-        for name, linear in _linears(module):
+class Rounding(Protocol):
+    """How the matrices of a factorised module are rounded together."""
+
+    def __call__(self, name: str, module: FactorizedModule, scheme: Scheme) -> Mapping[str, dict[str, Tensor]]:
+        """The tensors of some of its linear layers, by their names in it; the others are rounded to nearest."""
+
+
+def quantize(model: nn.Module, scheme: str, rounding: Rounding | None = None) -> None:
+    """Quantise the factors of a model in place: matrices of linear layers with rows of at least `LEAST_INPUTS` numbers.
+
+    Args:
+        model: with factorised modules.
+        scheme: one of `SCHEMES`.
+        rounding: of the matrices; None: each number to the nearest one.
+    """
+    stored = SCHEMES[scheme]
+    for prefix, module in _factorized(model):
+        rounded = {} if rounding is None else rounding(prefix, module, stored)
+        for name, linear in linears_of(module):
             dtype = linear.weight.dtype
-            set_module(module, name, SCHEMES[scheme].linear(linear, SCHEMES[scheme].quantize(linear.weight), dtype))
+            tensors = rounded[name] if name in rounded else stored.quantize(linear.weight)
+            set_module(module, name, stored.linear(linear, tensors, dtype))
 
 
 def prepare(module: FactorizedModule, scheme: str) -> None:
     """Give factors on the meta device the tensors that a checkpoint is to fill in."""
-    for _, linear in _linears(module):
+    for _, linear in linears_of(module):
         for key, tensor in SCHEMES[scheme].empty(linear.out_features, linear.in_features).items():
             if key == "weight":
                 linear.weight = nn.Parameter(tensor, requires_grad=False)
@@ -177,7 +228,7 @@ def finish(prefix: str, module: FactorizedModule, scheme: str, dtype: torch.dtyp
     Raises:
         ValueError: they are not on a device.
     """
-    for name, linear in _linears(module):
+    for name, linear in linears_of(module):
         tensors = {key: getattr(linear, key).detach() for key in SCHEMES[scheme].empty(1, 1)}
         if linear.weight.is_meta:
             raise ValueError(
@@ -190,7 +241,7 @@ def finish(prefix: str, module: FactorizedModule, scheme: str, dtype: torch.dtyp
 
 def state_dict(model: nn.Module, scheme: str) -> dict[str, Tensor]:
     """What a checkpoint holds of a model with quantised factors."""
-    linears = {f"{prefix}.{name}": linear for prefix, module in _factorized(model) for name, linear in _linears(module)}
+    linears = {f"{prefix}.{name}": linear for prefix, module in _factorized(model) for name, linear in linears_of(module)}
     state = {}
     for key, value in model.state_dict().items():
         name, _, rest = key.partition(".weight")
@@ -205,7 +256,7 @@ def _factorized(model: nn.Module) -> list[tuple[str, FactorizedModule]]:
     return [(name, module) for name, module in model.named_modules() if isinstance(module, FactorizedModule)]
 
 
-def _linears(module: FactorizedModule) -> list[tuple[str, nn.Linear]]:
+def linears_of(module: FactorizedModule) -> list[tuple[str, nn.Linear]]:
     """What is quantised of a factorised module."""
     linears = [(name, child) for name, child in module.named_modules() if isinstance(child, nn.Linear)]
     return [(name, linear) for name, linear in linears if linear.in_features >= LEAST_INPUTS]

@@ -11,6 +11,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calibration.statistics import Statistics
 from ..layers.factorized import FactorizedModule
 from ..layers.kinds import is_quantized
 from ..layers.parameters import opened_parameters
@@ -30,24 +31,30 @@ from ..standalone.tables import check_tables, tables_of
 from ..standalone.tables import quantize_tables as put_tables
 from .layer import ReparamLayer
 from .opening import close_parameters
+from .rounding import CalibratedRounding
 
 
-def standalone_model(model: nn.Module, quantize: str | None = None, quantize_tables: str | None = None) -> PreTrainedModel:
+def standalone_model(
+    model: nn.Module, quantize: str | None = None, quantize_tables: str | None = None, statistics: Statistics | None = None
+) -> PreTrainedModel:
     """A transformers model as it computes with its active adapter, without any of PEFT's modules.
 
     Args:
         model: with `ReparamLayer`s; stays as it is. Its tensors are shared, not copied.
         quantize: "int8" or "int4", for the matrices of factors; None: as they are.
         quantize_tables: "int8", for tables of embeddings that are not factorised; None: as they are.
+        statistics: of the model's calibration, with which `quantize` rounds so that outputs stay near; None: numbers do.
 
     Raises:
         TypeError: not a transformers model, or it holds modules of other PEFT methods.
         ValueError: an adapter is merged or was never loaded, several are active, or none is and W is gone; or there is no
-            table to be quantised.
+            table to be quantised, or `statistics` are without `quantize`, or of another model.
         ImportError: the library of `quantize` or `quantize_tables` is missing.
     """
     check_scheme(quantize)
     check_tables(quantize_tables)
+    if statistics is not None and quantize is None:
+        raise ValueError("`statistics` have an effect with `quantize` only; give both or neither.")
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"a standalone model is a transformers model, and a {type(model).__name__} is none; keep the adapter.")
     # A copy of everything but the tensors, with PEFT's modules replaced wherever they stand; tied parameters stay tied.
@@ -75,7 +82,10 @@ def standalone_model(model: nn.Module, quantize: str | None = None, quantize_tab
     plain.config.quantization_config = CheckpointConfig(layers, quantization=quantize, parameters=patterns, tables=tables)
     plain.hf_quantizer = CheckpointLoader(plain.config.quantization_config)
     if quantize is not None:
-        quantize_factors(plain, quantize)
+        rounding = None if statistics is None else CalibratedRounding(statistics)
+        if rounding is not None:
+            rounding.check(plain)
+        quantize_factors(plain, quantize, rounding)
     if tables is not None:
         put_tables(plain, tables)
     if quantize is not None or tables is not None:

@@ -16,6 +16,7 @@ from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..calibration.statistics import Statistics
 from ..config.fields import DATA_FREE
 from ..config.model_card import upload_with_section
 from ..config.reparam_config import ReparamConfig
@@ -247,7 +248,9 @@ class ReparamModel(BaseTuner):
             raise ValueError(f"`adapter_name` must be one of {list(self._configs)}, got {adapter_name!r}.")
         return size_report(self.model, self._configs[adapter_name])
 
-    def to_standalone(self, quantize: str | None = None, quantize_tables: str | None = None) -> PreTrainedModel:
+    def to_standalone(
+        self, quantize: str | None = None, quantize_tables: str | None = None, statistics: Statistics | None = None
+    ) -> PreTrainedModel:
         """A plain transformers model of the same class with factorised layers, that computes as this one does.
 
         It has no PEFT modules and no dense weights; `save_pretrained` makes a checkpoint that `AutoModel…` loads after
@@ -258,13 +261,15 @@ class ReparamModel(BaseTuner):
             quantize: "int8" (torchao) or "int4" (bitsandbytes' NF4): the matrices of the factors, which then have memory of
                 their own and cannot be trained, but by a LoRA on them. None: in the model's dtype.
             quantize_tables: "int8" (torchao): tables of embeddings, tied ones too, that are not factorised; None: as above.
+            statistics: of `calibrate`, with which `quantize` rounds so that outputs, and not numbers, stay near (GPTQ,
+                arXiv:2210.17323); in 4 bits it is worth the passes. None: each number to the nearest.
 
         Raises:
             ImportError: the library of `quantize` is not installed.
             TypeError: the base model is none of transformers', or it holds modules of other PEFT methods.
             ValueError: the adapter is merged, disabled or was never loaded, or several are active.
         """
-        return standalone_model(self.model, quantize, quantize_tables)
+        return standalone_model(self.model, quantize, quantize_tables, statistics)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name

@@ -62,6 +62,13 @@ def test_export_quantises(run: Run, models: Path, tmp_path: Path) -> None:
         run("export", tmp_path / "small", out, "--quantize-tables", "int8", "--to", "dense"), "--quantize-tables is for"
     )
     assert_error(run("export", tmp_path / "small", out, "--quantize", "int8", "--self-contained"), "not quantised")
+    assert_error(run("export", tmp_path / "small", out, "--statistics", tmp_path / "none"), "--statistics is for --quantize")
+    missing = ("--quantize", "int4", "--statistics", tmp_path / "none")
+    assert_error(run("export", tmp_path / "small", out, *missing), "none")
+    text = ("--calibration", models / "calibration.txt", "--calibration-windows", 4, "--statistics", tmp_path / "statistics")
+    assert run("compress", models / "llama", tmp_path / "calibrated", *text, "--length", 32, "--no-evaluate").code == 0
+    known = ("--quantize", "int4", "--statistics", tmp_path / "statistics")
+    assert run("export", tmp_path / "calibrated", tmp_path / "nearer", *known).code == 0
     assert_error(run("export", tmp_path / "small", out, "--quantize", "int8", "--to", "dense"), "is for standalone checkpoints")
     assert not out.exists()
 

@@ -1,0 +1,83 @@
+"""Factors in few bits whose outputs, and not whose numbers, stay near: rounded with what calibration saw of their inputs."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from torch import Tensor, nn
+
+from ..calibration.statistics import Statistics
+from ..calibration.sums import InputSums
+from ..layers.factorized import FactorizedModule, weight_of
+from ..layers.product import Stored
+from ..numerics.decompositions import Factors, Whole
+from ..numerics.metrics import exact
+from ..numerics.pivoting import PivotFactors
+from ..numerics.rounding import Rounded, rotated, rounded, rounded_pair
+from ..standalone.quantization import Scheme, linears_of
+
+
+@dataclass(frozen=True)
+class CalibratedRounding:
+    """Rounds the matrices of factorised modules in the metric of their inputs; a `Rounding` of `standalone.quantization`.
+
+    Where a module has a bias, it makes up for the mean error, and only the variance of the inputs counts.
+
+    Attributes:
+        statistics: of the model, by the names of its modules. Those that no batch reached are rounded to nearest.
+    """
+
+    statistics: Statistics
+
+    def check(self, model: nn.Module) -> None:
+        """Raise `ValueError`, before any work, unless the statistics hold all factorised modules, with as many inputs."""
+        for name, module in model.named_modules():
+            if not isinstance(module, FactorizedModule):
+                continue
+            record = self._record(name)
+            if record is None and name not in self.statistics.weight_norms:
+                raise ValueError(f"{name}: `statistics` do not hold this module; gather them with the same targets.")
+            inputs = module.matrix_of_B(weight_of(module.B)).shape[1] if module.whole is None else module.whole[1]
+            if record is not None and len(record.gram) != inputs:
+                raise ValueError(
+                    f"{name}: `statistics` are of {len(record.gram)} inputs, and it has {inputs}; they are of another model."
+                )
+
+    def _record(self, name: str) -> InputSums | None:
+        record = self.statistics.inputs.get(self.statistics.reads.get(name, ""))
+        return record if record is not None and record.rows else None
+
+    def __call__(self, name: str, module: FactorizedModule, scheme: Scheme) -> dict[str, dict[str, Tensor]]:
+        names = [part for part, _ in linears_of(module)]
+        are_linear = all(isinstance(piece, nn.Linear) for piece in module.pieces.values())
+        if self._record(name) is None or "B" not in names or not are_linear:
+            return {}
+        moments = self.statistics.moments(name, centred=module.bias is not None)
+        device = module.stored[0].device
+        gram, mean = moments.gram.to(device), moments.mean.to(device)
+        if module.columns is not None:
+            gram, mean = gram[module.columns][:, module.columns], mean[module.columns]
+        before, after, matrices = module.stored, *_rounded(module.stored, gram, scheme, names)
+        if module.bias is not None:
+            module.set_bias(exact(module.bias) + _outputs(before, mean) - _outputs(after, mean))
+        module.set_factors(after)
+        return {part: scheme.packed(numbers, grid) for part, (numbers, grid) in matrices.items() if grid is not None}
+
+
+def _rounded(stored: Stored, gram: Tensor, scheme: Scheme, names: Sequence[str]) -> tuple[Stored, dict[str, Rounded]]:
+    """A product with its matrices of these names rounded, and these by their names; in float64."""
+    if isinstance(stored, Whole):
+        whole = rounded(stored.W, scheme.grid(exact(stored.W)), gram)
+        return Whole(whole.numbers), {"B": whole}
+    if isinstance(stored, PivotFactors):
+        K, P = rounded_pair(stored.K, stored.P, gram, scheme.grid, "A.K" in names)
+        return PivotFactors(P.numbers, K.numbers, stored.pivots), {"B": P, "A.K": K}
+    A, B = rounded_pair(*rotated(stored), gram, scheme.grid, "A" in names)
+    return Factors(A.numbers, B.numbers), {"B": B, "A": A}
+
+
+def _outputs(stored: Stored, x: Tensor) -> Tensor:
+    """What a product gives for an input x (in,), float64."""
+    A, B = map(exact, stored if isinstance(stored, Factors) else stored.factors())
+    return A @ (B @ x)
