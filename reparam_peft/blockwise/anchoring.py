@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 from ..calibration.statistics import Moments
 from ..layers.experts import RoutedRows, routed_rows
 from ..layers.kinds import layer_kind
-from ..numerics.grams import add_gram, cross_product, mirror, wide_rows
+from ..numerics.grams import add_gram, cross_product, packed_diagonal, packed_zeros, unpack, wide_rows
 from ..numerics.metrics import exact, solve
 from .blocks import Call, main_tensor
 
@@ -86,7 +86,7 @@ class Observed:
 
     Attributes:
         rows: their number.
-        gram: Σ x̂ x̂ᵀ, shape (in, in), float64.
+        gram: Σ x̂ x̂ᵀ of (in, in), packed, float64.
         sum: Σ x̂, shape (in,), float64.
         drift: of x − x̂; None where rows cannot be paired, as those of routed experts.
         residuals: module → of h − ĥ (out,), for those that are added to a residual stream.
@@ -101,11 +101,11 @@ class Observed:
     def moments(self, centred: bool) -> Moments:
         """Moments of the inputs in the compressed part, with their covariance if `centred`, else with E[x̂ x̂ᵀ]."""
         mean = self.sum / self.rows
-        gram = self.gram / self.rows
+        gram = unpack(self.gram) / self.rows
         if centred:
             gram = gram - torch.outer(mean, mean)
             # Of constant channels only rounding is left, which may be negative.
-            gram.diagonal().clamp_(min=1e-14 * (self.gram.diagonal() / self.rows))
+            gram.diagonal().clamp_(min=1e-14 * (packed_diagonal(self.gram) / self.rows))
         return Moments(gram, mean, self.rows)
 
 
@@ -228,8 +228,8 @@ def observe(
         if not len(X):
             continue
         if observed is None:
-            gram = torch.zeros(X.shape[1], X.shape[1], dtype=torch.float64, device=X.device)
-            observed = Observed(rows=0, gram=gram, sum=torch.zeros_like(gram[0]))
+            total = torch.zeros(X.shape[1], dtype=torch.float64, device=X.device)
+            observed = Observed(rows=0, gram=packed_zeros(X.shape[1], X.device), sum=total)
         sums = X.sum(0, dtype=torch.float64)
         add_gram(observed.gram, X, sums if centred else None)
         observed.rows += len(X)
@@ -243,8 +243,6 @@ def observe(
             H = wide_rows((h - h_compressed).detach(), rows)
             if len(H) == len(X):
                 observed.residuals[name] = _added(observed.residuals.get(name), Deviation.of(H, X))
-    if observed is not None:
-        mirror(observed.gram)
     return observed
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import weakref
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -21,7 +21,8 @@ from ..numerics.grams import add_gram, wide_rows
 from ..numerics.metrics import exact
 from ..runtime.batches import fitting_mask, padding_masks
 from ..runtime.modules import encoder_of, without_cache
-from .sampling import sampled_objective
+from .heads import HeldBack
+from .sampling import predicting_tensors, sampled_objective
 from .statistics import Statistics
 from .sums import InputSums, OutputSums, WeightedSums
 
@@ -71,6 +72,7 @@ class Recorder:
         self.diverged: set[str] = set()
         self.alone: set[str] = set()
         self.is_first = True
+        self.head: HeldBack | None = None
         self.source_mask: Tensor | None = None
         self.target_mask: Tensor | None = None
         self.encoder_output: weakref.ref[Tensor] | None = None
@@ -80,6 +82,7 @@ class Recorder:
     def hooks(self, model: nn.Module, starts: set[nn.Module]) -> Iterator[None]:
         """Within this block the modules' inputs and gradients are added up; gradients flow on from `starts` too."""
         encoder = encoder_of(model)
+        self.head = HeldBack.of(model, {*self.modules.values(), *starts})
         handles = []
         try:
             if encoder is not None:
@@ -94,34 +97,49 @@ class Recorder:
                 handle.remove()
 
     def run(self, model: nn.Module, batch: dict[str, Any], index: int, first_row: int, seed: int) -> None:
-        """One batch: forward and, for gradients, backward; the first again where it shows who shares no inputs after all."""
-        self._pass(model, batch, index, first_row, seed)
-        while self.diverged:
+        """One batch: forward and, for gradients, backward.
+
+        The first is run again where it shows that modules share no inputs after all, or that logits cannot be held back.
+        """
+        while not self._pass(model, batch, index, first_row, seed) or self.diverged:
             self.alone |= self.diverged
             for sums in (self.statistics.inputs, self.statistics.outputs, self.statistics.reads):
                 sums.clear()
             self.gradient_tokens = 0
-            self._pass(model, batch, index, first_row, seed)
         self.is_first = False
 
-    def _pass(self, model: nn.Module, batch: dict[str, Any], index: int, first_row: int, seed: int) -> None:
+    def _pass(self, model: nn.Module, batch: dict[str, Any], index: int, first_row: int, seed: int) -> bool:
+        """One pass; whether it counts. One that does not leaves sums behind that are to be thrown away."""
         self.inputs_read.clear()
         self.reads_in_pass.clear()
         self.diverged.clear()
         self.source_mask, self.target_mask = padding_masks(batch, bool(self.inside_encoder))
-        with torch.set_grad_enabled(self.gradients):
+        head = None if "labels" in batch else self.head  # whose loss a model computes of its logits
+        with torch.set_grad_enabled(self.gradients), nullcontext() if head is None else head.hold():
             try:
                 output = model(**without_cache(model, batch))
             except (torch.OutOfMemoryError, _InputError):
                 raise
             except (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError) as error:
+                if self.is_first and head is not None and head.ran:
+                    self.head = None
+                    return False
                 raise ValueError(f"the model does not accept batch {index} ({sorted(batch)}): {error}") from error
-            if self.gradients:
-                rows = self.target_mask if self.inside_encoder else self.source_mask
-                objective, gradient_tokens = sampled_objective(model, output, rows, first_row, seed)
-                self.gradient_tokens += gradient_tokens
-                if objective.requires_grad:
-                    objective.backward()
+        if self.gradients:
+            if head is not None and head.ran and not any(head.gives(tensor) for tensor, _ in predicting_tensors(output)):
+                if not self.is_first:
+                    raise ValueError(f"batch {index}: the model makes its logits in another way than of the batches before.")
+                self.head = None
+                return False
+            rows = self.target_mask if self.inside_encoder else self.source_mask
+            with torch.enable_grad():
+                objective, gradient_tokens = sampled_objective(model, output, rows, first_row, seed, head)
+            del output  # its logits are not wanted any more, and are large
+            if head is not None:
+                head.forget()
+            self.gradient_tokens += gradient_tokens
+            if objective.requires_grad:
+                objective.backward()
         for name, leader in self.statistics.reads.items():
             if self.reads_in_pass[name] != self.reads_in_pass[leader]:
                 self._part(name, leader)
@@ -133,6 +151,7 @@ class Recorder:
         for name, of_output in self.statistics.outputs.items():
             if not torch.isfinite(of_output.energies).all():
                 raise ValueError(f"{name}: the gradients at its output are NaN or infinite in batch {index}.")
+        return True
 
     def mask_of(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """Which rows of a module's input are no padding, bool, flattened; None: all."""

@@ -16,19 +16,22 @@ from torch import Tensor, nn
 from ..arguments import check_seed, check_text, is_finite
 from ..layers.kinds import is_quantized, layer_kind, stored_weight
 from ..layers.wrapper import Wrapper, features
+from ..numerics.grams import pack, packed_diagonal, unpack
 from ..runtime.files import save_tensors
 from ..runtime.fingerprints import fingerprint_of_tensors, fingerprint_of_values
 from ..runtime.json_files import parse_json
 from ..runtime.modules import abridged, naming
 from .sums import InputSums, OutputSums, Sums, WeightedSums
 
-FORMAT = "reparam_peft statistics 1"
+FORMAT = "reparam_peft statistics 2"
+WITH_WHOLE_MATRICES = "reparam_peft statistics 1"  # an earlier format, whose Gram matrices are whole
 ROUNDING = 2**-8  # of a number to bfloat16, relative, at most
 
 # Parts of the file, each of which holds one field of every record under the record's name.
 _INPUT_PARTS = {"rows": "rows", "grams": "gram", "sums": "sum"}
 _WEIGHTED_PARTS = {"weights": "weight", "weighted_grams": "gram", "weighted_sums": "sum"}
 _OUTPUT_PARTS = {"gradient_rows": "rows", "output_grams": "gram", "energies": "energies", "predictions": "gradient_tokens"}
+_PACKED = ("grams", "weighted_grams", "output_grams")
 _TENSORS = ("grams", "sums", "weighted_grams", "weighted_sums", "output_grams", "energies")
 
 Record = TypeVar("Record", bound=Sums)
@@ -94,7 +97,7 @@ class Statistics:
     def gram(self, module: str) -> Tensor:
         """G = E[x xᵀ] of a module's input, shape (in, in), or its diagonal (in,) for embeddings."""
         record = self.inputs[self.reads[module]]
-        return record.gram / record.rows
+        return record.matrix().div_(record.rows)
 
     def mean(self, module: str) -> Tensor:
         """E[x] of a module's input, shape (in,)."""
@@ -125,7 +128,7 @@ class Statistics:
         weighted = self.inputs[self.reads[module]].weighted
         if weighted is None or not weighted.weight > 0:
             return None
-        gram = weighted.gram / weighted.weight
+        gram = unpack(weighted.gram).div_(weighted.weight)
         if centre is None:
             return gram
         cross = torch.outer(weighted.sum / weighted.weight, centre)
@@ -136,7 +139,7 @@ class Statistics:
     def fisher(self, module: str) -> Tensor:
         """F = E[g gᵀ] at a module's output, shape (out, out)."""
         record = self.outputs[module]
-        return record.gram / max(record.rows, 1)
+        return record.matrix().div_(max(record.rows, 1))
 
     def loss_scale(self, module: str) -> float:
         """What ½ tr(F Δ G Δᵀ) is multiplied by to become the predicted increase of the loss, in nats per gradient token.
@@ -146,7 +149,7 @@ class Statistics:
         """
         record = self.outputs[module]
         joint, squares = (float(value) for value in record.energies)
-        gradients = float(record.gram.diagonal().sum())
+        gradients = float(packed_diagonal(record.gram).sum())
         if not (record.rows and squares > 0 and gradients > 0):
             return 0.0
         return joint / (squares * gradients / record.rows) * record.rows / max(record.gradient_tokens, 1)
@@ -173,6 +176,13 @@ class Statistics:
             seed=self.seed,
         )
 
+    def forget(self, module: str) -> None:
+        """Drop, in place, what no module but this one needs."""
+        self.outputs.pop(module, None)
+        leader = self.reads.pop(module, None)
+        if leader is not None and leader not in self.reads.values():
+            del self.inputs[leader]
+
     def check(self, modules: Mapping[str, nn.Module], gradients: bool = False) -> None:
         """Raise `ValueError` unless the statistics are of these modules, with these weights, and have gradients if needed."""
         for name, module in modules.items():
@@ -183,9 +193,9 @@ class Statistics:
             out_features, in_features = features(module)
             of_input, of_output = self.inputs.get(self.reads.get(name, "")), self.outputs.get(name)
             for record, size in ((of_input, in_features), (of_output, out_features)):
-                if record is not None and len(record.gram) != size:
+                if record is not None and record.size != size:
                     raise ValueError(
-                        f"{name}: the statistics have shape {tuple(record.gram.shape)}, and the weight is ({out_features}, "
+                        f"{name}: the statistics are of {record.size} features, and the weight is ({out_features}, "
                         f"{in_features}); they are of another model."
                     )
             # Rounding to bfloat16 changes the norm by less than 1e-5, and of small matrices by more; bitsandbytes' reordering
@@ -249,8 +259,9 @@ class Statistics:
         try:
             with safe_open(path, framework="pt") as file:
                 metadata = file.metadata() or {}
-                if metadata.get("format") != FORMAT:
-                    raise ValueError(f"{path} does not hold statistics ({FORMAT!r}), but {metadata.get('format')!r}.")
+                kept_as = metadata.get("format")
+                if kept_as not in (FORMAT, WITH_WHOLE_MATRICES):
+                    raise ValueError(f"{path} does not hold statistics ({FORMAT!r}), but {kept_as!r}.")
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except SafetensorError as error:
             raise ValueError(f"{path} is damaged ({error}); copy it again, or gather the statistics anew.") from error
@@ -262,7 +273,7 @@ class Statistics:
                 part, _, name = key.partition("/")
                 if part not in _TENSORS:
                     raise ValueError(f"{key!r} is no part of statistics")
-                parts[part][name] = tensor
+                parts[part][name] = _packed(key, tensor) if part in _PACKED and kept_as == WITH_WHOLE_MATRICES else tensor
             inputs = _records(InputSums, _INPUT_PARTS, parts)
             for name, weighted in _records(WeightedSums, _WEIGHTED_PARTS, parts).items():
                 inputs[name].weighted = weighted
@@ -288,6 +299,15 @@ class Statistics:
         for name, record in records:
             with naming(name):
                 record.check()
+
+
+def _packed(key: str, tensor: Tensor) -> Tensor:
+    """A Gram matrix, or the diagonal of one, of a file in which they are whole, as it is kept now."""
+    if tensor.ndim != 2:
+        return tensor
+    if tensor.shape[0] != tensor.shape[1]:
+        raise ValueError(f"{key} is no square matrix")
+    return pack(tensor)
 
 
 def _united(one: Mapping[str, Record], two: Mapping[str, Record]) -> dict[str, Record]:

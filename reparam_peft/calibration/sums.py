@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..arguments import is_int, is_number
-from ..numerics.grams import mirror
+from ..numerics.grams import packed_shape, packed_size, packed_zeros, unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Self
@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 @dataclass(eq=False)
 class Sums:
-    """A record whose fields are sums: numbers, float64 tensors, other such records, and None where nothing was added up."""
+    """A record whose fields are sums: numbers, float64 tensors, other such records, and None where nothing was added up.
+
+    Gram matrices are kept packed, as by `numerics.grams.pack`: half of them.
+    """
 
     def __add__(self, other: Self) -> Self:
         """The sums over the rows of both, on this one's devices; neither is changed."""
@@ -34,12 +37,6 @@ class Sums:
             elif isinstance(value, Tensor):
                 yield field.name, value
 
-    def mirror(self) -> None:
-        """Fill in, in place, the lower triangles of Gram matrices, which are left out while they are added up."""
-        for name, tensor in self.tensors():
-            if name.endswith("gram") and tensor.ndim == 2:
-                mirror(tensor)
-
     def check(self) -> None:
         """Raise `ValueError` unless counts are counts, and tensors finite, float64, and of shapes that fit each other."""
         for name, tensor in self.tensors():
@@ -53,7 +50,7 @@ class WeightedSums(Sums):
 
     Attributes:
         weight: Σ |h|².
-        gram: Σ |h|² x xᵀ, shape (in, in), float64.
+        gram: Σ |h|² x xᵀ of (in, in), packed, float64.
         sum: Σ |h|² x, shape (in,), float64.
     """
 
@@ -64,14 +61,13 @@ class WeightedSums(Sums):
     @classmethod
     def zeros(cls, size: int, device: torch.device) -> WeightedSums:
         """Sums over no rows of an input of this size."""
-        return cls(0.0, _zeros(device, size, size), _zeros(device, size))
+        return cls(0.0, packed_zeros(size, device), _zeros(device, size))
 
     def check(self) -> None:
         super().check()
         if not is_number(self.weight) or not 0 <= self.weight < math.inf:
             raise ValueError(f"the weight is {self.weight!r}")
-        _check_shape("weighted sum", self.sum, (len(self.gram),))
-        _check_shape("weighted gram", self.gram, (len(self.gram), len(self.gram)))
+        _check_shape("weighted gram", self.gram, packed_shape(len(self.sum)))
 
 
 @dataclass(eq=False)
@@ -80,7 +76,7 @@ class InputSums(Sums):
 
     Attributes:
         rows: their number.
-        gram: Σ x xᵀ, shape (in, in), float64; for embeddings, whose rows are one-hot, its diagonal (in,).
+        gram: Σ x xᵀ of (in, in), packed, float64; for embeddings, whose rows are one-hot, its diagonal (in,).
         sum: Σ x, shape (in,), float64.
         weighted: the same sums weighed by gradients; None for inputs that no gradient reaches, such as those of the first
             layers, and for embeddings.
@@ -94,18 +90,26 @@ class InputSums(Sums):
     @classmethod
     def zeros(cls, size: int, device: torch.device, one_hot: bool) -> InputSums:
         """Sums over no rows of an input of this size."""
-        return cls(0, _zeros(device, size) if one_hot else _zeros(device, size, size), _zeros(device, size))
+        return cls(0, _zeros(device, size) if one_hot else packed_zeros(size, device), _zeros(device, size))
+
+    @property
+    def size(self) -> int:
+        """in."""
+        return len(self.sum)
+
+    def matrix(self) -> Tensor:
+        """Σ x xᵀ, shape (in, in), or its diagonal (in,) for embeddings: a copy."""
+        return unpack(self.gram) if self.gram.ndim == 2 else self.gram.clone()
 
     def check(self) -> None:
         super().check()
         if not is_int(self.rows) or self.rows < 1:
             raise ValueError(f"the number of rows is {self.rows!r}")
-        size = len(self.sum)
-        _check_shape("sum", self.sum, (size,))
-        _check_shape("gram", self.gram, (size, size) if self.gram.ndim == 2 else (size,))
+        _check_shape("sum", self.sum, (self.size,))
+        _check_shape("gram", self.gram, packed_shape(self.size) if self.gram.ndim == 2 else (self.size,))
         if self.weighted is not None:
             self.weighted.check()
-            _check_shape("weighted sum", self.weighted.sum, (size,))
+            _check_shape("weighted sum", self.weighted.sum, (self.size,))
 
 
 @dataclass(eq=False)
@@ -114,7 +118,7 @@ class OutputSums(Sums):
 
     Attributes:
         rows: number of gradients, padding left out.
-        gram: Σ g gᵀ, shape (out, out), float64.
+        gram: Σ g gᵀ of (out, out), packed, float64.
         energies: Σ |x|² |g|² and Σ |x|², shape (2,), float64.
         gradient_tokens: labels sampled from the model in the passes that the gradients are of, one for each position that
             predicts: not the number of rows for a module that sees other rows, such as an expert or a pooler.
@@ -128,14 +132,23 @@ class OutputSums(Sums):
     @classmethod
     def zeros(cls, size: int, device: torch.device) -> OutputSums:
         """Sums over no gradients at an output of this size."""
-        return cls(0, _zeros(device, size, size), _zeros(device, 2))
+        return cls(0, packed_zeros(size, device), _zeros(device, 2))
+
+    @property
+    def size(self) -> int:
+        """out."""
+        return packed_size(self.gram)
+
+    def matrix(self) -> Tensor:
+        """Σ g gᵀ, shape (out, out): a copy."""
+        return unpack(self.gram)
 
     def check(self) -> None:
         super().check()
         for count in (self.rows, self.gradient_tokens):
             if not is_int(count) or count < 0:
                 raise ValueError(f"the number of gradients or labels is {count!r}")
-        _check_shape("gram of gradients", self.gram, (len(self.gram), len(self.gram)))
+        packed_size(self.gram)
         _check_shape("energies", self.energies, (2,))
 
 

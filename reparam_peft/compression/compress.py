@@ -21,6 +21,7 @@ from ..layers.kinds import is_quantized
 from ..numerics.methods import names_of_methods
 from ..planning.plan import Plan
 from ..runtime.blocks import find_blocks
+from ..runtime.memory import return_freed
 from ..runtime.modules import uncompiled
 from ..runtime.processes import fails_together
 from ..runtime.restoring import unchanged, unchanged_on_error
@@ -126,7 +127,8 @@ def compress(
         with fails_together():
             targets = job.ranked(plan)
             check_targets(targets, job.config, model, adapter_name, loading=False)
-        result = Result(plan, job.products(targets))
+        result = Result(plan, job.products(targets, used_up=True))
+        return_freed()
         with fails_together():
             return _install(model, job, result, adapter_name)
 

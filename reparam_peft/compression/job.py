@@ -239,8 +239,13 @@ class Job:
                 ranked[name] = replace(ranked[name], storage=storage)
         return ranked
 
-    def products(self, targets: Mapping[str, Target]) -> dict[str, Product]:
-        """The products of those targets that do not stay dense, factorised one-shot."""
+    def products(self, targets: Mapping[str, Target], used_up: bool = False) -> dict[str, Product]:
+        """The products of those targets that do not stay dense, factorised one-shot.
+
+        Args:
+            targets: with their ranks and storages.
+            used_up: whether statistics that were gathered here are forgotten as products are made of them.
+        """
         products: dict[str, Product] = {}
         ranks = {name: target.rank for name, target in targets.items() if target.rank is not None}
 
@@ -253,7 +258,10 @@ class Job:
             part = parts.get(name, Part())
             mean = None if output_mean is None else part.of_outputs(output_mean)
             matrix = part.matrix(W, weighing.gram)
-            return tensors_of(self.product(targets[name], matrix, part.weighing(weighing), mean, part))
+            made = tensors_of(self.product(targets[name], matrix, part.weighing(weighing), mean, part))
+            if used_up:
+                self._forget(name)
+            return made
 
         def room(name: str) -> list[Tensor]:
             target = targets[name]
@@ -268,6 +276,11 @@ class Job:
             shared = self.share_out(names, "Factorising", compute, room)
             products.update({name: product_of(tensors, ranks[name], targets[name].storage) for name, tensors in shared.items()})
         return products
+
+    def _forget(self, name: str) -> None:
+        """Drop the statistics of a target that no other needs, unless they are the user's."""
+        if not isinstance(self.batches, Statistics) and not self.pool.shares(name):
+            self.statistics_of(name).forget(name)
 
     def product(self, target: Target, W: Tensor, weighing: Weighing, output_mean: Tensor | None, part: Part) -> Product:
         """The product of what is left of a target's matrix.

@@ -64,7 +64,7 @@ class Pooled:
     def output_rows(self, name: str) -> int:
         """Number of gradients that the Fisher matrix is of, those of other experts among them."""
         rows = self.own.output_rows(name) if name in self.own.outputs else 0
-        return rows + min(len(self.shared.outputs[SHARED].gram), self.shared.output_rows(SHARED))
+        return rows + min(self.shared.outputs[SHARED].size, self.shared.output_rows(SHARED))
 
     def loss_scale(self, name: str) -> float:
         """What ½ tr(F Δ G Δᵀ) is multiplied by, as in `Statistics`; of an expert without rows, as if it had one."""
@@ -90,6 +90,10 @@ class Pool:
                 by_layer[name.rpartition(".")[0], storage.out_features, storage.in_features].append(name)
         self._experts = {name: names for names in by_layer.values() for name in names}
         self._shared: tuple[Statistics, list[str], Statistics] | None = None  # of those experts that were asked for last
+
+    def shares(self, name: str) -> bool:
+        """Whether others' statistics are weighed with those of a target."""
+        return name in self._experts
 
     def pooled(self, name: str, statistics: Statistics) -> Statistics | Pooled:
         """The statistics to weigh a target's errors by: those of an expert, pooled with the others of its layer."""

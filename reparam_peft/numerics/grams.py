@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .metrics import device_of_sums
 
-BLOCK = 256  # columns of a Gram matrix that are computed at a time, of which the lower triangle is left out
+BLOCK = 256  # at most so many rows of a Gram matrix are computed at a time, of which the lower triangle is left out
 
 
 def wide_rows(X: Tensor, mask: Tensor | None) -> Tensor:
@@ -21,8 +21,98 @@ def wide_rows(X: Tensor, mask: Tensor | None) -> Tensor:
     return X.to(device_of_sums(X.device), torch.promote_types(X.dtype, torch.float32))
 
 
+def packed_shape(size: int) -> tuple[int, int]:
+    """The shape in which the n (n + 1) / 2 numbers of a symmetric matrix of this size are kept, which tells the size.
+
+    It is the rectangular full packed format (Gustavson et al. 2010, ACM TOMS 37:18): the upper rows of the upper triangle
+    where they are and, in the place that the lower triangle leaves there, what remains of the upper one, transposed.
+
+    >>> packed_shape(4), packed_shape(5)
+    ((2, 5), (3, 5))
+    """
+    return (size // 2, size + 1) if size % 2 == 0 else ((size + 1) // 2, size)
+
+
+def packed_size(packed: Tensor) -> int:
+    """n of a symmetric matrix (n, n) that is packed.
+
+    Raises:
+        ValueError: no matrix is packed into that shape.
+    """
+    size = packed.shape[-1] - (packed.ndim == 2 and packed.shape[1] == 2 * packed.shape[0] + 1)
+    if packed_shape(size) != tuple(packed.shape):
+        raise ValueError(f"no symmetric matrix is packed into the shape {tuple(packed.shape)}")
+    return size
+
+
+def packed_zeros(size: int, device: torch.device) -> Tensor:
+    """A packed matrix (n, n) of zeros, float64."""
+    return torch.zeros(packed_shape(size), dtype=torch.float64, device=device)
+
+
+def pack(matrix: Tensor) -> Tensor:
+    """A symmetric matrix (n, n), packed."""
+    packed = matrix.new_zeros(packed_shape(len(matrix)))
+    for rows in _blocks(len(matrix)):
+        _add_block(packed, rows, matrix[rows, rows.start :])
+    return packed
+
+
+def unpack(packed: Tensor) -> Tensor:
+    """The symmetric matrix (n, n) that is packed.
+
+    >>> unpack(pack(torch.tensor([[1.0, 2.0], [2.0, 3.0]])))
+    tensor([[1., 2.],
+            [2., 3.]])
+    """
+    size = packed_size(packed)
+    shift, half = _layout(size)
+    matrix = packed.new_empty(size, size)
+    matrix[:half] = packed[:, shift:]
+    matrix[half:, half:] = packed[1 - shift :, : size - half].mT
+    for rows in _blocks(size):
+        block = matrix[rows, rows]
+        block.copy_(block.triu() + block.triu(1).mT)
+        matrix[rows.stop :, rows] = matrix[rows, rows.stop :].mT
+    return matrix
+
+
+def packed_diagonal(packed: Tensor) -> Tensor:
+    """The diagonal (n,) of a matrix that is packed."""
+    shift, _ = _layout(packed_size(packed))
+    return torch.cat([packed.diagonal(shift), packed.diagonal(shift - 1)])
+
+
+def _layout(size: int) -> tuple[int, int]:
+    """By how many columns the upper rows are shifted to the right, and how many they are."""
+    return (size + 1) % 2, (size + 1) // 2
+
+
+def _blocks(size: int) -> Iterator[slice]:
+    """The rows of a matrix in blocks of about the same height, of which none is in both halves."""
+    _, half = _layout(size)
+    for start, end in ((0, half), (half, size)):
+        height = -(-(end - start) // max(1, -(-(end - start) // BLOCK)))
+        yield from (slice(first, min(first + height, end)) for first in range(start, end, max(1, height)))
+
+
+def _add_block(packed: Tensor, rows: slice, block: Tensor) -> None:
+    """Add some rows of a symmetric matrix, from the diagonal on, to one that is packed."""
+    shift, half = _layout(packed_size(packed))
+    count = rows.stop - rows.start
+    square, rest = block[:, :count].triu(), block[:, count:]
+    if rows.start < half:
+        packed[rows, rows.start + shift : rows.stop + shift] += square
+        packed[rows, rows.stop + shift :] += rest
+        return
+    columns = slice(rows.start - half, rows.stop - half)
+    first = 1 - shift
+    packed[columns.start + first : columns.stop + first, columns] += square.mT
+    packed[columns.stop + first :, columns] += rest.mT
+
+
 def add_gram(total: Tensor, X: Tensor, sums: Tensor | None = None, weights: Tensor | None = None) -> None:
-    """Add Σ w x xᵀ to a total (in, in), float64, in place, in the blocks on and above the diagonal.
+    """Add Σ w x xᵀ to a packed total of an (in, in), float64, in place.
 
     The weights w, shape (rows,), float64, are 1 if None.
 
@@ -42,20 +132,11 @@ def add_gram(total: Tensor, X: Tensor, sums: Tensor | None = None, weights: Tens
         X = X - centre
     if weights is not None:
         X = X * weights.sqrt().to(X)[:, None]
-    for start in range(0, len(total), BLOCK):
-        rows = slice(start, start + BLOCK)
-        total[rows, start:] += cross_product(X[:, rows], X[:, start:])
+    for rows in _blocks(X.shape[1]):
+        _add_block(total, rows, cross_product(X[:, rows], X[:, rows.start :]))
         if sums is not None:
-            total[rows, start:] += torch.outer(c[rows], whole * c[start:] + s[start:]) + torch.outer(s[rows], c[start:])
-
-
-def mirror(gram: Tensor) -> None:
-    """Fill in the lower triangle of what `add_gram` added up."""
-    for start in range(0, len(gram), BLOCK):
-        end = start + BLOCK
-        block = gram[start:end, start:end]
-        block.copy_(block.triu() + block.triu(1).mT)
-        gram[end:, start:end] = gram[start:end, end:].mT
+            terms = torch.outer(c[rows], whole * c[rows.start :] + s[rows.start :]) + torch.outer(s[rows], c[rows.start :])
+            _add_block(total, rows, terms)
 
 
 def cross_product(Y: Tensor, X: Tensor) -> Tensor:

@@ -24,6 +24,20 @@ def split_rows(batch: Batch, size: int) -> list[Batch]:
     ]
 
 
+def parts_of_tokens(batch: Batch, tokens: int) -> list[Batch]:
+    """A batch of token ids in parts of at most so many of them, or of one row; any other batch whole.
+
+    The rows of images, and of positions that are given for each of three axes, need not be those of the tokens.
+    """
+    ids = batch.get("input_ids")
+    if not isinstance(ids, Tensor) or ids.ndim != 2 or not len(ids):
+        return [batch]
+    tensors = (value for value in batch.values() if isinstance(value, Tensor) and value.ndim)
+    if any(value.ndim != 2 or value.is_floating_point() for value in tensors):
+        return [batch]
+    return split_rows(batch, max(1, tokens // max(1, ids.shape[1])))
+
+
 def fitting_mask(mask: Tensor | None, x: Tensor) -> Tensor | None:
     """A mask (sequences, positions), flattened, on the device of an input that has these positions; else None: all count.
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from reparam_peft import Anchoring
 from reparam_peft.blockwise.anchoring import Observed, anchored, input_groups, observe, residual_sources
 from reparam_peft.blockwise.blocks import Replay
+from reparam_peft.numerics.grams import unpack
 from reparam_peft.runtime.blocks import find_blocks
 
 GENERATOR = torch.Generator().manual_seed(0)
@@ -96,7 +97,7 @@ def test_sums_do_not_depend_on_the_split_into_batches_and_leave_padding_out() ->
     masked = watch(block, pairs[:1], ["one"], mask=mask)
     rows = block.norm(pairs[0][1]).flatten(0, 1)[mask].detach()
     assert masked.rows == int(mask.sum())
-    assert_close(masked.gram, rows.mT @ rows)
+    assert_close(unpack(masked.gram), rows.mT @ rows)
 
 
 def test_modules_that_read_the_same_tensor_are_one_group_in_the_order_of_the_data_flow() -> None:
@@ -164,7 +165,7 @@ def test_rows_of_routed_tokens_are_not_paired() -> None:
     assert routed is not None
     assert routed.drift is None
     assert 0 < routed.rows < 36
-    W, _ = anchored(block.experts[0][0].weight, block.experts[0][0].bias, "", routed, routed.gram, Anchoring(1.0))
+    W, _ = anchored(block.experts[0][0].weight, block.experts[0][0].bias, "", routed, unpack(routed.gram), Anchoring(1.0))
     assert_close(W, block.experts[0][0].weight.detach().double())
     assert observe(block, block, calls, ["experts.3.0"], {}) is None
     everyone = observe(block, block, calls, ["router"], {})

@@ -17,6 +17,7 @@ from support.models import bert, gpt2, llama
 from torch import Tensor, nn
 
 from reparam_peft import Statistics
+from reparam_peft.numerics.grams import unpack
 
 NAME = "model.layers.0.self_attn.q_proj"
 BATCHES = [text([8, 5, 3], 8)]
@@ -218,7 +219,7 @@ def test_statistics_fit_their_model_also_in_half_precision(statistics: Statistic
 @pytest.mark.parametrize(
     ("build", "match"),
     [
-        (lambda: llama(hidden_size=32), r"q_proj: the statistics have shape \(64, 64\), and the weight is \(32, 32\)"),
+        (lambda: llama(hidden_size=32), r"q_proj: the statistics are of 64 features, and the weight is \(32, 32\)"),
         (lambda: llama(num_hidden_layers=3), "the statistics are of a weight of norm"),
         (lambda: llama(vocab_size=90), "the statistics are of a weight of norm"),
         (gpt2, "the statistics do not hold this module; they are of another model or of other targets"),
@@ -233,7 +234,7 @@ def test_statistics_of_another_shape_are_refused(build: Callable[[], nn.Module],
 def test_a_layer_that_is_wider_or_not_there_is_named(statistics: Statistics) -> None:
     modules = linear_layers(llama())
     name = "model.layers.1.mlp.gate_proj"
-    with pytest.raises(ValueError, match=rf"{name}: the statistics have shape \(160, 160\), and the weight is \(96, 64\)"):
+    with pytest.raises(ValueError, match=rf"{name}: the statistics are of 160 features, and the weight is \(96, 64\)"):
         statistics.check({**modules, name: nn.Linear(64, 96)})
     with pytest.raises(ValueError, match="lm_head: the statistics do not hold this module; they are of another model or of"):
         statistics.check({**modules, "lm_head": nn.Linear(64, 100)})
@@ -306,10 +307,23 @@ def test_a_file_of_an_earlier_version_is_read(tmp_path: Path) -> None:
     assert got.weight_norms == FIELDS["weight_norms"]
 
 
-def test_what_is_read_is_written_as_it_was(tmp_path: Path) -> None:
+def test_what_is_read_is_written_packed(tmp_path: Path) -> None:
     save_file(TENSORS, tmp_path / "old.safetensors", metadata=METADATA)
     Statistics.load(tmp_path / "old.safetensors").save(tmp_path / "new.safetensors")
     tensors, metadata = contents(tmp_path / "new.safetensors")
-    assert metadata == METADATA
+    assert metadata == {**METADATA, "format": "reparam_peft statistics 2"}
     assert tensors.keys() == TENSORS.keys()
-    assert all(torch.equal(tensor, TENSORS[key]) for key, tensor in tensors.items())
+    for key, tensor in TENSORS.items():
+        is_packed = "grams" in key and tensor.ndim == 2
+        assert torch.equal(unpack(tensors[key]) if is_packed else tensors[key], tensor), key
+
+
+def test_what_only_a_module_needs_is_forgotten() -> None:
+    got = gather(llama(), linear_layers, [text([5], 5)])
+    query, key = (f"model.layers.0.self_attn.{name}_proj" for name in "qk")
+    got.forget(query)
+    assert query not in got.outputs
+    assert got.gram(key).shape == (64, 64), "which it read, too"
+    for name in ("k", "v"):
+        got.forget(f"model.layers.0.self_attn.{name}_proj")
+    assert query not in got.inputs

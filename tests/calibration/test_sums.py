@@ -13,7 +13,7 @@ from torch import distributed as dist
 
 from reparam_peft.calibration.gather import gather_statistics
 from reparam_peft.calibration.sums import InputSums, OutputSums, WeightedSums
-from reparam_peft.numerics.grams import add_gram
+from reparam_peft.numerics.grams import pack
 
 CPU = torch.device("cpu")
 INPUT, OUTPUT, WEIGHTED = InputSums.zeros(3, CPU, False), OutputSums.zeros(2, CPU), WeightedSums.zeros(3, CPU)
@@ -24,8 +24,8 @@ def sums_of(X: Tensor, weights: Tensor | None = None) -> InputSums:
     X = X.double()
     weighted = None
     if weights is not None:
-        weighted = WeightedSums(float(weights.sum()), (X * weights[:, None]).mT @ X, weights @ X)
-    return InputSums(len(X), X.mT @ X, X.sum(0), weighted)
+        weighted = WeightedSums(float(weights.sum()), pack((X * weights[:, None]).mT @ X), weights @ X)
+    return InputSums(len(X), pack(X.mT @ X), X.sum(0), weighted)
 
 
 def assert_equal(one: InputSums, two: InputSums) -> None:
@@ -55,15 +55,13 @@ def test_weighted_sums_of_one_part_only_are_those_of_the_whole() -> None:
     assert (two + two).weighted is None
 
 
-def test_mirroring_fills_in_what_adding_up_leaves_out() -> None:
-    X = torch.randn(20, 300, dtype=torch.float64)  # more columns than are computed at a time
-    record = InputSums.zeros(300, CPU, False)
-    add_gram(record.gram, X)
-    record.mirror()
-    torch.testing.assert_close(record.gram, X.mT @ X)
-    diagonal = InputSums.zeros(300, CPU, one_hot=True)
-    diagonal.mirror()
-    assert diagonal.gram.shape == (300,)
+def test_matrices_are_those_that_are_packed() -> None:
+    X = torch.randn(7, 5, dtype=torch.float64)
+    torch.testing.assert_close(sums_of(X).matrix(), X.mT @ X)
+    diagonal = InputSums.zeros(5, CPU, one_hot=True)
+    assert diagonal.matrix().shape == (5,)
+    assert diagonal.size == sums_of(X).size == 5
+    assert OutputSums.zeros(4, CPU).size == 4
 
 
 @pytest.mark.parametrize(
@@ -71,8 +69,8 @@ def test_mirroring_fills_in_what_adding_up_leaves_out() -> None:
     [
         replace(INPUT, rows=0),
         replace(INPUT, rows=1.0),
-        replace(INPUT, rows=1, gram=torch.zeros(3, 2, dtype=torch.float64)),
-        replace(INPUT, rows=1, gram=torch.zeros(3, 3)),
+        replace(INPUT, rows=1, gram=torch.zeros(3, 3, dtype=torch.float64)),
+        replace(INPUT, rows=1, gram=torch.zeros(2, 3)),
         replace(INPUT, rows=1, sum=torch.full((3,), torch.nan, dtype=torch.float64)),
         replace(INPUT, rows=1, weighted=WeightedSums.zeros(4, CPU)),
         replace(INPUT, rows=1, weighted=replace(WEIGHTED, weight=-1.0)),

@@ -192,6 +192,7 @@ def shared(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_two_processes_give_what_one_gives(key: str, shared: Path) -> None:
     build, batches, options = SHARED[key]
     small, made = compressed(build(), batches, **options), planned(build(), batches, **options)
+    tolerance = 1e-5 if key == "autoencoder" else 1e-6  # whose steps enlarge the rounding of sums
     (state, config, first), (other, config_of_other, second) = (
         torch.load(shared / f"{key}.{rank}", weights_only=False) for rank in (0, 1)
     )
@@ -201,7 +202,7 @@ def test_two_processes_give_what_one_gives(key: str, shared: Path) -> None:
     for name, tensor in small.state_dict().items():
         assert torch.equal(state[name], other[name]), name
         if tensor.is_floating_point():
-            assert relative_error(state[name], tensor) < 1e-6, name
+            assert relative_error(state[name], tensor) < tolerance, name
         else:
             assert torch.equal(state[name], tensor), name
     assert Plan.from_dict(first).ranks == made.ranks == small.peft_config["default"].rank_pattern

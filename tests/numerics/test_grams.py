@@ -17,6 +17,28 @@ from reparam_peft.numerics import grams
 ROWS_64 = [{"input": torch.randn(200, 64, generator=torch.Generator().manual_seed(0))}]
 
 
+@pytest.mark.parametrize("size", [1, 2, 5, 8, 255, 300, 513])
+def test_packed_matrices_are_half_as_large_and_lose_nothing(size: int) -> None:
+    X = torch.randn(3, size, dtype=torch.float64)
+    gram = X.mT @ X
+    gram = (gram + gram.mT) / 2
+    packed = grams.pack(gram)
+    assert packed.numel() == size * (size + 1) // 2
+    assert grams.packed_size(packed) == size
+    assert torch.equal(grams.unpack(packed), gram)
+    assert torch.equal(grams.packed_diagonal(packed), gram.diagonal())
+    total = grams.packed_zeros(size, gram.device)
+    for sums in (None, X.sum(0)):
+        grams.add_gram(total, X, sums)
+    assert_close(grams.unpack(total), 2 * gram)
+
+
+@pytest.mark.parametrize("shape", [(3,), (2, 2), (2, 4), (3, 2), (0, 0)])
+def test_no_matrix_is_packed_into_other_shapes(shape: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="no symmetric matrix is packed into the shape"):
+        grams.packed_size(torch.zeros(shape))
+
+
 def test_precision_set_for_one_backend_is_put_back() -> None:
     backend = getattr(torch.backends.mkldnn, "matmul", None)
     if not hasattr(backend, "fp32_precision"):
