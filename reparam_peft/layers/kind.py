@@ -14,6 +14,7 @@ from torch.types import Device
 from .factorized import Dtype, FactorizedModule, weight_of
 
 Layer = TypeVar("Layer", bound=nn.Module)
+CALLED = "_is_called"  # an attribute of output layers of nn.MultiheadAttention that are called, as those of opened ones are
 
 
 class LayerKind(ABC, Generic[Layer]):
@@ -53,11 +54,12 @@ class LayerKind(ABC, Generic[Layer]):
             )
 
     def computes_alike(self, layer: Layer) -> bool:
-        """Whether the layer computes as its class does; nn.MultiheadAttention reads the weight of its output layer itself."""
+        """Whether the layer computes as its class does; nn.MultiheadAttention reads its output layer's weight, until opened."""
         # accelerate replaces `forward` to move inputs between devices, and leaves the class's own on the layer afterwards.
         forward = vars(layer).get("forward")
         own = forward is None or getattr(forward, "__func__", None) is type(layer).forward
-        if isinstance(layer, NonDynamicallyQuantizableLinear) or not (own or hasattr(layer, "_hf_hook")):
+        is_read = isinstance(layer, NonDynamicallyQuantizableLinear) and CALLED not in vars(layer)
+        if is_read or not (own or hasattr(layer, "_hf_hook")):
             return False
         return type(layer).forward is self.layer_class.forward or self.tried_alike(layer)
 
