@@ -1,7 +1,7 @@
 """`nn.MultiheadAttention`: opened, so that it calls linear layers in place of reading their weights, and closed again.
 
-torch computes it in one function of its parameters, past hooks and factors. Opened, it projects queries, keys and values, each by
-a layer of its own, attends, and calls its output layer: what serves linear layers then serves all four.
+torch computes it in one function of its parameters, past hooks and factors. Opened, it projects queries, keys and values, each
+by a layer of its own, attends, and calls its output layer: what serves linear layers then serves all four.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..runtime.modules import replace_forward, restore_forward
+from .factorized import NESTED
 from .kind import CALLED
 from .parameters import OpenedParameter, Reading
 
@@ -95,18 +96,19 @@ def _attend(
 ) -> tuple[Tensor, Tensor | None]:
     """What an opened attention computes: `nn.MultiheadAttention.forward`, of the same arguments."""
     if query.is_nested or key.is_nested or value.is_nested:
-        raise ValueError(
-            "nn.MultiheadAttention takes nested tensors as long as none of its layers is factorised. Make nn.TransformerEncoder "
-            "with `enable_nested_tensor=False`."
-        )
+        raise ValueError(NESTED)
     if is_causal and attn_mask is None:
         raise ValueError("`is_causal=True` needs the `attn_mask` that it is a hint to, as in nn.MultiheadAttention.")
     is_batched = query.ndim == 3
     # To (sequences, positions, features), one tensor for one tensor: modules that read the same one share statistics.
-    rearranged = {id(x): x[None] if not is_batched else x if self.batch_first else x.transpose(0, 1) for x in (query, key, value)}
+    rearranged = {
+        id(x): x[None] if not is_batched else x if self.batch_first else x.transpose(0, 1) for x in (query, key, value)
+    }
     q, k, v = _projected(self, [rearranged[id(x)] for x in (query, key, value)])
     rows, length, features = q.shape
-    is_causal = is_causal and key_padding_mask is None and not need_weights  # the hint counts there alone, and replaces the mask
+    is_causal = (
+        is_causal and key_padding_mask is None and not need_weights
+    )  # the hint counts there alone, and replaces the mask
     attn_mask = None if is_causal else attn_mask
     mask = _mask(key_padding_mask if key_padding_mask is None or is_batched else key_padding_mask[None], attn_mask, q, self)
     if self.bias_k is not None:

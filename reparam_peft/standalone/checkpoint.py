@@ -313,7 +313,7 @@ def check_closed(model: PreTrainedModel, form: str) -> None:
     if opened:
         raise ValueError(
             f"{opened[0]}: {form} knows factorised layers only, and this was made into layers. Save a standalone "
-            "checkpoint, or compress the model without `target_parameters` (`--no-experts`)."
+            "checkpoint, or leave it out: of `target_parameters` (`--no-experts`), or with `exclude_modules`."
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -125,6 +126,8 @@ def _taken(config: ReparamConfig, model: nn.Module, fused: Mapping[str, nn.Modul
 
 def _is_excluded(config: ReparamConfig, name: str) -> bool:
     """Whether a config leaves out a whole parameter, by its name or one of a module that is saved whole, as PEFT matches."""
+    config = copy.copy(config)
+    config.target_modules = []  # PEFT asks for the others first, and for none where there are parameters only
     return isinstance(BaseTuner._check_target_module_exists(config, name), _ExcludedModule)
 
 
