@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..calibration.statistics import Moments, Statistics
 from ..config.reparam_config import ReparamConfig
+from ..layers.parameters import Reading
 from ..numerics.storage import Storage
 
 
@@ -111,8 +112,12 @@ class Pool:
 
 
 def is_expert(name: str, config: ReparamConfig) -> bool:
-    """Whether a target is a layer of an opened parameter of experts."""
-    return name.rpartition(".")[0] in (config.target_parameters or ())
+    """Whether a target is one of the layers of an opened parameter, all of which do the same: experts."""
+    parameters = config.target_parameters or {}
+    parameter = name.rpartition(".")[0]
+    if isinstance(parameters, dict) and (pattern := parameters.get(parameter)):
+        return Reading.parse(pattern).parts == 1
+    return parameter in parameters
 
 
 def _is_reached(name: str, statistics: Statistics) -> bool:

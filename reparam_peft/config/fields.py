@@ -29,7 +29,8 @@ class Fields(PeftConfig):
     target_modules: list[str] | str | None = field(
         default=None,
         metadata={
-            "help": "Modules to factorise: a list of name endings, a regular expression, or 'all-linear'. None: the attention "
+            "help": "Modules to factorise: a list of name endings, a regular expression, or 'all-linear'. An "
+            "nn.MultiheadAttention is one, with all its matrices. None: the attention "
             "and MLP projections of the known architectures, of others all linear layers of the repeated blocks."
         },
     )

@@ -46,6 +46,7 @@ class ReparamConfig(Fields):
         self._from_file = self.stored_parameters is not None
         # Names of the modules that were chosen for a model; None: those that `target_modules` matches.
         self._among: frozenset[str] | None = getattr(self, "_among", None)
+        self._alone: bool | None = getattr(self, "_alone", None)
         self.ranks_in_file: dict[str, int] = {}  # where the file is loaded at a smaller size
         check_fields(self, from_file=self._from_file)
         if read_from_file and not self._from_file:
@@ -85,6 +86,15 @@ class ReparamConfig(Fields):
         weight = f"{name}.weight"  # of a layer, or one that was opened, and has a pattern
         is_layer = parameters.get(weight) == "" if isinstance(parameters, dict) else weight in parameters
         return is_layer or name.rpartition(".")[0] in parameters
+
+    def takes_parameters_alone(self) -> bool:
+        """Whether `target_parameters` were given and `target_modules` were not: as it was when this was asked first.
+
+        Later parts of modules that are taken may have been written into `target_parameters`.
+        """
+        if self._alone is None:
+            self._alone = self.target_modules is None and bool(self.target_parameters)
+        return self._alone
 
     def is_among(self, name: str) -> bool:
         """Whether a module that `target_modules` matches is one of those that were chosen; else True."""

@@ -11,12 +11,12 @@ from collections.abc import Iterator
 from contextvars import ContextVar
 from dataclasses import dataclass
 from functools import partial
-from types import MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..runtime.modules import replace_forward, restore_forward
 from .neuron_groups import NeuronGroup, Producer
 
 # Names of transformers' experts interface: what reads the hidden states, with a gate and without, and what writes them.
@@ -100,7 +100,7 @@ def open_experts(experts: nn.Module, key: str) -> None:
     layers = [ViewLinear(view(matrix), row) for matrix, row in zip(stacked, biases, strict=True)]
     experts._modules[key] = nn.ModuleList(layers).train(experts.training)
     # An attribute of the object, not another class: what notes attributes before an error puts it back.
-    vars(experts)[_forward(experts)] = partial(_compute, experts)
+    replace_forward(experts, partial(_compute, experts))
     vars(experts)["_is_hf_initialized"] = True  # transformers would initialise parameters by their names
 
 
@@ -119,14 +119,7 @@ def close_experts(experts: nn.Module, key: str) -> None:
         biases = torch.stack([layer.bias.detach() for layer in layers])
         experts._parameters[f"{key}_bias"] = nn.Parameter(biases, requires_grad=layers[0].bias.requires_grad)
     if not any(is_open(experts, other) for other in (*READERS, WRITER)):
-        del vars(experts)[_forward(experts)]
-        if hasattr(experts, "_hf_hook"):
-            vars(experts)["_old_forward"] = MethodType(type(experts).forward, experts)
-
-
-def _forward(experts: nn.Module) -> str:
-    """The attribute that holds what experts compute; accelerate, which moves inputs between devices, calls another one."""
-    return "_old_forward" if hasattr(experts, "_hf_hook") else "forward"
+        restore_forward(experts)
 
 
 def neurons_of_experts(model: nn.Module) -> Iterator[NeuronGroup]:

@@ -23,6 +23,10 @@ Dtype: TypeAlias = torch.dtype | None
 # The operator that PyTorch's compiler emits for linear layers on a CPU; None in builds without oneDNN.
 SINGLE_ROW_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 MARKER = "weight"  # in checkpoints of standalone models, of one element, where a dense layer has its matrix
+NESTED = (
+    "factorised layers take no nested tensors, which nn.TransformerEncoder makes of padded ones outside of training. Make it "
+    "with `enable_nested_tensor=False`."
+)
 SINGLE_ROW_LEAST = 2**18  # parameters below which starting the operator costs more than it saves
 
 
@@ -152,6 +156,8 @@ class FactorizedModule(nn.Module):
 
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         """A (B x) + b, where b, of shape (out,), is the module's own bias if it has one, else `bias`."""
+        if x.is_nested:
+            raise ValueError(NESTED)
         y = self.B(x) if self.A is None else self.A(self.B(x))
         bias = bias if self.bias is None else self.bias
         return y if bias is None else y + self.shaped_bias(bias).to(y.dtype)

@@ -14,6 +14,7 @@ from torch.types import Device
 from .factorized import Dtype, FactorizedModule, weight_of
 
 Layer = TypeVar("Layer", bound=nn.Module)
+CALLED = "_is_called"  # an attribute of output layers of nn.MultiheadAttention that are called, as those of opened ones are
 
 
 class LayerKind(ABC, Generic[Layer]):
@@ -35,6 +36,11 @@ class LayerKind(ABC, Generic[Layer]):
 
     def check(self, layer: Layer) -> None:
         """Raise `TypeError` or `ValueError`, with the reason and the remedy, where this layer cannot be factorised."""
+        if _is_read(layer):
+            raise TypeError(
+                "an nn.MultiheadAttention that is no plain one, or is still being loaded, reads the weight of its output layer "
+                "itself. Load the model first, or leave it out with `exclude_modules`."
+            )
         if not self.computes_alike(layer):
             raise TypeError(
                 f"a {type(layer).__name__} computes differently from {self.layer_class.__name__} and cannot be factorised; "
@@ -53,11 +59,11 @@ class LayerKind(ABC, Generic[Layer]):
             )
 
     def computes_alike(self, layer: Layer) -> bool:
-        """Whether the layer computes as its class does; nn.MultiheadAttention reads the weight of its output layer itself."""
+        """Whether the layer computes as its class does."""
         # accelerate replaces `forward` to move inputs between devices, and leaves the class's own on the layer afterwards.
         forward = vars(layer).get("forward")
         own = forward is None or getattr(forward, "__func__", None) is type(layer).forward
-        if isinstance(layer, NonDynamicallyQuantizableLinear) or not (own or hasattr(layer, "_hf_hook")):
+        if _is_read(layer) or not (own or hasattr(layer, "_hf_hook")):
             return False
         return type(layer).forward is self.layer_class.forward or self.tried_alike(layer)
 
@@ -134,3 +140,8 @@ class LayerKind(ABC, Generic[Layer]):
     def row_counts(self, layer: Layer, inputs: Tensor) -> Tensor:
         """The diagonal of G = XᵀX, shape (in,): all of it for a kind whose rows are one-hot."""
         return self.rows(layer, inputs).square().sum(0)
+
+
+def _is_read(layer: nn.Module) -> bool:
+    """Whether a layer is the output of an nn.MultiheadAttention, which reads its weight and does not call it."""
+    return isinstance(layer, NonDynamicallyQuantizableLinear) and CALLED not in vars(layer)

@@ -34,22 +34,27 @@ class Reading:
         first: number of dimensions after those that are one side of the matrix.
         second: number of the rest, the other side.
         first_is_input: whether the first side is summed over by what multiplies with it; None: not known.
+        parts: how many matrices lie one after the other in the first side, as queries, keys and values in attention; without
+            `batch`.
     """
 
     batch: int
     first: int
     second: int
     first_is_input: bool | None = None
+    parts: int = 1
 
     @classmethod
     def parse(cls, pattern: str) -> Reading:
         """The reading that a pattern says: "(d) (n h)", "(d) -> (n h)" where d is summed over, "e (d) -> (m)" for each e.
 
+        "3 (d) (m)" is of three matrices that lie one after the other in the first dimension.
+
         Raises:
             ValueError: it is no such pattern, or one dimension is named twice.
 
         >>> Reading.parse("e (d) -> (n h)")
-        Reading(batch=1, first=1, second=2, first_is_input=True)
+        Reading(batch=1, first=1, second=2, first_is_input=True, parts=1)
         """
         match = PATTERN.fullmatch(pattern)
         names = re.findall(r"\w+", pattern)
@@ -61,7 +66,8 @@ class Reading:
             )
         arrow = match[3]
         batch, one, other = ((part or "").split() for part in (match[1], match[2], match[4]))
-        return cls(len(batch), len(one), len(other), None if arrow is None else arrow == "->")
+        parts = int(batch.pop()) if len(batch) == 1 and re.fullmatch("[1-9][0-9]*", batch[0]) else 1
+        return cls(len(batch), len(one), len(other), None if arrow is None else arrow == "->", parts)
 
     def pattern(self) -> str:
         """The pattern that says it.
@@ -72,18 +78,21 @@ class Reading:
         names = [chr(ord("a") + i) for i in range(self.batch + self.first + self.second)]
         one, other = names[self.batch : self.batch + self.first], names[self.batch + self.first :]
         arrow = {True: "-> ", False: "<- ", None: ""}[self.first_is_input]
-        return f"{''.join(f'{name} ' for name in names[: self.batch])}({' '.join(one)}) {arrow}({' '.join(other)})"
+        before = names[: self.batch] if self.parts == 1 else [str(self.parts)]
+        return f"{''.join(f'{name} ' for name in before)}({' '.join(one)}) {arrow}({' '.join(other)})"
 
     def check(self, shape: Sequence[int]) -> None:
-        """Raise `ValueError` where it is of another number of dimensions than a parameter has."""
+        """Raise `ValueError` where it is of another number of dimensions than a parameter has, or of parts that it has not."""
         named = self.batch + self.first + self.second
         if named != len(shape):
             raise ValueError(f"the pattern names {named} dimensions, and the parameter has {len(shape)}: {tuple(shape)}.")
+        if math.prod(shape[self.batch : self.batch + self.first]) % self.parts:
+            raise ValueError(f"the first side of a parameter of shape {tuple(shape)} is not made of {self.parts} equal parts.")
 
     def matrices(self, parameter: Tensor) -> Tensor:
         """The matrices, shape (number, out, in): views, where the layout of the parameter allows it."""
         batch, one, other = self._sides(parameter.shape)
-        stacked = parameter.reshape(math.prod(batch), math.prod(one), math.prod(other))
+        stacked = parameter.reshape(math.prod(batch) * self.parts, math.prod(one) // self.parts, math.prod(other))
         return stacked.mT if self.first_is_input else stacked
 
     def parameter(self, matrices: Tensor, shape: Sequence[int]) -> Tensor:
@@ -195,6 +204,7 @@ class OpenedParameter(nn.Module):
     def __init__(self, parameter: nn.Parameter, reading: Reading, name: str) -> None:
         super().__init__()
         self.shape, self.reading, self.name = parameter.shape, reading, name
+        self._is_hf_initialized = True  # for transformers' functions that would initialise it
         for index, matrix in enumerate(reading.matrices(parameter.detach())):
             self._modules[str(index)] = ViewLinear(nn.Parameter(matrix, requires_grad=parameter.requires_grad), None)
 

@@ -6,6 +6,7 @@ import inspect
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from types import MethodType
 from typing import Any
 
 import torch
@@ -117,6 +118,23 @@ def forward_as(module: nn.Module, forward: Callable[..., Any]) -> Iterator[None]
     finally:
         attributes.pop("forward", None)
         attributes.update(present)
+
+
+def replace_forward(module: nn.Module, forward: Callable[..., Any]) -> None:
+    """Have a module compute something else, in place."""
+    vars(module)[_forward(module)] = forward
+
+
+def restore_forward(module: nn.Module) -> None:
+    """Have a module compute what its class says again, in place."""
+    del vars(module)[_forward(module)]
+    if hasattr(module, "_hf_hook"):
+        vars(module)["_old_forward"] = MethodType(type(module).forward, module)
+
+
+def _forward(module: nn.Module) -> str:
+    """The attribute that holds what a module computes; accelerate, which moves inputs between devices, calls another one."""
+    return "_old_forward" if hasattr(module, "_hf_hook") else "forward"
 
 
 @contextmanager

@@ -20,6 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..arguments import ReparamWarning
+from ..layers.attention import open_attentions, open_attentions_of
 from ..layers.experts import fused_parameters, is_open, open_experts
 from ..layers.factorized import MARKER, FactorizedModule, Replaced, weight_of
 from ..layers.kinds import LayerKind, layer_kind
@@ -268,6 +269,8 @@ def open_named(model: PreTrainedModel, layers: Iterable[str], parameters: Mappin
     Raises:
         ValueError: a parameter is not there, or not as its pattern says.
     """
+    named = [*layers, *parameters]
+    open_attentions(model, chain.from_iterable(_candidates(model, name) for name in named))
     for name, pattern in parameters.items():
         present = dict(model.named_parameters(remove_duplicate=False))
         here = next((candidate for candidate in _candidates(model, name) if candidate in present), None)
@@ -306,11 +309,11 @@ def keep_names(model: PreTrainedModel) -> None:
 def check_closed(model: PreTrainedModel, form: str) -> None:
     """Raise `ValueError` where a model has opened parameters, which a form of checkpoint cannot hold."""
     fused = [name for name, owner in fused_parameters(model).items() if is_open(owner, name.rpartition(".")[2])]
-    opened = [*fused, *opened_parameters(model)]
+    opened = [*fused, *opened_parameters(model), *open_attentions_of(model)]
     if opened:
         raise ValueError(
-            f"{opened[0]}: {form} knows factorised layers only, and this parameter was made into layers. Save a standalone "
-            "checkpoint, or compress the model without `target_parameters` (`--no-experts`)."
+            f"{opened[0]}: {form} knows factorised layers only, and this was made into layers. Save a standalone "
+            "checkpoint, or leave it out: of `target_parameters` (`--no-experts`), or with `exclude_modules`."
         )
 
 

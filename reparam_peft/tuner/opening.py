@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 import warnings
 from collections.abc import Iterable, Mapping
@@ -16,16 +17,20 @@ from torch import nn
 from ..arguments import ReparamWarning, listed
 from ..config.fields import ALL_EXPERTS
 from ..config.reparam_config import ReparamConfig
+from ..layers.attention import close_attentions, open_attentions, open_attentions_of, projections_of
 from ..layers.experts import ViewLinear, close_experts, fused_parameters, is_open, open_experts
 from ..layers.kinds import layer_kind
 from ..layers.parameters import OpenedParameter, Reading, close_parameter, open_parameter, opened_parameters, readings
 from ..runtime.modules import evaluating, is_offloaded, naming, parameter_owners
+from .attentions import outputs_of_attentions, parts_of_attentions
 
 MOST_NAMED = 6  # in a message
 
 
-def open_parameters(config: ReparamConfig, model: nn.Module) -> None:
+def open_parameters(config: ReparamConfig, model: nn.Module, opens_attentions: bool = True) -> None:
     """Open the parameters that a config takes, in place, and write the names of all that it takes into the config.
+
+    Those of an `nn.MultiheadAttention` that it takes as a module are among them.
 
     How a parameter's dimensions make a matrix is what the config says, or what is seen when the model runs on the example that
     models of transformers have (`dummy_inputs`).
@@ -34,7 +39,9 @@ def open_parameters(config: ReparamConfig, model: nn.Module) -> None:
         ValueError: `target_parameters` matches nothing; a parameter cannot be opened, or its pattern is not that of the model.
     """
     fused = fused_parameters(model)
-    taken = _taken(config, model, fused)
+    alone = config.takes_parameters_alone()
+    parts = parts_of_attentions(config, model) if opens_attentions and not alone else []
+    taken = dict.fromkeys(parts, "") | _taken(config, model, fused)
     patterns = {name: pattern for name, pattern in taken.items() if not _is_excluded(config, name)}
     owners = parameter_owners(model)
     for name in patterns:
@@ -42,6 +49,7 @@ def open_parameters(config: ReparamConfig, model: nn.Module) -> None:
         owner = model.get_submodule(prefix)
         with naming(name):
             _check(owner, owners.get(id(owner._parameters.get(key)), []))
+    open_attentions(model, [*patterns, *(outputs_of_attentions(config, model) if opens_attentions else ())])
     opened = opened_parameters(model)
     raw = {name: patterns[name] for name in patterns if name not in fused and not _is_weight_of_layer(model, name)}
     resolved = _readings(model, {name: pattern for name, pattern in raw.items() if name not in opened})
@@ -68,6 +76,7 @@ def close_parameters(model: nn.Module) -> None:
     for name, opened in opened_parameters(model).items():
         if _are_plain(opened.layers):
             close_parameter(model, name)
+    close_attentions(model)
 
 
 def own_memory(model: nn.Module) -> None:
@@ -117,6 +126,8 @@ def _taken(config: ReparamConfig, model: nn.Module, fused: Mapping[str, nn.Modul
 
 def _is_excluded(config: ReparamConfig, name: str) -> bool:
     """Whether a config leaves out a whole parameter, by its name or one of a module that is saved whole, as PEFT matches."""
+    config = copy.copy(config)
+    config.target_modules = []  # PEFT asks for the others first, and for none where there are parameters only
     return isinstance(BaseTuner._check_target_module_exists(config, name), _ExcludedModule)
 
 
@@ -175,7 +186,13 @@ def _readings(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, Readin
                     f"a parameter of shape {tuple(parameter.shape)} and dtype {parameter.dtype} makes no matrix; leave it out "
                     "of `target_parameters`."
                 )
-    given = {name: Reading.parse(pattern) for name, pattern in patterns.items() if pattern}
+    of_attentions = {
+        name: reading
+        for owner in open_attentions_of(model)
+        for key, reading in projections_of(model.get_submodule(owner)).items()
+        if (name := f"{owner}.{key}".lstrip(".")) in patterns
+    }
+    given = of_attentions | {name: Reading.parse(pattern) for name, pattern in patterns.items() if pattern}
     seen = _seen(model, {name: p for name, p in parameters.items() if name not in given or given[name].first_is_input is None})
     resolved = {}
     for name, parameter in parameters.items():

@@ -31,7 +31,9 @@ def warn_of_reach(model: nn.Module, targets: Collection[str], config: ReparamCon
         config: that chose them.
         takes_all: whether it left that to the package.
     """
-    experts = [] if config.target_parameters else experts_of(model)
+    experts = experts_of(model)
+    if any(name in (config.target_parameters or ()) for name in experts):
+        experts = []
     has_adapters = any(isinstance(module, BaseTunerLayer) for module in model.modules())  # which were told of
     if has_adapters or not (takes_all or experts):
         return

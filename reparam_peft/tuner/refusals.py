@@ -44,10 +44,6 @@ def refused_by_place(
         in_lists: ids of modules that are kept in lists of Python, too.
         keep_base: whether its weight stays.
     """
-    if isinstance(model.get_submodule(name.rpartition(".")[0]), nn.TransformerEncoderLayer):
-        return ValueError(
-            "nn.TransformerEncoderLayer reads the weights of its layers itself; leave it out with `exclude_modules`."
-        )
     if isinstance(module, BaseTunerLayer):
         return None
     if id(module) in in_lists:

@@ -31,7 +31,7 @@ def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, l
     config = copy.deepcopy(config)
     takes_all = not names_targets(config)
     save_heads(config)
-    targets = take_targets(config, model, partial(is_target, config))
+    targets = take_targets(config, model, partial(is_target, config), opens=not loading)
     if not targets:
         raise ValueError(f"`target_modules` {config.target_modules!r} match no module of the model; check the names.")
     check_targets(targets, config, model, adapter_name, loading)
@@ -53,7 +53,9 @@ def with_targets(config: ReparamConfig, targets: Iterable[str]) -> ReparamConfig
     return config
 
 
-def take_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str], object]) -> dict[str, Target]:
+def take_targets(
+    config: ReparamConfig, model: nn.Module, matches: Callable[[str], object], opens: bool = True
+) -> dict[str, Target]:
     """The targets of a config, which then names them: changes it in place, and opens the fused parameters that it takes.
 
     Where the config leaves them open, modules that cannot be factorised are left out, with one warning.
@@ -63,11 +65,12 @@ def take_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str
             linear layers of the repeated blocks.
         model: whose modules they are.
         matches: whether a name is one of a target, by the config.
+        opens: whether attentions may be opened, too.
 
     Raises:
         TypeError, ValueError: as for `find_targets`; or no default is known for the model.
     """
-    open_parameters(config, model)
+    open_parameters(config, model, opens)
     if names_targets(config) or not _has_default(config, model):
         return find_targets(config, model, matches)
     if config.target_modules is None:
@@ -83,7 +86,7 @@ def take_targets(config: ReparamConfig, model: nn.Module, matches: Callable[[str
 def _has_default(config: ReparamConfig, model: nn.Module) -> bool:
     """Whether modules are taken that a config leaves open: not beside parameters in an unknown architecture, as for LoRA."""
     known = BaseTuner.get_model_config(model).get("model_type") in TARGET_MODULES
-    return config.target_modules is not None or not config.target_parameters or known
+    return known or not config.takes_parameters_alone()
 
 
 def _choose(config: ReparamConfig, model: nn.Module, names: Iterable[str], target_modules: Iterable[str] | None = None) -> None:

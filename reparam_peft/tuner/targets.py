@@ -19,6 +19,7 @@ from ..layers.quantized_bases import note_dtype
 from ..numerics.storage import Storage
 from ..planning.ranks import resolve_rank
 from ..runtime.modules import is_offloaded, kept_in_lists, naming, parameter_owners
+from .attentions import is_taken_by_parts
 from .layer import REMEDY, W_IS_GONE, ReparamLayer, reparam_layers
 from .matrices import matrix_storage, unwrapped
 from .refusals import Refusal, joint_error, joint_warning, refused_by_kind, refused_by_place
@@ -65,7 +66,7 @@ def save_heads(config: ReparamConfig) -> None:
 
 def is_target(config: ReparamConfig, name: str) -> object:
     """PEFT's matching, by endings of names: no more than the modules that were chosen, or that a checkpoint has."""
-    if config.loading and not config.is_of_adapter(name):
+    if is_taken_by_parts(config, name) or (config.loading and not config.is_of_adapter(name)):
         return False
     matched = BaseTuner._check_target_module_exists(config, name)
     if isinstance(matched, _ExcludedModule):

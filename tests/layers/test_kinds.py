@@ -443,7 +443,7 @@ REFUSED: dict[str, tuple[Callable[[], nn.Module], type[Exception], str]] = {
     "MultiheadAttention's output": (
         lambda: nn.MultiheadAttention(4, 2).out_proj,
         TypeError,
-        "a NonDynamicallyQuantizableLinear computes differently from Linear and cannot be factorised",
+        "an nn.MultiheadAttention that is no plain one, or is still being loaded, reads the weight of its output layer itself",
     ),
     "own forward": (lambda: OwnForward(4, 4), TypeError, "a OwnForward computes differently from Linear"),
     "integer weight": (integer_linear, TypeError, "the weight of this Linear has dtype torch.int8; dequantise it first"),

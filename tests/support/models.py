@@ -21,6 +21,8 @@ from transformers import (
     PreTrainedTokenizerFast,
     Qwen2MoeConfig,
     Qwen2MoeForCausalLM,
+    SiglipVisionConfig,
+    SiglipVisionModel,
     T5Config,
     T5ForConditionalGeneration,
     ViTConfig,
@@ -218,6 +220,45 @@ def classifier() -> nn.Module:
     for module in model.modules():
         if isinstance(module, nn.Dropout):
             module.p = 0.0
+    return model
+
+
+class Attending(nn.Module):
+    """A plain model that predicts tokens, by two of torch's encoder layers and an attention whose inputs have other sizes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(50, 32)
+        layer = nn.TransformerEncoderLayer(32, 4, 48, batch_first=True, dropout=0.0)
+        self.encoder = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+        self.cross, self.key, self.value = nn.MultiheadAttention(32, 4, kdim=16, vdim=24), nn.Linear(32, 16), nn.Linear(32, 24)
+        self.head = nn.Linear(32, 50)
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
+        padding = None if attention_mask is None else attention_mask == 0
+        x = self.encoder(self.embed(input_ids), src_key_padding_mask=padding)
+        positions = x.transpose(0, 1)
+        y, _ = self.cross(positions, self.key(positions), self.value(positions), key_padding_mask=padding)
+        return self.head(x + y.transpose(0, 1))
+
+
+def attending() -> Attending:
+    torch.manual_seed(0)
+    model = Attending().eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.2)
+    return model
+
+
+def siglip() -> SiglipVisionModel:
+    """An encoder of images, whose head is an attention of torch's."""
+    torch.manual_seed(0)
+    sizes = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    model = SiglipVisionModel(SiglipVisionConfig(**sizes, image_size=16, patch_size=4)).eval()
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            nn.init.normal_(parameter, std=0.1)
     return model
 
 

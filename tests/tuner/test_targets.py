@@ -195,12 +195,6 @@ def test_a_patched_forward_is_refused_and_hooks_are_told_of() -> None:
         compress(model, target_modules=["q_proj"], keep=0.5)
 
 
-def test_layers_whose_weights_torch_reads_itself_are_refused() -> None:
-    model = nn.Sequential(nn.TransformerEncoderLayer(32, 4, 64, batch_first=True))
-    with pytest.raises(ValueError, match=r"0\.linear1, 0\.linear2: nn\.TransformerEncoderLayer reads the weights"):
-        compress(model, target_modules=["linear1", "linear2"])
-
-
 def test_layers_of_another_method_are_refused() -> None:
     model = llama()
     model.add_adapter(LoraConfig(target_modules=["q_proj"]), "lora")
