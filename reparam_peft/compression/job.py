@@ -110,6 +110,7 @@ class Job:
         self.batches: Batches = batches
         self.seed = options.seed
         self.calibration_tokens = self.gradient_tokens = 0
+        self.tokens: dict[str, int] = {}  # that reached each target
         self._at_hand: tuple[list[str], Statistics] | None = None
         self.leaves_unreached = leaves_unreached
         self.unreached: list[str] = []  # targets that were left out
@@ -225,6 +226,7 @@ class Job:
             chooser.ranks(losses),
             losses.directions,
             self.neurons.mlps,
+            tokens=self.tokens,
             calibration_tokens=self.calibration_tokens,
             gradient_tokens=self.gradient_tokens,
             seed=self.seed,
@@ -381,6 +383,7 @@ class Job:
                 stacklevel=4,
             )
         self.calibration_tokens = max(self.calibration_tokens, statistics.tokens)
+        self.tokens |= {name: 0 if name in unreached else statistics.input_rows(name) for name in modules}
         self.gradient_tokens = max(self.gradient_tokens, statistics.gradient_tokens)
         self.seed = statistics.seed
         self._at_hand = (group, statistics)

@@ -38,6 +38,7 @@ class ModulePlan:
         spectrum: what each direction of the factorisation is predicted to cost, nats per token, as `direction_losses` gives
             it: rank r loses the sum of all but the first r. Empty without statistics.
         size: (out, in) of what is left of the matrix where neurons are left out; None: all of it.
+        tokens: rows of its input that calibration saw, of an expert those that it was given; None: not known.
     """
 
     name: str
@@ -47,6 +48,7 @@ class ModulePlan:
     predicted_loss: float | None = None
     spectrum: tuple[float, ...] = field(default=(), repr=False)
     size: tuple[int, int] | None = None
+    tokens: int | None = None
 
     @property
     def dense_parameters(self) -> int:
@@ -244,17 +246,26 @@ class Plan:
         """What is kept of each target, a heat map over depth; on matplotlib's axes, or new ones, which are returned."""
         return plot_plan(self, axes)
 
+    @property
+    def is_routed(self) -> bool:
+        """Whether some of the targets saw fewer tokens than others, as experts do; then tables say how many."""
+        return len({module.tokens for module in self.modules} - {None}) > 1
+
     def _repr_html_(self) -> str:
         head = ("module", "shape", "rank", "stored", "kept", "predicted loss", "effective rank")
         rows = [head, *((m.name, *_cells(m)) for m in self.modules)]
+        if self.is_routed:
+            rows = [(*row, tokens) for row, tokens in zip(rows, ("tokens", *map(_tokens, self.modules)), strict=True)]
         return html_table(rows, str(self).rpartition("\n")[2])
 
     def __str__(self) -> str:
         width = max([len(module.name) for module in self.modules] + [6])
-        lines = [f"{'module':{width}}  {'shape':>19}  {'rank':>5}  {'stored':>12}  {'kept':>6}  {'loss':>9}"]
+        tokens = f"  {'tokens':>9}" if self.is_routed else ""
+        lines = [f"{'module':{width}}  {'shape':>19}  {'rank':>5}  {'stored':>12}  {'kept':>6}  {'loss':>9}{tokens}"]
         for module in self.modules:
             shape, rank, stored, fraction, loss, _ = _cells(module)
-            lines.append(f"{module.name:{width}}  {shape:>19}  {rank:>5}  {stored:>12}  {fraction:>6}  {loss:>9}")
+            tokens = f"  {_tokens(module):>9}" if self.is_routed else ""
+            lines.append(f"{module.name:{width}}  {shape:>19}  {rank:>5}  {stored:>12}  {fraction:>6}  {loss:>9}{tokens}")
         kept = self.stored_parameters / self.dense_parameters if self.dense_parameters else 1.0
         total = "" if self.predicted_loss is None else f", predicted loss +{self.predicted_loss:.4f} nats per token"
         neurons = f"{self.neurons_left}; " if self.neurons else ""
@@ -286,6 +297,10 @@ def _cells(module: ModulePlan) -> tuple[str, ...]:
     )
 
 
+def _tokens(module: ModulePlan) -> str:
+    return "" if module.tokens is None else f"{module.tokens:,}"
+
+
 def _rank(module: ModulePlan) -> str:
     """The rank, or "dense" where there is no product: of the whole matrix, or of what is left of it."""
     is_whole = module.rank is None or (module.size is not None and module.rank == min(module.size))
@@ -311,6 +326,9 @@ def _module_plan(entry: Mapping[str, Any]) -> ModulePlan:
     stored, lost = entry["stored_parameters"], entry["predicted_loss"]
     if not is_int(stored) or stored < 1:
         raise ValueError(f"{entry['name']}: `stored_parameters` must be a positive int, got {stored!r}.")
+    tokens = entry.get("tokens")
+    if tokens is not None and not (is_int(tokens) and tokens >= 0):
+        raise ValueError(f"{entry['name']}: `tokens` must be a count or None, got {tokens!r}.")
     losses = [*spectrum, *([] if lost is None else [lost])]
     if not (all(map(is_finite, losses)) and math.isfinite(sum(map(abs, losses))) and len(spectrum) <= min(shape)):
         raise ValueError(
@@ -347,6 +365,7 @@ def make_plan(
     losses: Mapping[str, Tensor],
     mlps: Mapping[str, NeuronGroup],
     *,
+    tokens: Mapping[str, int] | None = None,
     calibration_tokens: int = 0,
     gradient_tokens: int = 0,
     seed: int = 0,
@@ -361,6 +380,7 @@ def make_plan(
         allotment: ranks of the targets, and the MLPs that lose neurons.
         losses: what each direction of each target costs, nats per token; empty where that is not known.
         mlps: the MLPs, by consumer.
+        tokens: rows of the input of each target that calibration saw; None where that is not known.
         calibration_tokens, gradient_tokens, seed: of the statistics.
         unreached: names of modules that were left out.
     """
@@ -378,7 +398,8 @@ def make_plan(
             if spectrum is not None:
                 lost = 0.0 if rank is None else float(spectrum[rank:].sum())
             values = () if spectrum is None else tuple(spectrum.tolist())
-            yield ModulePlan(name, storage.whole_shape, rank, storage.stored(rank), lost, values, storage.size)
+            seen = None if tokens is None else tokens.get(name)
+            yield ModulePlan(name, storage.whole_shape, rank, storage.stored(rank), lost, values, storage.size, seen)
 
     return Plan(
         modules=tuple(modules()),

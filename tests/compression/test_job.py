@@ -228,6 +228,9 @@ def test_targets_that_no_batch_reaches_stay_dense_where_they_were_not_named(allo
     with pytest.warns(ReparamWarning, match=r"No batch reached 2 targets, beside 7 others.*experts\.3\.\* \(2\)"):
         chosen = plan(mixture(), config, TOKENS, max_memory=max_memory, progress=False)
     assert chosen.unreached == ("experts.3.0", "experts.3.2")
+    tokens = {module.name: module.tokens or 0 for module in chosen.modules}
+    assert sum(tokens[f"experts.{expert}.0"] for expert in range(3)) == tokens["router"] == 240
+    assert str(chosen).splitlines()[1].split()[-1] == "240"
     assert Plan.from_dict(json.loads(json.dumps(chosen.to_dict()))) == chosen
     small = compress(mixture(), config, TOKENS, plan=chosen, progress=False)
     assert not any("experts.3" in name for name in small.peft_config["default"].rank_pattern)

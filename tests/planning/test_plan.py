@@ -37,8 +37,11 @@ def plans(draw: st.DrawFn) -> Plan:
     config = ReparamConfig(keep=draw(st.floats(0.01, 1)), form=form)
     config.method, config.allocation = draw(st.sampled_from(sorted(METHODS))), draw(st.sampled_from(ALLOCATIONS))
     config.moved_bias = draw(st.booleans())
-    provenance = {name: draw(st.integers(0, 2**40)) for name in ("calibration_tokens", "gradient_tokens", "seed")}
+    provenance: dict[str, Any] = {
+        name: draw(st.integers(0, 2**40)) for name in ("calibration_tokens", "gradient_tokens", "seed")
+    }
     known = losses if draw(st.booleans()) else {}
+    provenance["tokens"] = {name: draw(st.integers(0, 2)) for name in storages}
     return make_plan(config, config.keep, storages, Allotment(ranks), known, {}, **(provenance if known else {}))
 
 
@@ -80,7 +83,8 @@ def test_file_round_trip(plan: Plan) -> None:
 @given(plans())
 def test_prints_one_line_per_module_and_the_totals(plan: Plan) -> None:
     header, *lines, summary = str(plan).splitlines()
-    assert header.split() == ["module", "shape", "rank", "stored", "kept", "loss"]
+    routed = len({module.tokens for module in plan.modules}) > 1
+    assert header.split() == ["module", "shape", "rank", "stored", "kept", "loss", *(["tokens"] if routed else [])]
     assert len(lines) == len(plan.modules)
     assert len({len(line.rstrip()) for line in lines}) == 1, "columns are aligned"
     for line, module in zip(lines, plan.modules, strict=True):
@@ -89,6 +93,7 @@ def test_prints_one_line_per_module_and_the_totals(plan: Plan) -> None:
         assert (name, int(out_features), int(in_features)) == (module.name, *module.shape)
         assert rank == ("dense" if module.rank is None else str(module.rank))
         assert int(stored_.replace(",", "")) == module.stored_parameters
+        assert not routed or line.split()[-1] == str(module.tokens)
     assert summary.startswith(f"{plan.stored_parameters:,} of {plan.dense_parameters:,} parameters stored")
     assert f"{len(plan.dense_modules)} of {len(plan.modules)} matrices dense; {plan.method}" in summary
     assert ("predicted loss" in summary) == (plan.predicted_loss is not None)
@@ -129,6 +134,7 @@ BAD: dict[str, tuple[dict[str, Any], str]] = {
     "a bias flag that is none": ({**GOOD, "moved_bias": 1}, "`moved_bias` must be True or False"),
     "tokens that are no count": ({**GOOD, "calibration_tokens": -1}, "`calibration_tokens` is filled in .* a count"),
     "stored numbers that are no count": (with_module(stored_parameters=1.5), "a.b: `stored_parameters` must be a positive int"),
+    "tokens of a module that are no count": (with_module(tokens=-1), "a.b: `tokens` must be a count or None, got -1"),
     "a loss that is NaN": (with_module(predicted_loss=math.nan), "a.b: `predicted_loss` and `spectrum` must be finite"),
     "a loss beyond floats": (with_module(predicted_loss=10**400), "a.b: `predicted_loss` and `spectrum` must be finite"),
     "a loss that is False": (with_module(predicted_loss=False), "a.b: `predicted_loss` and `spectrum` must be finite"),
