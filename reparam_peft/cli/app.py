@@ -7,22 +7,24 @@ import os
 import sys
 import warnings
 from collections.abc import Callable
-from importlib.metadata import version
+from functools import wraps
 from typing import Annotated, Any, NoReturn
 
 import typer
 from safetensors import SafetensorError
 
 from ..arguments import ReparamWarning
-from .compress import compress
+from .command_options import (
+    CompressOptions,
+    EvaluateOptions,
+    ExportOptions,
+    HealOptions,
+    PlanOptions,
+    ReportOptions,
+    SearchOptions,
+)
 from .errors import CliError
-from .evaluate import evaluate
-from .export import export
 from .groups import spread
-from .heal import heal
-from .plan import plan
-from .report import report
-from .search import search
 from .settings_file import Command
 
 app = typer.Typer(
@@ -34,15 +36,32 @@ app = typer.Typer(
 )
 
 
-def _add(command: Callable[..., None], *examples: str) -> None:
-    """Make a function a command: with options for its groups of options, with `--config`, and with examples in its help."""
+def _command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., None]]:
+    """Make a function a command: with options for its groups of options, with `--config`, and with examples in its help.
+
+    What a command does is imported by its function, after PEFT knows the method: help is shown without the seconds that takes.
+    """
     epilog = "Examples:\n\n" + "\n\n".join(f"- `reparam {example}`" for example in examples)
-    app.command(cls=Command, epilog=epilog)(spread(command))
+
+    def add(command: Callable[..., None]) -> Callable[..., None]:
+        @wraps(command)
+        def run(*args: Any, **kwargs: Any) -> None:
+            from ..registration import register
+
+            register()
+            command(*args, **kwargs)
+
+        app.command(cls=Command, epilog=epilog)(spread(run))
+        return command
+
+    return add
 
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        print(version("reparam_peft"))
+        from .. import __version__
+
+        print(__version__)
         raise typer.Exit
 
 
@@ -53,31 +72,84 @@ def _options(
     """Options of `reparam` itself."""
 
 
-_add(
-    compress,
+@_command(
     "compress demo compressed --keep 0.9",
     "compress MODEL OUT --calibration train.txt --text test.txt --sequential --refine --run-folder blocks",
     "compress --config settings.yaml --seed 1",
 )
-_add(
-    plan,
+def compress(options: CompressOptions) -> None:
+    """Compress MODEL, save it to OUT, load it again, and say how large and how good it is."""
+    from .compress import compress
+
+    compress(options)
+
+
+@_command(
     "plan demo --keep 0.8 --statistics demo.safetensors --output plan.json",
     "plan MODEL --config settings.yaml --json",
 )
-_add(evaluate, "evaluate compressed --text article.txt --json", "evaluate compressed --speed --config settings.yaml")
-_add(search, "search demo compressed --max-increase 5%", "search --config settings.yaml --run-folder trials")
-_add(
-    heal,
+def plan(options: PlanOptions) -> None:
+    """Print which rank each matrix of MODEL would get, what it stores and what it is predicted to cost; change nothing."""
+    from .plan import plan
+
+    plan(options)
+
+
+@_command(
+    "evaluate compressed --text article.txt --json",
+    "evaluate compressed --speed --config settings.yaml",
+)
+def evaluate(options: EvaluateOptions) -> None:
+    """Perplexity of MODEL on a text, its size, and on request its speed."""
+    from .evaluate import evaluate
+
+    evaluate(options)
+
+
+@_command(
+    "search demo compressed --max-increase 5%",
+    "search --config settings.yaml --run-folder trials",
+)
+def search(options: SearchOptions) -> None:
+    """Find the smallest compressed MODEL whose metric gets no worse than allowed, and save it to OUT."""
+    from .search import search
+
+    search(options)
+
+
+@_command(
     "heal compressed healed --calibration article.txt --steps 200",
     "heal --config settings.yaml --run-folder steps",
 )
-_add(report, "report compressed", "report compressed --no-measure --output page", "report --config settings.yaml")
-_add(
-    export,
+def heal(options: HealOptions) -> None:
+    """Train the compressed MODEL to predict what the dense one predicts, and save it to OUT."""
+    from .heal import heal
+
+    heal(options)
+
+
+@_command(
+    "report compressed",
+    "report compressed --no-measure --output page",
+    "report --config settings.yaml",
+)
+def report(options: ReportOptions) -> None:
+    """Write a report on RUN: one HTML file that needs no network, its pictures as PNG, and its data as JSON."""
+    from .report import report
+
+    report(options)
+
+
+@_command(
     "export compressed standalone",
     "export compressed small --quantize int8",
     "export --config settings.yaml --overwrite",
 )
+def export(options: ExportOptions) -> None:
+    """Write the compressed MODEL to OUT as a checkpoint that `AutoModel…` loads without the dense one, or as ONNX files."""
+    from .export import export
+
+    export(options)
 
 
 def _show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
