@@ -1,11 +1,9 @@
-"""The command line: `reparam compress`, `plan`, `search`, `heal`, `evaluate`, `report` and `export`."""
+"""The command line: `reparam compress`, `plan`, `search`, `heal`, `evaluate`, `report`, `export` and `run`."""
 
 from __future__ import annotations
 
-import logging
 import os
 import sys
-import warnings
 from collections.abc import Callable
 from functools import wraps
 from typing import Annotated, Any, NoReturn
@@ -13,7 +11,6 @@ from typing import Annotated, Any, NoReturn
 import typer
 from safetensors import SafetensorError
 
-from ..arguments import ReparamWarning
 from .command_options import (
     CompressOptions,
     EvaluateOptions,
@@ -25,6 +22,7 @@ from .command_options import (
 )
 from .errors import CliError
 from .groups import spread
+from .noise import one_line, quieten
 from .settings_file import Command
 
 app = typer.Typer(
@@ -41,27 +39,35 @@ def _command(*examples: str) -> Callable[[Callable[..., None]], Callable[..., No
 
     What a command does is imported by its function, after PEFT knows the method: help is shown without the seconds that takes.
     """
-    epilog = "Examples:\n\n" + "\n\n".join(f"- `reparam {example}`" for example in examples)
 
     def add(command: Callable[..., None]) -> Callable[..., None]:
         @wraps(command)
         def run(*args: Any, **kwargs: Any) -> None:
-            from ..registration import register
-
-            register()
+            quieten()
+            _register()
             command(*args, **kwargs)
 
-        app.command(cls=Command, epilog=epilog)(spread(run))
+        app.command(cls=Command, epilog=_epilog(*examples))(spread(run))
         return command
 
     return add
 
 
+def _epilog(*examples: str) -> str:
+    return "Examples:\n\n" + "\n\n".join(f"- `reparam {example}`" for example in examples)
+
+
+def _register() -> None:
+    from ..registration import register
+
+    register()
+
+
 def _show_version(wanted: bool) -> None:
     if wanted:
-        from .. import __version__
+        from importlib.metadata import version
 
-        print(__version__)
+        print(version("reparam_peft"))
         raise typer.Exit
 
 
@@ -152,41 +158,41 @@ def export(options: ExportOptions) -> None:
     export(options)
 
 
-def _show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    """A warning of this package, in one line; those of other libraries are not shown."""
-    print(f"warning: {_one_line(str(message))}", file=sys.stderr)
+@app.command(
+    context_settings={"allow_interspersed_args": False},  # what stands after PROGRAM is its own, `--help` too
+    epilog=_epilog(
+        "run lm_eval --model hf --model_args pretrained=standalone --tasks hellaswag",
+        "run transformers serve standalone",
+        "run train.py --epochs 3",
+    ),
+)
+def run(
+    program: Annotated[str, typer.Argument(metavar="PROGRAM", help="A Python script, an installed command or a module.")],
+    arguments: Annotated[list[str] | None, typer.Argument(metavar="ARGUMENTS", help="Of PROGRAM.")] = None,
+) -> None:
+    """Run another program with `reparam_peft` imported, so that its PEFT and transformers load compressed models."""
+    from .run import run_program
+
+    run_program(program, arguments or [], before=_register)
 
 
 def main() -> None:
     """Entry point: errors in one line on stderr, exit code 1; wrong usage exits with 2; REPARAM_DEBUG=1 shows tracebacks."""
-    warnings.filterwarnings("ignore")
-    warnings.filterwarnings("always", category=ReparamWarning)
-    warnings.showwarning = _show
-    logging.disable(logging.WARNING)
-    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-    if os.environ.get("REPARAM_DEBUG"):
-        app()
     try:
         app()
-    except EXPECTED as error:
-        _tell(str(error) or type(error).__name__)
-    except FAULTS as error:  # of a library or of ours, which a file of a stranger may bring about
-        _tell(f"{type(error).__name__}: {error}")
+    except (*EXPECTED, *FAULTS) as error:
+        if os.environ.get("REPARAM_DEBUG"):
+            raise
+        name = type(error).__name__
+        _tell(str(error) or name if isinstance(error, EXPECTED) else f"{name}: {error}")
 
 
 EXPECTED = (CliError, ValueError, TypeError, OSError, RuntimeError, ImportError, ArithmeticError, SafetensorError)
+# Of a library or of ours, which a file of a stranger may bring about.
 FAULTS = (LookupError, AttributeError, AssertionError, MemoryError, NameError, EOFError, BufferError)
-LONGEST = 2000  # characters of a message, which may quote a file
 
 
 def _tell(message: str) -> NoReturn:
     """One line on stderr, and exit code 1."""
-    print(f"error: {_one_line(message)}", file=sys.stderr)
+    print(f"error: {one_line(message)}", file=sys.stderr)
     sys.exit(1)
-
-
-def _one_line(message: str) -> str:
-    """A message, which may quote a file, in one line of characters that a terminal shows as they are."""
-    line = " ".join(message.split())
-    plain = "".join(character if character.isprintable() else "\N{REPLACEMENT CHARACTER}" for character in line)
-    return plain if len(plain) <= LONGEST else f"{plain[:LONGEST]} …"

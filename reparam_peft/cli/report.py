@@ -27,7 +27,9 @@ def report(options: ReportOptions) -> None:
     if not (measures and adapter) and not (dense is None and text.text is None and load.device is None):
         raise CliError("--dense, --text and --device are for measuring the models of an adapter; leave them out.")
     check_report_folder(output)
-    record = read_record(run) if run.is_dir() else None
+    if not run.is_dir():
+        raise CliError(f"{run}: there is no such folder.")
+    record = read_record(run)
     if record is None and not adapter:
         raise CliError(f"{run} is neither an adapter of reparam_peft nor the folder of a run.")
     if measures and adapter:
