@@ -1,41 +1,42 @@
 """Compress pretrained transformers by low-rank reparameterisation, as a PEFT method.
 
-Importing the package registers the method REPARAM with PEFT.
+Importing the package registers the method REPARAM with PEFT. Public names are imported when they are first asked for.
 """
 
 from __future__ import annotations
 
-from importlib.metadata import version
+import sys
+from functools import cache
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-from .registration import register
+if TYPE_CHECKING:
+    __version__: str
 
-register()
+    from .blockwise.anchoring import Anchoring
+    from .blockwise.refinement import Refinement
+    from .calibration.self_written import self_written
+    from .calibration.statistics import Statistics
+    from .compression.compress import calibrate, compress, plan
+    from .compression.streaming import compress_checkpoint
+    from .compression.truncation import retruncate
+    from .config.reparam_config import ReparamConfig
+    from .evaluation.perplexity import perplexity
+    from .evaluation.speed import Benchmark, benchmark
+    from .evaluation.text import text_batches
+    from .healing.trainer import HealingTrainer
+    from .numerics.angles import principal_angles
+    from .numerics.decompositions import Factors, factorize
+    from .planning.plan import Plan
+    from .report.angles import input_angles
+    from .report.page import write_report
+    from .report.plots import plot_effective_ranks, plot_spectra
+    from .report.record import Record
+    from .searching.result import SearchResult, Trial
+    from .searching.search import search
+    from .tuner.model import ReparamModel
+    from .tuner.sizes import MatrixSize, SizeReport
 
-from .blockwise.anchoring import Anchoring  # noqa: E402  the enum's member must exist first
-from .blockwise.refinement import Refinement  # noqa: E402
-from .calibration.self_written import self_written  # noqa: E402
-from .calibration.statistics import Statistics  # noqa: E402
-from .compression.compress import calibrate, compress, plan  # noqa: E402
-from .compression.streaming import compress_checkpoint  # noqa: E402
-from .compression.truncation import retruncate  # noqa: E402
-from .config.reparam_config import ReparamConfig  # noqa: E402
-from .evaluation.perplexity import perplexity  # noqa: E402
-from .evaluation.speed import Benchmark, benchmark  # noqa: E402
-from .evaluation.text import text_batches  # noqa: E402
-from .healing.trainer import HealingTrainer  # noqa: E402
-from .numerics.angles import principal_angles  # noqa: E402
-from .numerics.decompositions import Factors, factorize  # noqa: E402
-from .planning.plan import Plan  # noqa: E402
-from .report.angles import input_angles  # noqa: E402
-from .report.page import write_report  # noqa: E402
-from .report.plots import plot_effective_ranks, plot_spectra  # noqa: E402
-from .report.record import Record  # noqa: E402
-from .searching.result import SearchResult, Trial  # noqa: E402
-from .searching.search import search  # noqa: E402
-from .tuner.model import ReparamModel  # noqa: E402
-from .tuner.sizes import MatrixSize, SizeReport  # noqa: E402
-
-__version__ = version("reparam_peft")
 __all__ = [
     "Anchoring",
     "Benchmark",
@@ -68,3 +69,72 @@ __all__ = [
     "text_batches",
     "write_report",
 ]
+
+# Where each of them is defined.
+_HOMES = {
+    "Anchoring": "blockwise.anchoring",
+    "Benchmark": "evaluation.speed",
+    "Factors": "numerics.decompositions",
+    "HealingTrainer": "healing.trainer",
+    "MatrixSize": "tuner.sizes",
+    "Plan": "planning.plan",
+    "Record": "report.record",
+    "Refinement": "blockwise.refinement",
+    "ReparamConfig": "config.reparam_config",
+    "ReparamModel": "tuner.model",
+    "SearchResult": "searching.result",
+    "SizeReport": "tuner.sizes",
+    "Statistics": "calibration.statistics",
+    "Trial": "searching.result",
+    "benchmark": "evaluation.speed",
+    "calibrate": "compression.compress",
+    "compress": "compression.compress",
+    "compress_checkpoint": "compression.streaming",
+    "factorize": "numerics.decompositions",
+    "input_angles": "report.angles",
+    "perplexity": "evaluation.perplexity",
+    "plan": "compression.compress",
+    "plot_effective_ranks": "report.plots",
+    "plot_spectra": "report.plots",
+    "principal_angles": "numerics.angles",
+    "retruncate": "compression.truncation",
+    "search": "searching.search",
+    "self_written": "calibration.self_written",
+    "text_batches": "evaluation.text",
+    "write_report": "report.page",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """A public name, or the version (PEP 562). It is a plain attribute of the package from then on."""
+    value: Any
+    if name == "__version__":
+        from importlib.metadata import version
+
+        value = version("reparam_peft")
+    elif name in _HOMES:
+        _register()
+        value = getattr(import_module(f".{_HOMES[name]}", __name__), name)
+    else:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, "__version__"})
+
+
+@cache
+def _register() -> None:
+    """Make PEFT and transformers know the method. What is a method of PEFT cannot be defined before."""
+    from .registration import register
+
+    register()
+
+
+# The command `reparam` comes by `reparam_peft_command`, which stands beside the package to be told from other imports: its help
+# and its completion do not wait for PEFT, which takes seconds, and it registers the method before a command does anything.
+# All others find the method registered: PEFT must know it once a checkpoint of it is loaded, which asks for no name from here.
+if "reparam_peft_command" not in sys.modules:
+    _register()

@@ -16,7 +16,7 @@ PACKAGE = Path(reparam_peft.__file__).parent
 MODULES = modules_of(PACKAGE)
 GRAPH = import_graph(PACKAGE)
 LEVELS = [
-    {"numerics", "runtime", "display", "arguments"},
+    {"numerics", "runtime", "display", "arguments", "defaults"},
     {"config", "layers", "evaluation"},
     {"calibration", "planning", "standalone"},
     {"tuner", "blockwise"},

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 
 from ..arguments import check_count, check_seed
+from ..defaults import EPOCHS
 from ..runtime.devices import computes_bfloat16
 from .blocks import Call, main_tensor
 
@@ -42,7 +43,7 @@ class Refinement:
         seed: of the order of batches.
     """
 
-    epochs: int = 4
+    epochs: int = EPOCHS
     batch_size: int = 1
     learning_rate: float = 5e-4
     warmup: float = 0.1

@@ -15,6 +15,7 @@ from tqdm.auto import tqdm
 from transformers import GenerationConfig, GenerationMixin, LogitsProcessor, LogitsProcessorList
 
 from ..arguments import check_count, check_number, check_seed
+from ..defaults import LENGTH, WINDOWS
 from ..runtime.batches import Batch
 from ..runtime.files import save_tensors
 from ..runtime.fingerprints import (
@@ -31,7 +32,7 @@ from .sampling import generator_of
 
 FORMAT = "reparam_peft text 1"
 SELF = "self"  # the word that stands for batches which the model is to write itself
-WINDOWS, LENGTH, BATCH_SIZE = 24, 512, 2  # of these batches; a backward pass needs more memory than a forward pass
+BATCH_SIZE = 2  # rows of text; a backward pass needs more memory than a forward pass
 Given = TypeVar("Given")
 _STREAM = -1  # of the seeds of text, apart from those of sampled labels
 

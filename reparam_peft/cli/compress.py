@@ -8,9 +8,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, NamedTuple
+from typing import Any, NamedTuple
 
-import typer
 from peft import PeftModel, get_peft_model
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
@@ -21,26 +20,18 @@ from ..calibration.statistics import Statistics
 from ..compression.compress import compress as compress_model
 from ..compression.compress import plan as plan_model
 from ..config.reparam_config import ReparamConfig
+from ..defaults import EPOCHS
 from ..evaluation.perplexity import perplexity
 from ..planning.plan import Plan
 from ..report.record import Record, saving_with
 from ..runtime.batches import Batch
 from ..runtime.run_folder import HEALING, HEALING_TEXT, PLAN
 from ..tuner.sizes import SizeReport
+from .command_options import CompressOptions, TrainingOptions, minutes_of
 from .errors import CliError
-from .heal import TrainingOptions, minutes_of, rows_of, train
+from .heal import rows_of, train
 from .inputs import held_out, load_compressed, load_dense, load_model, read_batches, take_experts
-from .options import (
-    CalibrationOptions,
-    ConfigOptions,
-    JsonOption,
-    LoadOptions,
-    ModelArgument,
-    OutputArgument,
-    OverwriteOption,
-    SeedOption,
-    TextOptions,
-)
+from .options import ConfigOptions
 from .outputs import (
     PROMPTS,
     check_language_model,
@@ -57,66 +48,6 @@ from .statistics_file import Calibration, is_data_free, uses_no_data
 
 HEALING_WINDOWS = 4096  # the most of a text that are trained on
 HEALING_WRITTEN = 48  # that the model writes; one of them takes about as long as a step on it
-
-
-@dataclass(frozen=True, kw_only=True)
-class BlockOptions:
-    """Compression block by block."""
-
-    sequential: Annotated[
-        bool, typer.Option("--sequential", help="Block by block: fit each matrix to what the earlier ones became.")
-    ] = False
-    refine: Annotated[
-        bool, typer.Option("--refine", help="Block by block: train each block to compute what the original one does.")
-    ] = False
-    epochs: Annotated[int | None, typer.Option(min=1, help="Of --refine. Default: 4.")] = None
-    run_folder: Annotated[
-        Path | None,
-        typer.Option(
-            help="Folder for finished blocks and their errors, and for checkpoints of --heal: a run that was killed goes on "
-            "from there."
-        ),
-    ] = None
-    offload_folder: Annotated[
-        Path | None, typer.Option(help="Folder for activations during --sequential or --refine. Default: in memory.")
-    ] = None
-
-    @property
-    def by_block(self) -> bool:
-        """Whether the model is compressed block by block."""
-        return self.sequential or self.refine
-
-
-@dataclass(frozen=True, kw_only=True)
-class CompressOptions:
-    """The arguments and options of `reparam compress`, in the order of its help."""
-
-    model: ModelArgument
-    output: OutputArgument
-    config: ConfigOptions
-    calibration: CalibrationOptions
-    plan: Annotated[Path | None, typer.Option(help="Plan that `reparam plan --output` wrote, instead of --keep.")] = None
-    seed: SeedOption = None
-    blocks: BlockOptions
-    heal: Annotated[
-        str | None,
-        typer.Option(
-            help="Then train the whole model for this long, such as 90s, 30m or 1h, to predict what the dense one predicts, on "
-            "later windows of the calibration text; without --calibration, on text that it writes itself."
-        ),
-    ] = None
-    evaluate: Annotated[bool, typer.Option(help="Measure perplexity before and after, and generate a sample.")] = True
-    text: TextOptions
-    load: LoadOptions
-    overwrite: OverwriteOption = False
-    as_json: JsonOption = False
-
-    @property
-    def beside(self) -> tuple[Path | str | None, ...]:
-        """Files and folders that are read or written, but for MODEL and OUT."""
-        blocks, calibration = self.blocks, self.calibration
-        written = (blocks.run_folder, blocks.offload_folder, calibration.statistics)
-        return (*written, self.plan, calibration.calibration, self.text.text)
 
 
 @dataclass(frozen=True)
@@ -174,7 +105,7 @@ class Quality(NamedTuple):
 
 
 def compress(options: CompressOptions) -> None:
-    """Compress MODEL, save it to OUT, load it again, and say how large and how good it is."""
+    """Do what `reparam compress --help` says."""
     settings = _settings(replace(options, output=options.output.resolve()))
     inputs = _read(settings)
     tokenizer, windows = inputs.tokenizer, inputs.windows
@@ -326,7 +257,7 @@ def _factorised(settings: Settings, inputs: Inputs, plan: Plan | None) -> PeftMo
         return get_peft_model(inputs.model, settings.config)
     if not blocks.by_block or batches is None:
         return compress_model(inputs.model, settings.config, statistics, plan=plan)
-    epochs = Refinement.epochs if blocks.epochs is None else blocks.epochs
+    epochs = EPOCHS if blocks.epochs is None else blocks.epochs
     return compress_model(
         inputs.model,
         settings.config,

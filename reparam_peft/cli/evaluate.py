@@ -3,41 +3,31 @@
 from __future__ import annotations
 
 import json
-from typing import Annotated, Any
-
-import typer
+from typing import Any
 
 from ..evaluation.perplexity import perplexity
 from ..evaluation.speed import benchmark
 from ..standalone.checkpoint import CheckpointLoader
+from .command_options import EvaluateOptions
 from .inputs import held_out, is_compressed, load_model
-from .options import JsonOption, LoadOptions, ModelArgument, SmallerOption, TextOptions
 from .outputs import check_language_model, figures_table, out, size_table
 
 
-def evaluate(
-    model: ModelArgument,
-    *,
-    keep: SmallerOption = None,
-    text: TextOptions,
-    speed: Annotated[bool, typer.Option(help="Also measure latency and peak memory.")] = False,
-    load: LoadOptions,
-    as_json: JsonOption = False,
-) -> None:
-    """Perplexity of MODEL on a text, its size, and on request its speed."""
-    loaded, tokenizer = load_model(model, load.dtype, load.device, keep=keep)
-    check_language_model(loaded, model, "")
-    batches = held_out(tokenizer, text)
+def evaluate(options: EvaluateOptions) -> None:
+    """Do what `reparam evaluate --help` says."""
+    loaded, tokenizer = load_model(options.model, options.load.dtype, options.load.device, keep=options.keep)
+    check_language_model(loaded, options.model, "")
+    batches = held_out(tokenizer, options.text)
     figures: dict[str, Any] = {"perplexity": perplexity(loaded, batches, progress=True)}
     sizes = loaded.size_report() if is_compressed(loaded) else None
     whole = sizes.to_dict()["model"] if sizes else {}
     figures["parameters"] = whole.get("stored_parameters", sum(p.numel() for p in loaded.parameters()))
     figures["bytes"] = whole.get("stored_bytes", _bytes(loaded))
-    if speed:
-        timing = benchmark(loaded, prompt_length=text.length)
+    if options.speed:
+        timing = benchmark(loaded, prompt_length=options.text.length)
         figures |= {name.replace("_", " "): value for name, value in timing.to_dict().items() if value is not None}
-    if as_json:
-        print(json.dumps({"model": model, **figures, **({"size": sizes.to_dict()} if sizes else {})}))
+    if options.as_json:
+        print(json.dumps({"model": options.model, **figures, **({"size": sizes.to_dict()} if sizes else {})}))
         return
     out.print(figures_table(figures))
     if sizes:

@@ -3,14 +3,11 @@
 from __future__ import annotations
 
 import json
-import re
 import tempfile
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
-import typer
 from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments
 
@@ -19,70 +16,24 @@ from ..healing.checkpoints import last_whole
 from ..healing.trainer import HealingTrainer
 from ..report.record import record_of_adapter, saving_with
 from ..runtime.batches import Batch
-from .errors import CliError
+from .command_options import HealOptions, TrainingOptions
 from .inputs import after_held_out, held_out, load_compressed, load_dense_of, read_batches
-from .options import JsonOption, LoadOptions, ModelArgument, OutputArgument, OverwriteOption, SmallerOption, TextOptions
 from .outputs import check_language_model, check_output, err, figures_table, note_evaluation, out, save_whole
 
 
-@dataclass(frozen=True, kw_only=True)
-class TrainingOptions:
-    """How a model is trained."""
-
-    train_windows: Annotated[int, typer.Option(min=1, help="The most windows of text to train on.")] = 512
-    epochs: Annotated[float | None, typer.Option(min=0, help="Passes over them. Default: 1.")] = None
-    steps: Annotated[int | None, typer.Option(min=1, help="Steps, instead of --epochs.")] = None
-    time: Annotated[
-        str | None, typer.Option(help="How long to train, such as 90s, 30m or 1h, instead of --epochs and --steps.")
-    ] = None
-    batch_size: Annotated[int, typer.Option(min=1, help="Windows in a step.")] = 1
-    learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 5e-5
-    distillation: Annotated[float, typer.Option(help="Part of the loss that is distillation; the rest is of the text.")] = 1.0
-    temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0
-    bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16, where the device has it.")] = False
-    run_folder: Annotated[
-        Path | None, typer.Option(help="Folder for checkpoints: a run that was killed goes on from the last one.")
-    ] = None
-    seed: Annotated[int, typer.Option(min=0, help="Of the order of the windows.")] = 0
-
-    def minutes(self) -> float | None:
-        """How long to train; None: as many epochs or steps as are asked for.
-
-        Raises:
-            CliError: what --time says is no time, or --epochs or --steps say otherwise.
-        """
-        if self.time is not None and not (self.epochs is None and self.steps is None):
-            raise CliError("--time says how long to train; leave out --epochs and --steps.")
-        return None if self.time is None else minutes_of("--time", self.time)
-
-
-def heal(
-    model: ModelArgument,
-    output: OutputArgument,
-    *,
-    keep: SmallerOption = None,
-    teacher: Annotated[str | None, typer.Option(help="The dense model. Default: the one that MODEL was made from.")] = None,
-    calibration: Annotated[
-        str | None, typer.Option(help="Text to train on: as for --text. Default: Python's language reference.")
-    ] = None,
-    training: TrainingOptions,
-    text: TextOptions,
-    load: LoadOptions,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Train the compressed MODEL to predict what the dense one predicts, and save it to OUT."""
-    output = output.resolve()
+def heal(options: HealOptions) -> None:
+    """Do what `reparam heal --help` says."""
+    model, output, training, text, load = options.model, options.output.resolve(), options.training, options.text, options.load
     training.minutes()  # what is no time is refused before anything is loaded
-    beside = (training.run_folder, calibration, text.text)
-    check_output(output, model, overwrite, *beside)
-    small, tokenizer = load_compressed(model, load.dtype, load.device, trainable=True, keep=keep)
+    beside = (training.run_folder, options.calibration, text.text)
+    check_output(output, model, options.overwrite, *beside)
+    small, tokenizer = load_compressed(model, load.dtype, load.device, trainable=True, keep=options.keep)
     check_language_model(small, model, "")
     record = record_of_adapter(model, small)
-    dense = load_dense_of(model, teacher, load.dtype, load.device)
+    dense = load_dense_of(model, options.teacher, load.dtype, load.device)
     test = held_out(tokenizer, text)
-    skip = after_held_out(text) if calibration is None else 0
-    batches = read_batches(tokenizer, "--calibration", calibration, text.length, training.train_windows, skip)
+    skip = after_held_out(text) if options.calibration is None else 0
+    batches = read_batches(tokenizer, "--calibration", options.calibration, text.length, training.train_windows, skip)
     rows = rows_of(batches)
     figures = {}
 
@@ -93,8 +44,8 @@ def heal(
     losses = train(small, dense, rows, training, before=measure_before)
     figures["perplexity"] = perplexity(small, test, progress=True)
     record = record.with_(evaluation=note_evaluation(small, figures), losses=losses, samples=[], speed=None, angles={})
-    save_whole(small, tokenizer, output, *beside, overwrite=overwrite, save=saving_with(record))
-    if as_json:
+    save_whole(small, tokenizer, output, *beside, overwrite=options.overwrite, save=saving_with(record))
+    if options.as_json:
         print(json.dumps({"model": model, "output": str(output), "evaluation": figures, "losses": losses}))
         return
     out.print(figures_table(figures))
@@ -130,22 +81,6 @@ def train(
 def rows_of(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
     """The rows of batches, one by one."""
     return [{key: value[i] for key, value in batch.items()} for batch in batches for i in range(len(batch["input_ids"]))]
-
-
-def minutes_of(option: str, time: str) -> float:
-    """A time such as 90s, 30m or 1h in minutes.
-
-    Raises:
-        CliError: it is none.
-
-    >>> minutes_of("--heal", "90s"), minutes_of("--heal", "1.5h")
-    (1.5, 90.0)
-    """
-    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", time.strip())
-    minutes = 0.0 if match is None else float(match[1]) * {"s": 1 / 60, "m": 1.0, "h": 60.0}[match[2]]
-    if not minutes:
-        raise CliError(f"{option} must be a time above zero in s, m or h, such as 90s, 30m or 1h, got {time!r}.")
-    return minutes
 
 
 def _trainer(

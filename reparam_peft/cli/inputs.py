@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import math
 import os
+import warnings
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import peft
 import torch
 import transformers
 from accelerate.state import PartialState
 from datasets import load_dataset
+from huggingface_hub.errors import HFValidationError
+from huggingface_hub.utils import validate_repo_id
 from peft import PeftConfig
 from safetensors import SafetensorError
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModel, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerBase
 
+from ..arguments import ReparamWarning
 from ..config.fields import ALL_EXPERTS
 from ..config.model_card import AUTO_CLASSES
 from ..config.reparam_config import ReparamConfig
@@ -26,6 +30,7 @@ from ..tuner.model import ReparamModel
 from ..tuner.opening import experts_of
 from .demo import demo_folder, reference_text
 from .errors import CliError
+from .noise import explained_errors, others_speak
 from .options import TextOptions
 
 SET_ASIDE = 48 * 512  # tokens of the reference text that no figure is measured on
@@ -42,29 +47,25 @@ def load_model(
     model: str, dtype: str, device: str | None, trainable: bool = False, keep: float | None = None
 ) -> tuple[Any, PreTrainedTokenizerBase]:
     """A dense model or a compressed one, to be trained or not, whole or at a smaller size, on its device, and its tokenizer."""
-    transformers.logging.set_verbosity_error()
+    if not others_speak():
+        transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     if dtype not in DTYPES:
         raise CliError(f"--dtype must be {', '.join(DTYPES[:-1])} or {DTYPES[-1]}, got {dtype!r}.")
     target = _device(device)
     source = str(demo_folder()) if model == "demo" else model
-    if os.path.exists(source) and not os.path.isdir(source):
-        raise CliError(f"{source} is a file; MODEL must be a folder, a Hub id or `demo`.")
+    _check_source(source)
     torch_dtype = dtype if dtype == "auto" else getattr(torch, dtype)
     try:
-        if os.path.exists(os.path.join(source, "adapter_config.json")):
-            loaded = _load_adapter(model, source, torch_dtype, trainable, keep)
-        else:
-            architectures = AutoConfig.from_pretrained(source, trust_remote_code=False).architectures or [""]
-            named = getattr(transformers, architectures[0], None)
-            loader = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else AutoModel
-            if keep is not None:
-                raise _no_smaller_size(model)
-            code: dict[str, Any] = {"trust_remote_code": False} if loader is AutoModel else {}
-            loaded = loader.from_pretrained(source, dtype=torch_dtype, **code)
-        tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, SafetensorError) as error:
-        raise CliError(f"{model} cannot be loaded: {error}") from error
+        with explained_errors():
+            if os.path.exists(os.path.join(source, "adapter_config.json")):
+                loaded = _load_adapter(model, source, torch_dtype, trainable, keep)
+            else:
+                loaded = _load_dense(model, source, torch_dtype, keep)
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, RuntimeError, SafetensorError) as error:
+        missing = "" if os.path.isdir(source) else "there is no such folder, and of the Hub: "
+        raise CliError(f"{model} cannot be loaded: {missing}{error}") from error
     return loaded.to(target).eval(), tokenizer
 
 
@@ -137,9 +138,50 @@ def _device(name: str | None) -> torch.device:
     return device
 
 
+def _check_source(source: str) -> None:
+    """Refuse what is neither a folder nor may be a Hub id, before a library calls it a Hub id of a wrong form."""
+    if os.path.isdir(source):
+        return
+    if os.path.exists(source):
+        raise CliError(f"{source} is a file; MODEL must be a folder, a Hub id or `demo`.")
+    if not _may_be_hub_id(source):
+        raise CliError(f"{source} cannot be loaded: there is no such folder, and it is no Hub id.")
+
+
+def _may_be_hub_id(name: str) -> bool:
+    """Whether a name has the form NAME or OWNER/NAME."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return True
+
+
+def _load_dense(model: str, source: str, dtype: Any, keep: float | None) -> Any:
+    """A model of transformers, with the head that it was saved with."""
+    architectures = AutoConfig.from_pretrained(source, trust_remote_code=False).architectures or [""]
+    named = getattr(transformers, architectures[0], None)
+    loader = named if isinstance(named, type) and issubclass(named, PreTrainedModel) else AutoModel
+    if keep is not None:
+        raise _no_smaller_size(model)
+    code: dict[str, Any] = {"trust_remote_code": False} if loader is AutoModel else {}
+    loaded, told = cast(Any, loader).from_pretrained(source, dtype=dtype, output_loading_info=True, **code)
+    missing = sorted(told["missing_keys"])
+    if missing:
+        warnings.warn(
+            f"{len(missing)} tensors are not in the files of {model} and are random numbers now, the first {missing[0]!r}.",
+            ReparamWarning,
+            stacklevel=2,
+        )
+    return loaded
+
+
 def _load_adapter(model: str, source: str, dtype: Any, trainable: bool, keep: float | None) -> Any:
     """The adapter in a folder, on its base model, with the head that its task has."""
     config = PeftConfig.from_pretrained(source)
+    base = config.base_model_name_or_path
+    if base and not os.path.isdir(base) and not _may_be_hub_id(base):
+        raise CliError(f"{model} cannot be loaded: its base model was in {base}, and there is no such folder.")
     loader = getattr(peft, AUTO_CLASSES.get(config.task_type, "AutoPeftModel"))
     if keep is None:
         return loader.from_pretrained(source, dtype=dtype, is_trainable=trainable, **_code_of(loader))
@@ -167,8 +209,13 @@ def _words(option: str, text: str | None) -> str:
     if os.path.exists(text) or text.endswith((".txt", ".md")):
         raise CliError(f"{option} {text}: no such file.")
     name, *rest = text.split(":")
+    if not _may_be_hub_id(name):
+        raise CliError(f"{option} {text}: no such file, and no name of a data set of the Hub.")
     split = rest.pop() if rest else "train" if option == "--calibration" else "test"
-    rows = load_dataset(name, *rest, split=split)
+    try:
+        rows = load_dataset(name, *rest, split=split)
+    except (OSError, ValueError) as error:
+        raise CliError(f"{option} {text}: no such file, and of the Hub: {error}") from error
     try:
         return "\n\n".join(row["text"] for row in rows)
     except KeyError:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from ..arguments import listed
-from ..calibration.self_written import WINDOWS
-from ..config.fields import CALIBRATED
-from ..config.reparam_config import ReparamConfig
+from ..defaults import CALIBRATED, KEEP, LENGTH, WINDOWS
 from ..numerics.methods import METHODS, names_of_methods
 from .errors import CliError
+
+if TYPE_CHECKING:  # help is shown without PyTorch and PEFT
+    from ..config.reparam_config import ReparamConfig
 
 SHARE = 0.5  # of the windows that a model writes itself, beside a text that is given
 
@@ -56,7 +57,7 @@ class TextOptions:
             "Default: Python's language reference."
         ),
     ] = None
-    length: LengthOption = 512
+    length: LengthOption = LENGTH
     windows: Annotated[int, typer.Option(min=1, help="The most windows of text to evaluate.")] = 8
 
 
@@ -109,7 +110,7 @@ class StorageOptions:
 class ConfigOptions:
     """What a `ReparamConfig` is made of."""
 
-    keep: Annotated[float | None, typer.Option(help="Fraction of the targeted parameters to store. Default: 0.8.")] = None
+    keep: Annotated[float | None, typer.Option(help=f"Fraction of the targeted parameters to store. Default: {KEEP}.")] = None
     rank: Annotated[str | None, typer.Option(help="One rank for all matrices, or `full`; instead of --keep.")] = None
     targets: TargetOptions
     method: Annotated[str | None, typer.Option(help=f"{listed(METHODS)}. Default: {CALIBRATED['method']}.")] = None
@@ -121,6 +122,8 @@ class ConfigOptions:
         Raises:
             CliError, TypeError, ValueError: a value is wrong, or excludes another.
         """
+        from ..config.reparam_config import ReparamConfig
+
         if self.keep is not None and self.rank is not None:
             raise CliError("--keep and --rank exclude each other; give one.")
         if self.rank is not None and self.rank != "full" and not self.rank.isdecimal():
@@ -129,7 +132,7 @@ class ConfigOptions:
         return ReparamConfig(
             target_modules=_names(self.targets.target_modules),
             exclude_modules=None if excluded is None else _names(excluded),
-            keep=ReparamConfig.keep if self.keep is None else self.keep,
+            keep=KEEP if self.keep is None else self.keep,
             r=int(self.rank) if self.rank is not None and self.rank != "full" else self.rank,
             method=self.method,
             allocation=self.storage.allocation,

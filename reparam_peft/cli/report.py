@@ -4,9 +4,6 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated
-
-import typer
 
 from ..evaluation.perplexity import perplexity
 from ..evaluation.speed import benchmark
@@ -14,42 +11,34 @@ from ..report.angles import mean_input_angles
 from ..report.page import check_report_folder, write_report
 from ..report.record import Record, read_record, record_of_adapter
 from ..runtime.modules import predicts_next_token
+from .command_options import ReportOptions
 from .errors import CliError
 from .inputs import held_out, load_compressed, load_dense_of
-from .options import JsonOption, LoadOptions, TextOptions
+from .options import LoadOptions, TextOptions
 from .outputs import PROMPTS, continuation, err, out
 
 
-def report(
-    run: Annotated[
-        Path, typer.Argument(metavar="RUN", help="Folder that a command wrote an adapter to, or the run folder of `compress`.")
-    ],
-    *,
-    output: Annotated[Path | None, typer.Option(help="Folder to write the report to. Default: RUN/report.")] = None,
-    measure: Annotated[
-        bool, typer.Option(help="Load both models: for speed, samples, angles between layers, and perplexity if not known.")
-    ] = True,
-    dense: Annotated[str | None, typer.Option(help="The dense model. Default: the one that RUN was made from.")] = None,
-    text: TextOptions,
-    load: LoadOptions,
-    as_json: JsonOption = False,
-) -> None:
-    """Write a report on RUN: one HTML file that needs no network, its pictures as PNG, and its data as JSON."""
+def report(options: ReportOptions) -> None:
+    """Do what `reparam report --help` says."""
+    run, dense, text, load = options.run, options.dense, options.text, options.load
+    measures = options.measure
     adapter = (run / "adapter_config.json").exists()
-    output = run / "report" if output is None else output
-    if not (measure and adapter) and not (dense is None and text.text is None and load.device is None):
+    output = run / "report" if options.output is None else options.output
+    if not (measures and adapter) and not (dense is None and text.text is None and load.device is None):
         raise CliError("--dense, --text and --device are for measuring the models of an adapter; leave them out.")
     check_report_folder(output)
-    record = read_record(run) if run.is_dir() else None
+    if not run.is_dir():
+        raise CliError(f"{run}: there is no such folder.")
+    record = read_record(run)
     if record is None and not adapter:
         raise CliError(f"{run} is neither an adapter of reparam_peft nor the folder of a run.")
-    if measure and adapter:
+    if measures and adapter:
         record = _measured(run, dense, text, load)
     elif record is None:
         raise CliError(f"{run} holds no record of its run; leave out --no-measure, so that its model is looked at.")
     page = write_report(record, output)
     record.save(output / "record.json")
-    if as_json:
+    if options.as_json:
         print(json.dumps({"run": str(run), "report": str(page), "evaluation": record.evaluation, "speed": record.speed}))
     else:
         out.print(f"report written to {page}", highlight=False, soft_wrap=True)

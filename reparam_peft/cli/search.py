@@ -3,80 +3,33 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
 
-import typer
 from rich.table import Table
 
-from ..config.fields import CALIBRATED
 from ..report.record import Record, saving_with
 from ..searching.goal import Goal, check_goal
 from ..searching.result import SearchResult
 from ..searching.search import find_smallest
+from .command_options import SearchOptions
 from .errors import CliError
 from .inputs import held_out, load_dense, take_experts
-from .options import (
-    CalibrationOptions,
-    ConfigOptions,
-    JsonOption,
-    LoadOptions,
-    ModelArgument,
-    OutputArgument,
-    OverwriteOption,
-    SeedOption,
-    StorageOptions,
-    TargetOptions,
-    TextOptions,
-)
+from .options import ConfigOptions
 from .outputs import check_language_model, check_output, note_evaluation, out, save_whole
 from .statistics_file import Calibration
 
 
-@dataclass(frozen=True, kw_only=True)
-class GoalOptions:
-    """What is searched for."""
-
-    max_increase: Annotated[
-        str, typer.Option(help="How much worse the metric may get: a percentage, or a number in its own unit.")
-    ] = "5%"
-    metric: Annotated[
-        str,
-        typer.Option(
-            help="perplexity or accuracy of next tokens on --text, a task of lm-evaluation-harness, or a file of one."
-        ),
-    ] = "perplexity"
-    documents: Annotated[int | None, typer.Option(min=1, help="The most documents of a task. Default: all.")] = None
-    methods: Annotated[str, typer.Option(help="Methods to try, separated by commas.")] = CALIBRATED["method"]
-    max_trials: Annotated[int, typer.Option(min=1, help="The most trials of each method.")] = 10
-
-
-def search(
-    model: ModelArgument,
-    output: OutputArgument,
-    *,
-    wanted: GoalOptions,
-    targets: TargetOptions,
-    storage: StorageOptions,
-    calibration: CalibrationOptions,
-    seed: SeedOption = None,
-    run_folder: Annotated[Path | None, typer.Option(help="Folder for trials: a search that was killed goes on.")] = None,
-    text: TextOptions,
-    load: LoadOptions,
-    overwrite: OverwriteOption = False,
-    as_json: JsonOption = False,
-) -> None:
-    """Find the smallest compressed MODEL whose metric gets no worse than allowed, and save it to OUT."""
-    output = output.resolve()
-    beside = (run_folder, calibration.statistics, calibration.calibration, text.text)
-    check_output(output, model, overwrite, *beside)
-    config = ConfigOptions(targets=targets, storage=storage).config()
-    source = Calibration.of(calibration, text.length, seed, run_folder)
+def search(options: SearchOptions) -> None:
+    """Do what `reparam search --help` says."""
+    output, wanted, text, seed = options.output.resolve(), options.wanted, options.text, options.seed
+    beside = (options.run_folder, options.calibration.statistics, options.calibration.calibration, text.text)
+    check_output(output, options.model, options.overwrite, *beside)
+    config = ConfigOptions(targets=options.targets, storage=options.storage).config()
+    source = Calibration.of(options.calibration, text.length, seed, options.run_folder)
     statistics = source.earlier(config)
-    dense, tokenizer = load_dense(model, load.dtype, load.device)
-    take_experts(config, dense, targets.experts)
-    check_language_model(dense, model, "")
+    dense, tokenizer = load_dense(options.model, options.load.dtype, options.load.device)
+    take_experts(config, dense, options.targets.experts)
+    check_language_model(dense, options.model, "")
     goal = Goal(
         metric=wanted.metric,
         tolerance=wanted.max_increase,
@@ -91,17 +44,17 @@ def search(
         statistics = source.gather(dense, config, source.batches(dense, tokenizer))
     if statistics is None:  # the search keeps what it gathers in its run folder
         batches = source.batches(dense, tokenizer)
-        result = find_smallest(dense, config, batches, goal, run_folder=run_folder, seed=seed or 0)
+        result = find_smallest(dense, config, batches, goal, run_folder=options.run_folder, seed=seed or 0)
     else:
-        result = find_smallest(dense, config, statistics, goal, run_folder=run_folder, seed=statistics.seed)
+        result = find_smallest(dense, config, statistics, goal, run_folder=options.run_folder, seed=statistics.seed)
     if result.model is None or result.chosen is None:
         raise CliError(f"no size is within {wanted.max_increase}; allow more with --max-increase.\n{result}")
     figures = {f"dense {result.metric}": result.dense_metric, result.metric: result.chosen.metric}
     note_evaluation(result.model, figures)
-    record = Record.of(result.model, plan=result.plan, search=result, angles=False).with_(model=model)
-    save_whole(result.model, tokenizer, output, *beside, overwrite=overwrite, save=saving_with(record))
-    if as_json:
-        print(json.dumps({"model": model, "output": str(output), **result.to_dict()}))
+    record = Record.of(result.model, plan=result.plan, search=result, angles=False).with_(model=options.model)
+    save_whole(result.model, tokenizer, output, *beside, overwrite=options.overwrite, save=saving_with(record))
+    if options.as_json:
+        print(json.dumps({"model": options.model, "output": str(output), **result.to_dict()}))
     else:
         _print(result, output)
 

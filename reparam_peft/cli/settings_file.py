@@ -7,16 +7,12 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-import yaml
 from typer.core import TyperCommand
 
 from .errors import CliError
 
 # Options that take names separated by commas, and in a file a list of names, too.
 LISTS = ("target_modules", "exclude_modules", "methods")
-
-
-LARGEST = 1 << 20  # characters of a file
 
 
 class Command(TyperCommand):
@@ -31,9 +27,11 @@ def _use(context: typer.Context, path: Path | None) -> None:
     """Let the file's values be the defaults of the command, once each of them is known to be one that it takes."""
     if path is None or context.resilient_parsing:
         return
+    from .yaml_file import read_settings
+
     allowed = {_key(parameter): parameter for parameter in context.command.params if parameter is not _CONFIG}
     defaults: dict[str, Any] = {}
-    for key, value in _read(path).items():
+    for key, value in read_settings(path).items():
         name = str(key).replace("-", "_")
         if name not in allowed:
             command = context.command_path
@@ -57,45 +55,6 @@ def _key(parameter: Any) -> str:
     """The long option's name, with underscores, or the argument's."""
     long = [option for option in parameter.opts if option.startswith("--")]
     return (long[0][2:] if long else parameter.name).replace("-", "_")
-
-
-class _Loader(yaml.SafeLoader):
-    """PyYAML's safe loader, to which all but true, false and null is text, as on a command line, and nothing refers to another.
-
-    It would let the last of two equal keys win.
-    """
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in rows if tag.endswith((":bool", ":null"))]
-        for first, rows in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-    def compose_node(self, parent: yaml.Node | None, index: Any) -> yaml.Node | None:
-        if self.check_event(yaml.AliasEvent):  # a few of which may stand for any number of values
-            raise yaml.YAMLError("it refers to another part of itself by `*`, which is not read; write it out")
-        return super().compose_node(parent, index)
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        keys = [self.construct_object(key, deep=True) for key, _ in node.value]
-        twice = next((key for key in keys if keys.count(key) > 1), None)
-        if twice is not None:
-            raise yaml.YAMLError(f"`{twice}` is there twice.")
-        return super().construct_mapping(node, deep)
-
-
-def _read(path: Path) -> dict[Any, Any]:
-    try:
-        if path.exists() and not path.is_file():
-            raise OSError("it is no file")
-        with path.open(encoding="utf-8") as file:
-            settings = yaml.load(file.read(LARGEST), _Loader)
-    except (OSError, ValueError, RecursionError, yaml.YAMLError) as error:
-        raise CliError(f"--config {path} cannot be read: {error}") from error
-    if settings is None:
-        return {}
-    if not isinstance(settings, dict):
-        raise CliError(f"--config {path} must hold lines such as `keep: 0.8`, got a {type(settings).__name__}.")
-    return settings
 
 
 def _as_typed(name: str, value: Any, is_flag: bool) -> Any:

@@ -9,10 +9,11 @@ from typing import Any
 
 from transformers import PreTrainedTokenizerBase
 
-from ..calibration.self_written import BATCH_SIZE, WINDOWS, SelfWritten, begin_and_ends
+from ..calibration.self_written import BATCH_SIZE, SelfWritten, begin_and_ends
 from ..calibration.statistics import Statistics
 from ..compression.compress import calibrate
 from ..config.reparam_config import ReparamConfig
+from ..defaults import WINDOWS
 from ..numerics.methods import METHODS
 from ..runtime.batches import Batch, split_rows
 from .errors import CliError

@@ -17,8 +17,8 @@ from ..arguments import ReparamWarning, check_seed
 from ..calibration.gather import gather_statistics
 from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Batches, Moments, Statistics
-from ..config.fields import CALIBRATED
 from ..config.reparam_config import ReparamConfig
+from ..defaults import CALIBRATED
 from ..layers.kinds import stored_weight
 from ..layers.neuron_groups import NeuronGroup
 from ..layers.product import Product, empty_product, product_of, tensors_of

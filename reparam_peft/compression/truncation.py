@@ -16,7 +16,8 @@ from tqdm.auto import tqdm
 
 from ..calibration.self_written import batches_or_self_written
 from ..calibration.statistics import Batches
-from ..config.fields import CALIBRATED, DATA_FREE, OF_ALLOCATION, OF_METRICS
+from ..config.fields import OF_ALLOCATION, OF_METRICS
+from ..defaults import CALIBRATED, DATA_FREE
 from ..layers.factorized import FactorizedModule
 from ..layers.product import Product
 from ..numerics.decompositions import truncate

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from peft import PeftConfig
 
 from ..arguments import listed
+from ..defaults import CALIBRATED, DATA_FREE, KEEP
 from ..numerics.methods import names_of_methods
 
 ALLOCATIONS = ("uniform", "loss")
@@ -17,9 +18,6 @@ UNREACHED = ("dense", "error")
 # Fields that have an effect with a calibrated method only, and with ranks by predicted loss only.
 OF_METRICS = ("input_metric", "output_metric", "shrinkage", "output_shrinkage")
 OF_ALLOCATION = ("rank_multiple", "floor", "ceiling")
-# What `get_peft_model` and `compress` do where a field is None.
-DATA_FREE = {"method": "svd", "allocation": "uniform", "form": "factors"}
-CALIBRATED = {"method": "whitened", "allocation": "loss", "form": "pivot"}
 
 
 @dataclass
@@ -54,7 +52,7 @@ class Fields(PeftConfig):
         },
     )
     keep: float = field(
-        default=0.8,
+        default=KEEP,
         metadata={"help": "Fraction of the targeted parameters that is stored, 0 < keep <= 1. Used where `r` is None."},
     )
     method: str | None = field(

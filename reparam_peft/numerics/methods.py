@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
-from torch import Tensor
+if TYPE_CHECKING:  # help texts name methods, and are shown without PyTorch
+    from torch import Tensor
 
-from .autoencoder import train_autoencoder
-from .decompositions import Factors, factorize
+    from .decompositions import Factors
 
-Function = Callable[[Tensor, int, Tensor | None, Tensor | None, Factors | None], Factors]
+    Function = Callable[[Tensor, int, Tensor | None, Tensor | None, Factors | None], Factors]
 
 
 @dataclass(frozen=True)
@@ -44,7 +45,22 @@ def closed_form(
     start: Factors | None = None,
 ) -> Factors:
     """`factorize`; what begins with given factors and has nothing to train ends with them."""
+    from .decompositions import factorize
+
     return factorize(weight, rank, gram, output_gram) if start is None else start
+
+
+def by_gradient(
+    weight: Tensor,
+    rank: int,
+    gram: Tensor | None = None,
+    output_gram: Tensor | None = None,
+    start: Factors | None = None,
+) -> Factors:
+    """`train_autoencoder`."""
+    from .autoencoder import train_autoencoder
+
+    return train_autoencoder(weight, rank, gram, output_gram, start)
 
 
 METHODS: dict[str, Method] = {
@@ -72,7 +88,7 @@ METHODS: dict[str, Method] = {
             nested=False,
             source="Baldi & Hornik 1989",
             summary="the nearest outputs on the calibration data, trained by gradient",
-            function=train_autoencoder,
+            function=by_gradient,
         ),
     )
 }

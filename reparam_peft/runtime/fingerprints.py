@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-import datasets
 import numpy as np
 import torch
 from torch import Tensor, nn
@@ -66,6 +65,8 @@ def fingerprint_of_rows(rows: Any, most: int = 1000) -> str:
     and its columns. Rows of another kind of data set may be other ones each time, too, so that its type and its length are all
     that counts.
     """
+    import datasets  # which takes a second to import, and is of those who train
+
     count = len(rows) if hasattr(rows, "__len__") else -1
     kind = [type(rows).__name__, count]
     if isinstance(rows, datasets.Dataset):

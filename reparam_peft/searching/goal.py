@@ -11,8 +11,8 @@ from torch import nn
 
 from ..arguments import check_count
 from ..compression.job import with_defaults
-from ..config.fields import CALIBRATED
 from ..config.reparam_config import ReparamConfig
+from ..defaults import CALIBRATED
 from ..evaluation.measures import Measure, Tolerance, measure_named
 from ..numerics.methods import METHODS
 

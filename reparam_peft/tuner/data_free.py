@@ -13,8 +13,9 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from ..arguments import ReparamWarning
-from ..config.fields import DATA_FREE, OF_ALLOCATION, OF_METRICS
+from ..config.fields import OF_ALLOCATION, OF_METRICS
 from ..config.reparam_config import ReparamConfig
+from ..defaults import DATA_FREE
 from ..layers.product import Product
 from ..numerics.decompositions import Factors, random_factors
 from ..numerics.methods import method_of, names_of_methods

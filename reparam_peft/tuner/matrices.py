@@ -6,8 +6,8 @@ import torch
 from peft.utils import ModulesToSaveWrapper
 from torch import Tensor, nn
 
-from ..config.fields import DATA_FREE
 from ..config.reparam_config import ReparamConfig
+from ..defaults import DATA_FREE
 from ..layers.factorized import weight_of
 from ..layers.kinds import is_quantized, layer_kind
 from ..layers.wrapper import kind_and_layer, matrix_shape

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration.statistics import Statistics
-from ..config.fields import DATA_FREE
 from ..config.model_card import upload_with_section
 from ..config.reparam_config import ReparamConfig
+from ..defaults import DATA_FREE
 from ..runtime.modules import naming
 from ..runtime.restoring import Snapshot, unchanged_on_error
 from .adapter_state import cast_to_base, check_whole, fit_to_model

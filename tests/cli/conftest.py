@@ -53,9 +53,15 @@ def run(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> I
     monkeypatch.setenv("COLUMNS", "200")
     monkeypatch.setenv("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     monkeypatch.delenv("REPARAM_DEBUG", raising=False)
-    disabled, verbosity = logging.root.manager.disable, transformers.logging.get_verbosity()
+    for name in ("TRANSFORMERS_VERBOSITY", "REPARAM_VERBOSITY"):
+        monkeypatch.setenv(name, "")  # put back what `main` sets
+    logger_class, verbosity = logging.getLoggerClass(), transformers.logging.get_verbosity()
+    logger = logging.getLogger("reparam_peft")
+    before = logger.level, logger.propagate, list(logger.handlers)
     with warnings.catch_warnings():
         yield call
-    logging.disable(disabled)
+    logging.setLoggerClass(logger_class)
+    logger.setLevel(before[0])
+    logger.propagate, logger.handlers = before[1:]
     transformers.logging.set_verbosity(verbosity)
     transformers.logging.enable_progress_bar()

@@ -5,14 +5,12 @@ from __future__ import annotations
 import shutil
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 from support.command_line import Run, assert_error
 
-from reparam_peft.arguments import ReparamWarning
 from reparam_peft.cli import app as cli
 from reparam_peft.cli import inputs as sources
 
@@ -94,16 +92,3 @@ def test_the_installed_command(models: Path, tmp_path: Path) -> None:
     assert done.stdout == ""
     assert done.stderr.splitlines()[-1].startswith("error: ")
     assert "Traceback" not in done.stderr
-
-
-def test_own_warnings_are_shown_in_one_line_and_those_of_others_are_not(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    def warns() -> None:
-        warnings.warn("of another library", stacklevel=1)
-        warnings.warn("the base model\nis [another] one", ReparamWarning, stacklevel=1)
-
-    with warnings.catch_warnings():
-        monkeypatch.setattr(cli, "app", warns)
-        cli.main()
-    assert capsys.readouterr().err == "warning: the base model is [another] one\n"

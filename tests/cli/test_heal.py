@@ -13,8 +13,8 @@ from support.models import byte_tokenizer, llama
 
 from reparam_peft import text_batches
 from reparam_peft.cli import compress as compress_command
+from reparam_peft.cli.command_options import minutes_of
 from reparam_peft.cli.errors import CliError
-from reparam_peft.cli.heal import minutes_of
 
 
 @pytest.fixture

@@ -59,6 +59,6 @@ def test_report_of_blocks_and_of_what_has_no_record(run: Run, models: Path, tmp_
     assert run("report", tmp_path / "small", "--length", "32", "--text", models / "text.txt").code == 0
     assert "perplexity" in Record.load(tmp_path / "small" / "report" / "record.json").evaluation
     assert_error(run("report", models), "neither an adapter")
-    assert_error(run("report", tmp_path / "missing"), "neither an adapter")
+    assert_error(run("report", tmp_path / "missing"), "missing: there is no such folder")
     assert_error(run("report", tmp_path / "run", "--dense", "demo"), "leave them out")
     assert_error(run("report", tmp_path / "run", "--no-measure", "--output", models), "no report")

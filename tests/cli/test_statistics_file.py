@@ -9,10 +9,11 @@ import torch
 from support.models import bert, byte_tokenizer, llama
 
 from reparam_peft import self_written, text_batches
-from reparam_peft.calibration.self_written import WINDOWS, SelfWritten
+from reparam_peft.calibration.self_written import SelfWritten
 from reparam_peft.cli.errors import CliError
 from reparam_peft.cli.options import CalibrationOptions
 from reparam_peft.cli.statistics_file import Calibration
+from reparam_peft.defaults import WINDOWS
 
 TOKENIZER = byte_tokenizer()
 
