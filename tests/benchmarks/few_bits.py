@@ -2,9 +2,9 @@
 
     python tests/benchmarks/few_bits.py MODEL STATISTICS TEST [--keep 0.9 0.8] [--forms factors pivot] [--windows 16]
 
-STATISTICS is a file that `reparam compress --statistics` or `Statistics.save` wrote, of all linear layers. Of each variant: bytes
-of its file, perplexity on the first windows of TEST, its excess loss over factors in the model's dtype in nats per token, and the
-share of that excess that rounding with statistics leaves.
+STATISTICS is a file that `reparam compress --statistics` or `Statistics.save` wrote, of all linear layers. Of each variant:
+bytes of its file, perplexity on the first windows of TEST, its excess loss over factors in the model's dtype in nats per
+token, and the share of that excess that rounding with statistics leaves.
 """
 
 from __future__ import annotations
