@@ -94,7 +94,7 @@ def test_floor_and_ceiling_are_of_the_whole_matrix() -> None:
         assert 0.3 * 640 <= storage.stored(chosen.ranks[name]) <= 0.6 * 640
 
 
-@pytest.mark.parametrize(("neurons", "some"), [(1536, 768), (64, 32), (20, 10), (3, 2), (1, None)])
+@pytest.mark.parametrize(("neurons", "some"), [(1536, 768), (1536, 152), (64, 32), (20, 2), (3, 2), (1, None)])
 def test_numbers_of_neurons_that_are_offered(neurons: int, some: int | None) -> None:
     offered = counts(neurons)
     assert offered == sorted(set(offered), reverse=True)
