@@ -114,7 +114,9 @@ class Job:
         self._at_hand: tuple[list[str], Statistics] | None = None
         self.leaves_unreached = leaves_unreached
         self.unreached: list[str] = []  # targets that were left out
-        self.neurons = Neurons(mlps, self.storages, matrix_of, self.weighing, self.factorizer, self.share_out)
+        self.neurons = Neurons(
+            mlps, self.storages, matrix_of, self.weighing, self.factorizer, self.share_out, self.weigher.as_predicted
+        )
 
     @classmethod
     @fails_together()

@@ -35,6 +35,7 @@ class Neurons:
         weighing: gives what errors of a module are weighed by; its statistics are at hand.
         factorizer: of the job.
         share_out: as `Job.share_out`, by the name of the consumer.
+        as_predicted: whether matrices are factorised in the metrics that losses are predicted in.
     """
 
     def __init__(
@@ -45,10 +46,11 @@ class Neurons:
         weighing: Callable[[str], Weighing],
         factorizer: Factorizer,
         share_out: ShareOut,
+        as_predicted: bool,
     ) -> None:
         self.mlps = {mlp.consumer: mlp for mlp in mlps}
         self.storages, self.matrix_of, self.weighing = storages, matrix_of, weighing
-        self.factorizer, self.share_out = factorizer, share_out
+        self.factorizer, self.share_out, self.as_predicted = factorizer, share_out, as_predicted
         self.consumers = {name: mlp.consumer for mlp in mlps for name in mlp.names}
         self._eliminations: dict[str, Elimination] = {}
         self._spectra: dict[str, list[Tensor]] = {}  # of what is left at each of the computed numbers, by module
@@ -63,7 +65,7 @@ class Neurons:
 
         Consumers come before their producers, whose rows they choose, or together with them.
         """
-        self._eliminate(names)
+        self._eliminate(names, spectra=True)
 
         def compute(name: str) -> list[Tensor]:
             consumer, weighing, matrix = self.consumers[name], self.weighing(name), self.matrix_of(name)
@@ -78,7 +80,7 @@ class Neurons:
             ranks = [self.narrowed(mlp, count)[name].full_rank for count in self._computed(mlp.consumer)]
             return [torch.empty(rank, dtype=torch.float64) for rank in ranks]
 
-        members = [name for name in names if self.consumers.get(name) in self._eliminations]
+        members = [n for n in names if self.consumers.get(n) in self._eliminations and n not in self._spectra]
         self._spectra |= self.share_out(members, "Weighing neurons", compute, room)
 
     def offered(self, losses: Mapping[str, Tensor]) -> dict[str, list[NeuronOption]]:
@@ -134,30 +136,46 @@ class Neurons:
         shapes = {name: self.storages[name].whole_shape for name in mlp.names}
         return {name: narrow(self.storages[name], size) for name, size in mlp.sizes(shapes, count).items()}
 
-    def _eliminate(self, names: Sequence[str], left: Mapping[str, int] | None = None) -> None:
-        """Find the order in which MLPs lose neurons, of the consumers among modules, where it is not known yet."""
+    def _eliminate(self, names: Sequence[str], left: Mapping[str, int] | None = None, spectra: bool = False) -> None:
+        """Find the order in which MLPs lose neurons, of the consumers among modules, where it is not known yet.
+
+        Args:
+            names: of modules.
+            left: numbers of neurons by consumer, where they are chosen already.
+            spectra: whether spectra of what is left of the consumers are found along with it, where they need no other metrics.
+        """
+        along = spectra and self.as_predicted
+
+        def ranks(consumer: str) -> list[int]:
+            computed = self._computed(consumer) if along else []
+            return [self.narrowed(self.mlps[consumer], count)[consumer].full_rank for count in computed]
 
         def compute(consumer: str) -> list[Tensor]:
             weighing = self.weighing(consumer)
-            elimination = self._elimination(consumer, weighing, least[consumer])
-            return [elimination.order, elimination.losses * weighing.loss_scale]
+            at = self._computed(consumer) if along else ()
+            elimination = self._elimination(consumer, weighing, least[consumer], at)
+            cut = [values[:rank] for values, rank in zip(elimination.spectra, ranks(consumer), strict=True)]
+            return [elimination.order, *(costs * weighing.loss_scale for costs in (elimination.losses, *cut))]
 
         def room(consumer: str) -> list[Tensor]:
             gone = self.mlps[consumer].neurons - least[consumer]
-            return [torch.empty(gone, dtype=torch.int64), torch.empty(gone + 1, dtype=torch.float64)]
+            sizes = (gone + 1, *ranks(consumer))
+            return [torch.empty(gone, dtype=torch.int64), *(torch.empty(size, dtype=torch.float64) for size in sizes)]
 
         new = [name for name in names if name in self.mlps and name not in self._eliminations]
         # A plan that is given may leave fewer neurons than are offered.
         least = {
             name: min(counts(self.mlps[name].neurons)[-1], (left or {}).get(name, self.mlps[name].neurons)) for name in new
         }
-        for consumer, (order, losses) in self.share_out(new, "Choosing neurons", compute, room).items():
+        for consumer, (order, losses, *of_what_is_left) in self.share_out(new, "Choosing neurons", compute, room).items():
             self._eliminations[consumer] = Elimination(order, losses, self.mlps[consumer].neurons)
+            if along:
+                self._spectra[consumer] = of_what_is_left
 
-    def _elimination(self, consumer: str, weighing: Weighing, least: int) -> Elimination:
+    def _elimination(self, consumer: str, weighing: Weighing, least: int, spectra_at: Sequence[int] = ()) -> Elimination:
         if weighing.fisher is None:
             raise ValueError("losses are predicted by gradients, which these statistics do not hold.")
-        return eliminate(self.matrix_of(consumer), weighing.gram, weighing.fisher, least)
+        return eliminate(self.matrix_of(consumer), weighing.gram, weighing.fisher, least, spectra_at=spectra_at)
 
     def _computed(self, consumer: str) -> list[int]:
         """The numbers of neurons at which spectra are computed, from many to few."""

@@ -58,7 +58,7 @@ class Part:
             if indices is None:
                 return metric
             indices = indices.to(metric.device)
-            return metric[indices] if metric.ndim == 1 else metric[indices][:, indices]
+            return metric[indices] if metric.ndim == 1 else metric.index_select(0, indices).index_select(1, indices)
 
         gram = cut(whole.gram, self.columns)
         fisher = None if whole.fisher is None else cut(whole.fisher, self.rows)

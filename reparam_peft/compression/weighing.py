@@ -9,7 +9,7 @@ from torch import Tensor
 from ..calibration.statistics import Moments, Statistics
 from ..config.reparam_config import ReparamConfig
 from ..numerics.methods import method_of
-from ..numerics.metrics import diagonal, exact, shrink
+from ..numerics.metrics import diagonal, exact, shrink, shrink_in_place
 from .pooling import Pooled
 
 # Part of the input metric that weighs each token by the gradient there, so that the many tokens that matter are not drowned
@@ -71,6 +71,11 @@ class Weigher:
             gradients=config.allocation == "loss" or (calibrated and config.output_metric != "none"),
         )
 
+    @property
+    def as_predicted(self) -> bool:
+        """Whether matrices are factorised in the metrics that losses are predicted in."""
+        return self.calibrated and self.gradients and (self.input_metric, self.output_metric) == ("gram", "fisher")
+
     def weighing(
         self,
         name: str,
@@ -98,12 +103,12 @@ class Weigher:
                 columns = columns.to(weighted.device)
                 weighted = weighted[columns][:, columns]
             if weighted is not None and weighted.trace() > 0:
-                gram = (1 - SENSITIVE) * gram + SENSITIVE * (gram.trace() / weighted.trace()) * weighted
+                gram = weighted.mul_(SENSITIVE * (gram.trace() / weighted.trace())).add_(gram, alpha=1 - SENSITIVE)
         gram = self.shrunk(replace(moments, gram=gram))
         fisher = self._shrunk_fisher(name, statistics) if self.gradients else None
         input_metric = {"gram": gram, "diagonal": diagonal(gram).sqrt(), "none": None}[self.input_metric]
         output_metric = None
-        if self.output_metric != "none" and fisher is not None and fisher.any():
+        if self.output_metric != "none" and fisher is not None and diagonal(fisher).any():
             output_metric = diagonal(fisher) if self.output_metric == "diagonal" else fisher
         return Weighing(
             input=input_metric if self.calibrated else None,
@@ -121,7 +126,9 @@ class Weigher:
 
     def _shrunk_fisher(self, name: str, statistics: Statistics | Pooled) -> Tensor:
         fisher, amount = statistics.fisher(name), self.output_shrinkage
-        return shrink(fisher, output_shrinkage(statistics.output_rows(name), len(fisher)) if amount is None else amount)
+        return shrink_in_place(
+            fisher, output_shrinkage(statistics.output_rows(name), len(fisher)) if amount is None else amount
+        )
 
 
 def mean_output(W: Tensor, bias: Tensor, mean: Tensor) -> Tensor:

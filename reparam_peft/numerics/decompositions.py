@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .metrics import Metric, check_metric, device_of_sums, exact
+from .metrics import Metric, check_metric, device_of_sums, exact, is_finite
 
 # An `eigh` of an n × n Gram in precision eps captures less energy than the optimum by up to about 0.025 · eps · n · λ₁
 # (measured, worst case: eigenvalues that crowd around the cut). Its subspace is taken where the discarded energy is at least
@@ -63,7 +63,7 @@ def check_matrix(weight: Tensor) -> None:
         raise TypeError(f"`weight` must have a floating dtype, got {weight.dtype}; dequantise it first.")
     if weight.device.type == "meta":
         raise ValueError("`weight` is on the meta device and holds no data; load the weights before factorising them.")
-    if not torch.isfinite(weight).all():
+    if not is_finite(weight):
         raise ValueError("`weight` contains NaN or infinite values; repair or exclude it.")
 
 
@@ -244,23 +244,27 @@ def weighing(weight: Tensor, gram: Tensor | None, output_gram: Tensor | None) ->
 def _nested_factors(weight: Tensor, gram: Metric, output_gram: Metric) -> tuple[Tensor, Tensor]:
     """A (out, k) and B (k, in), k = min(out, in), float64: their first r columns and rows are the best factors of rank r."""
     W, largest = scaled(weight)
-    U = _left_singular_vectors(W, gram, output_gram)
-    A, B = output_gram.unwhiten(U), U.mT @ output_gram.whiten(W)
-    return A, B * largest
+    whitened = output_gram.whiten(W)
+    U = _left_singular_vectors(whitened, gram)
+    return output_gram.unwhiten(U), U.mT @ whitened * largest
 
 
 def _square_of_directions(W: Tensor, gram: Metric, output_gram: Metric) -> Tensor:
     """With M = Tᵀ W S the smaller of Mᵀ M and M Mᵀ, whose eigenvalues are σ²; for tall W without a root of F."""
     if W.shape[0] <= W.shape[1]:
-        return _square_of_whitened(W, gram, output_gram)[1]
+        return _square_of_whitened(output_gram.whiten(W), gram)[1]
     square = gram.whiten(gram.whiten(W.mT @ output_gram.times(W)).mT)
     return (square + square.mT) / 2
 
 
-def _square_of_whitened(W: Tensor, gram: Metric, output_gram: Metric) -> tuple[Tensor | None, Tensor]:
-    """With M = Tᵀ W S the smaller of Mᵀ M and M Mᵀ, whose eigenvalues are σ²; before it M, where it was formed: for tall W."""
-    whitened = output_gram.whiten(W)
-    if W.shape[0] > W.shape[1]:
+def _square_of_whitened(whitened: Tensor, gram: Metric) -> tuple[Tensor | None, Tensor]:
+    """With M = Tᵀ W S the smaller of Mᵀ M and M Mᵀ, whose eigenvalues are σ²; before it M, where it was formed: for tall W.
+
+    Args:
+        whitened: Tᵀ W, shape (out, in).
+        gram: G = S Sᵀ.
+    """
+    if whitened.shape[0] > whitened.shape[1]:
         M = gram.whiten(whitened.mT).mT
         square = M.mT @ M
         return M, (square + square.mT) / 2
@@ -269,9 +273,9 @@ def _square_of_whitened(W: Tensor, gram: Metric, output_gram: Metric) -> tuple[T
     return None, (square + square.mT) / 2
 
 
-def _left_singular_vectors(W: Tensor, gram: Metric, output_gram: Metric) -> Tensor:
-    """Left singular vectors (out, k) of M = Tᵀ W S, k = min(out, in), the largest singular value first."""
-    M, square = _square_of_whitened(W, gram, output_gram)
+def _left_singular_vectors(whitened: Tensor, gram: Metric) -> Tensor:
+    """Left singular vectors (out, k) of M = Tᵀ W S, k = min(out, in), the largest singular value first; as above."""
+    M, square = _square_of_whitened(whitened, gram)
     vectors = torch.linalg.eigh(square).eigenvectors.flip(1)
     # M v_i = σ_i u_i. QR, largest first, makes them orthonormal also where σ_i is lost in rounding.
     return vectors if M is None else torch.linalg.qr(M @ vectors).Q

@@ -128,10 +128,15 @@ def check_metric(name: str, metric: Tensor, size: int) -> None:
             f"`{name}` must have shape ({size}, {size}), or ({size},) for a diagonal, got {tuple(metric.shape)}; it belongs to "
             "another weight."
         )
-    if not torch.isfinite(metric).all():
+    if not is_finite(metric):
         raise ValueError(f"`{name}` contains NaN or infinite values.")
     if (diagonal(metric) < 0).any():
         raise ValueError(f"`{name}` must be positive semidefinite, but has a negative diagonal entry.")
+
+
+def is_finite(tensor: Tensor) -> bool:
+    """Whether a tensor holds neither NaN nor infinite values; without a copy, in one pass."""
+    return all(bool(value.isfinite()) for value in tensor.aminmax()) if tensor.numel() else True
 
 
 def shrink(metric: Tensor, amount: float) -> Tensor:
@@ -144,8 +149,13 @@ def shrink(metric: Tensor, amount: float) -> Tensor:
     >>> shrink(torch.tensor([1.0, 3.0]), 0.5)
     tensor([1.5000, 2.5000])
     """
+    return shrink_in_place(metric.clone(), amount)
+
+
+def shrink_in_place(metric: Tensor, amount: float) -> Tensor:
+    """`shrink` of a metric that nobody else holds: it is changed, and returned."""
     if not 0 <= amount <= 1:
         raise ValueError(f"`amount` must be in [0, 1], got {amount!r}.")
-    shrunk = metric * (1 - amount)
-    diagonal(shrunk).add_(amount * diagonal(metric).mean())
-    return shrunk
+    mean = diagonal(metric).mean()
+    diagonal(metric.mul_(1 - amount)).add_(amount * mean)
+    return metric

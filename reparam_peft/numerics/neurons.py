@@ -6,6 +6,7 @@ run gives every number of them: the sets are nested.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,11 +27,14 @@ class Elimination:
         order: indices of neurons, shape (steps,), int64: the first k of them are left out first.
         losses: what the first k of them cost together, shape (steps + 1,), float64, ascending from 0.
         neurons: d.
+        spectra: of the refitted matrices of some numbers of neurons: what each of their directions costs, shape (out,) each,
+            float64, falling.
     """
 
     order: Tensor
     losses: Tensor
     neurons: int
+    spectra: tuple[Tensor, ...] = ()
 
     def kept(self, count: int) -> Tensor:
         """Indices of the neurons that stay where `count` do, ascending, shape (count,), int64.
@@ -57,7 +61,9 @@ class Elimination:
         return gone
 
 
-def eliminate(weight: Tensor, gram: Tensor, fisher: Tensor, least: int, block: int | None = None) -> Elimination:
+def eliminate(
+    weight: Tensor, gram: Tensor, fisher: Tensor, least: int, block: int | None = None, spectra_at: Sequence[int] = ()
+) -> Elimination:
     """Leave out neurons of W h, those first that cost least, with W refitted after each step.
 
     Of the neurons that stay, S, W' = W C_:S C_SS⁻¹ computes the best estimate of W h, and the loss rises by
@@ -72,12 +78,13 @@ def eliminate(weight: Tensor, gram: Tensor, fisher: Tensor, least: int, block: i
         fisher: F, of the gradients at the output of W, shape (out, out), positive semidefinite.
         least: the smallest number of neurons that is to stay, in [1, d].
         block: how many neurons are left out at a time; None: `AT_A_TIME` of them.
+        spectra_at: numbers of neurons, falling, each at least `least`, of which spectra are wanted.
 
     Returns:
-        The order and the costs, in the units of `direction_losses`.
+        The order, the costs and the spectra, in the units of `direction_losses`.
 
     Raises:
-        ValueError: `least` is out of range.
+        ValueError: `least` is out of range, or spectra are wanted of fewer neurons.
 
     >>> torch.manual_seed(0).device
     device(type='cpu')
@@ -88,15 +95,29 @@ def eliminate(weight: Tensor, gram: Tensor, fisher: Tensor, least: int, block: i
     neurons = len(metric.matrix)
     if not 1 <= least <= neurons:
         raise ValueError(f"`least` must be in [1, {neurons}], the number of neurons, got {least}.")
-    identity = torch.eye(neurons, dtype=torch.float64, device=metric.matrix.device)
+    if any(not least <= count <= neurons for count in spectra_at):
+        raise ValueError(f"`spectra_at` must be in [{least}, {neurons}], got {list(spectra_at)}.")
     # A neuron that the others determine, or that is always zero, costs nothing and goes first; it needs some variance.
-    H = torch.linalg.inv(metric.matrix + ABSENT * identity)
+    H = _inverse(metric.matrix + ABSENT * torch.eye(neurons, dtype=torch.float64, device=metric.matrix.device))
     V = T.whiten(exact(weight))  # Tᵀ W'
     stays = torch.arange(neurons, device=H.device)  # which neurons the rows and columns belong to
     is_left = torch.ones(neurons, dtype=torch.bool, device=H.device)
     order: list[Tensor] = []
     losses = [H.new_zeros(1)]
+    spectra: list[Tensor] = []
+    wanted = list(spectra_at)
     left = neurons
+
+    def spectrum(columns: Tensor, V: Tensor) -> Tensor:
+        """Half the squared singular values of Tᵀ W' C_SS^½, of the neurons S at these columns."""
+        some = stays[columns]
+        C = metric.matrix.index_select(0, some).index_select(1, some)
+        square = V @ (C @ V.mT)
+        return torch.linalg.eigvalsh((square + square.mT) / 2).flip(0).clamp(min=0) / 2
+
+    while wanted and wanted[0] == left:
+        spectra.append(spectrum(is_left.nonzero()[:, 0], V))
+        wanted.pop(0)
     while left > least:
         size = min(max(1, block or round(neurons * AT_A_TIME)), left - least)
         costs = (V.square().sum(0) / H.diagonal()).masked_fill(~is_left, torch.inf)
@@ -104,7 +125,14 @@ def eliminate(weight: Tensor, gram: Tensor, fisher: Tensor, least: int, block: i
         first, cost = _cheapest(V[:, candidates], H[candidates][:, candidates], size)
         gone = candidates[first]
         columns, lost = H[:, gone], V[:, gone]
-        update = torch.linalg.solve(columns[gone], columns.mT)  # H_gg⁻¹ H_g:
+        while wanted and wanted[0] >= left - size:  # within this step
+            some = gone[: left - wanted.pop(0)]
+            rest = is_left.clone()
+            rest[some] = False
+            keeps = rest.nonzero()[:, 0]
+            taken = _inverse(columns[some, : len(some)]) @ columns[keeps, : len(some)].mT
+            spectra.append(spectrum(keeps, V[:, keeps] - lost[:, : len(some)] @ taken))
+        update = _inverse(columns[gone]) @ columns.mT  # H_gg⁻¹ H_g:
         losses.append(losses[-1][-1] + cost.cumsum(0))
         order.append(stays[gone])
         V.addmm_(lost, update, alpha=-1)
@@ -115,7 +143,14 @@ def eliminate(weight: Tensor, gram: Tensor, fisher: Tensor, least: int, block: i
             rest = is_left.nonzero()[:, 0]
             stays, is_left, V, H = stays[rest], is_left[rest], V[:, rest], H[rest][:, rest]
     indices = torch.cat(order) if order else stays[:0]
-    return Elimination(indices, torch.cat(losses) * (metric.scale * T.scale), neurons)
+    scale = metric.scale * T.scale
+    return Elimination(indices, torch.cat(losses) * scale, neurons, tuple(values * scale for values in spectra))
+
+
+def _inverse(matrix: Tensor) -> Tensor:
+    """The inverse of a matrix that is positive definite but for rounding."""
+    L, failed = torch.linalg.cholesky_ex(matrix)
+    return torch.linalg.inv(matrix) if failed else torch.cholesky_inverse(L)
 
 
 def _cheapest(V: Tensor, H: Tensor, count: int) -> tuple[Tensor, Tensor]:

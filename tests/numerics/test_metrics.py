@@ -10,7 +10,7 @@ from support.strategies import METRICS, PROPERTY, gram_with, metrics
 from support.tolerances import TOLERANCE, assert_close
 from torch import Tensor
 
-from reparam_peft.numerics.metrics import Metric, check_metric, shrink, solve
+from reparam_peft.numerics.metrics import Metric, check_metric, is_finite, shrink, solve
 
 EXACT = TOLERANCE[torch.float64]
 DEFINITE = ("full", "diagonal", "ill-conditioned")
@@ -157,3 +157,13 @@ def test_equations_of_a_singular_metric_have_the_solution_of_least_norm(rank: in
     root, right = (torch.randn(5, n, dtype=torch.float64, generator=generator) for n in (rank, 3))
     metric = 7 * root @ root.mT
     torch.testing.assert_close(solve(metric, right), torch.linalg.pinv(metric, hermitian=True, rtol=1e-9) @ right)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32, torch.float64])
+def test_what_is_finite(value: float, dtype: torch.dtype) -> None:
+    X = torch.randn(5, 7).to(dtype)
+    assert is_finite(X)
+    assert is_finite(X[:0])
+    X[3, 2] = value
+    assert not is_finite(X)

@@ -2,8 +2,10 @@ from __future__ import annotations
 
 import pytest
 import torch
+from support.tolerances import relative_error
 from torch import Tensor
 
+from reparam_peft.numerics.decompositions import direction_losses
 from reparam_peft.numerics.neurons import Elimination, eliminate, refitted
 
 
@@ -106,3 +108,18 @@ def test_how_many_stay_at_least_is_checked(least: int) -> None:
         eliminate(*problem(), least=least)
     with pytest.raises(ValueError, match=r"`count` must be in \[20, 24\]"):
         eliminate(*problem(), least=20).kept(19)
+
+
+@pytest.mark.parametrize("block", [None, 5])
+def test_spectra_are_those_of_the_refitted_matrices(block: int | None) -> None:
+    W, C, F = problem()
+    wanted = [24, 21, 20, 15, 8]
+    found = eliminate(W, C, F, least=8, block=block, spectra_at=wanted)
+    assert len(found.spectra) == len(wanted)
+    for count, spectrum in zip(wanted, found.spectra, strict=True):
+        kept = found.kept(count)
+        metric = C[kept][:, kept]
+        expected = direction_losses(refitted(W, C, kept), metric, F, metric, F)
+        assert relative_error(spectrum[: len(expected)], expected) < 1e-5
+    with pytest.raises(ValueError, match=r"`spectra_at` must be in \[8, 24\], got \[7\]"):
+        eliminate(W, C, F, least=8, spectra_at=[7])
