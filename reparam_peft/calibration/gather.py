@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
 from typing import Any
@@ -41,6 +41,7 @@ def gather_statistics(
     progress: bool = True,
     starts: Iterable[nn.Module] = (),
     first_row: int = 0,
+    heads: Mapping[str, Sequence[nn.Module]] | None = None,
 ) -> Statistics:
     """Run the model over the batches and gather the statistics of some of its modules.
 
@@ -66,6 +67,7 @@ def gather_statistics(
             all of them as `starts`, give what one pass over all gives.
         first_row: number of the first row (sequence) of the batches in the whole of the data, where these are a part of it:
             then the statistics of the parts add up to those of the whole.
+        heads: by the name of an embedding among `modules`, linear layers whose weight is its table, to count as uses of it.
 
     Returns:
         The `Statistics`; of modules that no batch reaches, the norms and, with gradients, zeros only.
@@ -86,7 +88,7 @@ def gather_statistics(
     device = input_device(model)
     count = 0
     with fails_together(), evaluating(model), frozen(model), uncompiled(model), leaving_no_graph(model), ExitStack() as stack:
-        recorder = Recorder(statistics, modules, gradients)
+        recorder = Recorder(statistics, modules, gradients, heads)
         stack.enter_context(recorder.hooks(model, set(starts) - set(modules.values())))
         bar = tqdm(batches, desc="Calibrating", unit="batch", delay=1, disable=None if progress and rank == 0 else True)
         for index, batch in enumerate(bar):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -51,13 +51,20 @@ class Recorder:
         statistics: filled in place; lower triangles of Gram matrices are left out.
         modules: by name, of the known kinds.
         gradients: whether to add up what a backward pass brings, too.
+        heads: by the name of an embedding among the modules, the heads that its matrix serves, too.
 
     Attributes:
         gradient_tokens: labels sampled so far.
     """
 
-    def __init__(self, statistics: Statistics, modules: Mapping[str, nn.Module], gradients: bool) -> None:
-        self.statistics, self.modules, self.gradients = statistics, modules, gradients
+    def __init__(
+        self,
+        statistics: Statistics,
+        modules: Mapping[str, nn.Module],
+        gradients: bool,
+        heads: Mapping[str, Sequence[nn.Module]] | None = None,
+    ) -> None:
+        self.statistics, self.modules, self.gradients, self.heads = statistics, modules, gradients, heads or {}
         self.gradient_tokens = 0
         # Where a bias is moved, the covariance E[x xᵀ] − E[x] E[x]ᵀ is wanted, and of a channel of large mean float32 products
         # would leave rounding only. So Gram matrices are added up about the mean, for which sums are kept along. Who shares
@@ -90,6 +97,8 @@ class Recorder:
                 handles.append(encoder.register_forward_hook(self._after_encoder))
             for name, module in self.modules.items():
                 handles.append(module.register_forward_hook(_Hook(self, name, *kind_and_layer(module)), with_kwargs=True))
+            for name, heads in self.heads.items():
+                handles += [head.register_forward_hook(partial(self._at_head, name), with_kwargs=True) for head in heads]
             handles += [module.register_forward_hook(lambda module, args, output: _start(output)[1]) for module in starts]
             yield
         finally:
@@ -241,6 +250,41 @@ class Recorder:
         squares = (squares if mask is None else squares[mask]).to(Y.device).double()
         record.energies += torch.stack([squares @ _squares(Y).double(), squares.sum()])
         record.rows += len(Y)
+
+    def _at_head(
+        self, name: str, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
+    ) -> Tensor | None:
+        """Add what a head sees to the sums of the embedding whose table it shares.
+
+        It multiplies by the transpose, so that its inputs count as gradients at the embedding's output do, and the squares of
+        its gradients as the numbers of times that a token was read: the two uses add up.
+        """
+        x = args[0] if args else next(iter(kwargs.values()))
+        mask = self.mask_of(head, x)
+        X = wide_rows(x.detach().flatten(0, -2), mask)
+        tokens = output.shape[-1]
+        record = self._input_sums(name, X.new_empty(0, tokens), one_hot=True)
+        self.statistics.reads.setdefault(name, name)
+        record.rows += len(X)
+        if not (self.gradients and torch.is_grad_enabled()):
+            record.gram += len(X) / tokens
+            record.sum += len(X) / tokens
+            return None
+        output, replaced = _start(output)
+
+        @torch.no_grad()
+        def add(g: Tensor) -> None:
+            squares = wide_rows(g.flatten(0, -2), None if mask is None else mask.to(g.device)).square()
+            of_tokens, of_rows = squares.sum(0, dtype=torch.float64), squares.sum(1).double()
+            record.gram += of_tokens
+            record.sum += of_tokens
+            outputs = self.statistics.outputs.setdefault(name, OutputSums.zeros(X.shape[1], X.device))
+            add_gram(outputs.gram, X)
+            outputs.energies += torch.stack([of_rows @ _squares(X).double(), of_rows.sum()])
+            outputs.rows += len(X)
+
+        output.register_hook(add)
+        return replaced
 
     def _after_encoder(self, module: nn.Module, args: Any, output: Any) -> None:
         first = next((leaf for leaf in tree_leaves(output[0]) if isinstance(leaf, Tensor)), None)

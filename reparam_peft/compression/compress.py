@@ -27,6 +27,7 @@ from ..runtime.processes import fails_together
 from ..runtime.restoring import unchanged, unchanged_on_error
 from ..tuner.data_free import installing
 from ..tuner.targets import check_targets
+from ..tuner.tying import heads_of
 from .block_by_block import BlockByBlock, Result, Steps
 from .job import Job, Options
 
@@ -257,5 +258,6 @@ def calibrate(
         if isinstance(config, ReparamConfig):
             config = copy.copy(config)
             config.neurons = False  # which statistics serve as well as ranks
-        modules = Job.of_model(model, config, (), Options(seed, progress)).modules
-        return gather_statistics(model, modules, data, seed=seed, progress=progress, first_row=first_row)
+        job = Job.of_model(model, config, (), Options(seed, progress))
+        heads = heads_of(job.config, model, job.modules)
+        return gather_statistics(model, job.modules, data, seed=seed, progress=progress, first_row=first_row, heads=heads)

@@ -34,6 +34,7 @@ from ..tuner.matrices import base_dtype, own_bias, source_matrix
 from ..tuner.opening import open_parameters
 from ..tuner.selection import names_targets, select_targets, with_targets
 from ..tuner.targets import Target
+from ..tuner.tying import heads_of
 from .factorizing import Factorizer
 from .mlps import check_alike, find_mlps
 from .neurons import Neurons
@@ -372,6 +373,7 @@ class Job:
                 seed=self.seed,
                 progress=self.options.progress,
                 starts=self.modules.values(),
+                heads=heads_of(self.config, self.model, modules),
             )
         with fails_together():
             pooled = self.pool.unreached(modules, statistics)

@@ -47,6 +47,11 @@ class CompressingLoader(CheckpointLoader):
                 "`target_parameters` cannot be compressed while loading, since transformers puts the experts of a checkpoint "
                 "together as they arrive; load the model first, then call `get_peft_model`."
             )
+        if self.config.ensure_weight_tying:
+            raise ValueError(
+                "`ensure_weight_tying=True` cannot be compressed while loading, since tables are tied after it; load the model "
+                "first, then call `get_peft_model`."
+            )
         chosen = select_targets(model, self.config, "default", loading=True)
         self.targets = {name: target for name, target in chosen.items() if target.rank is not None}
         tied = {key for pair in model.all_tied_weights_keys.items() for key in pair}

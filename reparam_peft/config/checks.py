@@ -54,7 +54,7 @@ def _check_choices(config: Fields) -> None:
     check_choice("input_metric", config.input_metric, INPUT_METRICS, optional=True)
     check_choice("output_metric", config.output_metric, OUTPUT_METRICS, optional=True)
     check_choice("unreached", config.unreached, UNREACHED, optional=True)
-    for name in ("keep_base", "init_weights", "inference_mode", "moved_bias"):
+    for name in ("ensure_weight_tying", "keep_base", "init_weights", "inference_mode", "moved_bias"):
         check_bool(name, getattr(config, name))
     if config.neurons is not None:
         check_bool("neurons", config.neurons)

@@ -128,6 +128,14 @@ class Fields(PeftConfig):
             "warning; or 'error'. None: 'error' where `target_modules` names them, else 'dense'."
         },
     )
+    ensure_weight_tying: bool = field(
+        default=False,
+        metadata={
+            "help": "Have one product serve the input embeddings and the head that shares their table, where `target_modules` "
+            "names either. Else such a table is no target. It costs far more quality than it saves memory; "
+            "`to_standalone(quantize_tables='int8')` does not."
+        },
+    )
     keep_base: bool = field(
         default=False,
         metadata={

@@ -5,6 +5,7 @@ from __future__ import annotations
 from functools import partial
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.types import Device
 
@@ -61,6 +62,11 @@ class FactorizedEmbedding(FactorizedModule):
     def forward(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         y = super().forward(x, bias)
         return y if self.scale == 1.0 else y * self.scale
+
+    def transposed(self, x: Tensor) -> Tensor:
+        """Bᵀ (Aᵀ x), for a head that shares the table: (…, embedding_dim) → (…, num_embeddings)."""
+        A, B = self.factors
+        return F.linear(F.linear(x, A.mT), B.mT)
 
     def matrix_of_B(self, weight: Tensor) -> Tensor:
         return weight.mT

@@ -28,6 +28,7 @@ from ..layers.parameters import Reading, open_parameter, opened_parameters
 from ..numerics.storage import FORMS, narrow_form
 from ..runtime.modules import is_offloaded, set_module
 from .contents import DAMAGED, check_files
+from .heads import check_tied, tie, tied_in
 from .quantization import SCHEMES, check_scheme, finish, prepare, state_dict
 from .tables import TABLES, check_tables, finish_tables, prepare_tables, tables_state
 
@@ -51,6 +52,7 @@ class CheckpointConfig(QuantizationConfigMixin):
         quantization: how the matrices of the factors are stored, one of `quantization.SCHEMES`; None: in the model's dtype.
         parameters: name of a parameter of which layers were made → how its dimensions make matrices, a pattern of `Reading`.
         tables: name of an embedding, or of the head → "int8", how its table is stored; None: all in the model's dtype.
+        tied: name of a head → name of the factorised embedding whose table is its weight, too.
 
     Attributes:
         being_loaded: whether `from_pretrained` is making the model, in which it will place the factorised layers itself.
@@ -62,6 +64,7 @@ class CheckpointConfig(QuantizationConfigMixin):
     quantization: str | None = None
     parameters: Mapping[str, str] | None = None
     tables: dict[str, str] | None = None
+    tied: dict[str, str] | None = None
     being_loaded = False
 
     def __init__(
@@ -72,6 +75,7 @@ class CheckpointConfig(QuantizationConfigMixin):
         quantization: str | None = None,
         parameters: Mapping[str, str] | None = None,
         tables: Mapping[str, str] | None = None,
+        tied: Mapping[str, str] | None = None,
         **unknown: Any,
     ) -> None:
         if format_version not in (HOSTS_NAMES, FORMAT_VERSION):
@@ -101,6 +105,9 @@ class CheckpointConfig(QuantizationConfigMixin):
             if not isinstance(tables, Mapping) or not tables or any(scheme != TABLES for scheme in tables.values()):
                 raise ValueError(f"`tables` in config.json must name tables that are {TABLES!r}, got {tables!r}; {DAMAGED}.")
             self.tables = dict(tables)
+        if tied:
+            check_tied(tied, layers)
+            self.tied = dict(tied)
 
     @property
     def is_quantized(self) -> bool:
@@ -177,6 +184,8 @@ class CheckpointLoader(HfQuantizer):
         check_scheme(scheme)
         open_named(model, layers, self.described.parameters or {})
         layers_here = place_factorized(model, layers)
+        if self.described.tied:
+            self.described.tied = tie(model, self.described.tied) or None
         if scheme is not None:
             for name in layers_here:
                 prepare(cast(FactorizedModule, model.get_submodule(name)), scheme)
@@ -309,7 +318,7 @@ def keep_names(model: PreTrainedModel) -> None:
 def check_closed(model: PreTrainedModel, form: str) -> None:
     """Raise `ValueError` where a model has opened parameters, which a form of checkpoint cannot hold."""
     fused = [name for name, owner in fused_parameters(model).items() if is_open(owner, name.rpartition(".")[2])]
-    opened = [*fused, *opened_parameters(model), *open_attentions_of(model)]
+    opened = [*fused, *opened_parameters(model), *open_attentions_of(model), *tied_in(model)]
     if opened:
         raise ValueError(
             f"{opened[0]}: {form} knows factorised layers only, and this was made into layers. Save a standalone "

@@ -22,6 +22,7 @@ from .checkpoint import (
     open_named,
     place_factorized,
 )
+from .heads import tie
 from .quantization import check_scheme, quantize
 from .tables import TABLES, check_tables, quantize_tables
 
@@ -62,12 +63,13 @@ def factorized(model: PreTrainedModel, described: CheckpointConfig) -> PreTraine
     open_named(model, described.layers, described.parameters or {})
     devices = {name: next(module.parameters(), torch.empty(0)).device for name, module in model.named_modules()}
     layers = place_factorized(model, described.layers)
+    tied = tie(model, described.tied or {})
     for name in layers:
         module = model.get_submodule(name)
         module.to_empty(device=devices[name])
         _fill_at_random(module)
     model.config.quantization_config = CheckpointConfig(
-        layers, quantization=scheme, parameters=described.parameters, tables=described.tables
+        layers, quantization=scheme, parameters=described.parameters, tables=described.tables, tied=tied
     )
     model.hf_quantizer = CheckpointLoader(model.config.quantization_config)  # type: ignore[assignment]
     mark_unquantized(model)

@@ -13,6 +13,7 @@ from ..config.reparam_config import ReparamConfig
 from ..runtime.modules import set_module
 from .arrivals import DAMAGED
 from .layer import ReparamLayer, reparam_layers
+from .tying import untie_heads
 
 
 def factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str, Tensor]:
@@ -116,6 +117,7 @@ def withdraw(model: nn.Module, adapter_name: str) -> None:
         layer.delete_adapter(adapter_name)
         if not layer.reparam_factors:
             set_module(model, name, layer.base_layer)
+    untie_heads(model)
     holder: Any = model  # of the configs; one dict, which PEFT's model and the model in it share
     if awaiting and len(holder.peft_config) > 1:
         del holder.peft_config[adapter_name]

@@ -25,6 +25,7 @@ from ..standalone.checkpoint import (
     mark_unquantized,
     specification_of,
 )
+from ..standalone.heads import forget_tied
 from ..standalone.quantization import check_scheme
 from ..standalone.quantization import quantize as quantize_factors
 from ..standalone.tables import check_tables, tables_of
@@ -79,7 +80,9 @@ def standalone_model(
     mark_unquantized(plain)
     keep_names(plain)
     tables = None if quantize_tables is None else dict.fromkeys(tables_of(plain), quantize_tables)
-    plain.config.quantization_config = CheckpointConfig(layers, quantization=quantize, parameters=patterns, tables=tables)
+    plain.config.quantization_config = CheckpointConfig(
+        layers, quantization=quantize, parameters=patterns, tables=tables, tied=forget_tied(plain)
+    )
     plain.hf_quantizer = CheckpointLoader(plain.config.quantization_config)
     if quantize is not None:
         rounding = None if statistics is None else CalibratedRounding(statistics)

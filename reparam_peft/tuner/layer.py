@@ -9,6 +9,7 @@ from functools import cache
 from typing import Any, cast
 
 import torch
+import torch.nn.functional as F
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
@@ -229,17 +230,29 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         super()._load_from_state_dict(state_dict, prefix, *args, **kwargs)
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return self._combination(lambda: self.base_layer(x, *args, **kwargs), lambda name: self._product(name, x))
+
+    def transposed(self, x: Tensor) -> Tensor:
+        """Wᵀ x, of an embedding whose table serves a head, too: (…, features) → (…, tokens)."""
+
+        def product(name: str) -> Tensor:
+            factors: Any = self.factorized(name)  # of an embedding
+            return cast(Tensor, factors.transposed(self._cast_input_dtype(x, factors.dtype))).to(x.dtype)
+
+        return self._combination(lambda: F.linear(x, self.base_layer.weight), product)
+
+    def _combination(self, base: Callable[[], Tensor], product: Callable[[str], Tensor]) -> Tensor:
+        """What the active adapters make, of what the base layer does and what the product of each does."""
         self._unmerge_disabled()
         if self.disable_adapters or self.merged:
-            return self.base_layer(x, *args, **kwargs)
+            return base()
         if self.arrivals.awaited:
             self.arrivals.check_complete()
         active = [name for name in self.active_adapters if name in self.reparam_factors]
         if len(active) == 1:
-            return self._product(active[0], x)
+            return product(active[0])
         self.check_active(active)
-        base = self.base_layer(x, *args, **kwargs)
-        return sum((self._product(name, x) - base for name in active), start=base)
+        return _combined([product(name) for name in active], base)
 
     def _unmerge_disabled(self) -> None:
         if self.disable_adapters and self.merged:  # as PEFT does where it computes

@@ -35,6 +35,7 @@ from .reach import warn_of_reach
 from .selection import names_targets, take_targets
 from .sizes import SizeReport, size_report
 from .targets import Target, check_targets, find_targets, is_target, save_heads
+from .tying import tie_heads
 
 
 class ReparamModel(BaseTuner):
@@ -46,8 +47,7 @@ class ReparamModel(BaseTuner):
 
     prefix = "reparam_"
     tuner_layer_cls = ReparamLayer
-    # Of the injection that is under way: adapter, whether a loader is to bring the factors, PEFT's state dict, and the adapter
-    # that is copied.
+    # Of the injection under way: adapter, whether a loader is to bring factors, PEFT's state dict, the adapter that is copied.
     _injection: tuple[str, bool, dict[str, Tensor] | None, str | None]
     _targets: dict[str, Target]
     _awaits_factors = False  # whether a loader may have brought none, which the next forward pass finds out
@@ -160,6 +160,13 @@ class ReparamModel(BaseTuner):
         """The parameters that were opened; their layers are injected as modules."""
         return list(peft_config.target_parameters or ())
 
+    def _check_tied_modules(self, model: nn.Module, peft_config: ReparamConfig) -> None:  # type: ignore[override]
+        if not peft_config.ensure_weight_tying:  # else `take_tables` sees to it
+            super()._check_tied_modules(model, peft_config)
+
+    def _get_tied_target_modules(self, model: nn.Module) -> list[str]:
+        return []  # a table that is merged is tied as before, or else refused
+
     @staticmethod
     def _check_target_module_exists(peft_config: ReparamConfig, key: str) -> Any:  # type: ignore[override]
         return is_target(peft_config, key)
@@ -194,6 +201,7 @@ class ReparamModel(BaseTuner):
             if adapter_name not in self.active_adapters:
                 layer.requires_grad_(False)
             self._replace_module(parent, target_name, layer, target)
+            tie_heads(peft_config, self.model, layer)
 
     def _replace_module(self, parent: nn.Module, child_name: str, new_module: nn.Module, child: nn.Module) -> None:
         # Both directions: the layers are built on the right device, and an unloaded base layer is already whole.

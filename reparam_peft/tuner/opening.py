@@ -23,6 +23,7 @@ from ..layers.kinds import layer_kind
 from ..layers.parameters import OpenedParameter, Reading, close_parameter, open_parameter, opened_parameters, readings
 from ..runtime.modules import evaluating, is_offloaded, naming, parameter_owners
 from .attentions import outputs_of_attentions, parts_of_attentions
+from .tying import untie_heads
 
 MOST_NAMED = 6  # in a message
 
@@ -68,7 +69,7 @@ def open_parameters(config: ReparamConfig, model: nn.Module, opens_attentions: b
 
 
 def close_parameters(model: nn.Module) -> None:
-    """Close all opened parameters whose layers are linear ones again, in place."""
+    """Close all opened parameters whose layers are linear ones again, and give heads their tables back, in place."""
     for name, experts in fused_parameters(model).items():
         key = name.rpartition(".")[2]
         if is_open(experts, key) and _are_plain(experts.get_submodule(key).children()):
@@ -77,6 +78,7 @@ def close_parameters(model: nn.Module) -> None:
         if _are_plain(opened.layers):
             close_parameter(model, name)
     close_attentions(model)
+    untie_heads(model)
 
 
 def own_memory(model: nn.Module) -> None:

@@ -32,7 +32,7 @@ def refused_by_place(
     module: nn.Module,
     owners: Mapping[int, Sequence[str]],
     in_lists: Container[int],
-    keep_base: bool,
+    may_share: bool,
 ) -> Refusal | None:
     """Why a module of a known kind cannot be factorised in its model; None: it can.
 
@@ -42,7 +42,7 @@ def refused_by_place(
         module: itself.
         owners: names of each parameter of the model, by its id.
         in_lists: ids of modules that are kept in lists of Python, too.
-        keep_base: whether its weight stays.
+        may_share: whether others may have its weight, too: it stays, or they get the product.
     """
     if isinstance(module, BaseTunerLayer):
         return None
@@ -51,7 +51,7 @@ def refused_by_place(
             "the model keeps it in a list of Python, too, by which it would go on to call the original; leave it out with "
             "`exclude_modules`."
         )
-    if is_quantized(module) or keep_base:
+    if is_quantized(module) or may_share:
         return None
     weight = module.get_parameter("weight")
     names = owners[id(weight)]
@@ -62,7 +62,8 @@ def refused_by_place(
         return ValueError(
             f"the weight is shared ({', '.join(names)}) and cannot be dropped in one place. Leave it out with "
             "`exclude_modules`, or untie it first: set `config.tie_word_embeddings = False` and give one of the modules a "
-            "copy, `module.weight = nn.Parameter(module.weight.clone())`."
+            "copy, `module.weight = nn.Parameter(module.weight.clone())`. One product for an embedding and its heads is made "
+            "with `ensure_weight_tying=True`."
         )
     return None
 

@@ -16,6 +16,7 @@ from .opening import open_parameters
 from .reach import warn_of_reach
 from .target_modules import TARGET_MODULES
 from .targets import Target, check_targets, find_targets, is_target, save_heads
+from .tying import take_tables
 
 
 def select_targets(model: nn.Module, config: ReparamConfig, adapter_name: str, loading: bool = False) -> dict[str, Target]:
@@ -71,6 +72,8 @@ def take_targets(
         TypeError, ValueError: as for `find_targets`; or no default is known for the model.
     """
     open_parameters(config, model, opens)
+    if names_targets(config):
+        take_tables(config, model)
     if names_targets(config) or not _has_default(config, model):
         return find_targets(config, model, matches)
     if config.target_modules is None:

@@ -24,6 +24,7 @@ from .layer import REMEDY, W_IS_GONE, ReparamLayer, reparam_layers
 from .matrices import matrix_storage, unwrapped
 from .refusals import Refusal, joint_error, joint_warning, refused_by_kind, refused_by_place
 from .target_modules import SAVED_BY_TASK
+from .tying import shares_its_product
 
 # What PEFT's and our own modules add to the names in a state dict.
 ADDED_NAMES = {"base_model", "model", "base_layer", "original_module", "modules_to_save", "reparam_factors"} | {
@@ -105,7 +106,8 @@ def find_targets(
                 storage = matrix_storage(module, name, config)
                 target = Target(module, resolve_rank(config, name, storage), storage)
             if not named or target.rank is not None:
-                reason = refused_by_place(model, name, module, owners, in_lists, config.keep_base)
+                may_share = config.keep_base or shares_its_product(config, model, name)
+                reason = refused_by_place(model, name, module, owners, in_lists, may_share)
         if reason is None:
             targets[name] = target
         else:
@@ -150,7 +152,8 @@ def check_targets(
             stacklevel=2,
         )
     owners, in_lists = parameter_owners(model), kept_in_lists(model)
-    reasons = {n: refused_by_place(model, n, m, owners, in_lists, config.keep_base) for n, m in factorized.items()}
+    may_share = {name: config.keep_base or shares_its_product(config, model, name) for name in factorized}
+    reasons = {n: refused_by_place(model, n, m, owners, in_lists, may_share[n]) for n, m in factorized.items()}
     refused = {name: reason for name, reason in reasons.items() if reason is not None}
     if refused:
         raise joint_error(refused)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from support.batches import Batch, padding, pairs, text
 from support.gathering import assert_same, gather, linear_layers, named
-from support.models import bert, llama, mixture, t5
-from support.tolerances import relative_error
+from support.models import bert, llama, mixture, t5, tied
+from support.tolerances import assert_close, relative_error
 from torch import Tensor, nn
+
+from reparam_peft.calibration.gather import gather_statistics
 
 
 def test_distinct_inputs_have_one_gram_each() -> None:
@@ -254,3 +257,21 @@ def test_padding_may_hold_anything() -> None:
     net = Net()
     one, two = (gather(net, named("layer"), [{"x": v, "attention_mask": mask}], gradients=False) for v in (x, spoilt))
     assert torch.equal(one.gram("layer"), two.gram("layer"))
+
+
+def test_a_head_adds_its_use_of_a_table() -> None:
+    model: Any = tied()
+    name, heads = "model.embed_tokens", {"model.embed_tokens": [model.lm_head]}
+    batches, modules = [{"input_ids": torch.arange(24).view(2, 12)}], {name: model.model.embed_tokens}
+    seen: list[Tensor] = []
+    model.lm_head.register_forward_pre_hook(lambda module, args: seen.append(args[0].detach().flatten(0, 1)))
+    alone = gather_statistics(model, modules, batches, progress=False)
+    both = gather_statistics(model, modules, batches, progress=False, heads=heads)
+    X = seen[-1].double()
+    assert_close(both.outputs[name].gram - alone.outputs[name].gram, X.mT @ X, torch.float32)
+    assert (alone.outputs[name].rows, both.outputs[name].rows) == (24, 48)
+    assert both.inputs[name].rows == 48
+    assert (both.inputs[name].gram > alone.inputs[name].gram).all()
+    assert both.loss_scale(name) > 0
+    without = gather_statistics(model, modules, batches, gradients=False, progress=False, heads=heads)
+    assert_close(without.inputs[name].gram - alone.inputs[name].gram, torch.full((100,), 0.24, dtype=torch.float64))
