@@ -8,7 +8,7 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial, wraps
+from functools import partial, reduce, wraps
 from importlib import import_module
 from types import ModuleType
 from typing import Any
@@ -62,9 +62,9 @@ class PrivateName:
         module_name, _, class_name = self.owner.partition(":")
         try:
             module = import_module(module_name)
-        except ImportError:
+            owner = reduce(getattr, class_name.split("."), module) if class_name else module
+        except (ImportError, AttributeError):
             return False
-        owner = getattr(module, class_name, None) if class_name else module
         return hasattr(owner, self.name) or self.name in inspect.getsource(module)
 
 
@@ -169,6 +169,11 @@ PRIVATE_NAMES = (
     ),
     *_names("torch:Tensor", _version="whether a tensor was written to since"),
     *_names("torch._dynamo.eval_frame:OptimizedModule", _orig_mod="the model in a compiled one"),
+    *_names(
+        "torch:ops.mkldnn",
+        _is_mkldnn_bf16_supported="which products of bfloat16 a CPU computes fast",
+        _linear_pointwise="the operator that PyTorch's compiler emits for linear layers on a CPU, for single rows",
+    ),
     *_names("torch", _C="what a computed weight tells of itself without being computed"),
     *_names("torch._ops:OpOverload", _schema="which operators write to their arguments"),
     *_names("torch.utils", _python_dispatch="tensors made of others, for fingerprints", _pytree="nested arguments of modules"),

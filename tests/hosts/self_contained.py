@@ -19,7 +19,9 @@ from typing import Any
 
 MOST = 1e-4  # of outputs, relative to the largest of them: versions add numbers up in other orders
 OUTPUTS, INPUTS = "outputs.safetensors", "inputs.safetensors"
-OTHER_NAMES = "may have this architecture under other names of layers"  # what the reader says of an architecture that was rewritten
+OTHER_NAMES = (
+    "may have this architecture under other names of layers"  # what the reader says of an architecture that was rewritten
+)
 
 
 def load(folder: Path) -> Any:
@@ -82,7 +84,9 @@ def write(folder: Path) -> dict[str, Any]:
     }
     expected = {}
     for name, (make, form) in cases.items():
-        inputs = token_inputs() if make is not vit else {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)}
+        inputs = (
+            token_inputs() if make is not vit else {"pixel_values": torch.linspace(-1, 1, 2 * 3 * 16 * 16).view(2, 3, 16, 16)}
+        )
         inputs = {key: value for key, value in inputs.items() if key != "labels"}
         if make is t5:
             inputs["decoder_input_ids"] = inputs["input_ids"].clone()
