@@ -42,7 +42,7 @@ def register() -> None:
     from .compression.loading import register_loading
     from .config.adapter_file import reading_adapter_config
     from .config.reparam_config import ReparamConfig
-    from .runtime.hosts import extend
+    from .runtime.hosts import NEWEST_TRIED, extend, is_untried, names_that_went, serve_state_dicts
     from .standalone.checkpoint import register_checkpoints
     from .standalone.from_config import register_from_config
     from .tuner.host_checks import register_host_checks
@@ -52,10 +52,18 @@ def register() -> None:
     register_from_config()
     register_host_checks()
     register_loading()
+    went = names_that_went() if is_untried() else []
+    if went:
+        warnings.warn(
+            f"{' '.join(went)} This version of reparam_peft was tried up to {NEWEST_TRIED}; upgrade it, or install those.",
+            ReparamWarning,
+            stacklevel=2,
+        )
     extend(PeftConfigMixin, "from_json_file", reading_adapter_config)
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME.upper()])
     if registered is None:
         register_peft_method(name=NAME, config_cls=ReparamConfig, model_cls=ReparamModel)
+        serve_state_dicts(ReparamModel, PeftType[NAME.upper()])
     elif registered.__module__ != ReparamConfig.__module__:
         warnings.warn(
             f"PEFT already has a method REPARAM ({registered.__module__}); reparam_peft leaves it in place. Its own "

@@ -59,7 +59,7 @@ class CompressingLoader(CheckpointLoader):
             if f"{name}.weight" in tied:
                 raise ValueError(f"{name}: the weight is shared with another module; leave it out with `exclude_modules`.")
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         return weight_conversions  # the files are those of a dense model
 
     def param_needs_quantization(self, model: PreTrainedModel, param_name: str, **kwargs: Any) -> bool:

@@ -7,9 +7,9 @@ from contextlib import contextmanager
 
 from peft import PeftModel
 from peft.utils import ModulesToSaveWrapper
-from peft.utils.other import _set_trainable
 
 from ..layers.experts import is_experts
+from ..runtime.hosts import set_trainable
 from ..runtime.modules import evaluating
 from ..tuner.layer import ReparamLayer, reparam_layers
 from ..tuner.model import config_of
@@ -24,7 +24,7 @@ def set_trained(model: PeftModel, kinds: Sequence[str]) -> None:
     model.requires_grad_(False)
     names = [*(norms_of(model) if "norms" in kinds else ()), *(routers_of(model) if "routers" in kinds else ())]
     if names:
-        _set_trainable(model, adapter, names, inference_mode=False)
+        set_trainable(model, adapter, names, inference_mode=False)
         config = config_of(model, adapter)
         config.modules_to_save = sorted({*(config.modules_to_save or ()), *names})
     for module in model.modules():

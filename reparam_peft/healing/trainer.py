@@ -336,7 +336,9 @@ class HealingTrainer(Trainer):
         Where processes gather shards to save them, an error in one ends that process; the others, which may be waiting for it
         in the library, are ended by the launcher.
         """
-        gathers = self.is_fsdp_enabled or self.is_deepspeed_enabled or self.is_distributed_loading_by_transformers
+        gathers = (
+            self.is_fsdp_enabled or self.is_deepspeed_enabled or getattr(self, "is_distributed_loading_by_transformers", False)
+        )
         return nullcontext() if gathers else fails_together()
 
     def _save_optimizer_and_scheduler(self, output_dir: str) -> None:
@@ -410,11 +412,13 @@ class HealingTrainer(Trainer):
         if self.compute_loss_func is not None:
             return self.compute_loss_func(outputs, labels, num_items_in_batch=count)
         if self.label_smoother is not None and labels is not None:
-            return self.label_smoother(outputs, labels, shift_labels=self.shifts, num_items_in_batch=count)
-        if getattr(outputs, "loss", None) is None:
+            loss = self.label_smoother(outputs, labels, shift_labels=self.shifts)
+        else:
+            loss = getattr(outputs, "loss", None)
+        if loss is None:
             raise ValueError("`distillation` below 1 needs the labels of the task in each batch, got none; use 1 without them.")
-        # The model's mean: many models take no `num_items_in_batch`. Of nothing it would be NaN.
-        return outputs.loss.mean() * mask.sum() / count if mask.any() else outputs.logits.sum() * 0
+        # The mean: many models, and earlier label smoothers, take no `num_items_in_batch`. Of nothing it would be NaN.
+        return loss.mean() * mask.sum() / count if mask.any() else outputs.logits.sum() * 0
 
     @torch.no_grad()
     def _ask(self, model: nn.Module, batch: dict[str, Any]) -> Taught:

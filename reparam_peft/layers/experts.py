@@ -61,7 +61,7 @@ class ViewLinear(nn.Linear):
 
 def is_experts(module: nn.Module) -> bool:
     """Whether a module holds experts behind transformers' interface, fused or opened."""
-    return "_is_expert_parallel" in vars(module) and hasattr(module, "_apply_gate") and _kept(module, WRITER) is not None
+    return "is_concatenated" in vars(module) and hasattr(module, "_apply_gate") and _kept(module, WRITER) is not None
 
 
 def fused_parameters(model: nn.Module) -> dict[str, nn.Module]:

@@ -199,7 +199,7 @@ class CheckpointLoader(HfQuantizer):
             check_files(checkpoint_files, model, self._conversions(get_model_conversion_mapping(model)), tables or ())
         self.described.layers = layers_here  # under this model's names, for when it is saved
 
-    def update_weight_conversions(self, weight_conversions: list[Any], model: PreTrainedModel) -> list[Any]:
+    def update_weight_conversions(self, weight_conversions: list[Any], *_: Any) -> list[Any]:
         """What transformers is to make of names and tensors in the files: nothing, but for those of earlier versions."""
         return self._conversions(weight_conversions)
 

@@ -16,6 +16,11 @@ from transformers.pytorch_utils import Conv1D
 
 WITHOUT_NUMBERS = [getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad")]
 
+OTHER_NAMES = (
+    f"transformers {transformers.__version__} may have this architecture under other names of layers: use the version in "
+    "config.json, or a later one"
+)
+
 
 class Product(Tensor):
     """The weight of a factorised layer, for models that read it themselves: computed where its numbers are used."""
@@ -154,10 +159,39 @@ def _is_custom_code() -> bool:
     return True
 
 
+def _name_rope_as_before(config: Any) -> None:
+    """Give transformers before 5 the names that it knows rotary embeddings by; it would use those of its defaults."""
+    if int(transformers.__version__.split(".")[0]) >= 5:
+        return
+    for part in (config, *vars(config).values()):
+        rope = getattr(part, "rope_parameters", None)
+        if not isinstance(rope, dict):
+            continue
+        if any(isinstance(value, dict) for value in rope.values()):
+            raise ValueError(f"`rope_parameters` of a {type(part).__name__}, by kinds of layers, need transformers 5.")
+        rope = dict(rope)
+        for name in ("rope_theta", "partial_rotary_factor"):
+            if name in rope:
+                setattr(part, name, rope.pop(name))
+        if rope.get("rope_type", "default") != "default":
+            part.rope_scaling = rope
+
+
 class WithFactors:
     """Before a model's class in the order of resolution: its layers that `config.reparam_layers` names are factorised."""
 
+    @classmethod
+    def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
+        """As of transformers, which would only warn of layers of the base model that have other names in the checkpoint."""
+        model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
+        is_base = not hasattr(model, model.base_model_prefix)
+        for name in sorted(info["missing_keys"]):
+            if is_base or name.startswith(f"{model.base_model_prefix}."):  # others are of another head
+                raise ValueError(f"{name}: the checkpoint lacks this tensor; {OTHER_NAMES}.")
+        return (model, info) if output_loading_info else model
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
+        _name_rope_as_before(config)
         super().__init__(config, *args, **kwargs)
         for model in self.modules():
             if isinstance(model, transformers.PreTrainedModel):  # whose conversions of names would catch factors
@@ -175,3 +209,6 @@ class WithFactors:
                     module = Factorized(layer, how["rank"], how["form"], how["bias"], size).to(layer.weight.dtype)
                 setattr(self.get_submodule(parent), child, module)
                 break
+            else:
+                if saved.startswith(prefix):  # others belong to another head
+                    raise ValueError(f"{saved}: the checkpoint has factors for this layer; {OTHER_NAMES}.")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -15,6 +15,8 @@ from .arrivals import DAMAGED
 from .layer import ReparamLayer, reparam_layers
 from .tying import untie_heads
 
+PREFIX = "base_model.model."  # of names in a `PeftModel`, and in the files
+
 
 def factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str, Tensor]:
     """State-dict keys of what an adapter stores for a layer, with its parameters and buffers."""
@@ -23,6 +25,22 @@ def factor_keys(name: str, layer: ReparamLayer, adapter_name: str) -> dict[str, 
     prefix = f"{name}." if name else ""
     state = layer.factorized(adapter_name).state_dict(keep_vars=True)
     return {f"{prefix}reparam_factors.{adapter_name}.{key}": tensor for key, tensor in state.items()}
+
+
+def names_in_model(model: nn.Module, adapter_name: str, in_file: Callable[[str], str]) -> dict[str, str]:
+    """What an adapter's tensors are called in a model, by their names in files.
+
+    Args:
+        model: that holds the adapter, a `PeftModel` or one that was given adapters by itself, whose names lack PEFT's prefix.
+        adapter_name: its name.
+        in_file: makes a name in files of one in the model.
+    """
+    names = {}
+    for name, layer in reparam_layers(model):
+        for key in factor_keys(name, layer, adapter_name):
+            stored = in_file(key)
+            names[stored] = names[PREFIX + stored.removeprefix(PREFIX)] = key
+    return names
 
 
 def check_whole(model: nn.Module, adapter_name: str, state: dict[str, Tensor]) -> None:
@@ -84,7 +102,7 @@ def fit_to_model(model: nn.Module, config: ReparamConfig, adapter_name: str, loa
     try:
         expected: set[str] = set()
         for name, layer in reparam_layers(model):
-            rank_in_file = config.ranks_in_file.get(name.removeprefix("base_model.model."))
+            rank_in_file = config.ranks_in_file.get(name.removeprefix(PREFIX))
             if rank_in_file is not None and adapter_name in layer.r:
                 cut(name, layer, adapter_name, rank_in_file, loaded)
             keys = factor_keys(name, layer, adapter_name)
@@ -96,7 +114,7 @@ def fit_to_model(model: nn.Module, config: ReparamConfig, adapter_name: str, loa
                 raise ValueError(f"{name}: adapter {adapter_name!r} is merged; unmerge it before loading others into it.")
         # A config for a lower size may leave targets dense whose factors are in the file.
         dense = config.ranks_in_file.keys() - config.rank_pattern.keys()
-        owners = {key: key.removeprefix("base_model.model.").partition(".reparam_factors.")[0] for key in loaded}
+        owners = {key: key.removeprefix(PREFIX).partition(".reparam_factors.")[0] for key in loaded}
         fitting = {key: tensor for key, tensor in loaded.items() if owners[key] not in dense}
         homeless = sorted(key for key in fitting if ".reparam_factors." in key and key not in expected)
         if homeless:
@@ -139,7 +157,7 @@ def cut(name: str, layer: ReparamLayer, adapter_name: str, rank_in_file: int, lo
     for key in [key for key in present if key.endswith(".bias") and key in loaded]:
         # The model has no such tensor at this size, so that PEFT has left the key as it is in the file.
         key_of_mean = key.removesuffix(f"{adapter_name}.bias") + "feature_mean"
-        means = [loaded.pop(f"{prefix}{key_of_mean}", None) for prefix in ("", "base_model.model.")]
+        means = [loaded.pop(f"{prefix}{key_of_mean}", None) for prefix in ("", PREFIX)]
         A, mean = loaded.get(key.removesuffix("bias") + "A.weight"), next((mean for mean in means if mean is not None), None)
         if A is None or mean is None or mean.shape != (rank_in_file,) or A.shape[:2] != (len(loaded[key]), rank_in_file):
             raise ValueError(f"{key_of_mean}: the checkpoint has no such tensor that fits; {DAMAGED}.")
@@ -168,7 +186,7 @@ def check_loaded_tensor(key: str, tensor: Tensor | None, present: Tensor, masks:
         present: the one that it is to take the place of.
         masks: of the module that it belongs to, as `FactorizedModule.masks`.
     """
-    name = key.removeprefix("base_model.model.")
+    name = key.removeprefix(PREFIX)
     if tensor is None:
         raise ValueError(f"{name}: the checkpoint has no such tensor; {DAMAGED}.")
     is_mask = not present.is_floating_point()

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import copy
 
-from peft.tuners.tuners_utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner
 from torch import nn
 
 from ..config.reparam_config import ReparamConfig
 from ..layers.attention import OUTPUT, PACKED, SEPARATE, is_attention, projections_of
 from ..runtime.blocks import block_of, repeated_blocks
+from ..runtime.hosts import ExcludedModule
 
 PARTS = (PACKED, *SEPARATE, f"{OUTPUT}.weight")
 
@@ -48,4 +49,4 @@ def _takes(config: ReparamConfig, name: str, named: bool = True) -> bool:
         every: set[str] = {name}
         config.target_modules = every  # type: ignore[assignment]  # PEFT makes sets of lists, too
     matched = BaseTuner._check_target_module_exists(config, name)
-    return bool(matched) and not isinstance(matched, _ExcludedModule)
+    return bool(matched) and not isinstance(matched, ExcludedModule)

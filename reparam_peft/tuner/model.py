@@ -22,7 +22,7 @@ from ..config.reparam_config import ReparamConfig
 from ..defaults import DATA_FREE
 from ..runtime.modules import naming
 from ..runtime.restoring import Snapshot, unchanged_on_error
-from .adapter_state import cast_to_base, check_whole, fit_to_model
+from .adapter_state import cast_to_base, check_whole, fit_to_model, names_in_model
 from .base_sample import check_base, sample_base
 from .conversion import standalone_model
 from .copies import adapter_to_copy, copied, copy_saved_modules
@@ -158,7 +158,9 @@ class ReparamModel(BaseTuner):
 
     def _inject_parameters(self, peft_config: ReparamConfig, **_: Any) -> list[str]:  # type: ignore[override]
         """The parameters that were opened; their layers are injected as modules."""
-        return list(peft_config.target_parameters or ())
+        names = list(peft_config.target_parameters or ())
+        self.targeted_parameter_names += [name for name in names if name not in self.targeted_parameter_names]  # PEFT 0.20
+        return names
 
     def _check_tied_modules(self, model: nn.Module, peft_config: ReparamConfig) -> None:  # type: ignore[override]
         if not peft_config.ensure_weight_tying:  # else `take_tables` sees to it
@@ -400,12 +402,11 @@ class ReparamModel(BaseTuner):
             ValueError: the state dict lacks some, holds them empty or sharded, or one is not finite in that dtype.
         """
         config.check_saved()
-        selected = super()._get_adapter_state_dict(model, config, adapter_name, state_dict, unwanted_adapter_names)
         if state_dict:  # of processes that save nothing it may be empty
             check_whole(model, adapter_name, state_dict)
-        # PEFT does not find them where activations are checkpointed, which changes names of modules and not of tensors.
+        # By names of tensors: those of modules are others where activations are checkpointed.
         factors = f".reparam_factors.{adapter_name}."
-        selected |= {key: tensor for key, tensor in state_dict.items() if factors in key}
+        selected = {key: tensor for key, tensor in state_dict.items() if factors in f".{key}"}
         for name, layer in reparam_layers(model):
             cast_to_base(name, layer, adapter_name, selected)
             # PEFT adds the base weight of targeted embeddings, which the factors stand in for.
@@ -423,7 +424,7 @@ class ReparamModel(BaseTuner):
     def _remap_adapter_state_dict_for_load(  # type: ignore[override]
         cls, model: nn.Module, config: ReparamConfig, adapter_name: str, state_dict: dict[str, Tensor]
     ) -> dict[str, Tensor]:
-        """PEFT's renaming, plus a check that every factor is there and fits, before the first is loaded or W goes.
+        """The tensors under the model's names, after a check that every factor is there and fits, before any is loaded.
 
         Raises:
             ValueError: the checkpoint lacks factors, holds NaN or inf, or their shapes are not those of the config.
@@ -431,7 +432,10 @@ class ReparamModel(BaseTuner):
         tuner = model.base_model if isinstance(model, PeftModel) else None
         is_new = isinstance(tuner, ReparamModel) and tuner._before_injection is not None
         with cast(ReparamModel, tuner)._undoing(adapter_name) if is_new else nullcontext():
-            remapped = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+            in_model = names_in_model(
+                model, adapter_name, partial(cls._remove_adapter_name_from_key, adapter_name=adapter_name)
+            )
+            remapped = {in_model.get(key, key): tensor for key, tensor in state_dict.items()}
             fitting = fit_to_model(model, config, adapter_name, remapped)
         if isinstance(tuner, ReparamModel):
             tuner._arriving = adapter_name  # PEFT loads them now, and then casts them: W stays until it has

@@ -11,7 +11,7 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
 from ..arguments import ReparamWarning, listed
@@ -21,6 +21,7 @@ from ..layers.attention import close_attentions, open_attentions, open_attention
 from ..layers.experts import ViewLinear, close_experts, fused_parameters, is_open, open_experts
 from ..layers.kinds import layer_kind
 from ..layers.parameters import OpenedParameter, Reading, close_parameter, open_parameter, opened_parameters, readings
+from ..runtime.hosts import ExcludedModule
 from ..runtime.modules import evaluating, is_offloaded, naming, parameter_owners
 from .attentions import outputs_of_attentions, parts_of_attentions
 from .tying import untie_heads
@@ -130,7 +131,7 @@ def _is_excluded(config: ReparamConfig, name: str) -> bool:
     """Whether a config leaves out a whole parameter, by its name or one of a module that is saved whole, as PEFT matches."""
     config = copy.copy(config)
     config.target_modules = []  # PEFT asks for the others first, and for none where there are parameters only
-    return isinstance(BaseTuner._check_target_module_exists(config, name), _ExcludedModule)
+    return isinstance(BaseTuner._check_target_module_exists(config, name), ExcludedModule)
 
 
 def _is_inside(name: str, prefixes: Iterable[str]) -> bool:

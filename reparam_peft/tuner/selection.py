@@ -6,12 +6,13 @@ import copy
 from collections.abc import Callable, Iterable
 from functools import partial
 
-from peft.tuners.tuners_utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner, _maybe_include_all_linear_layers
+from peft.tuners.tuners_utils import INCLUDE_LINEAR_LAYERS_SHORTHAND, BaseTuner
 from torch import nn
 from transformers import PreTrainedModel
 
 from ..config.reparam_config import ReparamConfig
 from ..runtime.blocks import block_of, repeated_blocks
+from ..runtime.hosts import include_all_linear_layers
 from .opening import open_parameters
 from .reach import warn_of_reach
 from .target_modules import TARGET_MODULES
@@ -122,5 +123,5 @@ def _all_linear(config: ReparamConfig, model: nn.Module) -> set[str]:
     """The names of what PEFT takes for all linear layers of a model, but for those of opened parameters."""
     config = copy.copy(config)
     config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
-    _maybe_include_all_linear_layers(config, model)  # in place
+    include_all_linear_layers(config, model)  # in place
     return {name for name in config.target_modules or () if not config.is_of_parameters(name)}

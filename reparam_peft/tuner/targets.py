@@ -6,7 +6,7 @@ import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule
+from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
 from peft.utils import CONFIG_NAME, AuxiliaryTrainingWrapper
 from torch import nn
 
@@ -18,6 +18,7 @@ from ..layers.product import Product
 from ..layers.quantized_bases import note_dtype
 from ..numerics.storage import Storage
 from ..planning.ranks import resolve_rank
+from ..runtime.hosts import ExcludedModule
 from ..runtime.modules import is_offloaded, kept_in_lists, naming, parameter_owners
 from .attentions import is_taken_by_parts
 from .layer import REMEDY, W_IS_GONE, ReparamLayer, reparam_layers
@@ -70,7 +71,7 @@ def is_target(config: ReparamConfig, name: str) -> object:
     if is_taken_by_parts(config, name) or (config.loading and not config.is_of_adapter(name)):
         return False
     matched = BaseTuner._check_target_module_exists(config, name)
-    if isinstance(matched, _ExcludedModule):
+    if isinstance(matched, ExcludedModule):
         return matched
     return (matched or config.is_of_parameters(name)) and config.is_among(name)
 

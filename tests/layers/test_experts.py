@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+import inspect
 from typing import Any
 
 import pytest
@@ -33,6 +34,8 @@ LAYOUTS = {
 def fused(layout: str) -> Any:
     """Experts of transformers' interface, of random content."""
     options = LAYOUTS[layout]
+    if not options.keys() <= inspect.signature(use_experts_implementation).parameters.keys():
+        pytest.skip("transformers has no such experts yet")
     rows = NEURONS if options.get("has_gate") is False else 2 * NEURONS
     reader = "up_proj" if options.get("has_gate") is False else "gate_up_proj"
 
