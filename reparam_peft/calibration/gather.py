@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping
 from contextlib import ExitStack
 from dataclasses import fields
@@ -24,6 +25,8 @@ from .recorder import Recorder
 from .self_written import written
 from .statistics import Statistics, weight_norm
 from .sums import InputSums, OutputSums, Sums, WeightedSums
+
+logger = logging.getLogger(__name__)
 
 
 def gather_statistics(
@@ -94,6 +97,7 @@ def gather_statistics(
             first_row += rows_in(batch)
         if count == 0:
             raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
+    logger.info("calibrated %d modules on %d batches", len(modules), count)
     if gradients:
         for name, module in modules.items():
             if name not in statistics.outputs:  # no gradient came back
