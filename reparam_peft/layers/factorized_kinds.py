@@ -8,7 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.types import Device
 
-from .factorized import Dtype, FactorizedModule, FactorLinear
+from .factor_linear import FactorLinear
+from .factorized import Dtype, FactorizedModule
 
 
 class FactorizedLinear(FactorizedModule):
