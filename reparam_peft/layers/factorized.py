@@ -20,14 +20,11 @@ from .pivot_expansion import PivotExpansion
 from .product import Stored
 
 Dtype: TypeAlias = torch.dtype | None
-# The operator that PyTorch's compiler emits for linear layers on a CPU; None in builds without oneDNN.
-SINGLE_ROW_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
 MARKER = "weight"  # in checkpoints of standalone models, of one element, where a dense layer has its matrix
 NESTED = (
     "factorised layers take no nested tensors, which nn.TransformerEncoder makes of padded ones outside of training. Make it "
     "with `enable_nested_tensor=False`."
 )
-SINGLE_ROW_LEAST = 2**18  # parameters below which starting the operator costs more than it saves
 
 
 def weight_of(layer: nn.Module) -> Tensor:
@@ -158,7 +155,9 @@ class FactorizedModule(nn.Module):
         """A (B x) + b, where b, of shape (out,), is the module's own bias if it has one, else `bias`."""
         if x.is_nested:
             raise ValueError(NESTED)
-        y = self.B(x) if self.A is None else self.A(self.B(x))
+        A = self._modules.get("A")  # as all that is looked up in each pass: by attribute it would take ten times as long
+        y = self._modules["B"](x)
+        y = y if A is None else A(y)
         bias = bias if self.bias is None else self.bias
         return y if bias is None else y + self.shaped_bias(bias).to(y.dtype)
 
@@ -389,29 +388,3 @@ def _set(owner: nn.Module, name: str, parameter: nn.Parameter, value: Tensor) ->
         setattr(owner, name, nn.Parameter(value, requires_grad=parameter.requires_grad))
     else:
         parameter.data = value  # the same parameter: an optimiser may hold it
-
-
-class FactorLinear(nn.Linear):
-    """An `nn.Linear` that multiplies single rows, as in decoding, by oneDNN where PyTorch's own product is slow.
-
-    For one row PyTorch calls a matrix–vector product that runs on one core and is slow on the short rows of factors. It is
-    replaced in float32 on a CPU, outside of autograd, autocast and tracing; results agree to rounding.
-    """
-
-    def forward(self, x: Tensor) -> Tensor:
-        if SINGLE_ROW_PRODUCT is not None and x.numel() == self.in_features and self._is_slow(x):
-            return SINGLE_ROW_PRODUCT(x, self.weight, self.bias, "none", [], "")
-        return super().forward(x)
-
-    def _is_slow(self, x: Tensor) -> bool:
-        """Whether PyTorch's own product of a single row is slow, and nothing around the call needs to see it."""
-        plain = type(x) is Tensor and type(self.weight) is nn.Parameter and x.device.type == "cpu" and x.dim() > 0
-        return (
-            plain
-            and x.dtype == self.weight.dtype == torch.float32
-            and self.weight.numel() >= SINGLE_ROW_LEAST
-            and not torch.is_grad_enabled()
-            and not torch.is_autocast_enabled("cpu")
-            and not torch.compiler.is_compiling()
-            and not torch.jit.is_tracing()
-        )

@@ -9,7 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.types import Device
 
-from .factorized import Dtype, FactorizedModule, FactorLinear
+from .factor_linear import FactorLinear
+from .factorized import Dtype, FactorizedModule
 
 
 class FactorizedLinear(FactorizedModule):

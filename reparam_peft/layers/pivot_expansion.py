@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +39,11 @@ class PivotExpansion(nn.Module):
     def forward(self, z: Tensor) -> Tensor:
         if not self.is_ordered:  # the mask was offloaded, and is here for this pass
             self.refresh()
+        K = self._modules.get("K")  # by attribute, these look-ups would take as long as a small product
+        if K is None:
+            return z
         # One copy in place of two scatters: [z, K z] has the pivots first, and `order` says where each output stands in it.
-        return z if self.K is None else torch.cat([z, self.K(z)], self.dim).index_select(self.dim, self.order)
+        return in_order(torch.cat([z, K(z)], self.dim), cast(Tensor, self._buffers["order"]), self.dim)
 
     @property
     def is_pivot(self) -> Tensor:
@@ -82,3 +85,24 @@ class PivotExpansion(nn.Module):
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         super()._load_from_state_dict(*args, **kwargs)
         self.refresh()
+
+
+def in_order(values: Tensor, order: Tensor, dim: int) -> Tensor:
+    """Values with what stands along a dimension in another order: `values.index_select(dim, order)`.
+
+    On a CPU that takes ten times as long as a copy, but for float32 along the rows of a matrix; for other floats along the last
+    dimension, `gather` is faster.
+
+    Args:
+        values: of any shape.
+        order: positions in that dimension, int64.
+        dim: the dimension, counted from the end.
+
+    >>> in_order(torch.tensor([[1.0, 2.0, 3.0]]), torch.tensor([2, 0, 1]), -1)
+    tensor([[3., 1., 2.]])
+    """
+    if dim != -1 or not values.is_cpu or torch.compiler.is_compiling():
+        return values.index_select(dim, order)
+    if values.dtype != torch.float32:
+        return values.gather(-1, order.expand_as(values))
+    return values.reshape(-1, values.shape[-1]).index_select(1, order).view_as(values)

@@ -35,6 +35,14 @@ class Product(Tensor):
             return func(*args, **(kwargs or {}))
 
 
+class Factor(nn.Linear):
+    """A linear layer that looks its weight up as fast as it can: of small products that is half of the time."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self._parameters.get("weight")
+        return super().forward(x) if weight is None else nn.functional.linear(x, weight, self._parameters.get("bias"))
+
+
 class Pivot(nn.Module):
     """z (…, r) → y (…, out): z itself in the rows whose bit is set in `mask`, K z in the others."""
 
@@ -45,13 +53,19 @@ class Pivot(nn.Module):
         self.order: Tensor | None = None
 
     def forward(self, z: Tensor) -> Tensor:
-        if self.K is None:
+        K = self._modules.get("K")
+        if K is None:
             return z
         if self.order is None or self.order.device != z.device:
             bits = self.mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=z.device)
             chosen = (bits & 1).flatten()[: self.out_features].bool()
             self.order = torch.where(chosen, chosen.cumsum(0), chosen.sum() + (~chosen).cumsum(0)) - 1
-        return torch.cat([z, self.K(z)], self.dim).index_select(self.dim, self.order)
+        y = torch.cat([z, K(z)], self.dim)
+        if self.dim != -1 or not y.is_cpu or torch.compiler.is_compiling():
+            return y.index_select(self.dim, self.order)
+        if y.dtype != torch.float32:  # on a CPU `index_select` is slow but for matrices in float32
+            return y.gather(-1, self.order.expand_as(y))
+        return y.view(-1, y.shape[-1]).index_select(1, self.order).view_as(y)
 
 
 class Stretching(nn.Module):
@@ -94,14 +108,14 @@ class Factorized(nn.Module):
         else:
             whole = (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
             out_features, in_features = size or whole
-            self.B = nn.Linear(in_features, out_features if form == "dense" else rank, bias=False)
+            self.B = Factor(in_features, out_features if form == "dense" else rank, bias=False)
             # Which rows and columns of W are left: without meaning here, where the model computes with these alone.
             for name, left, features in (("kept_rows", out_features, whole[0]), ("kept_columns", in_features, whole[1])):
                 if left < features:
                     self.register_buffer(name, torch.zeros((features + 7) // 8, dtype=torch.uint8))
 
         def expand(rows: int) -> nn.Module:
-            return convolution(rank, rows, 1, bias=False) if convolution else nn.Linear(rank, rows, bias=False)
+            return convolution(rank, rows, 1, bias=False) if convolution else Factor(rank, rows, bias=False)
 
         if form == "dense":
             self.A = nn.Identity()
@@ -149,7 +163,8 @@ class Factorized(nn.Module):
         return (nn.functional.conv2d if spare else nn.functional.conv1d)(z, A[..., None], groups=self.groups)
 
     def forward(self, x: Tensor) -> Tensor:
-        y = self.A(self.B(x)) if self.groups == 1 else self.grouped(x)
+        modules = self._modules
+        y = modules["A"](modules["B"](x)) if self.groups == 1 else self.grouped(x)
         if self.bias is not None:
             y = y + self.bias.view(self.bias_shape)
         return y if self.scale == 1.0 else y * self.scale

@@ -13,8 +13,8 @@ from support.strategies import PROPERTY, pivot_sets
 from support.tolerances import assert_close
 from torch import Tensor, nn
 
-import reparam_peft.layers.factorized as products_module
-from reparam_peft.layers.factorized import FactorizedModule, FactorLinear
+from reparam_peft.layers.factor_linear import FactorLinear
+from reparam_peft.layers.factorized import FactorizedModule
 from reparam_peft.layers.factorized_kinds import FactorizedLinear
 from reparam_peft.numerics.decompositions import Factors, Whole, random_factors
 from reparam_peft.numerics.pivoting import PivotFactors, pivot
@@ -121,33 +121,6 @@ def test_a_bias_is_added_in_the_dtype_of_the_output() -> None:
     assert module(x).dtype == torch.bfloat16
     with torch.autocast("cpu", torch.bfloat16):
         assert module.float()(x.float()).dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize("shape", [(1, 600), (1, 1, 600), (600,), (2, 600), (0, 600)])
-def test_single_rows_agree_with_the_plain_product(shape: tuple[int, ...]) -> None:
-    layer = FactorLinear(600, 500)
-    x = torch.randn(shape)
-    expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
-    with torch.no_grad():
-        assert_close(layer(x), expected)
-        assert layer(x).shape == expected.shape
-    assert layer(x).requires_grad, "autograd needs the plain product"
-
-
-def test_single_rows_take_the_fast_product_only_where_it_is_safe(monkeypatch: pytest.MonkeyPatch) -> None:
-    calls = []
-    monkeypatch.setattr(products_module, "SINGLE_ROW_PRODUCT", lambda x, weight, *rest: calls.append(1) or x @ weight.mT)
-    layer, x = FactorLinear(600, 500, bias=False), torch.randn(1, 600)
-    layer(x)
-    with torch.no_grad():
-        layer(torch.randn(2, 600))
-        FactorLinear(600, 500).bfloat16()(x.bfloat16())
-        FactorLinear(8, 8)(torch.randn(1, 8))
-        with torch.autocast("cpu", torch.bfloat16):
-            layer(x)
-        assert calls == []
-        layer(x)
-    assert calls == [1]
 
 
 def test_the_pivot_form_is_not_turned_back() -> None:

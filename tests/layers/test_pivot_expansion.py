@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 
+import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
@@ -11,7 +12,7 @@ from support.strategies import PROPERTY, pivot_sets
 from support.tolerances import assert_close
 from torch import Tensor, nn
 
-from reparam_peft.layers.pivot_expansion import PivotExpansion
+from reparam_peft.layers.pivot_expansion import PivotExpansion, in_order
 from reparam_peft.numerics.pivoting import other_rows
 from reparam_peft.numerics.storage import mask_size
 
@@ -105,6 +106,16 @@ def test_loading_onto_meta_and_filling_the_mask_later_gives_the_same(case: tuple
     late.mask.copy_(source.mask)
     late.K = source.K
     assert torch.equal(late.eval()(z), source(z))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("shape", "dim"), [((5,), -1), ((3, 5), -1), ((2, 3, 5), -1), ((0, 5), -1), ((2, 5, 3, 3), -3)])
+def test_values_in_order_are_those_of_a_selection(shape: tuple[int, ...], dim: int, dtype: torch.dtype) -> None:
+    order, values = torch.tensor([3, 0, 4, 1, 2]), torch.randn(shape).to(dtype).requires_grad_()
+    y, expected = in_order(values, order, dim), values.index_select(dim, order)
+    probe = torch.randn(shape).to(dtype)
+    assert torch.equal(y, expected)
+    assert torch.equal(*(torch.autograd.grad(result, values, probe)[0] for result in (y, expected)))
 
 
 def test_set_pivots_replaces_those_before() -> None:

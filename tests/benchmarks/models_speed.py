@@ -1,0 +1,199 @@
+"""Speed of whole models in each form, beside the dense one: prefill, and decoding of one sequence and of a batch.
+
+    python tests/benchmarks/models_speed.py [--shapes small wide] [--forms factors pivot] [--threads 1 2] [--dtypes float32]
+        [--keep 0.6] [--multiple 8] [--prompt 256] [--batches 1 8] [--repeats 7] [--adapter] [--compile]
+
+Llamas of random weights with a small vocabulary, so that their blocks are what takes the time; `small` has the shapes of
+SmolLM2-135M. All linear layers of the blocks keep the same share of their numbers, or a little less, since ranks are multiples of
+8, as those that `compress` chooses: as plain factors, in the pivot form with pivots spread over the outputs, or, as `neurons`, in
+pivot form but for the MLPs, which keep that share of their neurons and stay matrices. `--adapter` adds the pivot form inside of PEFT's wrappers, `--compile` blocks compiled by `torch.compile`.
+
+A step of decoding follows a cached prompt of 32 tokens. Weights come from memory, since a model is larger than the caches and
+reads all of itself in each run. The models of a row take turns in one process; printed are medians, as ratios to the dense model:
+above 1 is faster. `wall` is time passed; with one thread `cpu` is time of the processor, which other programs disturb less.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from peft import get_peft_model
+from torch import Tensor
+from transformers import DynamicCache, LlamaConfig, LlamaForCausalLM
+
+from reparam_peft import ReparamConfig
+from reparam_peft.layers.pivot_expansion import PivotExpansion
+from reparam_peft.numerics.storage import Storage
+from reparam_peft.standalone.checkpoint import CheckpointConfig
+from reparam_peft.standalone.from_config import factorized
+
+SHAPES: dict[str, dict[str, Any]] = {
+    "small": {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_hidden_layers": 30,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+    },
+    "wide": {
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+    },
+}
+CACHED = 32  # tokens before the one that is decoded
+Step = Callable[[], object]
+
+
+def main() -> None:
+    """Print a table for each number of threads."""
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
+    parser.add_argument("--layers", type=int, help="of each model, in place of 30 and 6")
+    parser.add_argument("--forms", nargs="+", choices=("factors", "pivot", "neurons"), default=["factors", "pivot"])
+    parser.add_argument("--dtypes", nargs="+", default=["float32"])
+    parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
+    parser.add_argument("--keep", type=float, default=0.6)
+    parser.add_argument("--multiple", type=int, default=8, help="of ranks and numbers of neurons, rounded down")
+    parser.add_argument("--prompt", type=int, default=256)
+    parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--adapter", action="store_true")
+    parser.add_argument("--compile", action="store_true")
+    options = parser.parse_args()
+    print(f"torch {torch.__version__}, keep {options.keep:g}; dense / form, above 1 is faster\n")
+    works = [f"prefill of {options.prompt}", *(f"decode, batch of {batch}" for batch in options.batches)]
+    print("| shape | dtype | threads | model | clock | " + " | ".join(works) + " |\n" + "| --- " * (5 + len(works)) + "|")
+    for shape in options.shapes:
+        for dtype in options.dtypes:
+            models = models_of(shape, options, getattr(torch, dtype))
+            for threads in options.threads:
+                torch.set_num_threads(threads)
+                print_rows(f"{shape} | {dtype} | {threads}", models, options, with_cpu=threads == 1)
+            del models
+
+
+def models_of(shape: str, options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
+    """Models by what they are called in the table, the dense one first."""
+    sizes = SHAPES[shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes)).to(dtype).eval()
+    models: dict[str, Any] = {"dense": dense}
+    for form in options.forms:
+        layers = layers_of(dense, form, options)
+        models[form] = factorized(copy.deepcopy(dense), CheckpointConfig(layers)).to(dtype).eval()
+        spread_pivots(models[form])
+    if options.adapter:
+        ranks = {name: layer["rank"] for name, layer in layers_of(dense, "pivot", options).items()}
+        config = ReparamConfig(r=1, rank_pattern=ranks, form="pivot", init_weights=False)
+        models["pivot, as an adapter"] = get_peft_model(copy.deepcopy(dense), config).eval()
+        spread_pivots(models["pivot, as an adapter"])
+    if options.compile:
+        models |= {f"{name}, compiled": compiled(model) for name, model in models.items() if "adapter" not in name}
+    return models
+
+
+def layers_of(dense: Any, form: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
+    """What `config.json` says of a model that keeps a share of each matrix: in a form, or, of MLPs, "neurons" as they are."""
+    layers = {}
+    for name, module in dense.named_modules():
+        if not isinstance(module, torch.nn.Linear) or name == "lm_head":
+            continue
+        rows, columns = module.weight.shape
+        if form == "neurons" and ".mlp." in name:
+            left = [aligned(options.keep * features, options.multiple) for features in (rows, columns)]
+            rows, columns = (rows, left[1]) if name.endswith("down_proj") else (left[0], columns)
+            layers[name] = {"rank": min(rows, columns), "form": "dense", "bias": False, "out": rows, "in": columns}
+        else:
+            stored = "factors" if form == "factors" else "pivot"
+            rank = aligned(Storage(rows, columns, stored).largest_rank(options.keep * rows * columns), options.multiple)
+            layers[name] = {"rank": rank, "form": stored, "bias": False}
+    return layers
+
+
+def aligned(number: float, multiple: int) -> int:
+    """The largest multiple of a number that is at most another."""
+    return int(number) // multiple * multiple
+
+
+def compiled(model: Any) -> Any:
+    """The same model, sharing its tensors, with blocks that `torch.compile` has compiled."""
+    memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    model = copy.deepcopy(model, memo)
+    for block in model.model.layers:
+        block.compile()
+    return model
+
+
+def spread_pivots(model: Any) -> None:
+    """Have pivots spread over the outputs at random, as of real matrices."""
+    for module in model.modules():
+        if isinstance(module, PivotExpansion):
+            module.set_pivots(torch.randperm(len(module.order))[: module.rank].sort().values)
+
+
+def print_rows(head: str, models: dict[str, Any], options: argparse.Namespace, with_cpu: bool) -> None:
+    """Time all models at all work in turn, and print their ratios to the dense one."""
+    works = [prefill(options.prompt), *(decode(batch) for batch in options.batches)]
+    clocks = {"wall": time.perf_counter} | ({"cpu": time.process_time} if with_cpu else {})
+    columns: dict[tuple[str, str], list[str]] = {(clock, name): [] for clock in clocks for name in models}
+    with torch.inference_mode():
+        for prepare in works:
+            steps = {name: prepare(model) for name, model in models.items()}
+            seconds = timed(steps, options.repeats, clocks)
+            for clock in clocks:
+                medians = {name: statistics.median(seconds[clock, name]) for name in models}
+                for name, median in medians.items():
+                    is_dense = name == "dense"
+                    columns[clock, name].append(f"{1000 * median:.1f} ms" if is_dense else f"{medians['dense'] / median:.2f}")
+    for clock in clocks:
+        for name in models:
+            print(f"| {head} | {name} | {clock} | {' | '.join(columns[clock, name])} |", flush=True)
+
+
+def prefill(tokens: int) -> Callable[[Any], Step]:
+    """What makes a step of a model that reads a prompt."""
+    ids = torch.arange(tokens)[None]
+    return lambda model: lambda: model(input_ids=ids, use_cache=False)
+
+
+def decode(batch: int) -> Callable[[Any], Step]:
+    """What makes a step of a model that decodes a token of each of several sequences after a cached prompt."""
+    prompt, token = torch.arange(batch * CACHED).view(batch, -1), torch.ones(batch, 1, dtype=torch.long)
+
+    def prepare(model: Any) -> Step:
+        cache = DynamicCache()
+        model(input_ids=prompt, past_key_values=cache)
+
+        def step() -> Tensor:
+            logits: Tensor = model(input_ids=token, past_key_values=cache).logits
+            cache.crop(-1)
+            return logits
+
+        return step
+
+    return prepare
+
+
+def timed(steps: dict[str, Step], repeats: int, clocks: dict[str, Callable[[], float]]) -> dict[tuple[str, str], list[float]]:
+    """Seconds by each clock of each step; steps take turns, and the first turn warms up."""
+    seconds: dict[tuple[str, str], list[float]] = {(clock, name): [] for clock in clocks for name in steps}
+    for repeat in range(repeats + 1):
+        for name, step in steps.items():
+            starts = {clock: read() for clock, read in clocks.items()}
+            step()
+            for clock, read in clocks.items():
+                if repeat:
+                    seconds[clock, name].append(read() - starts[clock])
+    return seconds
+
+
+if __name__ == "__main__":
+    main()
