@@ -170,8 +170,9 @@ class WithFactors:
                     layer = self.get_submodule(name)
                 except AttributeError:
                     continue
-                with torch.device(layer.weight.device):
-                    size = (how["out"], how["in"]) if "out" in how else None
-                    module = Factorized(layer, how["rank"], how["form"], how["bias"], size).to(layer.weight.dtype)
+                # Where the parameters of new modules go, and where buffers go, is up to the caller: vLLM puts parameters alone on
+                # meta, and fills in no buffer that is there.
+                size = (how["out"], how["in"]) if "out" in how else None
+                module = Factorized(layer, how["rank"], how["form"], how["bias"], size).to(layer.weight.dtype)
                 setattr(self.get_submodule(parent), child, module)
                 break

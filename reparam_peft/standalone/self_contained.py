@@ -37,6 +37,8 @@ def save_self_contained(model: PreTrainedModel, folder: str | Path) -> None:
     classes = {auto: made.__name__ for auto, made in _auto_classes(model).items()}
     plain.config.auto_map = {auto: f"{MODULE}.Reparam{name}" for auto, name in classes.items()}
     plain.save_pretrained(folder)
+    plain.config.architectures = [f"Reparam{type(model).__name__}"]  # by which vLLM and SGLang choose the class
+    plain.config.save_pretrained(folder)
     text = resources.files(__package__).joinpath(f"{MODULE}.py").read_text(encoding="utf-8")
     for name in sorted(set(classes.values())):
         text += f"\n\nclass Reparam{name}(WithFactors, transformers.{name}):\n    pass\n"

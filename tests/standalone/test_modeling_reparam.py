@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from support.models import bert, gpt2, llama, t5, token_inputs, vit
 from support.narrow import narrowed
@@ -91,6 +92,34 @@ def test_the_base_model_from_the_same_checkpoint(tmp_path: Path) -> None:
     described = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
     assert "quantization_config" not in described
     assert described["auto_map"]["AutoModelForCausalLM"] == "modeling_reparam.ReparamLlamaForCausalLM"
+
+
+def built_as_servers_do(folder: Path) -> PreTrainedModel:
+    """What vLLM and SGLang build: parameters on meta, then made anew where they are needed, and filled in by name; no buffers."""
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    places = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            places[name].copy_(tensor)
+    return model.eval()
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_built_as_servers_do(form: str, tmp_path: Path) -> None:
+    plain = small(form).to_standalone()
+    save_self_contained(plain, tmp_path)
+    model = built_as_servers_do(tmp_path)
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
+    described = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert described["architectures"] == ["ReparamLlamaForCausalLM"], "else they take their own class of the name"
+    assert plain.config.architectures != described["architectures"], "the model stays as it was"
 
 
 def test_without_trust_it_fails(tmp_path: Path) -> None:
