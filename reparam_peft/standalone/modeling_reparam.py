@@ -192,8 +192,7 @@ class WithFactors:
                     layer = self.get_submodule(name)
                 except AttributeError:
                     continue
-                # Where the parameters of new modules go, and where buffers go, is up to the caller: vLLM puts parameters alone on
-                # meta, and fills in no buffer that is there.
+                # Where new parameters go, and where buffers, is up to the caller: vLLM puts parameters alone on meta.
                 size = (how["out"], how["in"]) if "out" in how else None
                 module = Factorized(layer, how["rank"], how["form"], how["bias"], size).to(layer.weight.dtype)
                 setattr(self.get_submodule(parent), child, module)

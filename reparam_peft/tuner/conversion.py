@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration.statistics import Statistics
+from ..config.fields import Fields
 from ..layers.factorized import FactorizedModule
 from ..layers.kinds import is_quantized
 from ..layers.parameters import opened_parameters
@@ -35,7 +36,11 @@ from .rounding import CalibratedRounding
 
 
 def standalone_model(
-    model: nn.Module, quantize: str | None = None, quantize_tables: str | None = None, statistics: Statistics | None = None
+    model: nn.Module,
+    quantize: str | None = None,
+    quantize_tables: str | None = None,
+    statistics: Statistics | None = None,
+    made_with: Fields | None = None,
 ) -> PreTrainedModel:
     """A transformers model as it computes with its active adapter, without any of PEFT's modules.
 
@@ -44,6 +49,7 @@ def standalone_model(
         quantize: "int8" or "int4", for the matrices of factors; None: as they are.
         quantize_tables: "int8", for tables of embeddings that are not factorised; None: as they are.
         statistics: of the model's calibration, with which `quantize` rounds so that outputs stay near; None: numbers do.
+        made_with: config of its active adapter, for the model card.
 
     Raises:
         TypeError: not a transformers model, or it holds modules of other PEFT methods.
@@ -80,6 +86,7 @@ def standalone_model(
     keep_names(plain)
     tables = None if quantize_tables is None else dict.fromkeys(tables_of(plain), quantize_tables)
     plain.config.quantization_config = CheckpointConfig(layers, quantization=quantize, parameters=patterns, tables=tables)
+    plain.config.quantization_config.made_with = copy.copy(made_with)
     plain.hf_quantizer = CheckpointLoader(plain.config.quantization_config)
     if quantize is not None:
         rounding = None if statistics is None else CalibratedRounding(statistics)

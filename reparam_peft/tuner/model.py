@@ -269,7 +269,8 @@ class ReparamModel(BaseTuner):
             TypeError: the base model is none of transformers', or it holds modules of other PEFT methods.
             ValueError: the adapter is merged, disabled or was never loaded, or several are active.
         """
-        return standalone_model(self.model, quantize, quantize_tables, statistics)
+        made_with = next((self.peft_config[name] for name in self.active_adapters if name in self.peft_config), None)
+        return standalone_model(self.model, quantize, quantize_tables, statistics, made_with)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name

@@ -21,7 +21,8 @@ from support.standalone import IDS, NARROW, STOCK, small
 from torch import nn
 from transformers import PreTrainedModel
 
-from reparam_peft.standalone.self_contained import auto_class, save_self_contained
+from reparam_peft.standalone.auto_classes import auto_class
+from reparam_peft.standalone.self_contained import save_self_contained
 
 READER = """
 import sys
@@ -98,7 +99,7 @@ def test_the_base_model_from_the_same_checkpoint(tmp_path: Path) -> None:
 
 
 def built_as_servers_do(folder: Path) -> PreTrainedModel:
-    """What vLLM and SGLang build: parameters on meta, then made anew where they are needed, and filled in by name; no buffers."""
+    """What vLLM and SGLang build: parameters on meta, then made anew and filled in by name; buffers are not."""
     config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
     with init_empty_weights(include_buffers=False):
         model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
