@@ -26,6 +26,7 @@ from ..numerics.storage import Storage
 from ..planning.ranks import RankChooser, parameter_budget
 from ..runtime.modules import naming
 from ..runtime.restoring import unchanged_on_error
+from ..tuner.compressed_model import CompressedModel
 from ..tuner.layer import ReparamLayer
 from ..tuner.model import ReparamModel, config_of
 from ..tuner.targets import Target
@@ -44,7 +45,7 @@ def retruncate(
     adapter_name: str | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> PeftModel:
+) -> CompressedModel:
     """Lower the ranks of an adapter to those that fit `keep`: changes the model in place.
 
     The new factors are those of the truncated product A B, not of the original weight, so that training is not lost: prune,
@@ -93,7 +94,7 @@ def retruncate(
 
 def _lowered(
     model: PeftModel, tuner: ReparamModel, keep: float, batches: Batches | None, adapter_name: str, options: Options
-) -> PeftModel:
+) -> CompressedModel:
     """The model with lower ranks, changed in place."""
     config = config_of(model, adapter_name)
     layers, targets = present_targets(model, adapter_name, config)

@@ -7,7 +7,7 @@ import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -135,7 +135,7 @@ model = {auto_class}.from_pretrained("<this repository or folder>"{option})"""
         card = ModelCard(f"---\n{card.data.to_yaml() if card else '{}'}\n---\n\n{section}\n")
     else:
         card.text = _with_section(card.text, section)
-    data = card.data
+    data = cast(ModelCardData, card.data)
     data.library_name = "transformers"
     data.pipeline_tag = data.pipeline_tag or PIPELINES.get(auto_class)
     data.tags = sorted({*(data.tags or []), *TAGS, *(["custom_code"] if self_contained else [])})

@@ -28,7 +28,7 @@ def write_card(model: PreTrainedModel, folder: str | Path, self_contained: bool 
     described = getattr(model.config, "quantization_config", None)
     if not isinstance(described, CheckpointConfig):
         return
-    earlier, path = Path(model.name_or_path) / "README.md", Path(folder) / "README.md"
+    earlier, path = Path(model.name_or_path or "") / "README.md", Path(folder) / "README.md"
     if described.made_with is None and not self_contained and not path.exists() and earlier.is_file():
         card = ModelCard.load(earlier)
         if BEGIN in card.text:

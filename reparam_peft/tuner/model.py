@@ -22,6 +22,8 @@ from ..config.reparam_config import ReparamConfig
 from ..defaults import DATA_FREE
 from ..runtime.modules import naming
 from ..runtime.restoring import Snapshot, unchanged_on_error
+from ..standalone.quantization import SchemeName
+from ..standalone.tables import TableScheme
 from .adapter_state import cast_to_base, check_whole, fit_to_model
 from .base_sample import check_base, sample_base
 from .conversion import standalone_model
@@ -249,7 +251,10 @@ class ReparamModel(BaseTuner):
         return size_report(self.model, self._configs[adapter_name])
 
     def to_standalone(
-        self, quantize: str | None = None, quantize_tables: str | None = None, statistics: Statistics | None = None
+        self,
+        quantize: SchemeName | None = None,
+        quantize_tables: TableScheme | None = None,
+        statistics: Statistics | None = None,
     ) -> PreTrainedModel:
         """A plain transformers model of the same class with factorised layers, that computes as this one does.
 
@@ -269,7 +274,7 @@ class ReparamModel(BaseTuner):
             TypeError: the base model is none of transformers', or it holds modules of other PEFT methods.
             ValueError: the adapter is merged, disabled or was never loaded, or several are active.
         """
-        made_with = next((self.peft_config[name] for name in self.active_adapters if name in self.peft_config), None)
+        made_with: Any = next((self.peft_config[name] for name in self.active_adapters if name in self.peft_config), None)
         return standalone_model(self.model, quantize, quantize_tables, statistics, made_with)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:

