@@ -92,12 +92,10 @@ def main() -> None:
         return
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, of vLLM on a CPU
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(asked.processes))))  # a core for each process
-    rows = [
-        check(asked.folder, form, dtype, asked.processes, asked.eager)
-        for form in asked.form or ("factors", "pivot")
-        for dtype in asked.dtype or DTYPES
-    ]
-    print("| form | dtype | processes | how | prompts with the same tokens |\n| --- | --- | --- | --- | --- |", *rows, sep="\n")
+    print("| form | dtype | processes | how | prompts with the same tokens |\n| --- | --- | --- | --- | --- |")
+    for form in asked.form or ("factors", "pivot"):
+        for dtype in asked.dtype or DTYPES:
+            print(check(asked.folder, form, dtype, asked.processes, asked.eager), flush=True)
 
 
 if __name__ == "__main__":
