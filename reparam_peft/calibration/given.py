@@ -130,9 +130,9 @@ class _Given:
         """Rows as one batch, padded at their ends where they have different lengths, with a mask that says so."""
         columns = [name for name in rows[0] if name in self.takes and all(row.get(name) is not None for row in rows)]
         tensors = {name: [torch.as_tensor(np.asarray(row[name])) for row in rows] for name in columns}
-        main = next((name for name in INPUTS if name in tensors), None)
-        of_positions = main is not None and INPUTS[main] == 1 and MASK in self.takes and MASK not in tensors
-        if of_positions and len({len(row) for row in tensors[main]}) > 1:
+        main = next((name for name in INPUTS if name in tensors), "")
+        takes_mask = MASK in self.takes and MASK not in tensors
+        if takes_mask and INPUTS.get(main) == 1 and len({len(row) for row in tensors[main]}) > 1:
             tensors[MASK] = [torch.ones(len(row), dtype=torch.int64) for row in tensors[main]]
         batch = {}
         for name, values in tensors.items():

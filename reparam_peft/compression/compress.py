@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 from peft import get_peft_model
@@ -218,7 +218,7 @@ def _install(
         for key, value in values.items():
             parameter = base.get_parameter(f"{name}.modules_to_save.{adapter_name}.{key}")
             parameter.data = value.to(parameter)
-    return compressed
+    return cast(CompressedModel, compressed)
 
 
 def plan(

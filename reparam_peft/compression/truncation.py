@@ -7,7 +7,7 @@ import heapq
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -21,6 +21,7 @@ from ..defaults import CALIBRATED, DATA_FREE
 from ..layers.factorized import FactorizedModule
 from ..layers.product import Product
 from ..numerics.decompositions import truncate
+from ..numerics.methods import MethodName
 from ..numerics.metrics import exact
 from ..numerics.storage import Storage
 from ..planning.ranks import RankChooser, parameter_budget
@@ -100,7 +101,7 @@ def _lowered(
     layers, targets = present_targets(model, adapter_name, config)
     ranks = _same_fraction(targets, _check_keep(targets, keep))
     if ranks == {name: target.rank for name, target in targets.items()}:
-        return model
+        return cast(CompressedModel, model)
     if batches is None:
         products = _truncated(layers, ranks, adapter_name, options.progress)
         made_by = _MadeBy(method=DATA_FREE["method"], allocation="uniform")
@@ -140,7 +141,7 @@ def _lowered(
         setattr(config, name, value)
     lowered = {name: replace(target, rank=ranks[name]) for name, target in targets.items()}
     tuner.record_resolved(adapter_name, lowered)
-    return model
+    return cast(CompressedModel, model)
 
 
 @dataclass(frozen=True)
@@ -188,7 +189,7 @@ def _job(
         ValueError: the budget cannot be met.
     """
     config = copy.deepcopy(config_of(model, adapter_name))
-    config.method, config.allocation, config.init_weights = CALIBRATED["method"], "loss", True
+    config.method, config.allocation, config.init_weights = cast(MethodName, CALIBRATED["method"]), "loss", True
     config.ceiling = min(NOT_DENSE, 1.0 if config.ceiling is None else config.ceiling)
     chooser = RankChooser(
         storages={name: target.storage for name, target in targets.items()},
