@@ -6,11 +6,14 @@ python docs/generate_config.py > docs/config.md
 from __future__ import annotations
 
 import dataclasses
+import re
 from collections.abc import Iterable
+from typing import Literal, get_args, get_origin
 
 from peft import PeftConfig
 
 from reparam_peft import ReparamConfig
+from reparam_peft.config import fields
 from reparam_peft.numerics.methods import METHODS
 
 INTRODUCTION = """\
@@ -72,9 +75,9 @@ def main() -> None:
 def page() -> str:
     """The whole page as Markdown."""
     inherited = {field.name for field in dataclasses.fields(PeftConfig)}
-    fields = dataclasses.fields(ReparamConfig)
-    ours = section("Fields of this package", (field for field in fields if field.name not in inherited))
-    peft = section("Fields of every PEFT config", (field for field in fields if field.name in inherited))
+    declared = dataclasses.fields(ReparamConfig)
+    ours = section("Fields of this package", (field for field in declared if field.name not in inherited))
+    peft = section("Fields of every PEFT config", (field for field in declared if field.name in inherited))
     return "\n".join([INTRODUCTION, methods(), ours, peft])
 
 
@@ -89,17 +92,20 @@ def methods() -> str:
     return "## Methods\n\n" + head + "".join(rows)
 
 
-def section(title: str, fields: Iterable[dataclasses.Field]) -> str:
+def section(title: str, declared: Iterable[dataclasses.Field]) -> str:
     """A heading, and an entry per field: name, type, default, help."""
     entries = (
-        f"### `{field.name}`\n\n`{type_name(field)}`, default `{default(field)}`\n\n{sentence(field)}\n" for field in fields
+        f"### `{field.name}`\n\n`{type_name(field)}`, default `{default(field)}`\n\n{sentence(field)}\n" for field in declared
     )
     return f"## {title}\n\n" + "\n".join(entries)
 
 
 def type_name(field: dataclasses.Field) -> str:
-    """The annotation as the source writes it."""
-    return field.type if isinstance(field.type, str) else getattr(field.type, "__name__", str(field.type))
+    """The annotation as the source writes it, with what aliases stand for."""
+    if not isinstance(field.type, str):
+        return getattr(field.type, "__name__", str(field.type))
+    choices = {name: get_args(alias) for name, alias in vars(fields).items() if get_origin(alias) is Literal}
+    return re.sub(r"\w+", lambda word: f"Literal{[*choices[word[0]]]}" if word[0] in choices else word[0], field.type)
 
 
 def default(field: dataclasses.Field) -> str:

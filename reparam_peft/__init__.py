@@ -34,12 +34,16 @@ if TYPE_CHECKING:
     from .report.record import Record
     from .searching.result import SearchResult, Trial
     from .searching.search import search
+    from .standalone.onnx_export import save_onnx
+    from .standalone.self_contained import save_self_contained
+    from .tuner.compressed_model import CompressedModel
     from .tuner.model import ReparamModel
     from .tuner.sizes import MatrixSize, SizeReport
 
 __all__ = [
     "Anchoring",
     "Benchmark",
+    "CompressedModel",
     "Factors",
     "HealingTrainer",
     "MatrixSize",
@@ -64,6 +68,8 @@ __all__ = [
     "plot_spectra",
     "principal_angles",
     "retruncate",
+    "save_onnx",
+    "save_self_contained",
     "search",
     "self_written",
     "text_batches",
@@ -74,6 +80,7 @@ __all__ = [
 _HOMES = {
     "Anchoring": "blockwise.anchoring",
     "Benchmark": "evaluation.speed",
+    "CompressedModel": "tuner.compressed_model",
     "Factors": "numerics.decompositions",
     "HealingTrainer": "healing.trainer",
     "MatrixSize": "tuner.sizes",
@@ -98,6 +105,8 @@ _HOMES = {
     "plot_spectra": "report.plots",
     "principal_angles": "numerics.angles",
     "retruncate": "compression.truncation",
+    "save_onnx": "standalone.onnx_export",
+    "save_self_contained": "standalone.self_contained",
     "search": "searching.search",
     "self_written": "calibration.self_written",
     "text_batches": "evaluation.text",

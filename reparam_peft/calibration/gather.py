@@ -22,6 +22,7 @@ from ..runtime.batches import parts_of_tokens, rows_in
 from ..runtime.memory import return_freed
 from ..runtime.modules import evaluating, frozen, input_device, leaving_no_graph, uncompiled
 from ..runtime.processes import check_whole, fails_together, processes
+from .given import Objective
 from .recorder import Recorder
 from .self_written import written
 from .statistics import Statistics, weight_norm
@@ -45,6 +46,7 @@ def gather_statistics(
     starts: Iterable[nn.Module] = (),
     first_row: int = 0,
     heads: Mapping[str, Sequence[nn.Module]] | None = None,
+    objective: Objective | None = None,
 ) -> Statistics:
     """Run the model over the batches and gather the statistics of some of its modules.
 
@@ -71,6 +73,9 @@ def gather_statistics(
         first_row: number of the first row (sequence) of the batches in the whole of the data, where these are a part of it:
             then the statistics of the parts add up to those of the whole.
         heads: by the name of an embedding among `modules`, linear layers whose weight is its table, to count as uses of it.
+        objective: (model, batch) → a scalar, the loss of the given labels summed over the batch, whose gradients are taken as
+            they are (the empirical Fisher information); or logits (…, classes), of which labels are sampled. None: what the
+            model returns for the batch says which.
 
     Returns:
         The `Statistics`; of modules that no batch reaches, the norms and, with gradients, zeros only.
@@ -91,7 +96,7 @@ def gather_statistics(
     device = input_device(model)
     count = 0
     with fails_together(), evaluating(model), frozen(model), uncompiled(model), leaving_no_graph(model), ExitStack() as stack:
-        recorder = Recorder(statistics, modules, gradients, heads)
+        recorder = Recorder(statistics, modules, gradients, heads, objective)
         stack.enter_context(recorder.hooks(model, set(starts) - set(modules.values())))
         bar = tqdm(batches, desc="Calibrating", unit="batch", delay=1, disable=None if progress and rank == 0 else True)
         for index, batch in enumerate(bar):

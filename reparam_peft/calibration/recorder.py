@@ -19,8 +19,9 @@ from ..layers.kinds import LayerKind
 from ..layers.wrapper import kind_and_layer
 from ..numerics.grams import add_gram, wide_rows
 from ..numerics.metrics import exact
-from ..runtime.batches import fitting_mask, padding_masks
+from ..runtime.batches import fitting_mask, padding_masks, rows_in
 from ..runtime.modules import encoder_of, without_cache
+from .given import Objective
 from .heads import HeldBack
 from .sampling import predicting_tensors, sampled_objective
 from .statistics import Statistics
@@ -52,6 +53,7 @@ class Recorder:
         modules: by name, of the known kinds.
         gradients: whether to add up what a backward pass brings, too.
         heads: by the name of an embedding among the modules, the heads that its matrix serves, too.
+        objective: (model, batch) → the loss summed over the batch, or logits; None: the model is called with the batch.
 
     Attributes:
         gradient_tokens: labels sampled so far.
@@ -63,8 +65,10 @@ class Recorder:
         modules: Mapping[str, nn.Module],
         gradients: bool,
         heads: Mapping[str, Sequence[nn.Module]] | None = None,
+        objective: Objective | None = None,
     ) -> None:
-        self.statistics, self.modules, self.gradients, self.heads = statistics, modules, gradients, heads or {}
+        self.statistics, self.modules, self.gradients = statistics, modules, gradients
+        self.heads, self.objective = heads or {}, objective
         self.gradient_tokens = 0
         # Where a bias is moved, the covariance E[x xᵀ] − E[x] E[x]ᵀ is wanted, and of a channel of large mean float32 products
         # would leave rounding only. So Gram matrices are added up about the mean, for which sums are kept along. Who shares
@@ -123,10 +127,13 @@ class Recorder:
         self.reads_in_pass.clear()
         self.diverged.clear()
         self.source_mask, self.target_mask = padding_masks(batch, bool(self.inside_encoder))
-        head = None if "labels" in batch else self.head  # whose loss a model computes of its logits
+        head = (
+            None if "labels" in batch or self.objective is not None else self.head
+        )  # whose loss a model computes of its logits
         with torch.set_grad_enabled(self.gradients), nullcontext() if head is None else head.hold():
             try:
-                output = model(**without_cache(model, batch))
+                keywords = without_cache(model, batch)
+                output = model(**keywords) if self.objective is None else self.objective(model, batch)
             except (torch.OutOfMemoryError, _InputError):
                 raise
             except (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError) as error:
@@ -142,7 +149,7 @@ class Recorder:
                 return False
             rows = self.target_mask if self.inside_encoder else self.source_mask
             with torch.enable_grad():
-                objective, gradient_tokens = sampled_objective(model, output, rows, first_row, seed, head)
+                objective, gradient_tokens = self._objective(model, output, rows, first_row, seed, batch, head)
             del output  # its logits are not wanted any more, and are large
             if head is not None:
                 head.forget()
@@ -161,6 +168,25 @@ class Recorder:
             if not torch.isfinite(of_output.energies).all():
                 raise ValueError(f"{name}: the gradients at its output are NaN or infinite in batch {index}.")
         return True
+
+    def _objective(
+        self,
+        model: nn.Module,
+        output: Any,
+        mask: Tensor | None,
+        first_row: int,
+        seed: int,
+        batch: Mapping[str, Any],
+        head: HeldBack | None,
+    ) -> tuple[Tensor, int]:
+        """What is differentiated, and how many gradient tokens it is of."""
+        if self.objective is None:
+            return sampled_objective(model, output, mask, first_row, seed, head)
+        if not isinstance(output, Tensor) or not output.is_floating_point():
+            raise _InputError(f"`objective` must return a loss or logits, a tensor of floats, got a {type(output).__name__}.")
+        if output.ndim == 0:
+            return output, rows_in(batch)
+        return sampled_objective(model, {"logits": output}, mask, first_row, seed)
 
     def mask_of(self, module: nn.Module, x: Tensor) -> Tensor | None:
         """Which rows of a module's input are no padding, bool, flattened; None: all."""

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -28,12 +28,13 @@ from ..runtime.fingerprints import (
 from ..runtime.modules import evaluating, input_device, predicts_next_token, uncompiled, unwrapped
 from ..runtime.processes import fails_together, processes, share_out
 from ..runtime.run_folder import TEXT, make_run_folder
+from .given import keyword_batches
 from .sampling import generator_of
+from .statistics import Statistics
 
 FORMAT = "reparam_peft text 1"
 SELF = "self"  # the word that stands for batches which the model is to write itself
 BATCH_SIZE = 2  # rows of text; a backward pass needs more memory than a forward pass
-Given = TypeVar("Given")
 _STREAM = -1  # of the seeds of text, apart from those of sampled labels
 
 
@@ -273,29 +274,33 @@ class SelfWritten:
 
 
 def batches_or_self_written(
-    batches: Given | str,
+    batches: Any,
     model: nn.Module,
     tokenizer: Any,
     *,
     seed: int,
     progress: bool,
     folder: str | Path | None = None,
-) -> Given | SelfWritten:
-    """Batches as they were given; in place of the word "self" those that the model is to write itself, by default sizes.
+) -> Any:
+    """Statistics as they were given; data as batches; in place of the word "self" those that the model is to write itself.
 
     Args:
-        batches: batches, statistics, or "self".
+        batches: data as for `keyword_batches`, statistics, None, or "self", for text of the default sizes.
         folder: of a run, which keeps the text.
         model, tokenizer, seed, progress: as for `self_written`.
 
     Raises:
-        ValueError: the batches are another word; "self" comes without a tokenizer, or a tokenizer without "self"; or the model
+        TypeError: the batches are nothing that can be read.
+        ValueError: the batches are another word; "self" comes without a tokenizer, or a tokenizer without a use; or the model
             cannot write text.
     """
-    if not isinstance(batches, str):
+    if batches is None or isinstance(batches, (Statistics, SelfWritten)):
         if tokenizer is not None:
-            raise ValueError(f"`tokenizer` has an effect with `batches={SELF!r}` only; leave it out.")
+            given = "nothing" if batches is None else f"a {type(batches).__name__}"
+            raise ValueError(f"`tokenizer` has an effect with text, rows or {SELF!r}, and `batches` is {given}; leave it out.")
         return batches
+    if not isinstance(batches, str):
+        return keyword_batches(batches, model, tokenizer)
     if batches != SELF:
         raise ValueError(
             f"`batches` must be batches, `Statistics` or {SELF!r}, got {batches!r}; `text_batches` makes some of a text."

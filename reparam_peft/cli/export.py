@@ -8,10 +8,8 @@ from pathlib import Path
 
 from transformers import PreTrainedModel
 
-from ..config.model_card import write_standalone_card
-from ..config.reparam_config import ReparamConfig
 from ..standalone.onnx_export import save_onnx
-from ..standalone.self_contained import auto_class, save_self_contained
+from ..standalone.self_contained import save_self_contained
 from .command_options import ExportOptions, Kind
 from .errors import CliError
 from .inputs import load_compressed
@@ -50,7 +48,7 @@ def export(options: ExportOptions) -> None:
             tokenizer,
             output,
             overwrite=options.overwrite,
-            save=partial(_save, adapter.peft_config["default"], to, options.self_contained),
+            save=partial(_save, to, options.self_contained),
         )
     except ImportError as error:
         raise CliError(str(error)) from error
@@ -64,13 +62,11 @@ def export(options: ExportOptions) -> None:
         out.print(f"{written:,} bytes of weights saved to {output}", highlight=False, soft_wrap=True)
 
 
-def _save(config: ReparamConfig, to: Kind, self_contained: bool, model: PreTrainedModel, folder: Path) -> None:
-    """Write what is exported, with a card where it is a standalone checkpoint."""
+def _save(to: Kind, self_contained: bool, model: PreTrainedModel, folder: Path) -> None:
+    """Write what is exported."""
     if to is Kind.onnx:
         save_onnx(model, folder)
     elif self_contained:
         save_self_contained(model, folder)
     else:
         model.save_pretrained(folder)
-    if to is Kind.standalone:
-        write_standalone_card(folder, config, auto_class(model), self_contained)

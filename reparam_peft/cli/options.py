@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -129,14 +129,17 @@ class ConfigOptions:
         if self.rank is not None and self.rank != "full" and not self.rank.isdecimal():
             raise CliError(f"--rank must be a positive whole number or `full`, got {self.rank!r}.")
         excluded = self.targets.exclude_modules
+        words: dict[str, Any] = {  # which the config checks
+            "r": int(self.rank) if self.rank is not None and self.rank != "full" else self.rank,
+            "method": self.method,
+            "allocation": self.storage.allocation,
+            "form": self.storage.form,
+        }
         return ReparamConfig(
+            **words,
             target_modules=_names(self.targets.target_modules),
             exclude_modules=None if excluded is None else _names(excluded),
             keep=KEEP if self.keep is None else self.keep,
-            r=int(self.rank) if self.rank is not None and self.rank != "full" else self.rank,
-            method=self.method,
-            allocation=self.storage.allocation,
-            form=self.storage.form,
             ceiling=self.storage.ceiling,
             neurons=self.storage.neurons,
         )

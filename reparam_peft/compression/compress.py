@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
-from peft import PeftModel, get_peft_model
+from peft import get_peft_model
 from torch import nn
 
 from ..blockwise.anchoring import Anchoring
 from ..blockwise.refinement import Refinement
 from ..calibration.gather import gather_statistics
+from ..calibration.given import Objective
 from ..calibration.self_written import SELF, SelfWritten, batches_or_self_written
 from ..calibration.statistics import Batches, Statistics
 from ..config.reparam_config import ReparamConfig
@@ -25,6 +25,7 @@ from ..runtime.memory import return_freed
 from ..runtime.modules import uncompiled
 from ..runtime.processes import fails_together
 from ..runtime.restoring import unchanged, unchanged_on_error
+from ..tuner.compressed_model import CompressedModel
 from ..tuner.data_free import installing
 from ..tuner.targets import check_targets
 from ..tuner.tying import heads_of
@@ -37,7 +38,7 @@ OptionsOfStep = TypeVar("OptionsOfStep", Anchoring, Refinement)
 def compress(
     model: nn.Module,
     config: ReparamConfig,
-    batches: Batches | str = SELF,
+    batches: Any = SELF,
     *,
     tokenizer: Any = None,
     seed: int = 0,
@@ -51,7 +52,8 @@ def compress(
     offload_folder: str | Path | None = None,
     run_folder: str | Path | None = None,
     device: str | torch.device | None = None,
-) -> PeftModel:
+    objective: Objective | None = None,
+) -> CompressedModel:
     """Compress a model with calibration data: `get_peft_model` with ranks and factors chosen by what the layers compute.
 
     By default the factorisation is two-sided (`method="whitened"` in the metrics of inputs and gradients), ranks are chosen
@@ -69,9 +71,10 @@ def compress(
     Args:
         model: any model that is called as `model(**batch)`, on any device.
         config: what to compress, and to which size.
-        batches: keyword batches, as a DataLoader yields them, read once; the `Statistics` of an earlier run; or "self", for
+        batches: keyword batches, as a DataLoader yields them, read once; rows of a tokenised data set, of any lengths; texts;
+            what a tokenizer or processor returns; tensors, or pairs (x, y); the `Statistics` of an earlier run; or "self", for
             text that the model writes itself, as by `self_written`. With `sequential` or `refine` they are kept.
-        tokenizer: of the model, for "self".
+        tokenizer: of the model, for "self" and texts.
         seed: of the labels sampled for gradients, and of the text for "self"; given `Statistics` have their own.
         progress: whether to show progress bars.
         plan: the ranks, from `reparam_peft.plan`, which then holds what the config leaves open; None: chosen here.
@@ -88,6 +91,9 @@ def compress(
             goes on after its last finished block, with the same result, when it is called again with the same arguments. Text
             that the model has written is kept there, too.
         device: where blocks are computed, of which one at a time is copied there; None: where the model is.
+        objective: (model, batch) → the loss of the batch, a scalar summed over it, or logits (…, classes), for a model whose
+            outputs do not say what it is trained for; the y of pairs (x, y) is in `batch["labels"]`. None: logits of
+            transformers' models, and of others what they return, taken as the mean of a normal distribution.
 
     Returns:
         A `PeftModel`, with what was resolved in `peft_config[adapter_name]`.
@@ -114,7 +120,7 @@ def compress(
         run_folder=run_folder,
         device=device,
     )
-    options = Options(seed, progress, max_memory)
+    options = Options(seed, progress, max_memory, objective)
     data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress, folder=run_folder)
     if steps.anchoring is not None or steps.refinement is not None:
         return compress_blocks(model, config, data, steps, options, plan, statistics, adapter_name)
@@ -144,7 +150,7 @@ def compress_blocks(
     statistics: Statistics | None,
     adapter_name: str = "default",
     autocast_adapter_dtype: bool = True,
-) -> PeftModel:
+) -> CompressedModel:
     """`compress` block by block.
 
     Args:
@@ -199,7 +205,9 @@ def options_of(name: str, asked_for: bool | OptionsOfStep | None, options: type[
     return asked_for
 
 
-def _install(model: nn.Module, job: Job, result: Result, adapter_name: str, autocast_adapter_dtype: bool = True) -> PeftModel:
+def _install(
+    model: nn.Module, job: Job, result: Result, adapter_name: str, autocast_adapter_dtype: bool = True
+) -> CompressedModel:
     """Put products in place of the targets, and what else has changed in the adapter's own copies of modules."""
     resolved = job.resolved(result.plan)
     if result.changed:
@@ -211,24 +219,25 @@ def _install(model: nn.Module, job: Job, result: Result, adapter_name: str, auto
         for key, value in values.items():
             parameter = base.get_parameter(f"{name}.modules_to_save.{adapter_name}.{key}")
             parameter.data = value.to(parameter)
-    return compressed
+    return cast(CompressedModel, compressed)
 
 
 def plan(
     model: nn.Module,
     config: ReparamConfig,
-    batches: Batches | str = SELF,
+    batches: Any = SELF,
     *,
     tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
     max_memory: int | None = None,
+    objective: Objective | None = None,
 ) -> Plan:
     """The ranks that `compress` would choose, what they store and what they are predicted to cost; changes nothing.
 
     Args, Raises: as for `compress`.
     """
-    options = Options(seed, progress, max_memory)
+    options = Options(seed, progress, max_memory, objective)
     data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
     with unchanged(model):
         return Job.of_model(model, config, data, options).plan()
@@ -237,12 +246,13 @@ def plan(
 def calibrate(
     model: nn.Module,
     config: ReparamConfig,
-    batches: Iterable[Mapping[str, Any]] | str,
+    batches: Any,
     *,
     tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
     first_row: int = 0,
+    objective: Objective | None = None,
 ) -> Statistics:
     """The statistics of a config's targets, to be given to `compress` and `plan` in place of batches, saved or merged.
 
@@ -251,13 +261,21 @@ def calibrate(
     Args:
         first_row: number of the first row (sequence) of the batches in the whole of the data, where these are a part of it:
             with the same seed, `Statistics.merge` of the parts gives the statistics of the whole.
-        model, config, batches, tokenizer, seed, progress: as for `compress`, as are the errors.
+        model, config, batches, tokenizer, seed, progress, objective: as for `compress`, as are the errors.
     """
     data = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
     with unchanged(model):
         if isinstance(config, ReparamConfig):
             config = copy.copy(config)
             config.neurons = False  # which statistics serve as well as ranks
-        job = Job.of_model(model, config, (), Options(seed, progress))
-        heads = heads_of(job.config, model, job.modules)
-        return gather_statistics(model, job.modules, data, seed=seed, progress=progress, first_row=first_row, heads=heads)
+        job = Job.of_model(model, config, (), Options(seed, progress, objective=objective))
+        return gather_statistics(
+            model,
+            job.modules,
+            data,
+            seed=seed,
+            progress=progress,
+            first_row=first_row,
+            heads=heads_of(job.config, model, job.modules),
+            objective=objective,
+        )

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..arguments import ReparamWarning, check_seed
 from ..calibration.gather import gather_statistics
+from ..calibration.given import Objective
 from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Batches, Moments, Statistics
 from ..config.reparam_config import ReparamConfig
@@ -52,14 +53,18 @@ class Options:
         seed: of the labels sampled for gradients.
         progress: whether to show progress bars.
         max_memory: bytes that statistics may take at a time; None: all of them are gathered in one pass.
+        objective: whose gradients weigh errors of outputs, as for `gather_statistics`; None: by what the model returns.
     """
 
     seed: int = 0
     progress: bool = True
     max_memory: int | None = None
+    objective: Objective | None = None
 
     def __post_init__(self) -> None:
         check_seed("seed", self.seed)
+        if self.objective is not None and not callable(self.objective):
+            raise TypeError(f"`objective` must be callable as objective(model, batch), got {self.objective!r}.")
 
 
 class Job:
@@ -374,6 +379,7 @@ class Job:
                 progress=self.options.progress,
                 starts=self.modules.values(),
                 heads=heads_of(self.config, self.model, modules),
+                objective=self.options.objective,
             )
         with fails_together():
             pooled = self.pool.unreached(modules, statistics)

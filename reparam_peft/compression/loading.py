@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from typing import Any
 
@@ -105,6 +106,9 @@ class CompressingLoader(CheckpointLoader):
             self.remove_quantization_config(model)
             return
         self.quantization_config = model.config.quantization_config = CheckpointConfig(layers)
+        made_with = self.quantization_config.made_with = copy.copy(self.config)
+        made_with.rank_pattern = {name: layer["rank"] for name, layer in layers.items()}
+        made_with.base_model_name_or_path = model.name_or_path
         super()._process_model_after_weight_loading(model, **kwargs)
 
 

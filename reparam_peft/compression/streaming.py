@@ -21,7 +21,6 @@ from ..arguments import check_seed
 from ..blockwise.anchoring import Anchoring
 from ..blockwise.refinement import Refinement
 from ..calibration.statistics import Statistics
-from ..config.model_card import write_standalone_card
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import Product, product_of, tensors_of
 from ..planning.plan import Plan
@@ -30,9 +29,7 @@ from ..runtime.files import follow_umask, remove_whole, take_lock, unfinished, w
 from ..runtime.fingerprints import fingerprint_of_model
 from ..runtime.json_files import read_json
 from ..runtime.run_folder import RunFolder, json_able
-from ..standalone.self_contained import auto_class
 from ..tuner.data_free import check_data_free, check_standalone, factorize_targets, installing
-from ..tuner.model import config_of
 from ..tuner.opening import open_parameters
 from ..tuner.selection import select_targets, with_targets
 from ..tuner.sizes import SizeReport
@@ -131,9 +128,7 @@ def compress_checkpoint(
         if not is_made:
             with writing(destination):
                 aside = unfinished(run / "checkpoint")
-                plain = small.to_standalone()
-                plain.save_pretrained(aside)
-                write_standalone_card(aside, config_of(small, "default"), auto_class(plain))
+                small.to_standalone().save_pretrained(aside)
                 copy_files(folder, files, aside)
                 follow_umask(aside)
                 write_whole(run / MADE, json.dumps(_identity(aside)))

@@ -7,7 +7,7 @@ import heapq
 import math
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import PeftModel
@@ -21,11 +21,13 @@ from ..defaults import CALIBRATED, DATA_FREE
 from ..layers.factorized import FactorizedModule
 from ..layers.product import Product
 from ..numerics.decompositions import truncate
+from ..numerics.methods import MethodName
 from ..numerics.metrics import exact
 from ..numerics.storage import Storage
 from ..planning.ranks import RankChooser, parameter_budget
 from ..runtime.modules import naming
 from ..runtime.restoring import unchanged_on_error
+from ..tuner.compressed_model import CompressedModel
 from ..tuner.layer import ReparamLayer
 from ..tuner.model import ReparamModel, config_of
 from ..tuner.targets import Target
@@ -44,7 +46,7 @@ def retruncate(
     adapter_name: str | None = None,
     seed: int = 0,
     progress: bool = True,
-) -> PeftModel:
+) -> CompressedModel:
     """Lower the ranks of an adapter to those that fit `keep`: changes the model in place.
 
     The new factors are those of the truncated product A B, not of the original weight, so that training is not lost: prune,
@@ -93,13 +95,13 @@ def retruncate(
 
 def _lowered(
     model: PeftModel, tuner: ReparamModel, keep: float, batches: Batches | None, adapter_name: str, options: Options
-) -> PeftModel:
+) -> CompressedModel:
     """The model with lower ranks, changed in place."""
     config = config_of(model, adapter_name)
     layers, targets = present_targets(model, adapter_name, config)
     ranks = _same_fraction(targets, _check_keep(targets, keep))
     if ranks == {name: target.rank for name, target in targets.items()}:
-        return model
+        return cast(CompressedModel, model)
     if batches is None:
         products = _truncated(layers, ranks, adapter_name, options.progress)
         made_by = _MadeBy(method=DATA_FREE["method"], allocation="uniform")
@@ -139,7 +141,7 @@ def _lowered(
         setattr(config, name, value)
     lowered = {name: replace(target, rank=ranks[name]) for name, target in targets.items()}
     tuner.record_resolved(adapter_name, lowered)
-    return model
+    return cast(CompressedModel, model)
 
 
 @dataclass(frozen=True)
@@ -187,7 +189,7 @@ def _job(
         ValueError: the budget cannot be met.
     """
     config = copy.deepcopy(config_of(model, adapter_name))
-    config.method, config.allocation, config.init_weights = CALIBRATED["method"], "loss", True
+    config.method, config.allocation, config.init_weights = cast(MethodName, CALIBRATED["method"]), "loss", True
     config.ceiling = min(NOT_DENSE, 1.0 if config.ceiling is None else config.ceiling)
     chooser = RankChooser(
         storages={name: target.storage for name, target in targets.items()},

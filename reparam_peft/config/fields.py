@@ -3,18 +3,24 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from typing import Literal, get_args
 
 from peft import PeftConfig
 
 from ..arguments import listed
 from ..defaults import CALIBRATED, DATA_FREE, KEEP
-from ..numerics.methods import names_of_methods
+from ..numerics.methods import MethodName, names_of_methods
+from ..numerics.storage import Form
 
-ALLOCATIONS = ("uniform", "loss")
-INPUT_METRICS = ("gram", "diagonal", "none")
-OUTPUT_METRICS = ("fisher", "diagonal", "none")
+Allocation = Literal["uniform", "loss"]
+InputMetric = Literal["gram", "diagonal", "none"]
+OutputMetric = Literal["fisher", "diagonal", "none"]
+Unreached = Literal["dense", "error"]
+ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
+INPUT_METRICS: tuple[str, ...] = get_args(InputMetric)
+OUTPUT_METRICS: tuple[str, ...] = get_args(OutputMetric)
 ALL_EXPERTS = "all-experts"
-UNREACHED = ("dense", "error")
+UNREACHED: tuple[str, ...] = get_args(Unreached)
 # Fields that have an effect with a calibrated method only, and with ranks by predicted loss only.
 OF_METRICS = ("input_metric", "output_metric", "shrinkage", "output_shrinkage")
 OF_ALLOCATION = ("rank_multiple", "floor", "ceiling")
@@ -44,7 +50,7 @@ class Fields(PeftConfig):
     exclude_modules: list[str] | str | None = field(
         default=None, metadata={"help": "Modules to leave alone: a list of name endings or a regular expression."}
     )
-    r: int | str | None = field(
+    r: int | Literal["full"] | None = field(
         default=None,
         metadata={
             "help": "One rank for all targets; 'full': every matrix at rank min(out, in), exactly the original function; "
@@ -55,7 +61,7 @@ class Fields(PeftConfig):
         default=KEEP,
         metadata={"help": "Fraction of the targeted parameters that is stored, 0 < keep <= 1. Used where `r` is None."},
     )
-    method: str | None = field(
+    method: MethodName | None = field(
         default=None,
         metadata={
             "help": f"How to factorise: {listed(map(repr, names_of_methods(needs_data=False)))}, or with calibration data "
@@ -63,21 +69,21 @@ class Fields(PeftConfig):
             f"{CALIBRATED['method']!r} in `compress`."
         },
     )
-    allocation: str | None = field(
+    allocation: Allocation | None = field(
         default=None,
         metadata={
             "help": "How to choose ranks: 'uniform', or with calibration data 'loss', by the predicted loss. None: "
             "'uniform' in `get_peft_model` and where `r` is given, 'loss' in `compress`."
         },
     )
-    form: str | None = field(
+    form: Form | None = field(
         default=None,
         metadata={
             "help": "How the product is stored: 'factors' (A, B), or 'pivot': r of its rows and the coefficients of the "
             "others, which takes fewer numbers. None: 'factors' in `get_peft_model`, 'pivot' in `compress`."
         },
     )
-    input_metric: str | None = field(
+    input_metric: InputMetric | None = field(
         default=None,
         metadata={
             "help": "How a calibrated method weighs errors over the inputs: by their 'gram' matrix, with the 'fisher' output "
@@ -85,7 +91,7 @@ class Fields(PeftConfig):
             "None: 'gram'."
         },
     )
-    output_metric: str | None = field(
+    output_metric: OutputMetric | None = field(
         default=None,
         metadata={
             "help": "How a calibrated method weighs errors over the outputs: by the 'fisher' matrix of the gradients there; "
@@ -121,7 +127,7 @@ class Fields(PeftConfig):
         default=None,
         metadata={"help": "Whether MLPs may lose neurons, with calibration data and `allocation='loss'`. None: where it can."},
     )
-    unreached: str | None = field(
+    unreached: Unreached | None = field(
         default=None,
         metadata={
             "help": "What becomes of targets that no batch of calibration data reaches: 'dense', they are left out with a "

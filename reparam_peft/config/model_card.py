@@ -5,10 +5,11 @@ from __future__ import annotations
 import html
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
-from huggingface_hub import ModelCard, ModelCardData
+from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
 from ..runtime.files import write_whole
 from .fields import OF_ALLOCATION, OF_METRICS, Fields
@@ -24,16 +25,38 @@ AUTO_CLASSES = {
     "QUESTION_ANS": "AutoPeftModelForQuestionAnswering",
     "FEATURE_EXTRACTION": "AutoPeftModelForFeatureExtraction",
 }
+PIPELINES = {  # tags of tasks on the Hub
+    "AutoModel": "feature-extraction",
+    "AutoModelForAudioClassification": "audio-classification",
+    "AutoModelForCTC": "automatic-speech-recognition",
+    "AutoModelForCausalLM": "text-generation",
+    "AutoModelForImageClassification": "image-classification",
+    "AutoModelForImageTextToText": "image-text-to-text",
+    "AutoModelForMaskedLM": "fill-mask",
+    "AutoModelForObjectDetection": "object-detection",
+    "AutoModelForQuestionAnswering": "question-answering",
+    "AutoModelForSemanticSegmentation": "image-segmentation",
+    "AutoModelForSeq2SeqLM": "text2text-generation",
+    "AutoModelForSequenceClassification": "text-classification",
+    "AutoModelForSpeechSeq2Seq": "automatic-speech-recognition",
+    "AutoModelForTokenClassification": "token-classification",
+}
 TAGS = ["low-rank", "reparam"]
+OF_TEMPLATE = "[More Information Needed]"  # in the cards that transformers makes for the Hub where there is none
+DATASET = "custom"  # the type of data sets in results that are written here
 BEGIN, END = "<!-- reparam_peft: begin -->", "<!-- reparam_peft: end -->"
 
 
-def model_card_section(config: Fields, load: str | None = None) -> str:
-    """Markdown on the base model, the method, the sizes, calibration, evaluation and how to load, from a resolved config.
+def model_card_section(config: Fields) -> str:
+    """Markdown on the base model, the method, the sizes, calibration, evaluation and how to load an adapter.
 
-    `load` is the code that loads the model; None: that of an adapter.
+    The config is a resolved one, as a model leaves it.
     """
-    rows = [
+    return _section(_rows(config), _loads_adapter(config))
+
+
+def _rows(config: Fields) -> list[tuple[str, object]]:
+    rows: list[tuple[str, object]] = [
         ("base model", name_of_base(config.base_model_name_or_path) or "not known"),
         ("method", config.method),
         ("rank allocation", config.allocation),
@@ -52,7 +75,10 @@ def model_card_section(config: Fields, load: str | None = None) -> str:
             ("stored bytes", _fraction(config.stored_bytes, config.dense_bytes)),
         ]
     rows += _calibration_rows(config)
-    rows += [(_escaped(name), f"{value:.6g}") for name, value in (config.evaluation or {}).items()]
+    return [*rows, *((_escaped(name), f"{value:.6g}") for name, value in (config.evaluation or {}).items())]
+
+
+def _section(rows: Sequence[tuple[str, object]], load: str) -> str:
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
     return f"""{BEGIN}
 ## Low-rank reparameterisation
@@ -66,7 +92,7 @@ Each targeted weight W (out × in) of the base model is replaced by a product A 
 ### How to load
 
 ```python
-{load or _loads_adapter(config)}
+{load}
 ```
 {END}"""
 
@@ -81,13 +107,16 @@ model = {auto_class}.from_pretrained("<this repository or folder>")
 model = PeftModel.from_pretrained(base_model, "<this repository or folder>")"""
 
 
-def write_standalone_card(folder: str | Path, config: Fields, auto_class: str, self_contained: bool = False) -> None:
-    """Write a README.md for a standalone checkpoint.
+def write_standalone_card(
+    folder: str | Path, config: Fields | None, auto_class: str, layers: int, self_contained: bool = False
+) -> None:
+    """Write the README.md of a standalone checkpoint; of one that somebody has written, the section alone.
 
     Args:
         folder: of the checkpoint.
-        config: of the adapter that it was made from, resolved.
+        config: of the adapter that it was made from, resolved; None where it is not known.
         auto_class: of transformers, that loads it.
+        layers: how many of its layers are factorised.
         self_contained: whether the code that it needs is in it.
     """
     line = (
@@ -99,20 +128,56 @@ def write_standalone_card(folder: str | Path, config: Fields, auto_class: str, s
     load = f"""{line}from transformers import {auto_class}
 
 model = {auto_class}.from_pretrained("<this repository or folder>"{option})"""
-    data = ModelCardData(library_name="transformers", base_model=name_of_base(config.base_model_name_or_path), tags=TAGS)
-    card = ModelCard(f"---\n{data.to_yaml()}\n---\n\n{model_card_section(config, load)}\n")
-    write_whole(Path(folder) / "README.md", str(card))
+    section = _section([("matrices factorised", layers)] if config is None else _rows(config), load)
+    path = Path(folder) / "README.md"
+    card = ModelCard.load(path) if path.exists() else None
+    if card is None or OF_TEMPLATE in card.text:
+        card = ModelCard(f"---\n{card.data.to_yaml() if card else '{}'}\n---\n\n{section}\n")
+    else:
+        card.text = _with_section(card.text, section)
+    data = cast(ModelCardData, card.data)
+    data.library_name = "transformers"
+    data.pipeline_tag = data.pipeline_tag or PIPELINES.get(auto_class)
+    data.tags = sorted({*(data.tags or []), *TAGS, *(["custom_code"] if self_contained else [])})
+    if config is not None:
+        data.base_model = data.base_model or name_of_base(config.base_model_name_or_path)
+        _note_results(data, config)
+    write_whole(path, str(card))
+
+
+def _note_results(data: ModelCardData, config: Fields) -> None:
+    """The figures of this model, not those of the dense one, as metadata in place of earlier ones; others' results stay.
+
+    In the name of a figure what stands behind a comma is the data: "perplexity, test.txt".
+    """
+    others = [result for result in data.eval_results or [] if result.dataset_type != DATASET]
+    ours = []
+    for name, value in (config.evaluation or {}).items():
+        measure, _, text = (" ".join(part.split()) for part in name.partition(","))
+        if not name.startswith("dense "):
+            task = data.pipeline_tag or "other"
+            ours.append(
+                EvalResult(task, DATASET, text or "not named", re.sub(r"\W+", "_", measure), float(value), metric_name=measure)
+            )
+    if others or ours:
+        data.model_name = getattr(data, "model_name", None) or name_of_base(config.base_model_name_or_path) or "compressed"
+        data.eval_results = [*others, *ours]
+
+
+def _with_section(text: str, section: str) -> str:
+    """The text of a card with a section in place of an earlier one, or at its top; the rest stays."""
+    earlier = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
+    # A function, so that a backslash in the section is not read as a group reference.
+    replaced, times = earlier.subn(lambda _: section, text)
+    return replaced if times else f"\n{section}\n\n{text.lstrip()}"
 
 
 def update_model_card(folder: str, config: Fields) -> None:
     """Write the section into `folder`/README.md: in place of an earlier one, else at the top; the rest stays."""
     path = Path(folder) / "README.md"
     card = ModelCard.load(path) if path.exists() else ModelCard.from_template(ModelCardData(library_name="peft"))
-    section = model_card_section(config)
-    earlier = re.compile(re.escape(BEGIN) + ".*?" + re.escape(END), re.DOTALL)
-    # A function, so that a backslash in the section is not read as a group reference.
-    text, replaced = earlier.subn(lambda _: section, card.text)
-    card.text = text if replaced else f"\n{section}\n\n{text.lstrip()}"
+    card.text = _with_section(card.text, model_card_section(config))
+    _note_results(card.data, config)
     tags, base = {*(card.data.tags or []), *TAGS}, card.data.base_model
     if isinstance(base, str) and name_of_base(base) is None:  # where PEFT writes a path of this machine, too
         card.data.base_model = None

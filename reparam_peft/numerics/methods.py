@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:  # help texts name methods, and are shown without PyTorch
     from torch import Tensor
@@ -12,6 +12,8 @@ if TYPE_CHECKING:  # help texts name methods, and are shown without PyTorch
     from .decompositions import Factors
 
     Function = Callable[[Tensor, int, Tensor | None, Tensor | None, Factors | None], Factors]
+
+MethodName = Literal["svd", "whitened", "autoencoder"]  # the names below, for type checkers
 
 
 @dataclass(frozen=True)

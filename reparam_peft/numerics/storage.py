@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal, get_args
 
 
 def mask_size(out_features: int) -> int:
@@ -166,4 +167,5 @@ def uniform_rank(keep: float, storage: Storage) -> int | None:
     return rank if storage.saves(rank) else None
 
 
-FORMS = ("factors", "pivot")
+Form = Literal["factors", "pivot"]
+FORMS: tuple[str, ...] = get_args(Form)

@@ -168,11 +168,10 @@ class Plan:
             check_names("unreached", unreached)
             plan = cls(tuple(map(_module_plan, fields.pop("modules"))), **fields, neurons=neurons, unreached=tuple(unreached))
             _check_sizes(plan)
+            words: dict[str, Any] = {"method": plan.method, "allocation": plan.allocation, "form": plan.form}
             ReparamConfig(  # which checks them
+                **words,
                 keep=plan.keep,
-                method=plan.method,
-                allocation=plan.allocation,
-                form=plan.form,
                 moved_bias=plan.moved_bias,
                 calibration_tokens=plan.calibration_tokens,
                 gradient_tokens=plan.gradient_tokens,

@@ -161,6 +161,8 @@ def uncompiled(model: nn.Module) -> Iterator[None]:
 def without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """A batch for a pass that generates nothing: with `use_cache=False`, where the model takes that and the batch says nothing.
 
+    Labels that the model does not take are left out.
+
     A cache holds memory for nothing there; and with one transformers does not look for documents that are packed into one row,
     so that these would attend to each other.
 
@@ -174,7 +176,8 @@ def without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     config: Any = getattr(base, "config", None)
     caches = hands_on and hasattr(config, "get_text_config") and hasattr(config.get_text_config(), "use_cache")
-    return {"use_cache": False, **batch} if "use_cache" in parameters or caches else dict(batch)
+    taken = {name: value for name, value in batch.items() if name != "labels" or hands_on or name in parameters}
+    return {"use_cache": False, **taken} if "use_cache" in parameters or caches else taken
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, cast
 
 from torch import nn
 
@@ -14,7 +14,7 @@ from ..compression.job import with_defaults
 from ..config.reparam_config import ReparamConfig
 from ..defaults import CALIBRATED
 from ..evaluation.measures import Measure, Tolerance, measure_named
-from ..numerics.methods import METHODS
+from ..numerics.methods import METHODS, MethodName
 
 Metric: TypeAlias = str | Callable[[nn.Module], float]
 
@@ -95,7 +95,7 @@ def check_goal(goal: Goal, config: ReparamConfig) -> CheckedGoal:
 def config_with(config: ReparamConfig, *, method: str, keep: float | None = None) -> ReparamConfig:
     """A copy of a config with another method, and another size unless that is None; nothing is checked anew."""
     copied = copy.deepcopy(config)
-    copied.method = method
+    copied.method = cast(MethodName, method)
     if keep is not None:
         copied.keep = keep
     return copied

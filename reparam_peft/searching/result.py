@@ -7,12 +7,11 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from peft import PeftModel
-
 from ..arguments import check_bool, check_count, check_text, is_finite
 from ..display.axes import new_axes
 from ..display.tables import html_table
 from ..planning.plan import Plan
+from ..tuner.compressed_model import CompressedModel
 
 
 @dataclass(frozen=True)
@@ -62,7 +61,7 @@ class SearchResult:
     limit: float
     higher_is_better: bool
     plan: Plan | None = None
-    model: PeftModel | None = field(default=None, repr=False)
+    model: CompressedModel | None = field(default=None, repr=False)
 
     @property
     def front(self) -> list[Trial]:

@@ -20,6 +20,7 @@ from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..arguments import ReparamWarning
+from ..config.fields import Fields
 from ..layers.attention import open_attentions, open_attentions_of
 from ..layers.experts import fused_parameters, is_open, open_experts
 from ..layers.factorized import MARKER, FactorizedModule, Replaced, weight_of
@@ -56,6 +57,7 @@ class CheckpointConfig(QuantizationConfigMixin):
 
     Attributes:
         being_loaded: whether `from_pretrained` is making the model, in which it will place the factorised layers itself.
+        made_with: the resolved config of the adapter that it was made of, for the model card; None: not known.
 
     Raises:
         ValueError: another version, or anything that is not as described.
@@ -66,6 +68,7 @@ class CheckpointConfig(QuantizationConfigMixin):
     tables: dict[str, str] | None = None
     tied: dict[str, str] | None = None
     being_loaded = False
+    made_with: Fields | None = None
 
     def __init__(
         self,
@@ -116,7 +119,7 @@ class CheckpointConfig(QuantizationConfigMixin):
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json says."""
-        return {key: value for key, value in super().to_dict().items() if key != "being_loaded"}
+        return {key: value for key, value in super().to_dict().items() if key not in ("being_loaded", "made_with")}
 
 
 def _check_parameters(parameters: Any) -> None:

@@ -6,6 +6,7 @@ reader of docs/checkpoints.md and no more: to compress, train and check checkpoi
 
 from __future__ import annotations
 
+import re
 from typing import Any
 
 import torch
@@ -86,6 +87,7 @@ class Factorized(nn.Module):
     def __init__(self, layer: nn.Module, rank: int, form: str, bias: bool, size: tuple[int, int] | None = None) -> None:
         super().__init__()
         convolution, dim, self.scale, self.groups = None, -1, 1.0, 1
+        self.is_split = False  # among processes, by outputs: set by the model
         self.shape, self.is_transposed, self.is_loaded = layer.weight.shape, isinstance(layer, (Conv1D, nn.Embedding)), False
         if isinstance(layer, (nn.Conv1d, nn.Conv2d, nn.ConvTranspose1d)):
             convolution = nn.Conv2d if isinstance(layer, nn.Conv2d) else nn.Conv1d
@@ -162,11 +164,30 @@ class Factorized(nn.Module):
         A = self.A(torch.eye(rank, dtype=z.dtype, device=z.device).view(rank, rank, *spare))
         return (nn.functional.conv2d if spare else nn.functional.conv1d)(z, A[..., None], groups=self.groups)
 
+    def parallel(self, style: str) -> dict[str, str]:
+        """How a server splits the linear layers in here among processes, if the dense layer were split in this style.
+
+        By outputs ("colwise"): A is split, B is not; of a pivot form neither, but its outputs are. By inputs ("rowwise"): B is
+        split, A is not.
+        """
+        self.is_split = style == "colwise"
+        if isinstance(self.A, nn.Identity):
+            return {"B": style}
+        if isinstance(self.A, Pivot):
+            return {"B": style if style.startswith("rowwise") else "replicate", "A.K": "replicate"}
+        return {"B": style, "A": "replicate"} if style.startswith("rowwise") else {"B": "replicate", "A": style}
+
+    def of_this_process(self, outputs: Tensor, dim: int) -> Tensor:
+        """The part of what belongs to all outputs, where a server has given B the place of this process, as vLLM does."""
+        return outputs.chunk(getattr(self.B, "tp_size", 1), dim)[getattr(self.B, "tp_rank", 0)] if self.is_split else outputs
+
     def forward(self, x: Tensor) -> Tensor:
         modules = self._modules
         y = modules["A"](modules["B"](x)) if self.groups == 1 else self.grouped(x)
+        if isinstance(modules["A"], Pivot):
+            y = self.of_this_process(y, -1)
         if self.bias is not None:
-            y = y + self.bias.view(self.bias_shape)
+            y = y + self.of_this_process(self.bias, 0).view(self.bias_shape)
         return y if self.scale == 1.0 else y * self.scale
 
 
@@ -212,6 +233,7 @@ class WithFactors:
             if isinstance(model, transformers.PreTrainedModel):  # whose conversions of names would catch factors
                 model.is_custom_code = _is_custom_code
         prefix = f"{self.base_model_prefix}."
+        plan, plan_of_factors = getattr(self, "_tp_plan", None) or {}, {}
         for saved, how in config.reparam_layers.items():
             for name in (saved, saved.removeprefix(prefix), prefix + saved):
                 parent, _, child = name.rpartition(".")
@@ -219,11 +241,15 @@ class WithFactors:
                     layer = self.get_submodule(name)
                 except AttributeError:
                     continue
-                with torch.device(layer.weight.device):
-                    size = (how["out"], how["in"]) if "out" in how else None
-                    module = Factorized(layer, how["rank"], how["form"], how["bias"], size).to(layer.weight.dtype)
+                # Where new parameters go, and where buffers, is up to the caller: vLLM puts parameters alone on meta.
+                size = (how["out"], how["in"]) if "out" in how else None
+                module = Factorized(layer, how["rank"], how["form"], how["bias"], size).to(layer.weight.dtype)
                 setattr(self.get_submodule(parent), child, module)
+                style = plan.get(re.sub(r"\b\d+\b", "*", name))
+                if style is not None and isinstance(layer, nn.Linear):
+                    plan_of_factors |= {f"{name}.{part}": how for part, how in module.parallel(style).items()}
                 break
             else:
                 if saved.startswith(prefix):  # others belong to another head
                     raise ValueError(f"{saved}: the checkpoint has factors for this layer; {OTHER_NAMES}.")
+        self._tp_plan = plan_of_factors | plan  # of which servers take the first entry that fits

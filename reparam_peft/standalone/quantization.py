@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from types import ModuleType
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -173,6 +173,7 @@ def _in_blocks(weight: Tensor) -> Tensor:
     return nn.functional.pad(weight.flatten(), (0, -weight.numel() % NF4_BLOCK)).view(-1, NF4_BLOCK)
 
 
+SchemeName = Literal["int8", "int4"]  # the names below, for type checkers
 SCHEMES: dict[str, Scheme] = {"int8": Int8(), "int4": Int4()}
 
 

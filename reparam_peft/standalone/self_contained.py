@@ -6,9 +6,10 @@ from importlib import resources
 from pathlib import Path
 
 from transformers import PreTrainedModel
-from transformers.models.auto import modeling_auto
 
 from ..runtime.files import write_whole
+from .auto_classes import auto_classes
+from .cards import write_card
 from .checkpoint import CheckpointConfig, check_closed, with_layers_in_config
 
 MODULE = "modeling_reparam"
@@ -19,7 +20,7 @@ def save_self_contained(model: PreTrainedModel, folder: str | Path) -> None:
 
     Args:
         model: what `to_standalone()` returns.
-        folder: with `modeling_reparam.py`, a reader that imports torch and transformers only.
+        folder: with `modeling_reparam.py`, a reader that imports torch and transformers only, and a README.md.
 
     Raises:
         ValueError: the model has no factorised layers, or such of parameters; or it is quantised.
@@ -34,24 +35,13 @@ def save_self_contained(model: PreTrainedModel, folder: str | Path) -> None:
     check_closed(model, "the code of self-contained checkpoints")
     plain = with_layers_in_config(model, described)
     del plain.hf_quantizer
-    classes = {auto: made.__name__ for auto, made in _auto_classes(model).items()}
+    classes = {auto: made.__name__ for auto, made in auto_classes(model).items()}
     plain.config.auto_map = {auto: f"{MODULE}.Reparam{name}" for auto, name in classes.items()}
     plain.save_pretrained(folder)
+    plain.config.architectures = [f"Reparam{type(model).__name__}"]  # by which vLLM and SGLang choose the class
+    plain.config.save_pretrained(folder)
     text = resources.files(__package__).joinpath(f"{MODULE}.py").read_text(encoding="utf-8")
     for name in sorted(set(classes.values())):
         text += f"\n\nclass Reparam{name}(WithFactors, transformers.{name}):\n    pass\n"
     write_whole(Path(folder) / f"{MODULE}.py", text)
-
-
-def auto_class(model: PreTrainedModel) -> str:
-    """Name of transformers' Auto class that makes models of this one's class."""
-    autos = [auto for auto, made in _auto_classes(model).items() if made is type(model)]
-    return min(autos, key=lambda auto: auto == "AutoModelForPreTraining", default=type(model).__name__)  # that only if no other
-
-
-def _auto_classes(model: PreTrainedModel) -> dict[str, type[PreTrainedModel]]:
-    """Auto classes by name, with what they make of this architecture: the model's class, or its base."""
-    wanted = {type(model), type(getattr(model, model.base_model_prefix, model))}
-    autos = {name: auto for name, auto in vars(modeling_auto).items() if name.startswith("AutoModel")}
-    made = {name: auto._model_mapping.get(type(model.config), None) for name, auto in autos.items()}
-    return {name: one for name, one in made.items() if one in wanted}
+    write_card(model, folder, self_contained=True)

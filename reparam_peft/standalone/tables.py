@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
@@ -10,7 +11,8 @@ from transformers import PreTrainedModel
 
 from .quantization import Int8
 
-TABLES = "int8"  # the one scheme in whose matrices rows can be looked up
+TableScheme = Literal["int8"]
+TABLES: TableScheme = "int8"  # the one scheme in whose matrices rows can be looked up
 SCHEME = Int8()
 
 

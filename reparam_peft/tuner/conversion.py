@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
+from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from ..calibration.statistics import Statistics
+from ..config.fields import Fields
 from ..layers.factorized import FactorizedModule
 from ..layers.kinds import is_quantized
 from ..layers.parameters import opened_parameters
@@ -36,7 +39,11 @@ from .rounding import CalibratedRounding
 
 
 def standalone_model(
-    model: nn.Module, quantize: str | None = None, quantize_tables: str | None = None, statistics: Statistics | None = None
+    model: nn.Module,
+    quantize: str | None = None,
+    quantize_tables: str | None = None,
+    statistics: Statistics | None = None,
+    configs: Mapping[str, PeftConfig] | None = None,
 ) -> PreTrainedModel:
     """A transformers model as it computes with its active adapter, without any of PEFT's modules.
 
@@ -45,6 +52,7 @@ def standalone_model(
         quantize: "int8" or "int4", for the matrices of factors; None: as they are.
         quantize_tables: "int8", for tables of embeddings that are not factorised; None: as they are.
         statistics: of the model's calibration, with which `quantize` rounds so that outputs stay near; None: numbers do.
+        configs: of its adapters, by name, for the model card.
 
     Raises:
         TypeError: not a transformers model, or it holds modules of other PEFT methods.
@@ -83,6 +91,7 @@ def standalone_model(
     plain.config.quantization_config = CheckpointConfig(
         layers, quantization=quantize, parameters=patterns, tables=tables, tied=forget_tied(plain)
     )
+    plain.config.quantization_config.made_with = copy.copy(_config_of_active(model, configs or {}))
     plain.hf_quantizer = CheckpointLoader(plain.config.quantization_config)
     if quantize is not None:
         rounding = None if statistics is None else CalibratedRounding(statistics)
@@ -97,6 +106,12 @@ def standalone_model(
         if isinstance(module, FactorizedModule):
             module.unmark()
     return plain
+
+
+def _config_of_active(model: nn.Module, configs: Mapping[str, PeftConfig]) -> Fields | None:
+    layer = next(module for module in model.modules() if isinstance(module, ReparamLayer))
+    active = (configs.get(name) for name in layer.active_adapters)
+    return next((config for config in active if isinstance(config, Fields)), None)
 
 
 def _is_wrapper(module: nn.Module) -> bool:

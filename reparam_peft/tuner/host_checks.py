@@ -14,11 +14,13 @@ from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.other import get_pattern_key
 from torch import nn
 from transformers import PreTrainedModel
+from transformers.utils import PushToHubMixin
 
 from ..config.reparam_config import ReparamConfig
 from ..layers.factorized import FactorizedModule
 from ..runtime.hosts import extend
 from ..runtime.restoring import unchanged_on_error
+from ..standalone.cards import uploading, write_card
 from .layer import ReparamLayer, reparam_layers
 
 EMBEDDINGS_POSITION = 3  # of `save_embedding_layers` among the arguments of `save_pretrained`, after the folder
@@ -31,6 +33,7 @@ LORA_ON_ADAPTER = (
 def register_host_checks() -> None:
     """Put the checks of this file before the methods of PEFT and transformers that need them. Idempotent."""
     extend(PreTrainedModel, "save_pretrained", _saving)
+    extend(PushToHubMixin, "_upload_modified_files", uploading)
     extend(PreTrainedModel, "resize_token_embeddings", _resizing)
     extend(PeftModel, "load_adapter", _loading)
     extend(PeftModel, "save_pretrained", _saving_adapter)
@@ -98,9 +101,13 @@ def _has_embeddings(model: PeftModel) -> bool:
 
 
 def _saving(original: Callable[..., None]) -> Callable[..., None]:
-    def save_pretrained(self: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    def save_pretrained(
+        self: PreTrainedModel, save_directory: Any, is_main_process: bool = True, *args: Any, **kwargs: Any
+    ) -> None:
         check_saving(self)
-        original(self, *args, **kwargs)
+        original(self, save_directory, is_main_process, *args, **kwargs)
+        if is_main_process:
+            write_card(self, save_directory)
 
     return save_pretrained
 

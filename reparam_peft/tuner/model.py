@@ -22,6 +22,8 @@ from ..config.reparam_config import ReparamConfig
 from ..defaults import DATA_FREE
 from ..runtime.modules import naming
 from ..runtime.restoring import Snapshot, unchanged_on_error
+from ..standalone.quantization import SchemeName
+from ..standalone.tables import TableScheme
 from .adapter_state import cast_to_base, check_whole, fit_to_model, names_in_model
 from .base_sample import check_base, sample_base
 from .conversion import standalone_model
@@ -259,27 +261,28 @@ class ReparamModel(BaseTuner):
         return size_report(self.model, self._configs[adapter_name])
 
     def to_standalone(
-        self, quantize: str | None = None, quantize_tables: str | None = None, statistics: Statistics | None = None
+        self,
+        quantize: SchemeName | None = None,
+        quantize_tables: TableScheme | None = None,
+        statistics: Statistics | None = None,
     ) -> PreTrainedModel:
         """A plain transformers model of the same class with factorised layers, that computes as this one does.
 
-        It has no PEFT modules and no dense weights; `save_pretrained` makes a checkpoint that `AutoModel…` loads after
-        `import reparam_peft`. This model stays as it is; both share their tensors, so that no memory is needed for a second
-        one and training either changes both. All parameters of the new model are trainable.
+        `save_pretrained` makes a checkpoint that `AutoModel…` loads after `import reparam_peft`. This model stays as it is;
+        both share their tensors, so that training either changes both. All parameters of the new model are trainable.
 
         Args:
-            quantize: "int8" (torchao) or "int4" (bitsandbytes' NF4): the matrices of the factors, which then have memory of
-                their own and cannot be trained, but by a LoRA on them. None: in the model's dtype.
+            quantize: "int8" (torchao) or "int4" (bitsandbytes' NF4): the factors, then trained by a LoRA only; None: as is.
             quantize_tables: "int8" (torchao): tables of embeddings, tied ones too, that are not factorised; None: as above.
-            statistics: of `calibrate`, with which `quantize` rounds so that outputs, and not numbers, stay near (GPTQ,
-                arXiv:2210.17323); in 4 bits it is worth the passes. None: each number to the nearest.
+            statistics: of `calibrate`, with which `quantize` rounds so that outputs stay near (GPTQ, arXiv:2210.17323); in 4
+                bits it is worth the passes. None: each number to the nearest.
 
         Raises:
             ImportError: the library of `quantize` is not installed.
             TypeError: the base model is none of transformers', or it holds modules of other PEFT methods.
             ValueError: the adapter is merged, disabled or was never loaded, or several are active.
         """
-        return standalone_model(self.model, quantize, quantize_tables, statistics)
+        return standalone_model(self.model, quantize, quantize_tables, statistics, self.peft_config)
 
     def set_adapter(self, adapter_name: str | list[str], inference_mode: bool = False) -> None:
         names = [adapter_name] if isinstance(adapter_name, str) else adapter_name

@@ -4,13 +4,15 @@
         [--keep 0.6] [--multiple 8] [--prompt 256] [--batches 1 8] [--repeats 7] [--adapter] [--compile]
 
 Llamas of random weights with a small vocabulary, so that their blocks are what takes the time; `small` has the shapes of
-SmolLM2-135M. All linear layers of the blocks keep the same share of their numbers, or a little less, since ranks are multiples of
-8, as those that `compress` chooses: as plain factors, in the pivot form with pivots spread over the outputs, or, as `neurons`, in
-pivot form but for the MLPs, which keep that share of their neurons and stay matrices. `--adapter` adds the pivot form inside of PEFT's wrappers, `--compile` blocks compiled by `torch.compile`.
+SmolLM2-135M. All linear layers of the blocks keep the same share of their numbers, or a little less, since ranks are
+multiples of 8, as those that `compress` chooses: as plain factors, in the pivot form with pivots spread over the outputs, or,
+as `neurons`, in pivot form but for the MLPs, which keep that share of their neurons and stay matrices. `--adapter` adds the
+pivot form inside of PEFT's wrappers, `--compile` blocks compiled by `torch.compile`.
 
 A step of decoding follows a cached prompt of 32 tokens. Weights come from memory, since a model is larger than the caches and
-reads all of itself in each run. The models of a row take turns in one process; printed are medians, as ratios to the dense model:
-above 1 is faster. `wall` is time passed; with one thread `cpu` is time of the processor, which other programs disturb less.
+reads all of itself in each run. The models of a row take turns in one process; printed are medians, as ratios to the dense
+model: above 1 is faster. `wall` is time passed; with one thread `cpu` is time of the processor, which other programs disturb
+less.
 """
 
 from __future__ import annotations

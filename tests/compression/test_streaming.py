@@ -249,15 +249,15 @@ def test_a_destination_that_appears_meanwhile_is_left_and_finished_work_kept(
 ) -> None:
     dense, small = source(tmp_path), tmp_path / "small"
     with monkeypatch.context() as patch:
-        write_card = streaming.write_standalone_card
+        copy_files = streaming.copy_files
 
         def meanwhile(*args: Any) -> None:
-            write_card(*args)
+            copy_files(*args)
             small.mkdir()
             for name in holds:
                 (small / name).write_text(name)
 
-        patch.setattr(streaming, "write_standalone_card", meanwhile)
+        patch.setattr(streaming, "copy_files", meanwhile)
         with pytest.raises(FileExistsError, match=r"the run into it has not made it. Its finished work is in .*\.small\.run"):
             compress_checkpoint(dense, small, ReparamConfig(**CONFIG), progress=False)
     with pytest.raises(FileExistsError, match="the run into it has not made it"):

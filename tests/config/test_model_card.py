@@ -172,11 +172,12 @@ def test_save_pretrained_of_a_calibrated_model_says_so(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("self_contained", [False, True])
 def test_the_card_of_a_standalone_checkpoint(self_contained: bool, tmp_path: Path) -> None:
-    write_standalone_card(tmp_path, resolved(), "AutoModelForCausalLM", self_contained)
+    write_standalone_card(tmp_path, resolved(), "AutoModelForCausalLM", 2, self_contained)
     card = ModelCard.load(tmp_path / "README.md")
     assert card.data.library_name == "transformers"
     assert card.data.base_model == "org/base"
-    assert card.data.tags == ["low-rank", "reparam"]
+    assert card.data.tags == [*(["custom_code"] if self_contained else []), "low-rank", "reparam"]
+    assert card.data.pipeline_tag == "text-generation"
     assert rows(card.text)["stored parameters"] == "4,500 (45.0%)"
     (code,) = re.findall(r"```python\n(.*?)```", card.text, re.DOTALL)
     names = {alias.name for node in ast.walk(ast.parse(code)) if isinstance(node, ast.Import) for alias in node.names}
@@ -185,7 +186,7 @@ def test_the_card_of_a_standalone_checkpoint(self_contained: bool, tmp_path: Pat
 
 
 def test_a_path_of_this_machine_is_no_base_model_on_the_hub(tmp_path: Path) -> None:
-    write_standalone_card(tmp_path, resolved(base_model_name_or_path=str(tmp_path)), "AutoModel")
+    write_standalone_card(tmp_path, resolved(base_model_name_or_path=str(tmp_path)), "AutoModel", 2)
     assert ModelCard.load(tmp_path / "README.md").data.base_model is None
 
 
@@ -197,7 +198,7 @@ def test_text_of_a_config_stays_in_its_cell(tmp_path: Path) -> None:
     for _ in range(3):
         update_model_card(str(tmp_path), config)
     (tmp_path / "standalone").mkdir()
-    write_standalone_card(tmp_path / "standalone", config, "AutoModel")
+    write_standalone_card(tmp_path / "standalone", config, "AutoModel", 2)
     for path in (tmp_path / "README.md", tmp_path / "standalone" / "README.md"):
         text = ModelCard.load(path).text
         assert (text.count(BEGIN), text.count(END)) == (1, 1)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 import pytest
 import torch
 from support.tolerances import relative_error
 
 from reparam_peft.numerics.decompositions import factorize, random_factors
-from reparam_peft.numerics.methods import METHODS, Method, names_of_methods
+from reparam_peft.numerics.methods import METHODS, Method, MethodName, names_of_methods
 
 methods = pytest.mark.parametrize("method", METHODS.values(), ids=lambda method: method.name)
 
@@ -22,7 +24,7 @@ def problem() -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
 
 
 def test_a_row_stands_under_its_name() -> None:
-    assert [method.name for method in METHODS.values()] == list(METHODS)
+    assert [method.name for method in METHODS.values()] == list(METHODS) == list(get_args(MethodName))
     assert {*names_of_methods(needs_data=True), *names_of_methods(needs_data=False)} == set(METHODS)
     assert not {*names_of_methods(needs_data=True)} & {*names_of_methods(needs_data=False)}
 

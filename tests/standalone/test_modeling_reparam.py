@@ -3,21 +3,26 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from threading import Barrier
 
 import pytest
 import torch
 import transformers
+from accelerate import init_empty_weights
 from safetensors.torch import load_file
 from support.models import bert, gpt2, llama, t5, token_inputs, vit
 from support.narrow import narrowed
 from support.processes import run_stock
-from support.standalone import IDS, STOCK, small
+from support.standalone import IDS, NARROW, STOCK, small
 from torch import nn
 from transformers import PreTrainedModel
 
-from reparam_peft.standalone.self_contained import auto_class, save_self_contained
+from reparam_peft.standalone.auto_classes import auto_class
+from reparam_peft.standalone.self_contained import save_self_contained
 
 READER = """
 import sys
@@ -93,6 +98,78 @@ def test_the_base_model_from_the_same_checkpoint(tmp_path: Path) -> None:
     assert described["auto_map"]["AutoModelForCausalLM"] == "modeling_reparam.ReparamLlamaForCausalLM"
 
 
+def built_as_servers_do(folder: Path) -> PreTrainedModel:
+    """What vLLM and SGLang build: parameters on meta, then made anew and filled in by name; buffers are not."""
+    config = transformers.AutoConfig.from_pretrained(folder, trust_remote_code=True)
+    with init_empty_weights(include_buffers=False):
+        model = transformers.AutoModelForCausalLM.from_config(config, trust_remote_code=True, dtype=torch.float32)
+    for module in model.modules():
+        for name, parameter in module.named_parameters(recurse=False):
+            setattr(module, name, nn.Parameter(torch.empty_like(parameter, device="cpu")))
+    places = dict(model.named_parameters()) | dict(model.named_buffers())
+    with torch.no_grad():
+        for name, tensor in load_file(folder / "model.safetensors").items():
+            places[name].copy_(tensor)
+    return model.eval()
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+def test_built_as_servers_do(form: str, tmp_path: Path) -> None:
+    plain = small(form).to_standalone()
+    save_self_contained(plain, tmp_path)
+    model = built_as_servers_do(tmp_path)
+    assert not any(buffer.is_meta for buffer in model.buffers())
+    with torch.no_grad():
+        torch.testing.assert_close(model(IDS).logits, plain(IDS).logits)
+    described = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    assert described["architectures"] == ["ReparamLlamaForCausalLM"], "else they take their own class of the name"
+    assert plain.config.architectures != described["architectures"], "the model stays as it was"
+
+
+class Split(nn.Module):
+    """A linear layer in one of two processes, of which threads take the places, as vLLM makes it of a whole one."""
+
+    def __init__(self, whole: nn.Linear, style: str, rank: int, sums: list[torch.Tensor], barrier: Barrier) -> None:
+        super().__init__()
+        self.tp_size, self.tp_rank, self.sums, self.barrier, self.is_summed = 2, rank, sums, barrier, style == "rowwise"
+        dim = {"colwise": 0, "rowwise": 1}.get(style)
+        self.weight = whole.weight if dim is None else nn.Parameter(whole.weight.chunk(2, dim)[rank].clone())
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = nn.functional.linear(x, self.weight)
+        if self.is_summed:
+            self.sums[self.tp_rank] = y
+            self.barrier.wait()
+            y = self.sums[0] + self.sums[1]
+            self.barrier.wait()
+        return y
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot", NARROW])
+def test_split_among_two_processes(form: str, tmp_path: Path) -> None:
+    plain = small(form, llama(attention_bias=True)).to_standalone()
+    save_self_contained(plain, tmp_path)
+    barrier, sums = Barrier(2), [torch.empty(0)] * 2
+
+    def of_process(rank: int) -> torch.Tensor:
+        model = built[rank]
+        for name, module in list(model.named_modules()):
+            if isinstance(module, nn.Linear):
+                style = next((how for pattern, how in model.tp_plan.items() if re.match(pattern, name)), "replicate")
+                model.set_submodule(name, Split(module, style, rank, sums, barrier))
+        with torch.no_grad():
+            return model(IDS).logits
+
+    built = [built_as_servers_do(tmp_path) for _ in range(2)]
+    with ThreadPoolExecutor(2) as threads:
+        both = list(threads.map(of_process, range(2)))
+    sizes = {name: parameter.numel() for name, parameter in built[0].named_parameters()}
+    assert sum(sizes.values()) < sum(parameter.numel() for parameter in plain.parameters()), "something was split"
+    with torch.no_grad():
+        for logits in both:
+            torch.testing.assert_close(logits, plain(IDS).logits)
+
+
 def test_without_trust_it_fails(tmp_path: Path) -> None:
     save_self_contained(small("pivot").to_standalone(), tmp_path)
     done = run_stock(STOCK, "AutoModelForCausalLM", tmp_path)
@@ -106,7 +183,7 @@ def test_the_reader_needs_torch_and_transformers_only() -> None:
     assert isinstance(modeling_reparam.Factorized(nn.Linear(4, 3), 2, "factors", False), nn.Module)
     lines = Path(modeling_reparam.__file__).read_text(encoding="utf-8").splitlines()
     imported = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
-    assert imported == {"__future__", "typing", "torch", "transformers"}
+    assert imported == {"__future__", "re", "typing", "torch", "transformers"}
 
 
 @pytest.mark.filterwarnings("ignore:.*reads this weight itself")
