@@ -179,7 +179,8 @@ def _reach(*args: Any, **kwargs: Any) -> None:
 
 
 def _player(output: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: output
+    # Anew each time, but for the tensors: some models go on to write into the object that a part of them has returned.
+    return lambda *args, **kwargs: tree_map(lambda leaf: leaf, output)
 
 
 def _bound(hook: Callable[..., None], name: str) -> Callable[..., None]:

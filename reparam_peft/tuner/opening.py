@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -92,7 +92,8 @@ def _taken(config: ReparamConfig, model: nn.Module, fused: Mapping[str, nn.Modul
     if not asked:
         return {}
     opened = opened_parameters(model)
-    names = [*(name for name, _ in model.named_parameters() if not _is_inside(name, [*fused, *opened])), *fused, *opened]
+    open_ones = {*fused, *opened}
+    names = [*(name for name, _ in model.named_parameters() if not _is_inside(name, open_ones)), *fused, *opened]
     if asked == ALL_EXPERTS:
         taken = dict.fromkeys(experts_of(model), "")
         if not taken:
@@ -120,8 +121,10 @@ def _is_excluded(config: ReparamConfig, name: str) -> bool:
     return isinstance(BaseTuner._check_target_module_exists(config, name), _ExcludedModule)
 
 
-def _is_inside(name: str, prefixes: Iterable[str]) -> bool:
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+def _is_inside(name: str, modules: Container[str]) -> bool:
+    """Whether a parameter is one of these modules or parameters, or in one of them."""
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in modules for depth in range(1, len(parts) + 1))
 
 
 def _takes(pattern: str, name: str, is_regex: bool) -> bool:

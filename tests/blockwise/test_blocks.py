@@ -121,6 +121,30 @@ def test_a_block_that_does_not_run_is_passed_by() -> None:
     assert (replay.order, replay.unreached) == (["stages.0"], ["stages.1"])
 
 
+def test_a_model_may_write_into_the_object_that_a_block_returns() -> None:
+    class Splitting(Skipping):
+        def forward(self, x: Tensor) -> Tensor:
+            output = {"hidden": x}
+            for stage in self.stages:
+                output = stage(output)
+                output["hidden"] = output["hidden"].split(2)  # fails on what was written there before
+                output = {"hidden": torch.cat(output["hidden"])}
+            return output["hidden"]
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: dict[str, Tensor]) -> dict[str, Any]:
+            return {"hidden": self.linear(x["hidden"])}
+
+    model = Splitting(4)
+    model.stages = nn.ModuleList(Stage() for _ in range(4))
+    replay = Replay(model, find_blocks(model), ROWS)
+    assert replay.depends == {0: set(), 1: {0}, 2: {1}, 3: {2}}
+
+
 def test_what_happens_at_random_between_blocks_is_refused() -> None:
     class Noisy(Skipping):
         def forward(self, x: Tensor) -> Tensor:
