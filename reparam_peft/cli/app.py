@@ -80,16 +80,24 @@ _add(
 )
 
 
-def _show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
-    """A warning of this package, in one line; those of other libraries are not shown."""
-    print(f"warning: {_one_line(str(message))}", file=sys.stderr)
+def _showing() -> Callable[..., None]:
+    """What prints a warning in one line, once: a command that calibrates, plans and compresses gives some at each step."""
+    shown: set[str] = set()
+
+    def show(message: Warning | str, *args: Any, **kwargs: Any) -> None:
+        line = _one_line(str(message))
+        if line not in shown:
+            print(f"warning: {line}", file=sys.stderr)
+        shown.add(line)
+
+    return show
 
 
 def main() -> None:
     """Entry point: errors in one line on stderr, exit code 1; wrong usage exits with 2; REPARAM_DEBUG=1 shows tracebacks."""
     warnings.filterwarnings("ignore")
-    warnings.filterwarnings("always", category=ReparamWarning)
-    warnings.showwarning = _show
+    warnings.filterwarnings("always", category=ReparamWarning)  # those of other libraries are not shown
+    warnings.showwarning = _showing()
     logging.disable(logging.WARNING)
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     if os.environ.get("REPARAM_DEBUG"):

@@ -76,6 +76,13 @@ class TargetOptions:
             "--experts/--no-experts", help="Whether fused experts of a mixture are compressed, too. Default: where there are."
         ),
     ] = None
+    unreached: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of targets that no calibration text reaches: `dense`, they are left out with a warning, or "
+            "`error`. Default: dense with `--target-modules all-linear`, else error."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -136,6 +143,7 @@ class ConfigOptions:
             form=self.storage.form,
             ceiling=self.storage.ceiling,
             neurons=self.storage.neurons,
+            unreached=self.targets.unreached,
         )
 
 

@@ -24,6 +24,7 @@ from ..standalone.checkpoint import (
     mark_unquantized,
     specification_of,
 )
+from ..standalone.opened import mark_opened
 from ..standalone.quantization import check_scheme
 from ..standalone.quantization import quantize as quantize_factors
 from ..standalone.tables import check_tables, tables_of
@@ -83,6 +84,7 @@ def standalone_model(model: nn.Module, quantize: str | None = None, quantize_tab
     for module in plain.modules():
         if isinstance(module, FactorizedModule):
             module.unmark()
+    mark_opened(plain)
     return plain
 
 

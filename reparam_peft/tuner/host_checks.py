@@ -82,7 +82,9 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
 def _saving_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> Any:
         # PEFT asks for embeddings where a head is among the targets, and some models of audio know none.
-        if all(isinstance(config, ReparamConfig) for config in self.peft_config.values()) and not has_embeddings(self.get_base_model()):
+        if all(isinstance(config, ReparamConfig) for config in self.peft_config.values()) and not has_embeddings(
+            self.get_base_model()
+        ):
             kwargs = {"save_embedding_layers": False, **kwargs} if len(args) < EMBEDDINGS_POSITION else kwargs
         return original(self, save_directory, *args, **kwargs)
 

@@ -6,10 +6,8 @@ import re
 import warnings
 from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from torch import nn
 
@@ -18,8 +16,8 @@ from ..config.fields import ALL_EXPERTS
 from ..config.reparam_config import ReparamConfig
 from ..layers.experts import ViewLinear, close_experts, fused_parameters, is_open, open_experts
 from ..layers.kinds import layer_kind
-from ..layers.parameters import OpenedParameter, Reading, close_parameter, open_parameter, opened_parameters, readings
-from ..runtime.modules import evaluating, is_offloaded, naming, parameter_owners
+from ..layers.parameters import OpenedParameter, Reading, close_parameter, open_parameter, opened_parameters, readings_of
+from ..runtime.modules import is_offloaded, naming, parameter_owners
 
 MOST_NAMED = 6  # in a message
 
@@ -179,17 +177,17 @@ def _readings(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, Readin
                     "of `target_parameters`."
                 )
     given = {name: Reading.parse(pattern) for name, pattern in patterns.items() if pattern}
-    seen = _seen(model, {name: p for name, p in parameters.items() if name not in given or given[name].first_is_input is None})
+    seen = readings_of(model, parameters)
     resolved = {}
     for name, parameter in parameters.items():
         with naming(name):
             reading = given.get(name) or seen.get(name) or _default(parameter)
             reading.check(parameter.shape)
             if name in given and name in seen:
-                if replace(reading, first_is_input=None) != replace(seen[name], first_is_input=None):
+                if not reading.agrees(seen[name]):
                     raise ValueError(
-                        f"`target_parameters` says {patterns[name]!r}, and the model reads it as "
-                        f"{seen[name].pattern()!r}; leave the pattern out."
+                        f"`target_parameters` says {patterns[name]!r}, and the model reads it as {seen[name].pattern()!r}; "
+                        "leave the pattern out, or, if it is of a file, load that again: it was changed."
                     )
                 reading = seen[name]
             resolved[name] = reading
@@ -199,14 +197,3 @@ def _readings(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, Readin
 def _default(parameter: nn.Parameter) -> Reading:
     """How a parameter makes matrices of which nothing is known: as in `nn.Linear`, and one for each first index of more."""
     return Reading(0, 1, 1, False) if parameter.ndim == 2 else Reading(1, 1, parameter.ndim - 2)
-
-
-def _seen(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Reading]:
-    """How a run of the model reads parameters; empty where it cannot be run."""
-    example = getattr(model, "dummy_inputs", None)
-    if not parameters or example is None or any(parameter.is_meta for parameter in model.parameters()):
-        return {}
-    with readings(parameters) as found, suppress(Exception), torch.no_grad(), evaluating(model):
-        device = next(iter(parameters.values())).device
-        model(**{key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in example.items()})
-    return found

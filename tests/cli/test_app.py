@@ -96,12 +96,13 @@ def test_the_installed_command(models: Path, tmp_path: Path) -> None:
     assert "Traceback" not in done.stderr
 
 
-def test_own_warnings_are_shown_in_one_line_and_those_of_others_are_not(
+def test_own_warnings_are_shown_in_one_line_and_once_and_those_of_others_are_not(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def warns() -> None:
         warnings.warn("of another library", stacklevel=1)
-        warnings.warn("the base model\nis [another] one", ReparamWarning, stacklevel=1)
+        for _ in range(2):  # as steps of a command do
+            warnings.warn("the base model\nis [another] one", ReparamWarning, stacklevel=1)
 
     with warnings.catch_warnings():
         monkeypatch.setattr(cli, "app", warns)
