@@ -45,12 +45,14 @@ def register() -> None:
     from .runtime.hosts import extend
     from .standalone.checkpoint import register_checkpoints
     from .standalone.from_config import register_from_config
+    from .tuner.base_state import register_base_state
     from .tuner.host_checks import register_host_checks
     from .tuner.model import ReparamModel
 
     register_checkpoints()
     register_from_config()
     register_host_checks()
+    register_base_state()
     register_loading()
     extend(PeftConfigMixin, "from_json_file", reading_adapter_config)
     registered = PEFT_TYPE_TO_CONFIG_MAPPING.get(PeftType[NAME.upper()])

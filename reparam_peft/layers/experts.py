@@ -112,8 +112,7 @@ def close_experts(experts: nn.Module, key: str) -> None:
         key: name of the parameter.
     """
     layers: Any = experts._modules.pop(key)
-    stacked = torch.stack([layer.weight.detach() for layer in layers])
-    stacked = stacked.mT.contiguous() if _is_transposed(experts) else stacked
+    stacked = in_layout(experts, torch.stack([layer.weight.detach() for layer in layers]))
     experts._parameters[key] = nn.Parameter(stacked, requires_grad=layers[0].weight.requires_grad)
     if layers[0].bias is not None:
         biases = torch.stack([layer.bias.detach() for layer in layers])
@@ -122,6 +121,11 @@ def close_experts(experts: nn.Module, key: str) -> None:
         del vars(experts)[_forward(experts)]
         if hasattr(experts, "_hf_hook"):
             vars(experts)["_old_forward"] = MethodType(type(experts).forward, experts)
+
+
+def in_layout(experts: nn.Module, matrices: Tensor) -> Tensor:
+    """Matrices (experts, out, in) in the layout of the fused parameters; or such a parameter as matrices."""
+    return matrices.mT.contiguous() if _is_transposed(experts) else matrices
 
 
 def _forward(experts: nn.Module) -> str:

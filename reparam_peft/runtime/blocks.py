@@ -33,8 +33,8 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     if not blocks:
         raise ValueError(
             f"a {type(model).__name__} has no blocks that follow each other: it names none in `_no_split_modules`, and repeats "
-            "no class of modules in an nn.ModuleList. A single block that runs several times in a pass, as ALBERT's, has no one "
-            "place among them. Leave out `sequential` and `refine`, which go block by block."
+            "no class of modules in an nn.ModuleList. A single block that runs several times in a pass, as ALBERT's, has no "
+            "place of its own. Leave out `sequential` and `refine`, which go block by block."
         )
     return blocks
 

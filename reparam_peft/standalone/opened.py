@@ -57,8 +57,8 @@ def opened_names(model: nn.Module) -> list[str]:
 def mark_opened(model: nn.Module) -> None:
     """Have a tensor of one element in checkpoints under the name of each opened parameter, in place.
 
-    As for factorised layers: a program that does not know the format finds it there and fails, rather than to make up numbers for
-    a parameter that it misses.
+    As for factorised layers: a program that does not know the format finds it there and fails, rather than to make up the
+    parameter that it misses.
     """
     for owner in model.modules():
         if _opened_keys(owner) and not any(parameter.is_meta for parameter in owner.parameters()):
@@ -79,8 +79,8 @@ def check_readings(model: nn.Module) -> None:
     for name, reading in readings_of(model, opened).items():
         if not reading.agrees(opened[name].reading):
             raise ValueError(
-                f"{name}: config.json says {opened[name].reading.pattern()!r}, and the model reads it as {reading.pattern()!r}; "
-                f"{DAMAGED}."
+                f"{name}: config.json says {opened[name].reading.pattern()!r}, and the model reads it as "
+                f"{reading.pattern()!r}; {DAMAGED}."
             )
 
 
