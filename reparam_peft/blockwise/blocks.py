@@ -24,6 +24,10 @@ class _Reached(Exception):
         self.call = call
 
 
+class _Unplayable(ValueError):
+    """Blocks that cannot be replayed: nothing that a batch could do about."""
+
+
 class Replay:
     """The inputs of each block, given the outputs of the blocks before it.
 
@@ -91,6 +95,8 @@ class Replay:
         try:
             arguments = without_cache(self.model, self.batches[batch])  # to which every replay of a block would add
             return self.model(**send_to_device(arguments, input_device(self.model)))
+        except _Unplayable:
+            raise
         except (TypeError, ValueError, IndexError, KeyError, AttributeError) as error:
             raise ValueError(f"the model does not accept batch {batch} ({sorted(self.batches[batch])}): {error}") from error
 
@@ -101,13 +107,13 @@ class Replay:
 
         def before(name: str, module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             if name in self.order:
-                raise ValueError(
+                raise _Unplayable(
                     f"{name}: this block runs more than once in a pass, so that it has no single place in the data flow. Leave "
                     "out `sequential` and `refine`."
                 )
             self.order.append(name)
             if _holds_nan((args, kwargs)):
-                raise ValueError(f"{name}: the inputs of this block hold NaN in batch 0; repair the model or its data.")
+                raise _Unplayable(f"{name}: the inputs of this block hold NaN in batch 0; repair the model or its data.")
             calls.append(_cloned((args, kwargs)))
 
         def after(name: str, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
@@ -179,7 +185,8 @@ def _reach(*args: Any, **kwargs: Any) -> None:
 
 
 def _player(output: Any) -> Callable[..., Any]:
-    return lambda *args, **kwargs: output
+    # Anew each time, but for the tensors: some models go on to write into the object that a part of them has returned.
+    return lambda *args, **kwargs: tree_map(lambda leaf: leaf, output)
 
 
 def _bound(hook: Callable[..., None], name: str) -> Callable[..., None]:

@@ -77,6 +77,13 @@ class TargetOptions:
             "--experts/--no-experts", help="Whether fused experts of a mixture are compressed, too. Default: where there are."
         ),
     ] = None
+    unreached: Annotated[
+        str | None,
+        typer.Option(
+            help="What becomes of targets that no calibration text reaches: `dense`, they are left out with a warning, or "
+            "`error`. Default: dense with `--target-modules all-linear`, else error."
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -142,6 +149,7 @@ class ConfigOptions:
             keep=KEEP if self.keep is None else self.keep,
             ceiling=self.storage.ceiling,
             neurons=self.storage.neurons,
+            unreached=self.targets.unreached,
         )
 
 

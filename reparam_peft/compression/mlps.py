@@ -24,7 +24,7 @@ from ..planning.ranks import is_nested
 from ..runtime.blocks import block_of
 from ..runtime.processes import fails_together, first_of
 from ..tuner.targets import Target
-from .pooling import is_expert
+from .pooling import is_opened
 
 
 def may_lose_neurons(config: ReparamConfig) -> bool:
@@ -76,7 +76,7 @@ def find_mlps(
     first, batches = _first(model, batches, example)
     if first is None and isinstance(batches, (Statistics, SelfWritten)):
         _tell_that_nothing_can_be_tried(model, needed)
-    modules = {name: target.module for name, target in targets.items() if not is_expert(name, config)}
+    modules = {name: target.module for name, target in targets.items() if not is_opened(name, config)}
     of_experts = [group for group in neurons_of_experts(model) if targets.keys() >= {*group.names}]
     try:
         candidates = find_groups(model, modules, first) if isinstance(first, Mapping) and modules else []

@@ -111,13 +111,16 @@ class Pool:
         return [name for name in without if any(_is_reached(other, statistics) for other in self._experts.get(name, []))]
 
 
+def is_opened(name: str, config: ReparamConfig) -> bool:
+    """Whether a target is a layer of an opened parameter."""
+    return name.rpartition(".")[0] in (config.target_parameters or ())
+
+
 def is_expert(name: str, config: ReparamConfig) -> bool:
-    """Whether a target is one of the layers of an opened parameter, all of which do the same: experts."""
-    parameters = config.target_parameters or {}
-    parameter = name.rpartition(".")[0]
-    if isinstance(parameters, dict) and (pattern := parameters.get(parameter)):
-        return Reading.parse(pattern).parts == 1
-    return parameter in parameters
+    """Whether a target is one of the layers of an opened parameter that may have several, such as fused experts."""
+    parameters = config.target_parameters
+    pattern = parameters.get(name.rpartition(".")[0]) if isinstance(parameters, dict) else ""
+    return is_opened(name, config) and not (pattern and Reading.parse(pattern).batch == 0)
 
 
 def _is_reached(name: str, statistics: Statistics) -> bool:

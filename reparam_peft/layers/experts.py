@@ -112,14 +112,18 @@ def close_experts(experts: nn.Module, key: str) -> None:
         key: name of the parameter.
     """
     layers: Any = experts._modules.pop(key)
-    stacked = torch.stack([layer.weight.detach() for layer in layers])
-    stacked = stacked.mT.contiguous() if _is_transposed(experts) else stacked
+    stacked = in_layout(experts, torch.stack([layer.weight.detach() for layer in layers]))
     experts._parameters[key] = nn.Parameter(stacked, requires_grad=layers[0].weight.requires_grad)
     if layers[0].bias is not None:
         biases = torch.stack([layer.bias.detach() for layer in layers])
         experts._parameters[f"{key}_bias"] = nn.Parameter(biases, requires_grad=layers[0].bias.requires_grad)
     if not any(is_open(experts, other) for other in (*READERS, WRITER)):
         restore_forward(experts)
+
+
+def in_layout(experts: nn.Module, matrices: Tensor) -> Tensor:
+    """Matrices (experts, out, in) in the layout of the fused parameters; or such a parameter as matrices."""
+    return matrices.mT.contiguous() if _is_transposed(experts) else matrices
 
 
 def neurons_of_experts(model: nn.Module) -> Iterator[NeuronGroup]:

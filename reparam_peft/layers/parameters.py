@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_map
 
+from ..runtime.modules import evaluating
 from .computed_weight import WITHOUT_NUMBERS, ComputedWeight
 from .experts import ViewLinear
 
@@ -88,6 +89,13 @@ class Reading:
             raise ValueError(f"the pattern names {named} dimensions, and the parameter has {len(shape)}: {tuple(shape)}.")
         if math.prod(shape[self.batch : self.batch + self.first]) % self.parts:
             raise ValueError(f"the first side of a parameter of shape {tuple(shape)} is not made of {self.parts} equal parts.")
+
+    def agrees(self, other: Reading) -> bool:
+        """Whether it is the same as another, as far as both are known."""
+        same_sides = replace(self, first_is_input=None) == replace(other, first_is_input=None)
+        return same_sides and (
+            self.first_is_input == other.first_is_input or None in (self.first_is_input, other.first_is_input)
+        )
 
     def matrices(self, parameter: Tensor) -> Tensor:
         """The matrices, shape (number, out, in): views, where the layout of the parameter allows it."""
@@ -302,16 +310,27 @@ def close_parameter(model: nn.Module, name: str) -> None:
 
 
 @contextmanager
-def readings(parameters: Mapping[str, nn.Parameter]) -> Iterator[dict[str, Reading]]:
+def readings(parameters: Mapping[str, Any]) -> Iterator[dict[str, Reading]]:
     """Within this block a dict fills with how parameters are read, by name; those that are read in several ways are left out.
 
     Args:
-        parameters: of a model, by name, which the block runs.
+        parameters: of a model, by name, which the block runs; opened ones, too.
     """
     found: dict[str, Reading] = {}
     with _Watch({id(parameter): name for name, parameter in parameters.items()}) as watch:
         yield found
     found |= {name: ways[0] for name, ways in watch.ways.items() if ways[0] is not None and len(set(ways)) == 1}
+
+
+def readings_of(model: nn.Module, parameters: Mapping[str, Any]) -> dict[str, Reading]:
+    """How a model reads parameters, open or not, when it runs on its example (`dummy_inputs`); empty where it cannot be run."""
+    example = getattr(model, "dummy_inputs", None)
+    if not parameters or example is None or any(parameter.is_meta for parameter in model.parameters()):
+        return {}
+    with readings(parameters) as found, suppress(Exception), torch.no_grad(), evaluating(model):
+        device = next(iter(parameters.values())).device
+        model(**{key: value.to(device) if isinstance(value, Tensor) else value for key, value in example.items()})
+    return found
 
 
 class _Watch(torch.overrides.TorchFunctionMode):

@@ -32,8 +32,9 @@ def find_blocks(model: nn.Module) -> dict[str, nn.Module]:
     blocks = _outermost(_unsplit(model)) or _outermost(_items(model))
     if not blocks:
         raise ValueError(
-            f"a {type(model).__name__} has no blocks: it names none in `_no_split_modules`, and repeats no class of modules in "
-            "an nn.ModuleList. Leave out `sequential` and `refine`, which go block by block."
+            f"a {type(model).__name__} has no blocks that follow each other: it names none in `_no_split_modules`, and repeats "
+            "no class of modules in an nn.ModuleList. A single block that runs several times in a pass, as ALBERT's, has no "
+            "place of its own. Leave out `sequential` and `refine`, which go block by block."
         )
     return blocks
 

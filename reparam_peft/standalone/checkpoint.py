@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any, cast
 
@@ -21,15 +21,15 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 
 from ..arguments import ReparamWarning
 from ..config.fields import Fields
-from ..layers.attention import open_attentions, open_attentions_of
-from ..layers.experts import fused_parameters, is_open, open_experts
+from ..layers.attention import open_attentions_of
 from ..layers.factorized import MARKER, FactorizedModule, Replaced, weight_of
 from ..layers.kinds import LayerKind, layer_kind
-from ..layers.parameters import Reading, open_parameter, opened_parameters
+from ..layers.parameters import Reading
 from ..numerics.storage import FORMS, narrow_form
 from ..runtime.modules import is_offloaded, set_module
 from .contents import DAMAGED, check_files
 from .heads import check_tied, tie, tied_in
+from .opened import candidates, check_readings, expect_marks, mark_opened, open_named, opened_names
 from .quantization import SCHEMES, check_scheme, finish, prepare, state_dict
 from .tables import TABLES, check_tables, finish_tables, prepare_tables, tables_state
 
@@ -186,6 +186,7 @@ class CheckpointLoader(HfQuantizer):
         layers, scheme = self.described.layers, self.described.quantization
         check_scheme(scheme)
         open_named(model, layers, self.described.parameters or {})
+        expect_marks(model)
         layers_here = place_factorized(model, layers)
         if self.described.tied:
             self.described.tied = tie(model, self.described.tied) or None
@@ -225,6 +226,8 @@ class CheckpointLoader(HfQuantizer):
                     module.unmark()
         if self.described.tables:
             finish_tables(model, self.described.tables, self.dtype_of_tables)
+        mark_opened(model)
+        check_readings(model)
         if not self.described.is_quantized:
             mark_unquantized(model)
 
@@ -270,36 +273,6 @@ def place_factorized(model: PreTrainedModel, layers: Mapping[str, Mapping[str, A
     return layers_here
 
 
-def open_named(model: PreTrainedModel, layers: Iterable[str], parameters: Mapping[str, str]) -> None:
-    """Open parameters, in place, as the model that was saved has them open.
-
-    Args:
-        model: as for `place_factorized`.
-        layers: names of layers, some of which may be of fused experts.
-        parameters: other parameters, with their patterns.
-
-    Raises:
-        ValueError: a parameter is not there, or not as its pattern says.
-    """
-    named = [*layers, *parameters]
-    open_attentions(model, chain.from_iterable(_candidates(model, name) for name in named))
-    for name, pattern in parameters.items():
-        present = dict(model.named_parameters(remove_duplicate=False))
-        here = next((candidate for candidate in _candidates(model, name) if candidate in present), None)
-        if here is None:
-            raise ValueError(f"{name}: config.json says that this parameter is factorised, but there is none; {DAMAGED}.")
-        try:
-            open_parameter(model, here, Reading.parse(pattern))
-        except ValueError as error:
-            raise ValueError(f"{name}: {error} {DAMAGED[0].upper()}{DAMAGED[1:]}.") from error
-    fused = fused_parameters(model)
-    for parameter in dict.fromkeys(name.rpartition(".")[0] for name in layers):
-        here = next((candidate for candidate in _candidates(model, parameter) if candidate in fused), None)
-        key = parameter.rpartition(".")[2]
-        if here is not None and not is_open(fused[here], key):
-            open_experts(fused[here], key)
-
-
 def with_layers_in_config(model: PreTrainedModel, described: CheckpointConfig) -> PreTrainedModel:
     """The same model with a config of its own that names the factorised layers, but not this package's loader."""
     plain = copy.copy(model)  # its own attributes only
@@ -320,8 +293,7 @@ def keep_names(model: PreTrainedModel) -> None:
 
 def check_closed(model: PreTrainedModel, form: str) -> None:
     """Raise `ValueError` where a model has opened parameters, which a form of checkpoint cannot hold."""
-    fused = [name for name, owner in fused_parameters(model).items() if is_open(owner, name.rpartition(".")[2])]
-    opened = [*fused, *opened_parameters(model), *open_attentions_of(model), *tied_in(model)]
+    opened = [*opened_names(model), *open_attentions_of(model), *tied_in(model)]
     if opened:
         raise ValueError(
             f"{opened[0]}: {form} knows factorised layers only, and this was made into layers. Save a standalone "
@@ -394,7 +366,7 @@ def _name_in(model: PreTrainedModel, name: str) -> str | None:
     Raises:
         ValueError: it belongs to the base model, which has no such layer.
     """
-    for candidate in _candidates(model, name):
+    for candidate in candidates(model, name):
         try:
             model.get_submodule(candidate)
         except AttributeError:
@@ -403,12 +375,6 @@ def _name_in(model: PreTrainedModel, name: str) -> str | None:
     if name.startswith(f"{model.base_model_prefix}."):
         raise ValueError(f"{name}: config.json says that this layer is factorised, but there is none; {DAMAGED}.")
     return None
-
-
-def _candidates(model: PreTrainedModel, name: str) -> tuple[str, ...]:
-    """What something of the model that was saved may be called in this one, which may be its base, or have another head."""
-    prefix = f"{model.base_model_prefix}."
-    return name, name.removeprefix(prefix), prefix + name
 
 
 def _align(model: PreTrainedModel) -> None:

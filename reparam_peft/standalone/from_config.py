@@ -19,10 +19,10 @@ from .checkpoint import (
     CheckpointLoader,
     keep_names,
     mark_unquantized,
-    open_named,
     place_factorized,
 )
 from .heads import tie
+from .opened import mark_opened, open_named
 from .quantization import check_scheme, quantize
 from .tables import TABLES, check_tables, quantize_tables
 
@@ -79,6 +79,7 @@ def factorized(model: PreTrainedModel, described: CheckpointConfig) -> PreTraine
     if described.tables is not None:
         check_tables(TABLES)
         quantize_tables(model, described.tables)
+    mark_opened(model)
     if not any(devices[name].type == "meta" for name in layers):  # what reads the weight itself gets the product
         for name in layers:  # on meta, loaders look for a place for the marker
             cast(FactorizedModule, model.get_submodule(name)).unmark()

@@ -29,6 +29,7 @@ from ..standalone.checkpoint import (
     specification_of,
 )
 from ..standalone.heads import forget_tied
+from ..standalone.opened import mark_opened
 from ..standalone.quantization import check_scheme
 from ..standalone.quantization import quantize as quantize_factors
 from ..standalone.tables import check_tables, tables_of
@@ -105,6 +106,7 @@ def standalone_model(
     for module in plain.modules():
         if isinstance(module, FactorizedModule):
             module.unmark()
+    mark_opened(plain)
     return plain
 
 

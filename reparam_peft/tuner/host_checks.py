@@ -85,17 +85,19 @@ def _loading(original: Callable[..., Any]) -> Callable[..., Any]:
 def _saving_adapter(original: Callable[..., Any]) -> Callable[..., Any]:
     def save_pretrained(self: PeftModel, save_directory: str, *args: Any, **kwargs: Any) -> Any:
         # PEFT asks for embeddings where a head is among the targets, and some models of audio know none.
-        if all(isinstance(config, ReparamConfig) for config in self.peft_config.values()) and not _has_embeddings(self):
+        if all(isinstance(config, ReparamConfig) for config in self.peft_config.values()) and not has_embeddings(
+            self.get_base_model()
+        ):
             kwargs = {"save_embedding_layers": False, **kwargs} if len(args) < EMBEDDINGS_POSITION else kwargs
         return original(self, save_directory, *args, **kwargs)
 
     return save_pretrained
 
 
-def _has_embeddings(model: PeftModel) -> bool:
-    base: Any = model.get_base_model()
+def has_embeddings(model: Any) -> bool:
+    """Whether a model knows its input embeddings, for which PEFT asks; some models of audio and images raise there."""
     try:
-        return hasattr(base, "get_input_embeddings") and base.get_input_embeddings() is not None
+        return hasattr(model, "get_input_embeddings") and model.get_input_embeddings() is not None
     except NotImplementedError:
         return False
 

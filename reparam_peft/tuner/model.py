@@ -29,7 +29,7 @@ from .base_sample import check_base, sample_base
 from .conversion import standalone_model
 from .copies import adapter_to_copy, copied, copy_saved_modules
 from .data_free import factorize_targets, is_installing
-from .host_checks import AdapterConfigs, changed_along
+from .host_checks import AdapterConfigs, changed_along, has_embeddings
 from .layer import ReparamLayer, reparam_layer, reparam_layers
 from .merging import check_base_weights, check_mergeable
 from .opening import close_parameters, own_memory
@@ -130,6 +130,9 @@ class ReparamModel(BaseTuner):
 
     def _prepare_adapter_config(self, peft_config: PeftConfig, model_config: dict[str, Any]) -> PeftConfig:
         return peft_config  # whose default targets depend on the model itself
+
+    def _get_module_names_tied_with_embedding(self) -> list[str]:
+        return super()._get_module_names_tied_with_embedding() if has_embeddings(self.model) else []
 
     # PEFT's own tuners narrow the type of the config, too.
     def _prepare_model(self, peft_config: ReparamConfig, model: nn.Module) -> None:  # type: ignore[override]

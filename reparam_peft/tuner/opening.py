@@ -5,12 +5,10 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Container, Iterable, Mapping
 from contextlib import suppress
-from dataclasses import replace
 from typing import Any
 
-import torch
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
 
@@ -20,9 +18,9 @@ from ..config.reparam_config import ReparamConfig
 from ..layers.attention import close_attentions, open_attentions, open_attentions_of, projections_of
 from ..layers.experts import ViewLinear, close_experts, fused_parameters, is_open, open_experts
 from ..layers.kinds import layer_kind
-from ..layers.parameters import OpenedParameter, Reading, close_parameter, open_parameter, opened_parameters, readings
+from ..layers.parameters import OpenedParameter, Reading, close_parameter, open_parameter, opened_parameters, readings_of
 from ..runtime.hosts import ExcludedModule
-from ..runtime.modules import evaluating, is_offloaded, naming, parameter_owners
+from ..runtime.modules import is_offloaded, naming, parameter_owners
 from .attentions import outputs_of_attentions, parts_of_attentions
 from .tying import untie_heads
 
@@ -104,7 +102,8 @@ def _taken(config: ReparamConfig, model: nn.Module, fused: Mapping[str, nn.Modul
     if not asked:
         return {}
     opened = opened_parameters(model)
-    names = [*(name for name, _ in model.named_parameters() if not _is_inside(name, [*fused, *opened])), *fused, *opened]
+    open_ones = {*fused, *opened}
+    names = [*(name for name, _ in model.named_parameters() if not _is_inside(name, open_ones)), *fused, *opened]
     if asked == ALL_EXPERTS:
         taken = dict.fromkeys(experts_of(model), "")
         if not taken:
@@ -134,8 +133,10 @@ def _is_excluded(config: ReparamConfig, name: str) -> bool:
     return isinstance(BaseTuner._check_target_module_exists(config, name), ExcludedModule)
 
 
-def _is_inside(name: str, prefixes: Iterable[str]) -> bool:
-    return any(name == prefix or name.startswith(f"{prefix}.") for prefix in prefixes)
+def _is_inside(name: str, modules: Container[str]) -> bool:
+    """Whether a parameter is one of these modules or parameters, or in one of them."""
+    parts = name.split(".")
+    return any(".".join(parts[:depth]) in modules for depth in range(1, len(parts) + 1))
 
 
 def _takes(pattern: str, name: str, is_regex: bool) -> bool:
@@ -196,17 +197,17 @@ def _readings(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, Readin
         if (name := f"{owner}.{key}".lstrip(".")) in patterns
     }
     given = of_attentions | {name: Reading.parse(pattern) for name, pattern in patterns.items() if pattern}
-    seen = _seen(model, {name: p for name, p in parameters.items() if name not in given or given[name].first_is_input is None})
+    seen = readings_of(model, {name: parameter for name, parameter in parameters.items() if name not in of_attentions})
     resolved = {}
     for name, parameter in parameters.items():
         with naming(name):
             reading = given.get(name) or seen.get(name) or _default(parameter)
             reading.check(parameter.shape)
             if name in given and name in seen:
-                if replace(reading, first_is_input=None) != replace(seen[name], first_is_input=None):
+                if not reading.agrees(seen[name]):
                     raise ValueError(
-                        f"`target_parameters` says {patterns[name]!r}, and the model reads it as "
-                        f"{seen[name].pattern()!r}; leave the pattern out."
+                        f"`target_parameters` says {patterns[name]!r}, and the model reads it as {seen[name].pattern()!r}; "
+                        "leave the pattern out, or, if it is of a file, load that again: it was changed."
                     )
                 reading = seen[name]
             resolved[name] = reading
@@ -216,14 +217,3 @@ def _readings(model: nn.Module, patterns: Mapping[str, str]) -> dict[str, Readin
 def _default(parameter: nn.Parameter) -> Reading:
     """How a parameter makes matrices of which nothing is known: as in `nn.Linear`, and one for each first index of more."""
     return Reading(0, 1, 1, False) if parameter.ndim == 2 else Reading(1, 1, parameter.ndim - 2)
-
-
-def _seen(model: nn.Module, parameters: Mapping[str, nn.Parameter]) -> dict[str, Reading]:
-    """How a run of the model reads parameters; empty where it cannot be run."""
-    example = getattr(model, "dummy_inputs", None)
-    if not parameters or example is None or any(parameter.is_meta for parameter in model.parameters()):
-        return {}
-    with readings(parameters) as found, suppress(Exception), torch.no_grad(), evaluating(model):
-        device = next(iter(parameters.values())).device
-        model(**{key: value.to(device) if isinstance(value, torch.Tensor) else value for key, value in example.items()})
-    return found

@@ -107,7 +107,7 @@ def test_a_block_that_runs_twice_is_refused() -> None:
             return super().forward(super().forward(x))
 
     model = Twice()
-    with pytest.raises(ValueError, match=r"stages\.0: this block runs more than once in a pass"):
+    with pytest.raises(ValueError, match=r"^stages\.0: this block runs more than once in a pass"):
         Replay(model, find_blocks(model), ROWS)
 
 
@@ -119,6 +119,30 @@ def test_a_block_that_does_not_run_is_passed_by() -> None:
     model = Short(2)
     replay = Replay(model, find_blocks(model), ROWS)
     assert (replay.order, replay.unreached) == (["stages.0"], ["stages.1"])
+
+
+def test_a_model_may_write_into_the_object_that_a_block_returns() -> None:
+    class Splitting(Skipping):
+        def forward(self, x: Tensor) -> Tensor:
+            output = {"hidden": x}
+            for stage in self.stages:
+                output = stage(output)
+                output["hidden"] = output["hidden"].split(2)  # fails on what was written there before
+                output = {"hidden": torch.cat(output["hidden"])}
+            return output["hidden"]
+
+    class Stage(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.linear = nn.Linear(8, 8)
+
+        def forward(self, x: dict[str, Tensor]) -> dict[str, Any]:
+            return {"hidden": self.linear(x["hidden"])}
+
+    model = Splitting(4)
+    model.stages = nn.ModuleList(Stage() for _ in range(4))
+    replay = Replay(model, find_blocks(model), ROWS)
+    assert replay.depends == {0: set(), 1: {0}, 2: {1}, 3: {2}}
 
 
 def test_what_happens_at_random_between_blocks_is_refused() -> None:
@@ -146,5 +170,5 @@ def test_hollow_outputs_have_shapes_and_no_numbers() -> None:
 def test_activations_of_nan_are_called_that_and_their_place_is_named() -> None:
     model = skipping()
     model.stages[1].linear.weight.data.fill_(torch.nan)
-    with pytest.raises(ValueError, match=r"stages\.2: the inputs of this block hold NaN in batch 0"):
+    with pytest.raises(ValueError, match=r"^stages\.2: the inputs of this block hold NaN in batch 0"):
         Replay(model, find_blocks(model), [{"x": torch.ones(2, 8)}])

@@ -9,7 +9,7 @@ from support.models import qwen_moe
 from support.tolerances import assert_close
 
 from reparam_peft import ReparamConfig, Statistics, calibrate, compress
-from reparam_peft.compression.pooling import Pool, Pooled
+from reparam_peft.compression.pooling import Pool, Pooled, is_expert
 from reparam_peft.numerics.storage import Storage
 
 BATCHES = [text([24, 20, 24, 17], 24, seed=seed) for seed in range(3)]
@@ -82,3 +82,13 @@ def test_unreached_experts_are_told_and_compressed() -> None:
     hook.remove()
     assert small.size_report().keep <= 0.5
     assert f"{LAYER}.3" in small.peft_config["default"].rank_pattern
+
+
+def test_a_parameter_of_a_single_matrix_is_not_pooled_with_itself() -> None:
+    config = ReparamConfig(target_parameters={"one.q": "(d) -> (n h)", "many.w": "e (d) -> (m)", "fused.up_proj": ""})
+    assert [is_expert(f"{name}.0", config) for name in ("one.q", "many.w", "fused.up_proj", "other")] == [
+        False,
+        True,
+        True,
+        False,
+    ]

@@ -274,12 +274,18 @@ def test_parameters_of_a_model_are_compressed_saved_merged_and_made_standalone(t
     assert_close(merged(**token_inputs()).logits, expected)
 
 
-def test_a_pattern_that_is_not_the_models_is_refused() -> None:
+def test_a_pattern_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
     model = xlnet()
     before = names_of(model)
-    for pattern, match in (("(d n) (h)", r"reads it as '\(a\) -> \(b c\)'"), ("d", "name each dimension once")):
+    expected = r"reads it as '\(a\) -> \(b c\)'"
+    for pattern, match in (("(d n) (h)", expected), ("(d) <- (n h)", expected), ("d", "name each dimension once")):
         with pytest.raises(ValueError, match=match):
             get_peft_model(model, ReparamConfig(target_modules=[], target_parameters={"rel_attn.q": pattern}))
         assert names_of(model) == before
     small = get_peft_model(model, ReparamConfig(target_modules=[], target_parameters={"rel_attn.q": "(d) (n h)"}))
     assert len(small.peft_config["default"].rank_pattern) == 2
+    small.save_pretrained(tmp_path)
+    file = tmp_path / "adapter_config.json"
+    file.write_text(file.read_text().replace("->", "<-"))  # of a square matrix, which fits both ways
+    with pytest.raises(ValueError, match=f"{expected}.* it was changed"):
+        PeftModel.from_pretrained(xlnet(), tmp_path)
