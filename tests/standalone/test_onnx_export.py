@@ -82,7 +82,7 @@ def test_a_decoder_continues_from_its_past(make: Callable[[], PreTrainedModel], 
         made.append(state["input_ids"])
         state["attention_mask"] = numpy.pad(state["attention_mask"], ((0, 0), (0, 1)), constant_values=1)
         state["position_ids"] = state["position_ids"][:, -1:] + 1
-        past = {key: value for key, value in results.items() if "past_key_values" in key}
+        past = {key: value for key, value in results.items() if key != "logits"}  # whose names differ between versions
         state |= {"input." + key.removeprefix("output."): value for key, value in past.items()}
         session = decode
     assert numpy.concatenate(made, 1).tolist() == expected[:, 5:].tolist()
