@@ -25,6 +25,7 @@ from ..runtime.restoring import Snapshot, unchanged_on_error
 from ..standalone.quantization import SchemeName
 from ..standalone.tables import TableScheme
 from .adapter_state import cast_to_base, check_whole, fit_to_model, names_in_model
+from .awaited import factorize_awaited, parameters_start_on_meta
 from .base_sample import check_base, sample_base
 from .conversion import standalone_model
 from .copies import adapter_to_copy, copied, copy_saved_modules
@@ -89,7 +90,7 @@ class ReparamModel(BaseTuner):
         with self._undoing(adapter_name):
             self._before_injection = Snapshot(self, changed_along(self, self.peft_config))
             config = self._config(adapter_name)
-            factors_follow = low_cpu_mem_usage or _parameters_start_on_meta()
+            factors_follow = low_cpu_mem_usage or parameters_start_on_meta()
             source = None if factors_follow else adapter_to_copy(model, self._configs, adapter_name)
             loading = factors_follow or (source is None and config.loading)
             if not loading:
@@ -359,24 +360,10 @@ class ReparamModel(BaseTuner):
                 "`adapter_names` cannot mix adapters within a batch: each adapter replaces the weights. Use `set_adapter`."
             )
         if self._awaits_factors:
-            self._factorize_awaited()
+            factorize_awaited(self.model)
+            self._awaits_factors = False
         self._before_injection = None
         yield
-
-    def _factorize_awaited(self) -> None:
-        """Factorise W where a config out of a checkpoint was used without its weights, so that none of them has arrived."""
-        layers = list(reparam_layers(self.model))
-        awaited = [(name, layer, adapter) for name, layer in layers for adapter in sorted(layer.arrivals.awaited)]
-        # Of what has lost neurons nothing says which, until it has arrived.
-        has_base = not any(
-            layer.base_weight_dropped or layer.base_layer.weight.is_meta or layer.factorized(adapter).size is not None
-            for _, layer, adapter in awaited
-        )
-        if has_base and not any(layer.arrivals.has_arrived(adapter) for _, layer, adapter in awaited):
-            for name, layer, adapter in awaited:
-                with naming(name):
-                    layer.factorize_base(adapter)
-        self._awaits_factors = False
 
     def _cast_adapter_dtype(self, adapter_name: str, autocast_adapter_dtype: bool = True) -> None:
         """Upcast half-precision factors to float32 for training only: for inference it would double the stored bytes."""
@@ -446,11 +433,6 @@ class ReparamModel(BaseTuner):
         if isinstance(tuner, ReparamModel):
             tuner._arriving = adapter_name  # PEFT loads them now, and then casts them: W stays until it has
         return fitting
-
-
-def _parameters_start_on_meta() -> bool:
-    """Whether a loader has switched parameter creation to the meta device (accelerate's `init_empty_weights`)."""
-    return nn.Linear(1, 1, bias=False, device="cpu").weight.device.type == "meta"
 
 
 def config_of(model: PeftModel, adapter_name: str) -> ReparamConfig:
