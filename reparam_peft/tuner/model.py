@@ -23,6 +23,7 @@ from ..defaults import DATA_FREE
 from ..runtime.modules import naming
 from ..runtime.restoring import Snapshot, unchanged_on_error
 from .adapter_state import cast_to_base, check_whole, fit_to_model
+from .arrivals import parameters_start_on_meta
 from .base_sample import check_base, sample_base
 from .conversion import standalone_model
 from .copies import adapter_to_copy, copied, copy_saved_modules
@@ -41,8 +42,7 @@ from .tying import tie_heads
 class ReparamModel(BaseTuner):
     """PEFT's tuner for `ReparamConfig`. Use it through `get_peft_model`, which returns a `PeftModel` around it.
 
-    Nothing of the model is changed before every target is checked and every factor exists, and an error after that leaves it
-    as it was, too.
+    Nothing of the model is changed before every target is checked and every factor exists; an error leaves it as it was.
     """
 
     prefix = "reparam_"
@@ -87,7 +87,7 @@ class ReparamModel(BaseTuner):
         with self._undoing(adapter_name):
             self._before_injection = Snapshot(self, changed_along(self, self.peft_config))
             config = self._config(adapter_name)
-            factors_follow = low_cpu_mem_usage or _parameters_start_on_meta()
+            factors_follow = low_cpu_mem_usage or parameters_start_on_meta()
             source = None if factors_follow else adapter_to_copy(model, self._configs, adapter_name)
             loading = factors_follow or (source is None and config.loading)
             if not loading:
@@ -160,7 +160,7 @@ class ReparamModel(BaseTuner):
         """The parameters that were opened; their layers are injected as modules."""
         return list(peft_config.target_parameters or ())
 
-    def _check_tied_modules(self, model: nn.Module, peft_config: ReparamConfig) -> None:  # type: ignore[override]
+    def _check_tied_modules(self, model: nn.Module, peft_config: ReparamConfig) -> None:
         if not peft_config.ensure_weight_tying:  # else `take_tables` sees to it
             super()._check_tied_modules(model, peft_config)
 
@@ -436,11 +436,6 @@ class ReparamModel(BaseTuner):
         if isinstance(tuner, ReparamModel):
             tuner._arriving = adapter_name  # PEFT loads them now, and then casts them: W stays until it has
         return fitting
-
-
-def _parameters_start_on_meta() -> bool:
-    """Whether a loader has switched parameter creation to the meta device (accelerate's `init_empty_weights`)."""
-    return nn.Linear(1, 1, bias=False, device="cpu").weight.device.type == "meta"
 
 
 def config_of(model: PeftModel, adapter_name: str) -> ReparamConfig:
