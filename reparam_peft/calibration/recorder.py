@@ -8,6 +8,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
+from itertools import chain
 from typing import Any
 
 import torch
@@ -93,7 +94,7 @@ class Recorder:
     def hooks(self, model: nn.Module, starts: set[nn.Module]) -> Iterator[None]:
         """Within this block the modules' inputs and gradients are added up; gradients flow on from `starts` too."""
         encoder = encoder_of(model)
-        self.head = HeldBack.of(model, {*self.modules.values(), *starts})
+        self.head = HeldBack.of(model, {*self.modules.values(), *starts, *chain.from_iterable(self.heads.values())})
         handles = []
         try:
             if encoder is not None:

@@ -120,3 +120,8 @@ class Arrivals:
     def _module(self, adapter_name: str) -> FactorizedModule:
         # No check at run time: FSDP puts a module of its own around it, which hands attributes through.
         return cast(FactorizedModule, self._factors[adapter_name])
+
+
+def parameters_start_on_meta() -> bool:
+    """Whether a loader has switched parameter creation to the meta device (accelerate's `init_empty_weights`)."""
+    return nn.Linear(1, 1, bias=False, device="cpu").weight.device.type == "meta"

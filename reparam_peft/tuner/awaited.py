@@ -1,4 +1,4 @@
-"""Loaders that bring factors after a model is made, and those that do not."""
+"""Factors that a loader was to bring and did not."""
 
 from __future__ import annotations
 
@@ -24,8 +24,3 @@ def factorize_awaited(model: nn.Module) -> None:
         for name, layer, adapter in awaited:
             with naming(name):
                 layer.factorize_base(adapter)
-
-
-def parameters_start_on_meta() -> bool:
-    """Whether a loader has switched parameter creation to the meta device (accelerate's `init_empty_weights`)."""
-    return nn.Linear(1, 1, bias=False, device="cpu").weight.device.type == "meta"

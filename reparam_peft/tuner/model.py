@@ -25,7 +25,8 @@ from ..runtime.restoring import Snapshot, unchanged_on_error
 from ..standalone.quantization import SchemeName
 from ..standalone.tables import TableScheme
 from .adapter_state import cast_to_base, check_whole, fit_to_model, names_in_model
-from .awaited import factorize_awaited, parameters_start_on_meta
+from .arrivals import parameters_start_on_meta
+from .awaited import factorize_awaited
 from .base_sample import check_base, sample_base
 from .conversion import standalone_model
 from .copies import adapter_to_copy, copied, copy_saved_modules
@@ -44,8 +45,7 @@ from .tying import tie_heads
 class ReparamModel(BaseTuner):
     """PEFT's tuner for `ReparamConfig`. Use it through `get_peft_model`, which returns a `PeftModel` around it.
 
-    Nothing of the model is changed before every target is checked and every factor exists, and an error after that leaves it
-    as it was, too.
+    Nothing of the model is changed before every target is checked and every factor exists; an error leaves it as it was.
     """
 
     prefix = "reparam_"
@@ -168,7 +168,7 @@ class ReparamModel(BaseTuner):
         self.targeted_parameter_names += [name for name in names if name not in self.targeted_parameter_names]  # PEFT 0.20
         return names
 
-    def _check_tied_modules(self, model: nn.Module, peft_config: ReparamConfig) -> None:  # type: ignore[override]
+    def _check_tied_modules(self, model: nn.Module, peft_config: ReparamConfig) -> None:
         if not peft_config.ensure_weight_tying:  # else `take_tables` sees to it
             super()._check_tied_modules(model, peft_config)
 

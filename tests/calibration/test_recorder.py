@@ -268,7 +268,7 @@ def test_a_head_adds_its_use_of_a_table() -> None:
     alone = gather_statistics(model, modules, batches, progress=False)
     both = gather_statistics(model, modules, batches, progress=False, heads=heads)
     X = seen[-1].double()
-    assert_close(both.outputs[name].gram - alone.outputs[name].gram, X.mT @ X, torch.float32)
+    assert_close(48 * both.fisher(name) - 24 * alone.fisher(name), X.mT @ X, torch.float32)
     assert (alone.outputs[name].rows, both.outputs[name].rows) == (24, 48)
     assert both.inputs[name].rows == 48
     assert (both.inputs[name].gram > alone.inputs[name].gram).all()

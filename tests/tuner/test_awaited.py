@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import torch
-from accelerate import init_empty_weights
 from peft import get_peft_model
 from support.models import llama, token_inputs
 
 from reparam_peft import ReparamConfig
-from reparam_peft.tuner.awaited import factorize_awaited, parameters_start_on_meta
+from reparam_peft.tuner.awaited import factorize_awaited
 from reparam_peft.tuner.layer import reparam_layers
 
 
@@ -21,9 +20,3 @@ def test_the_matrix_is_factorised_where_no_factors_have_arrived() -> None:
     expected = get_peft_model(llama(), ReparamConfig(target_modules=["q_proj"], r=8))
     with torch.no_grad():
         torch.testing.assert_close(model(**token_inputs()).logits, expected(**token_inputs()).logits)
-
-
-def test_whether_parameters_start_on_meta() -> None:
-    assert not parameters_start_on_meta()
-    with init_empty_weights():
-        assert parameters_start_on_meta()
