@@ -22,7 +22,7 @@ from ..numerics.methods import names_of_methods
 from ..planning.plan import Plan
 from ..runtime.blocks import find_blocks
 from ..runtime.memory import return_freed
-from ..runtime.modules import uncompiled
+from ..runtime.modules import input_device, uncompiled
 from ..runtime.processes import fails_together
 from ..runtime.restoring import unchanged, unchanged_on_error
 from ..tuner.compressed_model import CompressedModel
@@ -31,6 +31,7 @@ from ..tuner.targets import check_targets
 from ..tuner.tying import heads_of
 from .block_by_block import BlockByBlock, Result, Steps
 from .job import Job, Options
+from .passes import MaxMemory
 
 OptionsOfStep = TypeVar("OptionsOfStep", Anchoring, Refinement)
 
@@ -44,7 +45,7 @@ def compress(
     seed: int = 0,
     progress: bool = True,
     plan: Plan | None = None,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     adapter_name: str = "default",
     sequential: bool | Anchoring = False,
     refine: bool | Refinement = False,
@@ -78,8 +79,9 @@ def compress(
         seed: of the labels sampled for gradients, and of the text for "self"; given `Statistics` have their own.
         progress: whether to show progress bars.
         plan: the ranks, from `reparam_peft.plan`, which then holds what the config leaves open; None: chosen here.
-        max_memory: bytes that statistics may take at a time; where all of them take more, they are gathered in groups of
-            modules, in two passes over the data for each group.
+        max_memory: bytes that statistics may take at a time, also as text such as "1GB"; where all of them take more, they are
+            gathered in groups of modules, in two passes over the data for each group but one. None: half of what is free on
+            the device of the model, and never less than one module needs.
         adapter_name: name of the adapter.
         sequential: factorise each matrix for the inputs that it gets from the compressed part before it, anchored to the
             original's activations; True, or an `Anchoring` that says how far. Needs a calibrated method.
@@ -120,7 +122,7 @@ def compress(
         run_folder=run_folder,
         device=device,
     )
-    options = Options(seed, progress, max_memory, objective)
+    options = Options(seed, progress, MaxMemory.of(max_memory, input_device(model)), objective)
     data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress, folder=run_folder)
     if steps.anchoring is not None or steps.refinement is not None:
         return compress_blocks(model, config, data, steps, options, plan, statistics, adapter_name)
@@ -230,14 +232,14 @@ def plan(
     tokenizer: Any = None,
     seed: int = 0,
     progress: bool = True,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     objective: Objective | None = None,
 ) -> Plan:
     """The ranks that `compress` would choose, what they store and what they are predicted to cost; changes nothing.
 
     Args, Raises: as for `compress`.
     """
-    options = Options(seed, progress, max_memory, objective)
+    options = Options(seed, progress, MaxMemory.of(max_memory, input_device(model)), objective)
     data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
     with unchanged(model):
         return Job.of_model(model, config, data, options).plan()

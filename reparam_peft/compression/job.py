@@ -40,7 +40,7 @@ from .factorizing import Factorizer
 from .mlps import check_alike, find_mlps
 from .neurons import Neurons
 from .parts import Part
-from .passes import passes_within
+from .passes import MaxMemory, passes_within
 from .pooling import Pool
 from .weighing import Weigher, Weighing, mean_output
 
@@ -52,13 +52,13 @@ class Options:
     Attributes:
         seed: of the labels sampled for gradients.
         progress: whether to show progress bars.
-        max_memory: bytes that statistics may take at a time; None: all of them are gathered in one pass.
+        max_memory: how much statistics may take at a time; None: all of them are gathered in one pass.
         objective: whose gradients weigh errors of outputs, as for `gather_statistics`; None: by what the model returns.
     """
 
     seed: int = 0
     progress: bool = True
-    max_memory: int | None = None
+    max_memory: MaxMemory | None = None
     objective: Objective | None = None
 
     def __post_init__(self) -> None:
@@ -184,7 +184,7 @@ class Job:
             matrix_of=lambda name: source_matrix(targets[name].module),
             bias_of=lambda name: own_bias(targets[name].module) if targets[name].storage.bias else None,
             passes=[list(targets)]
-            if max_memory is None
+            if max_memory is None or isinstance(batches, Statistics)
             else passes_within(targets, max_memory, blocks, mlps, config.target_parameters or ()),
             mlps=mlps,
             leaves_unreached=leaves_unreached and plan is None,
@@ -277,7 +277,8 @@ class Job:
             target = targets[name]
             return empty_product(ranks[name], target.storage, base_dtype(target.module), self.factorizer.nested)
 
-        for group in self.passes:
+        # Those at hand are not gathered again.
+        for group in sorted(self.passes, key=lambda group: self._at_hand is None or self._at_hand[0] != group):
             names = [name for name in group if name in ranks]
             if not names:
                 continue

@@ -2,17 +2,68 @@
 
 from __future__ import annotations
 
+import logging
+import math
 from collections.abc import Collection, Mapping, Sequence
+from dataclasses import dataclass
 
+import torch
+from accelerate.utils import convert_file_size_to_int
+
+from ..arguments import check_int
 from ..layers.kinds import layer_kind
 from ..layers.neuron_groups import NeuronGroup
+from ..numerics.grams import packed_shape
 from ..runtime.blocks import block_of
+from ..runtime.memory import free_memory
+from ..runtime.processes import first_of, processes
 from ..tuner.targets import Target
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class MaxMemory:
+    """How much statistics may take at a time.
+
+    Attributes:
+        bytes: at most so many.
+        is_asked_for: whether the user named them; else a target that takes more has a pass of its own.
+    """
+
+    bytes: int
+    is_asked_for: bool
+
+    @classmethod
+    def of(cls, asked_for: int | str | None, device: torch.device) -> MaxMemory:
+        """What was asked for; without that, half of what is free, shared out among the processes of a run.
+
+        All processes call this together, and have what the first of them finds.
+
+        Args:
+            asked_for: bytes, also as text such as "1GB" or "500MiB".
+            device: that holds the statistics.
+
+        Raises:
+            ValueError, TypeError: no number of bytes was given.
+        """
+        if asked_for is None:
+            world, _ = processes()
+            return cls(int(first_of(free_memory(device) // 2 // world)), is_asked_for=False)
+        if isinstance(asked_for, str):
+            try:
+                asked_for = convert_file_size_to_int(asked_for)
+            except ValueError as error:
+                raise ValueError(
+                    f"`max_memory` must be a number of bytes, or text such as '1GB' or '500MiB', got {asked_for!r}."
+                ) from error
+        check_int("max_memory", asked_for, "a positive number of bytes, text such as '1GB', or None", least=1)
+        return cls(asked_for, is_asked_for=True)
 
 
 def passes_within(
     targets: Mapping[str, Target],
-    max_memory: int,
+    max_memory: MaxMemory,
     blocks: Sequence[str],
     mlps: Sequence[NeuronGroup],
     parameters: Collection[str] = (),
@@ -23,29 +74,38 @@ def passes_within(
     parameters are named, are together.
 
     Raises:
-        ValueError: those of one target, or of the targets in one block, take more.
+        ValueError: those of one target, or of the targets in one block, take more than was asked for.
     """
+    limit = max_memory.bytes
     consumers = [mlp.consumer for mlp in mlps]
     units: dict[str, list[str]] = {}
     for name in dict.fromkeys([*consumers, *targets]):
         layer = name.rpartition(".")[0]  # whose experts share statistics
         units.setdefault(block_of(name, blocks) or (layer if layer in parameters else name), []).append(name)
     passes: list[list[str]] = [[]]
-    left = max_memory
+    left = limit
     for names in units.values():
         needed = sum(_bytes_of_statistics(targets[name]) for name in names)
-        if needed > max_memory:
+        if needed > limit and max_memory.is_asked_for:
             which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
-            raise ValueError(f"{which}: its statistics take {needed:,} bytes, and `max_memory` is {max_memory:,}; raise it.")
-        if needed > left:
+            raise ValueError(f"{which}: its statistics take {needed:,} bytes, and `max_memory` is {limit:,}; raise it.")
+        if needed > left and passes[-1]:
             passes.append([])
-            left = max_memory
+            left = limit
         passes[-1] += names
         left -= needed
+    if len(passes) > 1:
+        sizes = [sum(_bytes_of_statistics(targets[name]) for name in names) for names in passes]
+        logger.info(
+            "Statistics of %d targets take at most %s bytes, of which %s may be held at a time: the data are read for %d "
+            "groups of targets to plan, and for %d again to factorise.",
+            len(targets), f"{sum(sizes):,}", f"{limit:,}", len(passes), len(passes) - 1,
+        )  # fmt: skip
     return passes
 
 
 def _bytes_of_statistics(target: Target) -> int:
-    """Two Grams of the input, or counts for a lookup, and one of the output gradients, in float64."""
+    """Two Grams of the input, or counts for a lookup, and one of the output gradients, packed, in float64."""
     size, one_hot = target.storage.in_features, layer_kind(target.module).one_hot
-    return 8 * ((size if one_hot else 2 * size**2) + target.storage.out_features**2)
+    gram, fisher = (math.prod(packed_shape(features)) for features in (size, target.storage.out_features))
+    return 8 * ((size if one_hot else 2 * gram) + fisher)

@@ -28,6 +28,7 @@ from ..runtime.blocks import block_of, find_blocks
 from ..runtime.files import follow_umask, remove_whole, take_lock, unfinished, write_whole, writing
 from ..runtime.fingerprints import fingerprint_of_model
 from ..runtime.json_files import read_json
+from ..runtime.modules import input_device
 from ..runtime.run_folder import RunFolder, json_able
 from ..tuner.data_free import check_data_free, check_standalone, factorize_targets, installing
 from ..tuner.opening import open_parameters
@@ -37,6 +38,7 @@ from ..tuner.targets import Target
 from .block_by_block import Steps
 from .compress import compress_blocks, options_of
 from .job import Options
+from .passes import MaxMemory
 from .sources import copy_files, files_beside_weights
 
 MADE = "destination.json"  # of the run folder: which folder the run has made
@@ -52,7 +54,7 @@ def compress_checkpoint(
     statistics: Statistics | None = None,
     sequential: bool | Anchoring = True,
     refine: bool | Refinement = False,
-    max_memory: int | None = None,
+    max_memory: int | str | None = None,
     offload_folder: str | Path | None = None,
     revision: str | None = None,
     seed: int = 0,
@@ -121,7 +123,7 @@ def compress_checkpoint(
                 run_folder=run,
                 mapped=True,
             )
-            options = Options(seed, progress, max_memory)
+            options = Options(seed, progress, MaxMemory.of(max_memory, input_device(model)))
             small = compress_blocks(model, config, batches, steps, options, plan, statistics, autocast_adapter_dtype=False)
         report = small.size_report()
         is_made = os.path.lexists(destination)

@@ -134,7 +134,7 @@ def test_without_anchor_and_drift_the_first_block_is_that_of_one_shot() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [{"offload_folder": "off"}, {"device": "cpu"}, {"max_memory": 1_400_000}, {"statistics": True}]
+    "arguments", [{"offload_folder": "off"}, {"device": "cpu"}, {"max_memory": 720_000}, {"statistics": True}]
 )
 def test_where_things_are_kept_makes_no_difference(arguments: dict[str, Any], tmp_path: Path) -> None:
     given = dict(arguments)

@@ -318,7 +318,7 @@ NAMES = [f"model.layers.{i}.{part}" for i in (0, 1) for part in ("mlp.gate_proj"
 FAULTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Callable[[], Any], Callable[[], dict[str, Any]], Any, str]] = {
     "no batches": (llama, Q, list, dict, ValueError, "`batches` must hold at least one batch, got none"),
     "exhausted": (llama, Q, lambda: read(TEXT), dict, ValueError, "got none; a generator can be read only once"),
-    "exhausted, several passes": (llama, ALL, lambda: read(TEXT), lambda: {"max_memory": 700_000}, ValueError, "got none"),
+    "exhausted, several passes": (llama, ALL, lambda: read(TEXT), lambda: {"max_memory": 350_000}, ValueError, "got none"),
     "not accepted": (llama, Q, lambda: [*TEXT, ROWS[0]], dict, ValueError, r"the model does not accept batch 2 \(\['x'\]\)"),
     "no mapping": (llama, Q, lambda: [torch.ones(2)], dict, ValueError, "mappings of keyword arguments, got a Tensor"),
     "NaN activations": (

@@ -82,10 +82,10 @@ def test_uniform_ranks_without_gradients_are_planned_without_reading_the_data() 
 @pytest.mark.parametrize(
     ("build", "targets", "batches", "memory"),
     [
-        (llama, "all-linear", TEXT, 8 * (2 * 160**2 + 160**2)),
-        (bert, ["query", "key", "value", "dense"], TEXT, 8 * (2 * 96**2 + 2 * 96**2)),
-        (t5, ["q", "k", "v", "o", "wi_0", "wi_1", "wo"], [pairs([8, 3], [6, 2], (8, 6))], 8 * (3 * 48**2)),
-        (convnet, ["conv0", "conv1"], IMAGES, 8 * (2 * 72**2 + 16**2)),
+        (llama, "all-linear", TEXT, 4 * 3 * 160 * 161),
+        (bert, ["query", "key", "value", "dense"], TEXT, 4 * 4 * 96 * 97),
+        (t5, ["q", "k", "v", "o", "wi_0", "wi_1", "wo"], [pairs([8, 3], [6, 2], (8, 6))], 4 * 3 * 48 * 49),
+        (convnet, ["conv0", "conv1"], IMAGES, 4 * (2 * 72 * 73 + 16 * 17)),
     ],
     ids=["Llama", "BERT", "T5", "Conv2d"],
 )
@@ -98,7 +98,7 @@ def test_several_passes_give_what_one_gives(
     handle = model.register_forward_hook(lambda *_: calls.append(1))
     parts = compressed(model, iter(batches), target_modules=targets, arguments={"max_memory": memory})
     handle.remove()
-    assert len(calls) >= 2 * len(batches)
+    assert len(calls) >= 3 * len(batches), "those of the last group are at hand when it is factorised"
     assert_same_model(parts, whole, tolerance=1e-6)
     one = {k: v for k, v in vars(whole.peft_config["default"]).items() if k not in ("predicted_loss",)}
     assert {k: v for k, v in vars(parts.peft_config["default"]).items() if k not in ("predicted_loss",)} == one
@@ -120,7 +120,7 @@ def test_memory_holds_the_statistics_of_one_pass_at_a_time(monkeypatch: pytest.M
         return statistics
 
     monkeypatch.setattr(reparam_peft.compression.job, "gather_statistics", gather)
-    compressed(llama(), TEXT, target_modules="all-linear", arguments={"max_memory": 8 * (2 * 160**2 + 160**2)})
+    compressed(llama(), TEXT, target_modules="all-linear", arguments={"max_memory": 4 * 3 * 160 * 161})
     assert len(made) > 2
 
 
@@ -221,7 +221,7 @@ TOKENS = [{"x": torch.randn(8, 30, 16, generator=torch.Generator().manual_seed(0
 LEFT_OUT = {"target_modules": "all-linear", "keep": 0.6}
 
 
-@pytest.mark.parametrize("max_memory", [None, 40_000])
+@pytest.mark.parametrize("max_memory", [None, 21_000])
 @pytest.mark.parametrize("allocation", ["loss", "uniform"])
 def test_targets_that_no_batch_reaches_stay_dense_where_they_were_not_named(allocation: str, max_memory: int | None) -> None:
     config = ReparamConfig(**LEFT_OUT, allocation=allocation)

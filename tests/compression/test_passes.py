@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
+import torch
 from support.models import qwen_moe
 from torch import nn
 
 from reparam_peft import ReparamConfig
-from reparam_peft.compression.passes import passes_within
+from reparam_peft.compression.passes import MaxMemory, passes_within
 from reparam_peft.layers.neuron_groups import NeuronGroup, Producer
 from reparam_peft.tuner.selection import select_targets
 from reparam_peft.tuner.targets import Target
 
-LINEAR = 8 * 3 * 32**2  # bytes that the statistics of a square layer take
+LINEAR = 8 * 3 * (32 * 33 // 2)  # bytes that the statistics of a square layer take
+
+
+def asked_for(memory: int) -> MaxMemory:
+    return MaxMemory(memory, is_asked_for=True)
 
 
 def squares(count: int) -> dict[str, Target]:
@@ -21,21 +28,50 @@ def squares(count: int) -> dict[str, Target]:
 
 
 def test_groups_are_filled_up_in_order() -> None:
-    assert passes_within(squares(5), 2 * LINEAR, [], []) == [["0", "1"], ["2", "3"], ["4"]]
-    with pytest.raises(ValueError, match=r"0: its statistics take 24,576 bytes, and `max_memory` is 24,575; raise it"):
-        passes_within(squares(5), LINEAR - 1, [], [])
+    assert passes_within(squares(5), asked_for(2 * LINEAR), [], []) == [["0", "1"], ["2", "3"], ["4"]]
+    with pytest.raises(ValueError, match=r"0: its statistics take 12,672 bytes, and `max_memory` is 12,671; raise it"):
+        passes_within(squares(5), asked_for(LINEAR - 1), [], [])
+
+
+def test_where_nobody_asked_a_target_that_takes_more_has_a_pass_of_its_own() -> None:
+    assert passes_within(squares(3), MaxMemory(LINEAR - 1, is_asked_for=False), [], []) == [["0"], ["1"], ["2"]]
+
+
+def test_groups_are_told(caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level("INFO", "reparam_peft"):
+        passes_within(squares(5), asked_for(5 * LINEAR), [], [])
+        assert not caplog.messages, "one pass is nothing to tell"
+        passes_within(squares(5), asked_for(2 * LINEAR), [], [])
+    assert "5 targets take at most 63,360 bytes, of which 25,344 may be held at a time" in caplog.text
+    assert "for 3 groups of targets to plan, and for 2 again to factorise" in caplog.text
+
+
+@pytest.mark.parametrize(("given", "number"), [(5, 5), ("1GB", 10**9), ("0.5MiB", 2**19)])
+def test_memory_as_it_is_asked_for(given: int | str, number: int) -> None:
+    assert MaxMemory.of(given, torch.device("cpu")) == asked_for(number)
+
+
+@pytest.mark.parametrize(("given", "error"), [(0, ValueError), ("much", ValueError), (1.5, TypeError), (True, TypeError)])
+def test_memory_that_is_no_number_of_bytes(given: Any, error: type[Exception]) -> None:
+    with pytest.raises(error, match=f"`max_memory` must be a .*number of bytes, .*text such as '1GB'.*got {given!r}"):
+        MaxMemory.of(given, torch.device("cpu"))
+
+
+def test_without_a_number_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("reparam_peft.compression.passes.free_memory", lambda device: 1001)
+    assert MaxMemory.of(None, torch.device("cpu")) == MaxMemory(500, is_asked_for=False)
 
 
 def test_what_reads_neurons_comes_before_what_makes_them() -> None:
     mlp = NeuronGroup((Producer("1", "rows"),), "3", 32)
-    assert passes_within(squares(4), 2 * LINEAR, [], [mlp]) == [["3", "0"], ["1", "2"]]
+    assert passes_within(squares(4), asked_for(2 * LINEAR), [], [mlp]) == [["3", "0"], ["1", "2"]]
 
 
 def test_experts_of_a_layer_are_together() -> None:
     config = ReparamConfig(target_modules=["q_proj"], target_parameters="all-experts")
     targets = select_targets(qwen_moe(), config, "default")
     parameters = {name.rpartition(".")[0] for name in targets if ".experts." in name}
-    groups = passes_within(targets, 200_000, [], [], parameters)
+    groups = passes_within(targets, asked_for(110_000), [], [], parameters)
     assert len(groups) > 1
     for parameter in parameters:
         assert sum(any(name.startswith(parameter) for name in group) for group in groups) == 1

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from reparam_peft.runtime.memory import return_freed
+from reparam_peft.runtime.memory import free_memory, return_freed
 
 
 def resident() -> int:
@@ -30,3 +30,8 @@ def test_holes_between_what_is_in_use_are_returned() -> None:
     return_freed()
     assert len(kept) == 100
     assert resident() < full
+
+
+def test_some_memory_is_free() -> None:
+    assert 2**20 < free_memory(torch.device("cpu")) < 2**50
+    assert free_memory(torch.device("cuda", 99)) > 0, "of a device that is not told of, as much as the processor has"
