@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
@@ -29,6 +30,7 @@ from .sums import InputSums, OutputSums, Sums, WeightedSums
 # Tokens of a pass, by the kind of device: as few as keep it busy, since the graph of a pass takes as much memory for each.
 TOKENS_AT_A_TIME = {"cpu": 512}
 MOST_TOKENS = 4096  # on all others
+logger = logging.getLogger(__name__)
 
 
 def gather_statistics(
@@ -103,6 +105,7 @@ def gather_statistics(
                 first_row += rows_in(part)
         if count == 0:
             raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
+    logger.info("calibrated %d modules on %d batches", len(modules), count)
     if gradients:
         for name, module in modules.items():
             if name not in statistics.outputs:  # no gradient came back

@@ -22,7 +22,7 @@ from .command_options import (
 )
 from .errors import CliError
 from .groups import spread
-from .noise import one_line, quieten
+from .noise import one_line, others_silent, quieten
 from .settings_file import Command
 
 app = typer.Typer(
@@ -173,7 +173,7 @@ def run(
     """Run another program with `reparam_peft` imported, so that its PEFT and transformers load compressed models."""
     from .run import run_program
 
-    run_program(program, arguments or [], before=_register)
+    run_program(program, arguments or [], before=others_silent()(_register))
 
 
 def main() -> None:

@@ -60,6 +60,23 @@ def quieten() -> None:
     logging.setLoggerClass(HostLogger)
 
 
+@contextmanager
+def others_silent() -> Iterator[None]:
+    """Hold back what libraries say below an error while they are imported for a program that may not need them."""
+    if others_speak():
+        yield
+        return
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore")
+            warnings.filterwarnings("always", category=ReparamWarning)
+            yield
+    finally:
+        logging.disable(before)
+
+
 def others_speak() -> bool:
     """Whether TRANSFORMERS_VERBOSITY asks for more than errors."""
     return os.environ.get(OF_OTHERS) in ("detail", "debug", "info", "warning")

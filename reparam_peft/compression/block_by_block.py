@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import logging
 import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -54,6 +55,8 @@ from .student import (
     targets_within,
 )
 from .weighing import mean_output
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -236,6 +239,7 @@ class BlockByBlock:
             errors = self._compress(position, name, original, student, targets, bar) if targets else {}
             entry = {"block": name, "position": position, **errors, "seconds": round(time.perf_counter() - start, 2)}
             self.folder.finish(entry, state_of(original, student))
+            logger.info("block %s is compressed, in %.1f s", name, entry["seconds"])
         with fails_together():
             if done is None and self.folder.mapped:  # the file's pages in place of memory
                 student = copy.deepcopy(original).requires_grad_(False).eval()

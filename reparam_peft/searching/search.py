@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
@@ -26,6 +27,8 @@ from ..runtime.run_folder import RunFolder, json_able
 from .family import Family
 from .goal import CheckedGoal, Goal, Metric, check_goal, config_with
 from .result import SearchResult, Trial
+
+logger = logging.getLogger(__name__)
 
 STATISTICS = "statistics.safetensors"
 
@@ -162,6 +165,7 @@ def _found(
             dense_parameters = family.dense_parameters
             for trial in _bisection(family, checked.keeps, measure, limit, goal.max_trials, folder):
                 trials.append(trial)
+                logger.info("keep %g by %s: %s %.4g", trial.keep, trial.method, measure.name, trial.metric)
                 if trial.within:
                     plans[trial] = family.plan(trial.keep)
                 bar.set_postfix({"keep": trial.keep, measure.name: f"{trial.metric:.4g}"})

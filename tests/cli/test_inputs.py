@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from peft import PeftModel, get_peft_model
+from support.command_line import Run, assert_error
 from support.models import bert, byte_tokenizer, llama
 from torch import Tensor
 from transformers import BertForSequenceClassification, BertModel, LlamaForCausalLM
@@ -167,3 +168,47 @@ def test_a_data_set_without_text(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sources, "load_dataset", lambda *names, split: [{"question": "?", "answer": "!"}])
     with pytest.raises(CliError, match="--text org/data: the data set has no column `text`"):
         read_batches(byte_tokenizer(), "--text", "org/data", 64, 4)
+
+
+COMMANDS_WITH_A_MODEL = {
+    "compress": ["{}", "out"],
+    "plan": ["{}"],
+    "evaluate": ["{}"],
+    "search": ["{}", "out"],
+    "heal": ["{}", "out"],
+    "export": ["{}", "out"],
+    "report": ["{}"],
+}
+
+
+@pytest.mark.parametrize("name", ["./missing", "../missing/model", "models/old/missing", "/nowhere/missing", "~missing/"])
+@pytest.mark.parametrize("command", COMMANDS_WITH_A_MODEL)
+def test_a_folder_that_is_not_there_is_told(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: str, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    result = run(command, *(word.format(name) for word in COMMANDS_WITH_A_MODEL[command]))
+    assert_error(result, f"{Path(name).name}.*there is no such folder")
+    assert "Repo id" not in result.err
+
+
+def test_a_name_that_is_no_folder_may_be_of_the_hub(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert_error(run("evaluate", "missing"), "missing cannot be loaded: there is no such folder, and of the Hub: ")
+
+
+def test_other_models_and_texts_that_are_not_there_are_told(run: Run, models: Path, tmp_path: Path) -> None:
+    adapter, text = models / "adapter", ["--text", models / "text.txt", "--length", 64]
+    for command, option in (("heal", "--teacher"), ("report", "--dense")):
+        out = [tmp_path / "out"] if command == "heal" else []
+        assert_error(run(command, adapter, *out, option, "./gone", *text), r"\./gone cannot be loaded: there is no such folder")
+    moved = shutil.copytree(adapter, tmp_path / "moved")
+    config = json.loads((moved / "adapter_config.json").read_text())
+    (moved / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/gone/base"}))
+    assert_error(run("evaluate", moved), "moved cannot be loaded: its base model was in /gone/base, and there is no such")
+    for option in ("--text", "--calibration"):
+        given = ["heal", adapter, tmp_path / "out", *text, option, "texts/of/mine.json"]
+        assert_error(run(*given), f"{option} texts/of/mine.json: no such file, and no name of a data set of the Hub")
+    assert_error(run("evaluate", adapter, "--text", "mine.json"), "--text mine.json: no such file, and of the Hub: ")
+    assert_error(run("compress", models / "llama", tmp_path / "out", "--plan", "gone/plan.json"), "No such file.*plan.json")
+    assert not (tmp_path / "out").exists()

@@ -15,7 +15,7 @@ from support.command_line import DATA_FREE, Run, assert_error, quick
 
 from reparam_peft.arguments import ReparamWarning
 from reparam_peft.cli import app as cli
-from reparam_peft.cli.noise import quieten
+from reparam_peft.cli.noise import others_silent, quieten
 
 
 @pytest.fixture
@@ -68,6 +68,18 @@ def test_own_records_are_shown_and_errors_only_of_others(
     monkeypatch.setenv("TRANSFORMERS_VERBOSITY", "warning")
     logging.setLoggerClass(logging.Logger)
     assert logged("c") == (own[1:], ["WARNING", "ERROR"])
+
+
+def test_others_are_silent_for_a_while(caplog: pytest.LogCaptureFixture) -> None:
+    logger = logging.getLogger("library.d")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with others_silent():
+            logger.warning("held back")
+            warnings.warn("held back", UserWarning, stacklevel=1)
+        logger.warning("told")
+        warnings.warn("told", UserWarning, stacklevel=1)
+    assert [record.getMessage() for record in caplog.records] == [str(item.message) for item in caught] == ["told"]
 
 
 def test_a_verbosity_that_is_none_is_refused(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
