@@ -72,5 +72,5 @@ def test_registration_imports_what_loading_needs_only() -> None:
         todo |= {item.module for item in own_imports(tree, module, MODULES)} - reached
     assert not others & {"datasets", "pandas", "matplotlib", "accelerate.state", "yaml", "rich", "typer", "scipy"}
     assert {"tuner.model", "standalone.checkpoint"} <= reached
-    beyond = {"calibration", "blockwise", "healing", "searching", "report", "cli"}
+    beyond = {"blockwise", "healing", "searching", "report", "cli"}
     assert not {module.split(".")[0] for module in reached} & beyond
