@@ -30,7 +30,8 @@ from ..tuner.data_free import installing
 from ..tuner.targets import check_targets
 from ..tuner.tying import heads_of
 from .block_by_block import BlockByBlock, Result, Steps
-from .job import Job, Options
+from .job import Job
+from .options import Options
 from .passes import MaxMemory
 
 OptionsOfStep = TypeVar("OptionsOfStep", Anchoring, Refinement)

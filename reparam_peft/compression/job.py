@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -13,9 +13,8 @@ from peft import PeftModel
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from ..arguments import ReparamWarning, check_seed
+from ..arguments import ReparamWarning
 from ..calibration.gather import gather_statistics
-from ..calibration.given import Objective
 from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Batches, Moments, Statistics
 from ..config.reparam_config import ReparamConfig
@@ -39,32 +38,11 @@ from ..tuner.tying import heads_of
 from .factorizing import Factorizer
 from .mlps import check_alike, find_mlps
 from .neurons import Neurons
+from .options import Options
 from .parts import Part
-from .passes import MaxMemory, passes_within
+from .passes import passes_within
 from .pooling import Pool
 from .weighing import Weigher, Weighing, mean_output
-
-
-@dataclass(frozen=True)
-class Options:
-    """How a job runs, whatever it computes.
-
-    Attributes:
-        seed: of the labels sampled for gradients.
-        progress: whether to show progress bars.
-        max_memory: how much statistics may take at a time; None: all of them are gathered in one pass.
-        objective: whose gradients weigh errors of outputs, as for `gather_statistics`; None: by what the model returns.
-    """
-
-    seed: int = 0
-    progress: bool = True
-    max_memory: MaxMemory | None = None
-    objective: Objective | None = None
-
-    def __post_init__(self) -> None:
-        check_seed("seed", self.seed)
-        if self.objective is not None and not callable(self.objective):
-            raise TypeError(f"`objective` must be callable as objective(model, batch), got {self.objective!r}.")
 
 
 class Job:

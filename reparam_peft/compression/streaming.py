@@ -37,7 +37,7 @@ from ..tuner.sizes import SizeReport
 from ..tuner.targets import Target
 from .block_by_block import Steps
 from .compress import compress_blocks, options_of
-from .job import Options
+from .options import Options
 from .passes import MaxMemory
 from .sources import copy_files, files_beside_weights
 

@@ -31,7 +31,8 @@ from ..tuner.compressed_model import CompressedModel
 from ..tuner.layer import ReparamLayer
 from ..tuner.model import ReparamModel, config_of
 from ..tuner.targets import Target
-from .job import Job, Options
+from .job import Job
+from .options import Options
 from .present import check_model, present_targets
 
 NOT_DENSE = math.nextafter(1.0, 0.0)  # the `ceiling` that keeps a matrix from becoming dense again

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from ..calibration.statistics import Statistics
-from ..compression.job import Job, Options
+from ..compression.job import Job
+from ..compression.options import Options
 from ..compression.weighing import mean_output
 from ..config.reparam_config import ReparamConfig
 from ..evaluation.measures import Measure
