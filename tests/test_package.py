@@ -6,6 +6,7 @@ import ast
 import copy
 import inspect
 import pickle
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ def test_type_checkers_see_what_is_imported_when_asked_for() -> None:
     assert sorted(seen) == sorted(reparam_peft.__all__)
     for name, module in seen.items():
         value = getattr(reparam_peft, name)
-        assert value.__module__ == f"reparam_peft.{module}"
+        assert value is getattr(import_module(f"reparam_peft.{module}"), name)
         assert vars(reparam_peft)[name] is value
 
 

@@ -13,7 +13,7 @@ from reparam_peft.compression.options import Options
     ("options", "error", "message"),
     [
         ({"seed": -1}, ValueError, "`seed` must be"),
-        ({"seed": "1"}, TypeError, "`seed` must be"),
+        ({"seed": "1"}, ValueError, "`seed` must be"),
         ({"objective": 3}, TypeError, r"`objective` must be callable as objective\(model, batch\), got 3"),
     ],
 )
