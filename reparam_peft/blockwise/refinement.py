@@ -104,11 +104,20 @@ class Task:
 
         Returns:
             The loss; None where all of the batch is padding.
+
+        Raises:
+            ValueError: the output is of another shape than it should be.
         """
         args, kwargs = self.call(batch) if precision is None else _in_precision(self.call(batch), precision)
         output = main_tensor(block(*args, **kwargs))
         wide = torch.promote_types(output.dtype, torch.float32)
         target = self.target(batch).to(output.device, wide)
+        if output.shape != target.shape:
+            raise ValueError(
+                f"the output has shape {tuple(output.shape)}, and {tuple(target.shape)} in the original model: how long it is "
+                "follows from numbers that the model computes, so that the two cannot be compared. Leave out `sequential` and "
+                "`refine`."
+            )
         features = -1 if output.ndim <= 3 else tuple(range(1, output.ndim))  # of a token, or of an image
         errors = (output.to(wide) - target).square().sum(features)
         relative = (errors / target.square().sum(features).clamp(min=torch.finfo(wide).tiny)).log1p().flatten()

@@ -141,6 +141,7 @@ class ConfigOptions:
             "method": self.method,
             "allocation": self.storage.allocation,
             "form": self.storage.form,
+            "unreached": self.targets.unreached,
         }
         return ReparamConfig(
             **words,
@@ -149,7 +150,6 @@ class ConfigOptions:
             keep=KEEP if self.keep is None else self.keep,
             ceiling=self.storage.ceiling,
             neurons=self.storage.neurons,
-            unreached=self.targets.unreached,
         )
 
 

@@ -124,4 +124,10 @@ def _all_linear(config: ReparamConfig, model: nn.Module) -> set[str]:
     config = copy.copy(config)
     config.target_modules = INCLUDE_LINEAR_LAYERS_SHORTHAND
     include_all_linear_layers(config, model)  # in place
-    return {name for name in config.target_modules or () if not config.is_of_parameters(name)}
+    linear = {name for name in config.target_modules or () if not config.is_of_parameters(name)}
+    if not linear and not config.target_parameters:
+        raise ValueError(
+            f"a {type(model).__name__} has no linear layers, which are taken where none are named. Give `target_modules` the "
+            "endings of names of others, such as convolutions."
+        )
+    return linear

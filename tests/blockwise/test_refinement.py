@@ -139,6 +139,13 @@ def test_the_same_seed_gives_the_same_parameters_and_another_seed_others() -> No
     assert not torch.equal(results[0], results[2])
 
 
+def test_a_block_whose_output_has_another_length_than_that_of_the_original_is_refused() -> None:
+    made = task()
+    longer = Task(made.call, lambda i: made.target(i).repeat(1, 2, 1), made.mask)
+    with pytest.raises(ValueError, match=r"the output has shape \(3, 5, 12\), and \(3, 10, 12\) in the original model"):
+        longer.error(Block(0), [0])
+
+
 def test_a_block_that_is_broken_already_is_refused() -> None:
     block = Block(0)
     with torch.no_grad():

@@ -10,7 +10,7 @@ from support.adapters import compress
 from support.model_state import assert_untouched
 from support.models import llama, on_meta
 from torch import nn
-from transformers import AlbertConfig, AlbertForMaskedLM, FalconConfig, FalconForCausalLM
+from transformers import AlbertConfig, AlbertForMaskedLM, FalconConfig, FalconForCausalLM, ResNetConfig, ResNetModel
 
 from reparam_peft import ReparamConfig
 from reparam_peft.arguments import ReparamWarning
@@ -37,6 +37,13 @@ def test_without_weights_the_same_is_selected() -> None:
 def test_names_that_match_nothing_are_refused() -> None:
     with pytest.raises(ValueError, match=r"`target_modules` .*'nothing'.* match no module of the model"):
         select_targets(llama(), ReparamConfig(target_modules=["nothing"]), "default")
+
+
+@pytest.mark.parametrize("target_modules", [None, "all-linear"])
+def test_a_model_without_linear_layers_is_called_that(target_modules: str | None) -> None:
+    model = ResNetModel(ResNetConfig(embedding_size=8, hidden_sizes=[8], depths=[1]))
+    with pytest.raises(ValueError, match=r"a ResNetModel has no linear layers, .* convolutions"):
+        get_peft_model(model, ReparamConfig(target_modules=target_modules, keep=0.5))
 
 
 @pytest.mark.parametrize("layers", [1, 2])
