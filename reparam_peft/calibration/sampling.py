@@ -56,7 +56,7 @@ def sampled_objective(
         held_back = head is not None and head.gives(prediction)
         inputs = head.inputs if head is not None and held_back else values
         compute = head.logits if head is not None and held_back else None
-        objectives.append(_Likelihood.apply(inputs, positions, uniform, draw, compute, width))  # type: ignore[no-untyped-call]
+        objectives.append(_Likelihood.apply(inputs, positions, uniform, draw, compute, width))
         gradient_tokens += len(uniform)
     return reduce(torch.add, objectives), gradient_tokens
 
