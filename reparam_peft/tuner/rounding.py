@@ -39,9 +39,9 @@ class CalibratedRounding:
             if record is None and name not in self.statistics.weight_norms:
                 raise ValueError(f"{name}: `statistics` do not hold this module; gather them with the same targets.")
             inputs = module.matrix_of_B(weight_of(module.B)).shape[1] if module.whole is None else module.whole[1]
-            if record is not None and len(record.gram) != inputs:
+            if record is not None and record.size != inputs:
                 raise ValueError(
-                    f"{name}: `statistics` are of {len(record.gram)} inputs, and it has {inputs}; they are of another model."
+                    f"{name}: `statistics` are of {record.size} inputs, and it has {inputs}; they are of another model."
                 )
 
     def _record(self, name: str) -> InputSums | None:
