@@ -42,6 +42,7 @@ def keyword_batches(batches: Any, model: nn.Module, tokenizer: Any = None) -> It
 
     Raises:
         TypeError: it cannot be iterated over.
+        ValueError: `tokenizer` is given beside a list of batches, which need none.
     """
     check_whole(batches)
     if isinstance(batches, Mapping):
@@ -49,6 +50,8 @@ def keyword_batches(batches: Any, model: nn.Module, tokenizer: Any = None) -> It
     if not isinstance(batches, Iterable):
         raise TypeError(f"`batches` must be {ACCEPTED}, got a {type(batches).__name__}.")
     if isinstance(batches, list) and all(isinstance(batch, Mapping) and _is_batch(batch) for batch in batches):
+        if tokenizer is not None and batches:
+            raise ValueError("`tokenizer` has an effect with text and rows, and `batches` are batches; leave it out.")
         return batches
     return _Given(batches, model, tokenizer)
 

@@ -118,3 +118,9 @@ def test_an_objective_that_returns_no_tensor_is_refused() -> None:
         calibrate(Classifier(), config, [torch.randn(4, 16)], objective=lambda model, batch: 1.0)
     with pytest.raises(TypeError, match="`objective` must be callable"):
         calibrate(Classifier(), config, [torch.randn(4, 16)], objective="loss")
+
+
+def test_a_tokenizer_without_a_use_is_refused() -> None:
+    batches = [{"input_ids": torch.ones(2, 3, dtype=torch.int64)}]
+    with pytest.raises(ValueError, match="`tokenizer` has an effect with text and rows, and `batches` are batches"):
+        keyword_batches(batches, llama(), byte_tokenizer())
