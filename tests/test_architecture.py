@@ -164,7 +164,9 @@ def test_what_no_file_holds(module: str) -> None:
 
 TESTS = Path(__file__).parent
 MIRRORS = sorted(
-    path.relative_to(TESTS).as_posix() for path in TESTS.glob("*/*.py") if path.parent.name not in ("support", "benchmarks", "hosts")
+    path.relative_to(TESTS).as_posix()
+    for path in TESTS.glob("*/*.py")
+    if path.parent.name not in ("support", "benchmarks", "hosts")
 )
 SEVERAL_FILES = {
     "tuner/test_nested.py",

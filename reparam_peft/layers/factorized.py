@@ -14,6 +14,7 @@ from torch.types import Device
 from ..numerics.decompositions import Factors, Whole
 from ..numerics.pivoting import PivotFactors, pivot
 from ..numerics.storage import mask_size
+from .calling import call
 from .computed_weight import ComputedWeight
 from .masks import packed, spread, unpacked
 from .pivot_expansion import PivotExpansion
@@ -155,9 +156,9 @@ class FactorizedModule(nn.Module):
         """A (B x) + b, where b, of shape (out,), is the module's own bias if it has one, else `bias`."""
         if x.is_nested:
             raise ValueError(NESTED)
-        A = self._modules.get("A")  # as all that is looked up in each pass: by attribute it would take ten times as long
-        y = self._modules["B"](x)
-        y = y if A is None else A(y)
+        B, A = cast(nn.Module, self._modules["B"]), self._modules.get("A")  # to look attributes up would take ten times as long
+        y = call(B, x)
+        y = y if A is None else call(A, y)
         bias = bias if self.bias is None else self.bias
         return y if bias is None else y + self.shaped_bias(bias).to(y.dtype)
 
@@ -180,7 +181,7 @@ class FactorizedModule(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that inputs are cast to."""
-        weight: Any = weight_of(self.B)
+        weight: Any = weight_of(cast(nn.Module, self._modules["B"]))
         return weight.dtype if weight.is_floating_point() else weight.quant_state.dtype
 
     @property

@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.types import Device
 
 from ..numerics.storage import mask_size
+from .calling import call
 from .masks import packed, unpacked
 
 
@@ -43,7 +44,7 @@ class PivotExpansion(nn.Module):
         if K is None:
             return z
         # One copy in place of two scatters: [z, K z] has the pivots first, and `order` says where each output stands in it.
-        return in_order(torch.cat([z, K(z)], self.dim), cast(Tensor, self._buffers["order"]), self.dim)
+        return in_order(torch.cat([z, call(K, z)], self.dim), cast(Tensor, self._buffers["order"]), self.dim)
 
     @property
     def is_pivot(self) -> Tensor:

@@ -36,6 +36,14 @@ class Product(Tensor):
             return func(*args, **(kwargs or {}))
 
 
+def call(module: nn.Module, x: Tensor) -> Tensor:
+    """`module(x)`, by its `forward` alone where no hook is to see it: what comes before takes a third of a small product."""
+    if torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook() or module._compiled_call_impl:
+        return module(x)
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return module(x) if any(hooks) else module.forward(x)
+
+
 class Factor(nn.Linear):
     """A linear layer that looks its weight up as fast as it can: of small products that is half of the time."""
 
@@ -61,7 +69,7 @@ class Pivot(nn.Module):
             bits = self.mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=z.device)
             chosen = (bits & 1).flatten()[: self.out_features].bool()
             self.order = torch.where(chosen, chosen.cumsum(0), chosen.sum() + (~chosen).cumsum(0)) - 1
-        y = torch.cat([z, K(z)], self.dim)
+        y = torch.cat([z, call(K, z)], self.dim)
         if self.dim != -1 or not y.is_cpu or torch.compiler.is_compiling():
             return y.index_select(self.dim, self.order)
         if y.dtype != torch.float32:  # on a CPU `index_select` is slow but for matrices in float32
@@ -183,7 +191,7 @@ class Factorized(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         modules = self._modules
-        y = modules["A"](modules["B"](x)) if self.groups == 1 else self.grouped(x)
+        y = call(modules["A"], call(modules["B"], x)) if self.groups == 1 else self.grouped(x)
         if isinstance(modules["A"], Pivot):
             y = self.of_this_process(y, -1)
         if self.bias is not None:

@@ -14,6 +14,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from ..arguments import ReparamWarning
+from ..layers.calling import call
 from ..layers.computed_weight import ComputedWeight
 from ..layers.factorized import FactorizedModule, weight_of
 from ..layers.kinds import KINDS, layer_kind
@@ -248,7 +249,8 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
             return base()
         if self.arrivals.awaited:
             self.arrivals.check_complete()
-        active = [name for name in self.active_adapters if name in self.reparam_factors]
+        present = cast(nn.Module, self._modules["reparam_factors"])._modules
+        active = [name for name in self.active_adapters if name in present]
         if len(active) == 1:
             return product(active[0])
         self.check_active(active)
@@ -366,12 +368,13 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
 
     def _product(self, adapter_name: str, x: Tensor) -> Tensor:
         """A B x + b in the dtype that the base layer would return."""
-        factors = self.factorized(adapter_name)
-        bias = getattr(self.base_layer, "bias", None)
+        modules = cast("dict[str, Any]", self._modules)  # by attribute, these look-ups would take as long as a small product
+        base, factors = modules["base_layer"], modules["reparam_factors"]._modules[adapter_name]
+        bias = base._parameters["bias"] if "bias" in base._parameters else getattr(base, "bias", None)
         if not x.is_floating_point():
-            return factors(x, bias).to(self.base_dtype)
-        y = factors(self._cast_input_dtype(x, factors.dtype), bias)
-        return y if torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
+            return cast(Tensor, factors(x, bias)).to(self.base_dtype)
+        y = call(factors, self._cast_input_dtype(x, factors.dtype), bias)
+        return y if y.dtype == x.dtype or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def _base_matrix(self) -> Tensor:
         """W, shape (out, in), of a layer that has kept it, merged or not."""
