@@ -172,10 +172,12 @@ def without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     """
     base = unwrapped(model)
     parameters = inspect.signature(base.forward).parameters
-    # Models of text and images hand what they do not know on to their text model.
+    # Models of text and images hand what they do not know on to their text model, others to the model that they are a head of.
     hands_on = any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values())
     config: Any = getattr(base, "config", None)
-    caches = hands_on and hasattr(config, "get_text_config") and hasattr(config.get_text_config(), "use_cache")
+    text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
+    has_inner = text_config is not config or getattr(base, "base_model", base) is not base
+    caches = hands_on and has_inner and hasattr(text_config, "use_cache")
     taken = {name: value for name, value in batch.items() if name != "labels" or hands_on or name in parameters}
     return {"use_cache": False, **taken} if "use_cache" in parameters or caches else taken
 

@@ -11,6 +11,7 @@ from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner
 from torch import nn
+from torch.nn.utils.parametrize import ParametrizationList
 
 from ..arguments import ReparamWarning, listed
 from ..config.fields import ALL_EXPERTS
@@ -48,7 +49,7 @@ def open_parameters(config: ReparamConfig, model: nn.Module, opens_attentions: b
         prefix, _, key = name.rpartition(".")
         owner = model.get_submodule(prefix)
         with naming(name):
-            _check(owner, owners.get(id(owner._parameters.get(key)), []))
+            check_openable(owner, key, owners.get(id(owner._parameters.get(key)), []))
     open_attentions(model, [*patterns, *(outputs_of_attentions(config, model) if opens_attentions else ())])
     opened = opened_parameters(model)
     raw = {name: patterns[name] for name in patterns if name not in fused and not _is_weight_of_layer(model, name)}
@@ -169,8 +170,26 @@ def _is_weight_of_layer(model: nn.Module, name: str) -> bool:
     return False
 
 
-def _check(owner: nn.Module, names: list[str]) -> None:
-    """Raise `ValueError` where a parameter cannot be opened, which is its owner's and has these names."""
+def check_openable(owner: nn.Module, key: str, names: list[str]) -> None:
+    """Raise `ValueError` where a parameter cannot be opened.
+
+    Args:
+        owner: the module that it is in.
+        key: its name there.
+        names: all its names in the model.
+    """
+    if isinstance(owner, ParametrizationList):
+        raise ValueError(
+            "a parametrisation computes a weight of this parameter. Leave it out, or call "
+            "`torch.nn.utils.parametrize.remove_parametrizations` first and name the layer."
+        )
+    parameter = owner._parameters.get(key)
+    held = (value for values in vars(owner).values() if isinstance(values, (list, tuple)) for value in values)
+    if parameter is not None and any(value is parameter for value in held):
+        raise ValueError(
+            f"a {type(owner).__name__} keeps it in a list of Python, too, by which it would go on to compute with the original. "
+            "Leave it out."
+        )
     if len(names) > 1 and not names[0].endswith(".weight"):
         raise ValueError(f"the parameter is shared ({', '.join(names)}) and cannot be made into layers in one place.")
     if is_offloaded(owner):

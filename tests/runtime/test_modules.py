@@ -11,6 +11,7 @@ from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodul
 from peft import get_peft_model
 from support.models import Residual, bert, convnet, gpt2, llama, masked_lm, skipping, t5
 from torch import Tensor, nn
+from transformers import MimiEncoderConfig, MimiEncoderModel
 
 from reparam_peft import ReparamConfig
 from reparam_peft.runtime.modules import (
@@ -45,6 +46,8 @@ def test_a_pass_that_generates_nothing_has_no_cache() -> None:
         assert without_cache(model, {"x": 1}) == {"use_cache": False, "x": 1}
         assert without_cache(model, {"use_cache": True}) == {"use_cache": True}
     assert without_cache(convnet(), {"x": 1}) == {"x": 1}
+    # A part that decides on its cache itself, and hands other keywords on beside.
+    assert without_cache(MimiEncoderModel(MimiEncoderConfig(num_hidden_layers=1)), {"x": 1}) == {"x": 1}
 
 
 def test_compiled_modules_run_their_own_code_for_a_while() -> None:

@@ -13,6 +13,7 @@ from support.batches import text
 from support.models import gpt_oss, llama, qwen_moe, token_inputs, xlnet
 from support.tolerances import assert_close, relative_error
 from torch import nn
+from torch.nn.utils.parametrizations import weight_norm
 from transformers import XLNetLMHeadModel
 
 from reparam_peft import ReparamConfig, calibrate, compress, plan, search
@@ -72,6 +73,19 @@ def test_what_cannot_be_opened_is_refused(build: Any, asked: Any, match: str) ->
     with pytest.raises((TypeError, ValueError), match=match):
         get_peft_model(model, ReparamConfig(target_modules=[], target_parameters=asked))
     assert names_of(model) == before
+
+
+@pytest.mark.parametrize(
+    ("build", "asked", "match"),
+    [
+        (lambda: nn.LSTM(8, 8), "weight_hh_l0", "a LSTM keeps it in a list of Python, too"),
+        (lambda: weight_norm(nn.Linear(8, 8)), "parametrizations.weight.original1", "a parametrisation computes a weight"),
+    ],
+)
+def test_what_is_computed_with_by_other_ways_is_refused(build: Any, asked: str, match: str) -> None:
+    model = nn.Sequential(build())
+    with pytest.raises(ValueError, match=f"^0.{asked}: {match}"):
+        get_peft_model(model, ReparamConfig(target_modules=[], target_parameters=[asked], r=2))
 
 
 @pytest.mark.parametrize("asked", [3, [3], "("])
