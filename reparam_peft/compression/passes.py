@@ -6,6 +6,7 @@ import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from accelerate.utils import convert_file_size_to_int
@@ -50,15 +51,16 @@ class MaxMemory:
         if asked_for is None:
             world, _ = processes()
             return cls(int(first_of(free_memory(device) // 2 // world)), is_asked_for=False)
+        most: Any = asked_for
         if isinstance(asked_for, str):
             try:
-                asked_for = convert_file_size_to_int(asked_for)
+                most = convert_file_size_to_int(asked_for)
             except ValueError as error:
                 raise ValueError(
                     f"`max_memory` must be a number of bytes, or text such as '1GB' or '500MiB', got {asked_for!r}."
                 ) from error
-        check_int("max_memory", asked_for, "a positive number of bytes, text such as '1GB', or None", least=1)
-        return cls(asked_for, is_asked_for=True)
+        check_int("max_memory", most, "a positive number of bytes, text such as '1GB', or None", least=1)
+        return cls(most, is_asked_for=True)
 
 
 def passes_within(

@@ -24,7 +24,7 @@ class FactorLinear(nn.Linear):
         if weight is None:  # it is parametrised, or a replica
             return super().forward(x)
         bias = parameters.get("bias")
-        if SINGLE_ROW_PRODUCT is not None and torch.get_num_threads() > 1 and _is_slow(x, weight):
+        if SINGLE_ROW_PRODUCT is not None and _is_slow(x, weight) and torch.get_num_threads() > 1:
             return SINGLE_ROW_PRODUCT(x, weight, bias, "none", [], "")
         return F.linear(x, weight, bias)
 

@@ -93,7 +93,7 @@ def main() -> None:
         for name, load in routes.items():
             counter = mock.Mock(side_effect=factorize)
             with (
-                mock.patch.object(reparam_peft.numerics.methods, "factorize", counter),
+                mock.patch.object(reparam_peft.numerics.decompositions, "factorize", counter),
                 mock.patch.object(reparam_peft.tuner.arrivals, "factorize", counter),
             ):
                 loaded = load()

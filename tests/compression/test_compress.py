@@ -320,7 +320,7 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Callable[[], An
     "exhausted": (llama, Q, lambda: read(TEXT), dict, ValueError, "got none; a generator can be read only once"),
     "exhausted, several passes": (llama, ALL, lambda: read(TEXT), lambda: {"max_memory": 350_000}, ValueError, "got none"),
     "not accepted": (llama, Q, lambda: [*TEXT, ROWS[0]], dict, ValueError, r"the model does not accept batch 2 \(\['x'\]\)"),
-    "no mapping": (llama, Q, lambda: [torch.ones(2)], dict, ValueError, "mappings of keyword arguments, got a Tensor"),
+    "no mapping": (llama, Q, lambda: [3], dict, ValueError, "got a int as number 0"),
     "NaN activations": (
         with_nan_activations, {"target_modules": ["first", "second.1"]}, lambda: ROWS, dict, ValueError,
         r"second\.1: its inputs hold NaN or infinite values in batch 0; repair the model or its data",
@@ -346,7 +346,7 @@ FAULTS: dict[str, tuple[Callable[[], nn.Module], dict[str, Any], Callable[[], An
     ),
     "statistics of another shape": (
         llama, Q, lambda: llama_statistics(hidden_size=32), dict, ValueError,
-        r"q_proj: the statistics have shape \(32, 32\), and the weight is \(64, 64\)",
+        r"q_proj: the statistics are of 32 features, and the weight is \(64, 64\)",
     ),
     "statistics of other targets": (
         llama, ALL, llama_statistics, dict, ValueError, "k_proj: the statistics do not hold this module",

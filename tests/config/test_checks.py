@@ -60,6 +60,7 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("smaller_ranks", {}, TypeError, "`smaller_keeps` is filled in by `compress`"),
     ("neurons", 1, TypeError, "`neurons` must be True or False, got 1"),
     ("unreached", "dropped", ValueError, "`unreached` must be"),
+    ("ensure_weight_tying", "yes", TypeError, "`ensure_weight_tying` must be"),
     ("target_parameters", {"rel_attn.q": 1}, TypeError, "`target_parameters` must map names to patterns"),
     *(
         ("sizes", value, TypeError, "`sizes` is filled in by `compress` and must map names of modules to two positive ints")

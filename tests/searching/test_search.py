@@ -107,8 +107,10 @@ def test_an_error_in_a_trial_leaves_the_model_as_it_was(model: nn.Module) -> Non
 
 def test_each_matrix_is_decomposed_once(model: nn.Module, monkeypatch: pytest.MonkeyPatch) -> None:
     decompositions = []
-    compute = reparam_peft.numerics.methods.factorize
-    monkeypatch.setattr(reparam_peft.numerics.methods, "factorize", lambda *args: decompositions.append(1) or compute(*args))
+    compute = reparam_peft.numerics.decompositions.factorize
+    monkeypatch.setattr(
+        reparam_peft.numerics.decompositions, "factorize", lambda *args: decompositions.append(1) or compute(*args)
+    )
     result = run(model, config=config(neurons=False), tolerance=0.0, build=False)
     assert len(result.trials) >= 3
     assert 0 < len(decompositions) <= 14

@@ -90,7 +90,7 @@ def test_failure_midway_leaves_the_model_as_it_was(error: type[BaseException], m
             raise error("did not converge")
         return factorize(*arguments)
 
-    monkeypatch.setattr(reparam_peft.numerics.methods, "factorize", fails)
+    monkeypatch.setattr(reparam_peft.numerics.decompositions, "factorize", fails)
     model = llama()
     with pytest.raises(error):
         compress(model, target_modules="all-linear")
@@ -104,7 +104,7 @@ def test_failure_while_adding_an_adapter_leaves_the_others(monkeypatch: pytest.M
     def fails(*arguments: Any) -> Any:
         raise torch.linalg.LinAlgError("did not converge")
 
-    monkeypatch.setattr(reparam_peft.numerics.methods, "factorize", fails)
+    monkeypatch.setattr(reparam_peft.numerics.decompositions, "factorize", fails)
     with pytest.raises(torch.linalg.LinAlgError, match=r"q_proj: did not converge"):
         small.add_adapter("other", ReparamConfig(target_modules="all-linear", keep=0.2, keep_base=True))
     assert list(small.peft_config) == ["default"]
