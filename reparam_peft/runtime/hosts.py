@@ -83,6 +83,7 @@ PRIVATE_NAMES = (
         "peft.tuners.tuners_utils:BaseTuner",
         _cast_adapter_dtype="the last step of loading, after which W is dropped; and factors are cast for training only",
         _check_target_module_exists="which modules a config takes",
+        _check_tied_modules="tables that are tied are factorised together",
         _create_and_replace="PEFT's own place for a tuner to put in its layers",
         _inject_parameters="parameters are opened into layers, which PEFT would wrap",
         _prepare_adapter_config="targets by default depend on the model, not on its config alone",
