@@ -6,7 +6,10 @@ reader of docs/checkpoints.md and no more: to compress, train and check checkpoi
 
 from __future__ import annotations
 
+import inspect
+import os
 import re
+import shutil
 from typing import Any
 
 import torch
@@ -203,7 +206,7 @@ def _is_custom_code() -> bool:
     return True
 
 
-def _name_rope_as_before(config: Any) -> None:
+def name_rope_as_before(config: Any) -> None:
     """Give transformers before 5 the names that it knows rotary embeddings by; it would use those of its defaults."""
     if int(transformers.__version__.split(".")[0]) >= 5:
         return
@@ -234,8 +237,13 @@ class WithFactors:
                 raise ValueError(f"{name}: the checkpoint lacks this tensor; {OTHER_NAMES}.")
         return (model, info) if output_loading_info else model
 
+    def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
+        """As of transformers, which before 5.23 leaves this file out."""
+        super().save_pretrained(save_directory, *args, **kwargs)
+        shutil.copyfile(inspect.getfile(type(self)), os.path.join(save_directory, "modeling_reparam.py"))
+
     def __init__(self, config: Any, *args: Any, **kwargs: Any) -> None:
-        _name_rope_as_before(config)
+        name_rope_as_before(config)
         super().__init__(config, *args, **kwargs)
         for model in self.modules():
             if isinstance(model, transformers.PreTrainedModel):  # whose conversions of names would catch factors

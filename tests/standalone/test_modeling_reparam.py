@@ -8,12 +8,13 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Barrier
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from accelerate import init_empty_weights
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 from support.models import bert, gpt2, llama, t5, token_inputs, vit
 from support.narrow import narrowed
 from support.processes import run_stock
@@ -22,6 +23,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from reparam_peft.standalone.auto_classes import auto_class
+from reparam_peft.standalone.modeling_reparam import name_rope_as_before
 from reparam_peft.standalone.self_contained import save_self_contained
 
 READER = """
@@ -183,7 +185,7 @@ def test_the_reader_needs_torch_and_transformers_only() -> None:
     assert isinstance(modeling_reparam.Factorized(nn.Linear(4, 3), 2, "factors", False), nn.Module)
     lines = Path(modeling_reparam.__file__).read_text(encoding="utf-8").splitlines()
     imported = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
-    assert imported == {"__future__", "re", "typing", "torch", "transformers"}
+    assert imported == {"__future__", "inspect", "os", "re", "shutil", "typing", "torch", "transformers"}
 
 
 @pytest.mark.filterwarnings("ignore:.*reads this weight itself")
@@ -197,3 +199,29 @@ def test_a_model_that_reads_weights_itself(tmp_path: Path) -> None:
         weight = read.backbone.layers[0].mixer.dt_proj.weight
         assert weight.dtype == torch.float32
         torch.testing.assert_close(weight + 0, plain.backbone.layers[0].mixer.dt_proj.weight + 0)
+
+
+def test_a_tensor_of_the_base_model_that_is_missing_is_told(tmp_path: Path) -> None:
+    save_self_contained(small("pivot").to_standalone(), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    del state["model.norm.weight"]
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=r"model\.norm\.weight: the checkpoint lacks this tensor; transformers .* other names"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+
+
+def test_rotary_embeddings_get_the_names_of_transformers_4(monkeypatch: pytest.MonkeyPatch) -> None:
+    """tests/hosts/self_contained.py loads checkpoints in an environment with transformers 4."""
+    scaled = {"rope_type": "llama3", "factor": 8.0, "rope_theta": 5e5}
+    text = SimpleNamespace(rope_parameters={"rope_type": "default", "rope_theta": 1e5, "partial_rotary_factor": 0.5})
+    config = SimpleNamespace(rope_parameters=scaled, text_config=text)
+    name_rope_as_before(config)
+    assert not hasattr(config, "rope_theta")
+    monkeypatch.setattr(transformers, "__version__", "4.57.6")
+    name_rope_as_before(config)
+    assert (config.rope_theta, config.rope_scaling) == (5e5, {"rope_type": "llama3", "factor": 8.0})
+    assert (text.rope_theta, text.partial_rotary_factor) == (1e5, 0.5)
+    assert not hasattr(text, "rope_scaling")
+    text.rope_parameters = {"full_attention": scaled, "sliding_attention": scaled}
+    with pytest.raises(ValueError, match="by kinds of layers, need transformers 5"):
+        name_rope_as_before(config)
