@@ -187,7 +187,7 @@ def check_openable(owner: nn.Module, key: str, names: list[str]) -> None:
     held = (value for values in vars(owner).values() if isinstance(values, (list, tuple)) for value in values)
     if parameter is not None and any(value is parameter for value in held):
         raise ValueError(
-            f"a {type(owner).__name__} keeps it in a list of Python, too, by which it would go on to compute with the original. "
+            f"a {type(owner).__name__} keeps it in a Python list, too, by which it would go on to compute with the original. "
             "Leave it out."
         )
     if len(names) > 1 and not names[0].endswith(".weight"):
