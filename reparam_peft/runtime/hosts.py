@@ -156,6 +156,8 @@ PRIVATE_NAMES = (
     ),
     *_names(
         "torch.nn.modules.module:Module",
+        _backward_hooks="layers with hooks of others",
+        _backward_pre_hooks="layers with hooks of others",
         _buffers="tensors are put in without a copy, and under names that hold dots",
         _compiled_call_impl="a compiled model is run as it is while hooks are set",
         _forward_hooks="layers with hooks of others",
@@ -165,6 +167,7 @@ PRIVATE_NAMES = (
         _parameters="tensors are put in without a copy, also while parameters begin on the meta device",
         _save_to_state_dict="PyTorch's own place for how a module saves",
     ),
+    *_names("torch.nn.modules.module", _has_any_global_hook="hooks on all modules, which are to see each call"),
     *_names(
         "torch.nn.modules.conv:Conv2d",
         _conv_forward="a layer of another class that convolves as PyTorch does",
