@@ -6,12 +6,14 @@ from collections.abc import Iterable
 from typing import Literal
 
 import torch
+from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from .quantization import Int8
 
 TableScheme = Literal["int8"]
+TABLES_SINCE = "0.18"  # of torchao, whose tensors of 8 bits know a look-up since then
 TABLES: TableScheme = "int8"  # the one scheme in whose matrices rows can be looked up
 SCHEME = Int8()
 
@@ -25,7 +27,11 @@ def check_tables(scheme: str | None) -> None:
     if scheme is not None:
         if scheme != TABLES:
             raise ValueError(f"`quantize_tables` must be {TABLES!r} or None, got {scheme!r}.")
-        SCHEME.imported()
+        torchao = SCHEME.imported()
+        if Version(torchao.__version__) < Version(TABLES_SINCE):
+            raise ImportError(
+                f"quantised tables need torchao {TABLES_SINCE}, and {torchao.__version__} is installed; upgrade it."
+            )
 
 
 def tables_of(model: PreTrainedModel) -> list[str]:

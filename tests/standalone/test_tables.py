@@ -16,6 +16,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM, PreTrainedModel
 
 from reparam_peft.standalone.self_contained import save_self_contained
+from reparam_peft.standalone.tables import check_tables
 
 TABLE = "model.embed_tokens"
 
@@ -116,3 +117,10 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="has no table of embeddings that is not factorised"):
         model.to_standalone(quantize_tables="int8")
     assert isinstance(model.base_model.model.model.embed_tokens, nn.Module)
+
+
+def test_an_older_torchao_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torchao.__version__", "0.17.0+cpu")
+    with pytest.raises(ImportError, match=r"quantised tables need torchao 0\.18, and 0\.17\.0\+cpu is installed"):
+        check_tables("int8")
+    check_tables(None)
