@@ -24,7 +24,9 @@ class FactorLinear(nn.Linear):
         if weight is None:  # it is parametrised, or a replica
             return super().forward(x)
         bias = parameters.get("bias")
-        if SINGLE_ROW_PRODUCT is not None and _is_slow(x, weight) and torch.get_num_threads() > 1:
+        if SINGLE_ROW_PRODUCT is None or torch.compiler.is_compiling():
+            return F.linear(x, weight, bias)
+        if torch.get_num_threads() > 1 and _is_slow(x, weight):
             return SINGLE_ROW_PRODUCT(x, weight, bias, "none", [], "")
         return F.linear(x, weight, bias)
 
@@ -41,6 +43,5 @@ def _is_slow(x: Tensor, weight: Tensor) -> bool:
         and x.dtype == weight.dtype == torch.float32
         and not torch.is_grad_enabled()
         and not torch.is_autocast_enabled("cpu")
-        and not torch.compiler.is_compiling()
         and not torch.jit.is_tracing()
     )
