@@ -101,7 +101,7 @@ def test_compress_without_evaluation(run: Run, models: Path, tmp_path: Path) -> 
     ("options", "factorised"),
     [
         (["--rank", "full"], 14),
-        (["--target-modules", "q_proj,k_proj", "--unreached", "dense"], 4),
+        (["--target-modules", "q_proj,k_proj"], 4),
         (["--target-modules", "mlp.up_proj"], 2),
         (["--target-modules", r".*layers\.0\.(self_attn|mlp)\..*_proj"], 7),
         (["--target-modules", "q_proj, up_proj", "--exclude-modules", r".*layers\.1\..*"], 2),
@@ -116,7 +116,6 @@ def test_compress_takes_targets_as_names_or_expressions(
     assert run("compress", models / "llama", output, *DATA_FREE, *options).code == 0
     config = json.loads((output / "adapter_config.json").read_text())
     assert len(config["rank_pattern"]) == factorised
-    assert config["unreached"] == ("dense" if "--unreached" in options else None)
 
 
 def test_compress_in_bfloat16_stores_bfloat16(run: Run, models: Path, tmp_path: Path) -> None:

@@ -296,7 +296,7 @@ def test_a_plan_that_is_damaged_in_the_folder_is_told(content: str, tmp_path: Pa
 
 @pytest.mark.parametrize("way", ["sequential", "both"])
 def test_an_error_in_the_middle_leaves_the_model_as_it_was(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    import reparam_peft.numerics.methods as module
+    import reparam_peft.numerics.decompositions as module
 
     real, count = module.factorize, iter(range(100))
 

@@ -125,7 +125,7 @@ def test_memory_holds_the_statistics_of_one_pass_at_a_time(monkeypatch: pytest.M
 
 
 def test_an_error_while_factorising_leaves_the_model_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
-    import reparam_peft.numerics.methods as module
+    import reparam_peft.numerics.decompositions as module
 
     real, count = module.factorize, iter(range(100))
 

@@ -28,7 +28,6 @@ from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArg
 from reparam_peft import ReparamConfig, Statistics, calibrate, compress
 from reparam_peft.layers.kinds import layer_kind
 from reparam_peft.numerics import decompositions as decompositions
-from reparam_peft.numerics import methods
 from reparam_peft.numerics.decompositions import Factors
 from reparam_peft.tuner import arrivals
 from reparam_peft.tuner.data_free import installing
@@ -138,12 +137,13 @@ def whole_case(request: pytest.FixtureRequest) -> Way:
 def decompositions_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """A list that grows by the shape of each matrix that is decomposed."""
     shapes: list[tuple[int, ...]] = []
+    factorize = decompositions.factorize
 
     def counted(weight: torch.Tensor, *args: Any) -> decompositions.Factors:
         shapes.append(tuple(weight.shape))
-        return decompositions.factorize(weight, *args)
+        return factorize(weight, *args)
 
-    for module in (arrivals, methods):
+    for module in (arrivals, decompositions):
         monkeypatch.setattr(module, "factorize", counted)
     for name in ("svd", "eigh", "eigvalsh", "qr", "svdvals", "cholesky_ex", "lu_factor"):
         original = getattr(torch.linalg, name)
