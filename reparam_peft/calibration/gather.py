@@ -94,6 +94,7 @@ def gather_statistics(
     world, rank = processes()
     check_whole(batches)
     batches = written(batches)
+    return_freed()
     device = input_device(model)
     count = 0
     with fails_together(), evaluating(model), frozen(model), uncompiled(model), leaving_no_graph(model), ExitStack() as stack:
@@ -120,7 +121,6 @@ def gather_statistics(
             statistics.outputs[name].gradient_tokens = recorder.gradient_tokens
     if world > 1:
         _reduce(statistics, modules, gradients)
-    return_freed()
     return statistics
 
 

@@ -21,6 +21,7 @@ from ..layers.wrapper import kind_and_layer
 from ..numerics.grams import add_gram, wide_rows
 from ..numerics.metrics import exact
 from ..runtime.batches import fitting_mask, padding_masks, rows_in
+from ..runtime.memory import return_freed
 from ..runtime.modules import encoder_of, without_cache
 from .given import Objective
 from .heads import HeldBack
@@ -121,6 +122,7 @@ class Recorder:
                 sums.clear()
             self.gradient_tokens = 0
         self.is_first = False
+        return_freed()  # what is left of the graph, between sums and pieces of other sizes, is a fifth of the next one's memory
 
     def _pass(self, model: nn.Module, batch: dict[str, Any], index: int, first_row: int, seed: int) -> bool:
         """One pass; whether it counts. One that does not leaves sums behind that are to be thrown away."""
@@ -335,8 +337,8 @@ class _Hook:
         if not (recorder.gradients and torch.is_grad_enabled()):
             return None
         with torch.no_grad():
-            ones = x.new_ones(x.numel(), dtype=torch.float32)
-            squares = ones if self.kind.one_hot else _squares(self.kind.rows(self.layer, x))
+            one_hot, count = self.kind.one_hot, x.numel()
+            squares = x.new_ones(count, dtype=torch.float32) if one_hot else _squares(self.kind.rows(self.layer, x))
         output, replaced = _start(output)
 
         @torch.no_grad()

@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_leaves
 
 from .heads import HeldBack
 
-NUMBERS_AT_A_TIME = 2**22  # of logits that labels are sampled from: copies are of these only
+NUMBERS_AT_A_TIME = 2**20  # of logits that labels are sampled from: copies are of these only
 
 
 def sampled_objective(
