@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 # The operator that PyTorch's compiler emits for linear layers on a CPU; None in builds without oneDNN.
 SINGLE_ROW_PRODUCT = getattr(torch.ops.mkldnn, "_linear_pointwise", None) if torch.backends.mkldnn.is_available() else None
-SINGLE_ROW_LEAST = 2**18  # parameters below which starting the operator costs more than it saves
+SINGLE_ROW_LEAST = 2**20  # parameters below which waking the other threads costs more than they save
 
 
 class FactorLinear(nn.Linear):

@@ -15,6 +15,7 @@ from reparam_peft.layers.factor_linear import FactorLinear
 @pytest.mark.parametrize("shape", [(1, 600), (1, 1, 600), (600,), (2, 600), (0, 600)])
 def test_single_rows_agree_with_the_plain_product(shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    monkeypatch.setattr(factor_linear, "SINGLE_ROW_LEAST", 600 * 500)
     layer = FactorLinear(600, 500)
     x = torch.randn(shape)
     expected = torch.nn.functional.linear(x, layer.weight, layer.bias)
@@ -28,6 +29,7 @@ def test_single_rows_agree_with_the_plain_product(shape: tuple[int, ...], monkey
 def test_single_rows_take_the_fast_product_only_where_it_is_safe(threads: int, monkeypatch: pytest.MonkeyPatch) -> None:
     calls = []
     monkeypatch.setattr(factor_linear, "SINGLE_ROW_PRODUCT", lambda x, weight, *rest: calls.append(1) or x @ weight.mT)
+    monkeypatch.setattr(factor_linear, "SINGLE_ROW_LEAST", 600 * 500)
     monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
     layer, x = FactorLinear(600, 500, bias=False), torch.randn(1, 600)
     layer(x)
