@@ -31,7 +31,6 @@ from .sums import InputSums, OutputSums, Sums, WeightedSums
 # Tokens of a pass, by the kind of device: as few as keep it busy, since the graph of a pass takes as much memory for each.
 TOKENS_AT_A_TIME = {"cpu": 512}
 MOST_TOKENS = 4096  # on all others
-logger = logging.getLogger(__name__)
 
 logger = logging.getLogger(__name__)
 

@@ -220,8 +220,12 @@ class Statistics:
 
     def unreached(self, names: Iterable[str]) -> list[str]:
         """Those of some modules that the statistics are of, and that no batch has reached."""
-        records = {name: self.inputs.get(self.reads.get(name, "")) for name in names if name in self.weight_norms}
-        return [name for name, record in records.items() if record is None or not record.rows]
+        return [name for name in names if name in self.weight_norms and not self.is_reached(name)]
+
+    def is_reached(self, module: str) -> bool:
+        """Whether the statistics hold rows of a module's input."""
+        record = self.inputs.get(self.reads.get(module, ""))
+        return record is not None and record.rows > 0
 
     def save(self, path: str | Path) -> None:
         """Write everything to one safetensors file; the same statistics give the same bytes.

@@ -38,7 +38,7 @@ class Pooled:
         """Moments of the expert's input, with its covariance if `centred`, else with E[x xᵀ]."""
         shared = self.shared.moments(SHARED, centred=False)
         gram, mean, rows, weight = shared.gram, shared.mean, 0, len(shared.mean)
-        if _is_reached(name, self.own):
+        if self.own.is_reached(name):
             own = self.own.moments(name, centred=False)
             rows = own.rows
             gram, mean = (_moved(one, rows, other, weight) for one, other in ((own.gram, gram), (own.mean, mean)))
@@ -51,7 +51,7 @@ class Pooled:
     def weighted_gram(self, name: str, centre: Tensor | None = None) -> Tensor | None:
         """The Gram of the expert's input, weighed by the gradients there, around a centre; None where there are none."""
         shared = self.shared.weighted_gram(SHARED, centre)
-        own = self.own.weighted_gram(name, centre) if _is_reached(name, self.own) else None
+        own = self.own.weighted_gram(name, centre) if self.own.is_reached(name) else None
         if own is None or shared is None:
             return own if shared is None else shared
         return _moved(own, self.own.input_rows(name), shared, len(shared))
@@ -108,7 +108,7 @@ class Pool:
     def unreached(self, names: Iterable[str], statistics: Statistics) -> list[str]:
         """Those experts among names that have no rows, in layers of which others have."""
         without = statistics.unreached(names)
-        return [name for name in without if any(_is_reached(other, statistics) for other in self._experts.get(name, []))]
+        return [name for name in without if any(statistics.is_reached(other) for other in self._experts.get(name, []))]
 
 
 def is_opened(name: str, config: ReparamConfig) -> bool:
@@ -123,13 +123,9 @@ def is_expert(name: str, config: ReparamConfig) -> bool:
     return is_opened(name, config) and not (pattern and Reading.parse(pattern).batch == 0)
 
 
-def _is_reached(name: str, statistics: Statistics) -> bool:
-    return not statistics.unreached([name])
-
-
 def _together(statistics: Statistics, experts: list[str]) -> Statistics:
     """The sums over experts, under the name `SHARED`."""
-    inputs = [statistics.inputs[statistics.reads[name]] for name in experts if _is_reached(name, statistics)]
+    inputs = [statistics.inputs[statistics.reads[name]] for name in experts if statistics.is_reached(name)]
     outputs = [statistics.outputs[name] for name in experts if name in statistics.outputs]
     shared = Statistics(reads={SHARED: SHARED})
     for one in inputs:

@@ -106,9 +106,8 @@ def _attend(
     }
     q, k, v = _projected(self, [rearranged[id(x)] for x in (query, key, value)])
     rows, length, features = q.shape
-    is_causal = (
-        is_causal and key_padding_mask is None and not need_weights
-    )  # the hint counts there alone, and replaces the mask
+    # The hint counts there alone, and replaces the mask.
+    is_causal = is_causal and key_padding_mask is None and not need_weights
     attn_mask = None if is_causal else attn_mask
     mask = _mask(key_padding_mask if key_padding_mask is None or is_batched else key_padding_mask[None], attn_mask, q, self)
     if self.bias_k is not None:

@@ -8,7 +8,6 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..calibration.statistics import Statistics
-from ..calibration.sums import InputSums
 from ..layers.factorized import FactorizedModule, weight_of
 from ..layers.product import Stored
 from ..numerics.decompositions import Factors, Whole
@@ -35,23 +34,19 @@ class CalibratedRounding:
         for name, module in model.named_modules():
             if not isinstance(module, FactorizedModule):
                 continue
-            record = self._record(name)
-            if record is None and name not in self.statistics.weight_norms:
-                raise ValueError(f"{name}: `statistics` do not hold this module; gather them with the same targets.")
+            if not self.statistics.is_reached(name):
+                if name not in self.statistics.weight_norms:
+                    raise ValueError(f"{name}: `statistics` do not hold this module; gather them with the same targets.")
+                continue
+            size = self.statistics.inputs[self.statistics.reads[name]].size
             inputs = module.matrix_of_B(weight_of(module.B)).shape[1] if module.whole is None else module.whole[1]
-            if record is not None and record.size != inputs:
-                raise ValueError(
-                    f"{name}: `statistics` are of {record.size} inputs, and it has {inputs}; they are of another model."
-                )
-
-    def _record(self, name: str) -> InputSums | None:
-        record = self.statistics.inputs.get(self.statistics.reads.get(name, ""))
-        return record if record is not None and record.rows else None
+            if size != inputs:
+                raise ValueError(f"{name}: `statistics` are of {size} inputs, and it has {inputs}; they are of another model.")
 
     def __call__(self, name: str, module: FactorizedModule, scheme: Scheme) -> dict[str, dict[str, Tensor]]:
         names = [part for part, _ in linears_of(module)]
         are_linear = all(isinstance(piece, nn.Linear) for piece in module.pieces.values())
-        if self._record(name) is None or "B" not in names or not are_linear:
+        if not self.statistics.is_reached(name) or "B" not in names or not are_linear:
             return {}
         moments = self.statistics.moments(name, centred=module.bias is not None)
         device = module.stored[0].device

@@ -170,7 +170,8 @@ def test_the_word_needs_a_tokenizer_and_no_other_word_will_do() -> None:
         given("self", None)
     with pytest.raises(ValueError, match="must be batches, `Statistics` or 'self', got 'text"):
         given("text.txt", TOKENIZER)
-    assert given(batches, TOKENIZER) is batches
+    with pytest.raises(ValueError, match="`tokenizer` has an effect with text and rows, and `batches` are batches"):
+        given(batches, TOKENIZER)
     with pytest.raises(ValueError, match="`tokenizer` has an effect with text, rows or 'self', and `batches` is nothing"):
         given(None, TOKENIZER)
     assert given("self", TOKENIZER).length == 128, "the positions that the model has"

@@ -116,6 +116,17 @@ def test_compress_takes_targets_as_names_or_expressions(
     assert run("compress", models / "llama", output, *DATA_FREE, *options).code == 0
     config = json.loads((output / "adapter_config.json").read_text())
     assert len(config["rank_pattern"]) == factorised
+    assert config["unreached"] is None
+
+
+def test_compress_says_what_becomes_of_targets_that_no_text_reaches(run: Run, models: Path, tmp_path: Path) -> None:
+    options = [*calibrated(models), "--target-modules", "q_proj,k_proj", "--rank", 8]
+    assert run("compress", models / "llama", tmp_path / "out", *options, "--unreached", "dense").code == 0
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert len(config["rank_pattern"]) == 4
+    assert config["unreached"] == "dense"
+    refused = run("compress", models / "llama", tmp_path / "other", *DATA_FREE, "--rank", 8, "--unreached", "dense")
+    assert_error(refused, "`unreached` has an effect with calibration data only")
 
 
 def test_compress_in_bfloat16_stores_bfloat16(run: Run, models: Path, tmp_path: Path) -> None:

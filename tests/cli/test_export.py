@@ -14,6 +14,8 @@ from support.models import llama
 from support.tolerances import assert_close
 from transformers import AutoModelForCausalLM
 
+from reparam_peft.cli import export as export_command
+
 
 @pytest.mark.parametrize("kind", ["standalone", "dense"])
 def test_export(run: Run, models: Path, tmp_path: Path, kind: str) -> None:
@@ -73,7 +75,7 @@ def test_export_quantises(run: Run, models: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
-def test_export_to_onnx(run: Run, models: Path, tmp_path: Path) -> None:
+def test_export_to_onnx(run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("transformers.exporters.runners", reason="ONNX files need transformers 5.23")
     assert run("compress", models / "llama", tmp_path / "small", "--rank", 4, "--method", "svd", "--no-evaluate").code == 0
     assert run("export", tmp_path / "small", tmp_path / "out").code == 0
@@ -82,6 +84,16 @@ def test_export_to_onnx(run: Run, models: Path, tmp_path: Path) -> None:
     assert json.loads(result.out)["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.onnx*"))
     assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == {"prefill.onnx", "decode.onnx"}
     assert not (tmp_path / "out/model.safetensors").exists()
+    # Over such an export, too, which need not be computed again to see that.
+    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
+
+    def write_again(model: object, folder: Path) -> None:
+        for name, content in written.items():
+            (folder / name).write_bytes(content)
+
+    monkeypatch.setattr(export_command, "save_onnx", write_again)
+    assert run("export", tmp_path / "small", tmp_path / "out", "--to", "onnx", "--overwrite").code == 0
+    assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == {"prefill.onnx", "decode.onnx"}
 
 
 def test_export_replaces_standalone_checkpoints_only(run: Run, models: Path, tmp_path: Path) -> None:
