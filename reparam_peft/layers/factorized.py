@@ -11,7 +11,7 @@ from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.types import Device
 
-from ..numerics.decompositions import Factors, Whole
+from ..numerics.decompositions import Corrected, Factors, Whole
 from ..numerics.pivoting import PivotFactors, pivot
 from ..numerics.storage import mask_size
 from .calling import call
@@ -286,7 +286,7 @@ class FactorizedModule(nn.Module):
         Raises:
             TypeError: `factors` are in another form than the module.
         """
-        if isinstance(factors, Whole) != (self.A is None):
+        if isinstance(factors, Corrected) or isinstance(factors, Whole) != (self.A is None):
             raise TypeError(f"`factors` are {type(factors).__name__}, and this module stores the form {self.form!r}.")
         if isinstance(factors, Whole):
             _set_weight(self.B, self.matrix_of_B(factors.W))

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from types import MappingProxyType
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from ..numerics.decompositions import Factors, Whole
+from ..numerics.decompositions import Corrected, Factors, Whole
 from ..numerics.pivoting import PivotFactors
-from ..numerics.storage import Storage
+from ..numerics.storage import Storage, scale_shape
 from .masks import spread
 
-Stored: TypeAlias = Factors | PivotFactors | Whole  # in the forms "factors", "pivot" and "dense"
+Stored: TypeAlias = Factors | PivotFactors | Whole | Corrected  # in the forms "factors", "pivot", "dense" and "corrected"
+NONE: Mapping[str, Tensor] = MappingProxyType({})
 
 
 class Product(NamedTuple):
@@ -25,6 +27,8 @@ class Product(NamedTuple):
         feature_mean: E[B x], shape (r,), where the product serves lower ranks too and the bias depends on the rank; else None.
         rows: indices of the rows of W that are left, int64, ascending, where some are left out, also of the bias; else None.
         columns: indices of the columns of W that are left, likewise.
+        scales: of those matrices of `factors` whose numbers are to be stored in few bits, by name and in the shape of
+            `numerics.storage.scale_shape`: the numbers are on the grid of their scales.
     """
 
     factors: Stored
@@ -32,6 +36,7 @@ class Product(NamedTuple):
     feature_mean: Tensor | None = None
     rows: Tensor | None = None
     columns: Tensor | None = None
+    scales: Mapping[str, Tensor] = NONE
 
     @property
     def rank(self) -> int:
@@ -69,7 +74,9 @@ def _spread(values: Tensor, indices: Tensor | None, dim: int, size: int) -> Tens
 
 def tensors_of(product: Product) -> list[Tensor]:
     """The tensors of a product, in order."""
-    return [tensor for tensor in (*product.factors, *product[1:]) if tensor is not None]
+    optional = (product.bias, product.feature_mean, product.rows, product.columns)
+    scales = [product.scales[name] for name in type(product.factors)._fields if name in product.scales]
+    return [*product.factors, *scales, *(tensor for tensor in optional if tensor is not None)]
 
 
 def product_of(tensors: Sequence[Tensor], rank: int, storage: Storage) -> Product:
@@ -84,14 +91,20 @@ def product_of(tensors: Sequence[Tensor], rank: int, storage: Storage) -> Produc
     >>> product_of(tensors_of(Product(Factors(A, B), bias)), 1, Storage(3, 2, bias=True)).bias is bias
     True
     """
-    class_of_form: dict[str, type[Stored]] = {"factors": Factors, "pivot": PivotFactors, "dense": Whole}
+    class_of_form: dict[str, type[Stored]] = {
+        "factors": Factors,
+        "pivot": PivotFactors,
+        "dense": Whole,
+        "corrected": Corrected,
+    }
     made = class_of_form[storage.form_at(rank)]
-    count = len(made._fields)
-    rest, (out_features, in_features) = list(tensors[count:]), storage.whole_shape
+    count, widths = len(made._fields), storage.widths(rank)
+    scales = dict(zip(widths, tensors[count:], strict=False))
+    rest, (out_features, in_features) = list(tensors[count + len(widths) :]), storage.whole_shape
     columns = rest.pop() if in_features > storage.in_features else None
     rows = rest.pop() if out_features > storage.out_features else None
     bias, feature_mean = (*rest, None, None)[:2]
-    return Product(made(*tensors[:count]), bias, feature_mean, rows, columns)
+    return Product(made(*tensors[:count]), bias, feature_mean, rows, columns, scales)
 
 
 def empty_product(rank: int, storage: Storage, dtype: torch.dtype, nested: bool) -> list[Tensor]:
@@ -99,22 +112,21 @@ def empty_product(rank: int, storage: Storage, dtype: torch.dtype, nested: bool)
 
     Args:
         rank: r.
-        storage: shape of the matrix, form of the product, whether it has a bias, and whether rows or columns are left out.
-        dtype: of all but the indices.
+        storage: shape of the matrix, form and bits of the product, whether it has a bias, and whether rows or columns are left
+            out.
+        dtype: of all but the indices and the scales.
         nested: whether lower ranks are served too, so that a bias comes with the mean of the features.
 
     >>> [tuple(tensor.shape) for tensor in empty_product(2, Storage(5, 3, "pivot", bias=True), torch.float32, nested=True)]
     [(2, 3), (3, 2), (2,), (5,), (2,)]
     """
     form, (out_features, in_features) = storage.form_at(rank), (storage.out_features, storage.in_features)
-    floats: dict[str, list[tuple[int, ...]]] = {
-        "factors": [(out_features, rank), (rank, in_features)],
-        "pivot": [(rank, in_features), (out_features - rank, rank)],
-        "dense": [(out_features, in_features)],
-    }
-    tensors = [torch.empty(shape, dtype=dtype) for shape in floats[form]]
+    shapes = storage.matrices(rank)
+    tensors = [torch.empty(shape, dtype=dtype) for shape in shapes.values()]
     if form == "pivot":
         tensors.append(torch.empty(rank, dtype=torch.int64))
+    for name, bits in storage.widths(rank).items():
+        tensors.append(torch.empty(scale_shape(*shapes[name], bits), dtype=torch.float32))
     if storage.bias:
         tensors.append(torch.empty(out_features, dtype=dtype))
         if nested and form != "dense":  # which serves no lower rank

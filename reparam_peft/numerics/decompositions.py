@@ -46,6 +46,24 @@ class Whole(NamedTuple):
         return Factors(identity, self.W) if out_features <= in_features else Factors(self.W, identity)
 
 
+class Corrected(NamedTuple):
+    """A matrix in few bits and a product beside it that makes up for what the rounding lost: Q + A B.
+
+    Attributes:
+        Q: shape (out, in).
+        A: shape (out, r).
+        B: shape (r, in).
+    """
+
+    Q: Tensor
+    A: Tensor
+    B: Tensor
+
+    def factors(self) -> Factors:
+        """The sum as factors of full rank, of which one is the identity."""
+        return Whole(self.Q + self.A @ self.B).factors()
+
+
 def check_rank(rank: int, shape: torch.Size | tuple[int, int]) -> None:
     """Raise `ValueError` unless 1 ≤ `rank` ≤ min(`shape`), and `TypeError` unless it is an int."""
     limit = min(shape)

@@ -1,4 +1,4 @@
-"""What a product takes in each form, by rank."""
+"""What a product takes in each form, by rank and by the bits of its numbers."""
 
 from __future__ import annotations
 
@@ -15,6 +15,33 @@ def mask_size(out_features: int) -> int:
     2
     """
     return math.ceil(out_features / 8)
+
+
+LEAST_INPUTS = 16  # shorter rows are not stored in few bits: their scales would take a good part of what is saved
+NF4_BLOCK = 64  # numbers with a scale of their own, as in QLoRA, arXiv:2305.14314
+AS_THE_MODEL = 16  # the bits of numbers that are stored in the dtype of the model, whichever that is
+SCALE_BYTES = 4
+
+
+def scale_shape(rows: int, columns: int, bits: int) -> tuple[int, ...]:
+    """Of the scales, float32, of a matrix in 8 bits, one for each row, or in 4, one for each `NF4_BLOCK` numbers.
+
+    >>> scale_shape(3, 50, 8), scale_shape(3, 50, 4)
+    ((3, 1), (3,))
+    """
+    return (rows, 1) if bits == 8 else (math.ceil(rows * columns / NF4_BLOCK),)
+
+
+def matrix_bytes(rows: int, columns: int, bits: int, itemsize: int) -> int:
+    """What a matrix takes with its scales: in 8 or 4 bits, or in the dtype of the model, a number of which takes `itemsize`.
+
+    >>> matrix_bytes(64, 64, 16, 2), matrix_bytes(64, 64, 8, 2), matrix_bytes(64, 64, 4, 2)
+    (8192, 4352, 2304)
+    """
+    numbers = rows * columns
+    if bits == AS_THE_MODEL:
+        return numbers * itemsize
+    return math.ceil(numbers * bits / 8) + SCALE_BYTES * math.prod(scale_shape(rows, columns, bits))
 
 
 def narrow_form(rank: int, size: Sequence[int], form: str) -> str:
@@ -37,10 +64,13 @@ class Storage:
     Attributes:
         out_features: rows; of a narrow one, those that are left.
         in_features: columns; of a narrow one, those that are left.
-        form: "factors", A (out, r) and B (r, in); or "pivot", r rows of the product, coefficients of the others, and one bit
-            for each row that says which is which.
+        form: "factors", A (out, r) and B (r, in); "pivot", r rows of the product, coefficients of the others, and one bit for
+            each row that says which is which; "dense", the matrix itself, in few bits; or "corrected", that and factors beside
+            it.
         bias: whether a bias is stored along.
         whole: (out, in) of the matrix of which rows or columns were left out; None: all are there.
+        bits: of the numbers of the product, of a corrected one of those of the matrix: 8 or 4; 16: the dtype of the model.
+        correction_bits: of the factors beside a corrected matrix, likewise.
 
     Raises:
         ValueError: more is left than there was.
@@ -51,6 +81,8 @@ class Storage:
     form: str = "factors"
     bias: bool = False
     whole: tuple[int, int] | None = None
+    bits: int = AS_THE_MODEL
+    correction_bits: int = AS_THE_MODEL
 
     def __post_init__(self) -> None:
         if self.whole is not None and (self.out_features > self.whole[0] or self.in_features > self.whole[1]):
@@ -82,7 +114,7 @@ class Storage:
         return math.prod(self.whole_shape)
 
     def form_at(self, rank: int) -> str:
-        """How a product of this rank is stored: "factors" or "pivot", or at the full rank of a narrow matrix "dense".
+        """How a product of this rank is stored: in its form, or at the full rank of a narrow matrix "dense".
 
         >>> Storage(6, 4, "pivot", whole=(8, 4)).form_at(4), Storage(8, 4, "pivot").form_at(4)
         ('dense', 'pivot')
@@ -110,9 +142,54 @@ class Storage:
         >>> Storage(10, 20).parameters(2), Storage(10, 20, "pivot").parameters(2), Storage(8, 20, whole=(10, 20)).parameters(8)
         (60, 58, 162)
         """
-        form, across = self.form_at(rank), self.out_features + self.in_features
-        numbers = {"factors": rank * across, "pivot": rank * (across - rank), "dense": self.out_features * self.in_features}
-        return numbers[form] + self.overhead(rank)
+        return sum(rows * columns for rows, columns in self.matrices(rank).values()) + self.overhead(rank)
+
+    def matrices(self, rank: int) -> dict[str, tuple[int, int]]:
+        """(rows, columns) of the matrices that the product of this rank consists of, by the names that its class gives them.
+
+        >>> Storage(10, 20, "pivot").matrices(2)
+        {'P': (2, 20), 'K': (8, 2)}
+        """
+        A, B, W = (self.out_features, rank), (rank, self.in_features), (self.out_features, self.in_features)
+        matrices: dict[str, dict[str, tuple[int, int]]] = {
+            "factors": {"A": A, "B": B},
+            "pivot": {"P": B, "K": (self.out_features - rank, rank)},
+            "dense": {"W": W},
+            "corrected": {"Q": W, "A": A, "B": B},
+        }
+        return matrices[self.form_at(rank)]
+
+    def widths(self, rank: int) -> dict[str, int]:
+        """The bits of those matrices whose numbers are stored in few bits, by the same names.
+
+        >>> Storage(10, 20, "pivot", bits=8).widths(17), Storage(10, 20, "corrected", bits=4).widths(2)
+        ({'P': 8, 'K': 8}, {'Q': 4})
+        """
+        corrects = self.form_at(rank) == "corrected"
+        widths = {}
+        for name, (rows, columns) in self.matrices(rank).items():
+            bits = self.correction_bits if corrects and name != "Q" else self.bits
+            if bits != AS_THE_MODEL and rows and columns >= LEAST_INPUTS:
+                widths[name] = bits
+        return widths
+
+    def bytes(self, rank: int | None, itemsize: int) -> int:
+        """What a product of this rank takes in all, or the whole matrix where it stays dense in the dtype of the model (None).
+
+        Args:
+            rank: r.
+            itemsize: bytes of a number in the dtype of the model.
+
+        >>> Storage(64, 64).bytes(8, 2), Storage(64, 64, bits=8).bytes(None, 2), Storage(64, 64, "dense", bits=8).bytes(64, 2)
+        (2048, 8192, 4352)
+        """
+        if rank is None:
+            return self.dense * itemsize
+        widths = self.widths(rank)
+        matrices = (
+            matrix_bytes(*shape, widths.get(name, AS_THE_MODEL), itemsize) for name, shape in self.matrices(rank).items()
+        )
+        return sum(matrices) + self.bias * self.out_features * itemsize + self.mask(rank)
 
     def stored(self, rank: int | None) -> int:
         """Numbers that a product of this rank takes, or the whole matrix where it stays dense (None)."""

@@ -14,10 +14,9 @@ from torch import Tensor, nn
 
 from ..layers.factorized import FactorizedModule
 from ..numerics.rounding import Grid
+from ..numerics.storage import LEAST_INPUTS, NF4_BLOCK
 from ..runtime.modules import set_module
 
-LEAST_INPUTS = 16  # shorter rows stay as they are: scales would take a good part of what is saved
-NF4_BLOCK = 64  # numbers with a scale of their own, as in QLoRA, arXiv:2305.14314
 INT8_MOST = 127
 SMALLEST_SCALE = 1e-30  # of matrices of zeros
 

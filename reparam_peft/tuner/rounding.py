@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..calibration.statistics import Statistics
 from ..layers.factorized import FactorizedModule, weight_of
 from ..layers.product import Stored
-from ..numerics.decompositions import Factors, Whole
+from ..numerics.decompositions import Corrected, Factors, Whole
 from ..numerics.metrics import exact
 from ..numerics.pivoting import PivotFactors
 from ..numerics.rounding import Rounded, rotated, rounded, rounded_pair
@@ -68,6 +68,8 @@ def _rounded(stored: Stored, gram: Tensor, scheme: Scheme, names: Sequence[str])
     if isinstance(stored, PivotFactors):
         K, P = rounded_pair(stored.K, stored.P, gram, scheme.grid, "A.K" in names)
         return PivotFactors(P.numbers, K.numbers, stored.pivots), {"B": P, "A.K": K}
+    if isinstance(stored, Corrected):
+        raise TypeError("a corrected matrix is stored in few bits already.")
     A, B = rounded_pair(*rotated(stored), gram, scheme.grid, "A" in names)
     return Factors(A.numbers, B.numbers), {"B": B, "A": A}
 

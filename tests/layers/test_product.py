@@ -49,3 +49,15 @@ def test_a_product_is_made_of_its_tensors_again_and_there_is_memory_for_them(
 
 def test_without_a_bias_there_is_no_mean_either() -> None:
     assert len(empty_product(2, Storage(7, 5), torch.float32, nested=True)) == 2
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot", "dense", "corrected"])
+@pytest.mark.parametrize("bits", [8, 4])
+def test_products_in_few_bits_have_room_and_come_back_whole(form: str, bits: int) -> None:
+    storage = Storage(40, 24, form, bias=True, bits=bits, correction_bits=8)
+    rank = 24 if form == "dense" else 17
+    tensors = empty_product(rank, storage, torch.float32, nested=False)
+    product = product_of(tensors, rank, storage)
+    assert product.scales.keys() == storage.widths(rank).keys()
+    assert [id(tensor) for tensor in tensors_of(product)] == [id(tensor) for tensor in tensors]
+    assert product.rank == rank

@@ -9,7 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.strategies import PROPERTY, decimal_keeps, keeps, narrow_storages, sizes, storages
 
-from reparam_peft.numerics.storage import FORMS, Storage, uniform_rank
+from reparam_peft.numerics.storage import FORMS, Storage, matrix_bytes, scale_shape, uniform_rank
+from reparam_peft.standalone.quantization import SCHEMES
 
 
 @PROPERTY
@@ -155,3 +156,20 @@ def test_no_more_can_be_left_than_there_was() -> None:
     with pytest.raises(ValueError, match=r"`whole` must be at least \(4, 5\), got \(4, 4\)"):
         Storage(4, 5, whole=(4, 4))
     assert not Storage(4, 5, whole=(4, 5)).is_narrow
+
+
+@pytest.mark.parametrize("name", ["int8", "int4"])
+@pytest.mark.parametrize("shape", [(24, 40), (7, 19)])
+def test_bytes_of_a_matrix_are_those_of_its_scheme(name: str, shape: tuple[int, int]) -> None:
+    tensors = SCHEMES[name].empty(*shape)
+    bits = {"int8": 8, "int4": 4}[name]
+    assert matrix_bytes(*shape, bits, 2) == sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+    assert scale_shape(*shape, bits) in [tuple(tensor.shape) for tensor in tensors.values()]
+
+
+def test_corrections_have_bits_of_their_own() -> None:
+    storage = Storage(64, 32, "corrected", bits=4, correction_bits=8)
+    assert storage.widths(16) == {"Q": 4, "A": 8, "B": 8}
+    assert storage.widths(8) == {"Q": 4, "B": 8}, "rows of A are too short"
+    assert storage.bytes(8, 2) == (1024 + 4 * 32) + 2 * 64 * 8 + (8 * 32 + 4 * 8)
+    assert storage.parameters(8) == 64 * 32 + 8 * 96
