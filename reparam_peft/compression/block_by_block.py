@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,19 @@ from ..blockwise.blocks import Call, Replay
 from ..blockwise.refinement import Refinement, Task, refine_block
 from ..blockwise.streams import Stream
 from ..calibration.self_written import SelfWritten, written
-from ..calibration.statistics import Statistics
 from ..layers.kinds import layer_kind
 from ..layers.product import Product
 from ..planning.plan import Plan
 from ..runtime.batches import Batch, fitting_mask, padding_masks, split_rows
-from ..runtime.fingerprints import (
-    fingerprint_of_batches,
-    fingerprint_of_config,
-    fingerprint_of_model,
-    fingerprint_of_values,
-)
 from ..runtime.modules import abridged, encoder_of, evaluating, naming, parameter_owners, set_module
 from ..runtime.processes import fails_together, processes
-from ..runtime.run_folder import RunFolder, json_able
+from ..runtime.run_folder import RunFolder
 from ..tuner.layer import ReparamLayer
 from ..tuner.matrices import own_bias, source_matrix
 from ..tuner.targets import Target, check_targets
 from .job import Job
 from .parts import Part
+from .run_settings import settings_of
 from .student import (
     changed_parameters,
     factorized_layer,
@@ -129,7 +123,7 @@ class BlockByBlock:
         self.job, self.steps, self.plan = job, steps, plan
         self.outside: dict[str, nn.Module] = {}  # targets outside of blocks, factorised
         with fails_together():
-            settings = {} if steps.run_folder is None else self._settings(batches)
+            settings = {} if steps.run_folder is None else settings_of(job, batches, plan, steps.anchoring, steps.refinement)
         self.folder = RunFolder(steps.run_folder, settings, steps.mapped)
         with ExitStack() as stack:
             stack.callback(self.folder.release)
@@ -143,21 +137,6 @@ class BlockByBlock:
                 self.encoder = None if encoder is None else set(encoder.modules())
                 self.shared = {name for names in parameter_owners(job.model).values() if len(names) > 1 for name in names}
             stack.pop_all()
-
-    def _settings(self, batches: Sequence[Batch] | SelfWritten) -> dict[str, Any]:
-        """All that the result depends on, by which a folder knows its run."""
-        job, steps = self.job, self.steps
-        return {
-            "config": json_able(job.config.to_dict()),
-            "sequential": None if steps.anchoring is None else asdict(steps.anchoring),
-            "refine": None if steps.refinement is None else asdict(steps.refinement),
-            "seed": job.seed,
-            "model": fingerprint_of_model(job.model),
-            "model's config": fingerprint_of_config(job.model),
-            "batches": batches.fingerprint() if isinstance(batches, SelfWritten) else fingerprint_of_batches(batches),
-            "plan": None if self.plan is None else fingerprint_of_values(self.plan.to_dict()),
-            "statistics": job.batches.fingerprint() if isinstance(job.batches, Statistics) else None,
-        }
 
     def result(self, adapter_name: str) -> Result:
         """Compress everything but what an earlier call has finished; then other runs may work in the folder."""

@@ -262,7 +262,6 @@ def test_a_process_that_is_killed_at_any_moment(tmp_path: Path) -> None:
     [
         (convnet, [images(2, (3, 10, 9), "x")], {"target_modules": ["conv0"]}, {"refine": True}, ValueError, "has no blocks"),
         (llama, TEXT, {"method": "svd"}, {"sequential": True}, ValueError, "`sequential` needs one of the methods"),
-        (llama, TEXT, {}, {"run_folder": "x"}, ValueError, "`run_folder` has an effect with `sequential` or `refine` only"),
         (llama, TEXT, {}, {"device": "cpu"}, ValueError, "`device` has an effect with"),
         (llama, TEXT, {}, {"refine": 3}, TypeError, "`refine` must be True, False or options of type Refinement, got 3"),
         (llama, TEXT, {}, {"sequential": Refinement()}, TypeError, "`sequential` must be True, False or options of type Anch"),
