@@ -29,7 +29,7 @@ from ..layers.kinds import layer_kind
 from ..layers.product import Product
 from ..planning.plan import Plan
 from ..runtime.batches import Batch, fitting_mask, padding_masks, split_rows
-from ..runtime.modules import abridged, encoder_of, evaluating, naming, parameter_owners, set_module
+from ..runtime.modules import abridged, encoder_of, endings_of, evaluating, naming, parameter_owners, set_module
 from ..runtime.processes import fails_together, processes
 from ..runtime.run_folder import RunFolder
 from ..tuner.layer import ReparamLayer
@@ -122,6 +122,7 @@ class BlockByBlock:
     ) -> None:
         self.job, self.steps, self.plan = job, steps, plan
         self.outside: dict[str, nn.Module] = {}  # targets outside of blocks, factorised
+        self.fixed: set[str] = set()  # targets that stay as they are
         with fails_together():
             settings = {} if steps.run_folder is None else settings_of(job, batches, plan, steps.anchoring, steps.refinement)
         self.folder = RunFolder(steps.run_folder, settings, steps.mapped)
@@ -157,6 +158,9 @@ class BlockByBlock:
             targets = job.ranked(plan)
             self._tell_of_unreached(targets)
             check_targets(targets, job.config, job.model, adapter_name, loading=False)
+        factorised = {name for name, target in targets.items() if target.rank is not None}
+        # PEFT saves modules whole by endings of names, so that it would take a factorised one, too.
+        self.fixed = endings_of(factorised, targets.keys() - factorised)
         self.folder.begin(plan.to_dict())
         result = Result(plan)
         passes = 1 + (self.steps.refinement.epochs if self.steps.refinement else 0)
@@ -308,7 +312,7 @@ class BlockByBlock:
     ) -> None:
         """Put the product of a matrix, or the matrix that takes its place, in a block under construction."""
         module = student.get_submodule(relative)
-        if target.rank is None and observed is None:
+        if target.rank is None and (observed is None or name in self.fixed):
             return
         W, bias = source_matrix(module), own_bias(module) if target.storage.bias else None
         part = narrowed.part
@@ -358,5 +362,6 @@ class BlockByBlock:
             parameters = dict(module.named_parameters())
             if name in targets or all(parameter.ndim <= 1 for parameter in parameters.values()):
                 ours = {key: p for key, p in parameters.items() if f"{block}.{name}.{key}" not in self.shared}
-                trained += [parameter for parameter in ours.values() if parameter.is_floating_point()]
+                if f"{block}.{name}" not in self.fixed:
+                    trained += [parameter for parameter in ours.values() if parameter.is_floating_point()]
         return trained

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import time
 from collections.abc import Callable
@@ -152,6 +153,29 @@ def test_a_plan_is_obeyed() -> None:
     ranks = plan(llama(), config_of(**ALL, keep=0.4), TEXT, progress=False)
     small = by_block(llama(), TEXT, {**WAYS["both"], "plan": ranks}, keep=0.4)
     assert small.peft_config["default"].rank_pattern == ranks.ranks
+
+
+class Twice(nn.Module):
+    """Two lists of blocks, of which the name of one is the ending of that of the other."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(12, 12), nn.Tanh(), nn.Linear(12, 12))
+        self.early_layers = nn.ModuleList(copy.deepcopy(block) for _ in range(2))
+        self.layers = nn.ModuleList(copy.deepcopy(block) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        for block in (*self.early_layers, *self.layers):
+            x = block(x)
+        return x
+
+
+def test_dense_targets_whose_names_are_endings_of_others_stay_as_they_are() -> None:
+    batches = [{"x": torch.randn(8, 12, generator=torch.Generator().manual_seed(i))} for i in range(4)]
+    small = by_block(Twice(), batches, WAYS["both"], keep=0.6, dense_modules=["layers.0.0", "layers.1.2"])
+    assert torch.equal(small.get_base_model().layers[0][0].weight, Twice().layers[0][0].weight)
+    assert not layers(small).keys() & {"layers.0.0", "layers.1.2"}
 
 
 def test_padding_changes_nothing() -> None:
