@@ -26,7 +26,7 @@ def written_modules(model: nn.Module) -> set[str]:
     names = [name for name, _ in model.named_modules()]
     written = set()
     for part, module in model.named_modules():
-        for ending in _written_by(type(module)):
+        for ending in _written_by(module.__class__):
             start = f"{part}." if part else ""
             written |= {name for name in names if name.startswith(start) and f".{name}".endswith(f".{ending}")}
     return written
