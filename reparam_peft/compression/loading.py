@@ -13,6 +13,7 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+from ..config.few_bits import check_one_shot
 from ..config.reparam_config import ReparamConfig
 from ..layers.factorized import FactorizedModule
 from ..layers.kinds import layer_kind
@@ -32,6 +33,7 @@ class CompressingLoader(CheckpointLoader):
 
     def __init__(self, quantization_config: ReparamConfig, **kwargs: Any) -> None:
         check_standalone(quantization_config)
+        check_one_shot(quantization_config, "compression while loading")
         check_data_free(quantization_config)
         super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]  # it reads no more than `quant_method`
         self.config = quantization_config

@@ -11,6 +11,7 @@ from safetensors import SafetensorError, safe_open
 from ..arguments import check_bool, check_choice, check_int, check_names, check_number, check_regex, is_finite, is_int
 from ..numerics.methods import METHODS
 from ..numerics.storage import FORMS, narrow_form
+from .few_bits import check_few_bits
 from .fields import ALLOCATIONS, INPUT_METRICS, OF_ALLOCATION, OF_METRICS, OUTPUT_METRICS, UNREACHED, Fields
 
 FACTORS = ".reparam_factors."
@@ -32,6 +33,7 @@ def check_fields(config: Fields, from_file: bool) -> None:
     _check_origin(config)
     _check_filled_in(config)
     _check_smaller_sizes(config)
+    check_few_bits(config, from_file)
 
 
 def _check_size(config: Fields) -> None:

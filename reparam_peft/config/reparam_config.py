@@ -55,6 +55,8 @@ class ReparamConfig(Fields):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        if self.bits is not None:
+            self.bits = tuple(sorted(self.bits, reverse=True))  # of a file, which has a list, too
         # The modules of an adapter out of a checkpoint.
         self._in_file = {*self.rank_pattern, *(self.dense_modules or ())} if self._from_file else None
         if self._from_file:

@@ -46,7 +46,8 @@ def is_installing() -> bool:
 
 def check_data_free(config: ReparamConfig) -> None:
     """Raise `ValueError` where a config asks for what `get_peft_model`, which gets no data, cannot do."""
-    for name, values in (("method", names_of_methods(needs_data=True)), ("allocation", ("loss",))):
+    needing = {"method": names_of_methods(needs_data=True), "allocation": ("loss",), "budget": ("bytes",)}
+    for name, values in needing.items():
         if getattr(config, name) in values:
             raise ValueError(
                 f"`{name}={getattr(config, name)!r}` needs calibration data, which `get_peft_model` has no way to pass; use "
