@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .decompositions import Factors
+from .decompositions import Factors, Whole
 from .metrics import check_metric, exact, solve
+from .pivoting import PivotFactors
 
 DAMPING = 0.01  # of the mean diagonal entry, added to the diagonal: GPTQ's own
-COLUMNS = 128  # rounded before what they owe is passed on to all columns after them: GPTQ's own
+SOLVED_AT_ONCE = 192  # rows of a triangular matrix
+COLUMNS = 64  # rounded before what they owe is passed on to all columns after them
 
 
 @dataclass(frozen=True)
@@ -138,8 +140,18 @@ def _inverse_root(gram: Tensor) -> Tensor:
     damped = gram.clone()
     damped.diagonal().add_(DAMPING * gram.diagonal().mean())
     # With rows and columns in the reverse order L Lᵀ = G is R Rᵀ = G with an upper triangular R, and U is its inverse.
-    R = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
-    return torch.linalg.solve_triangular(R, torch.eye(len(R), dtype=R.dtype, device=R.device), upper=True)
+    return _inverse_of_upper(torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1))
+
+
+def _inverse_of_upper(R: Tensor) -> Tensor:
+    """R⁻¹ of an upper triangular matrix, by halves: a third of what solving for the identity takes."""
+    n = len(R)
+    if n <= SOLVED_AT_ONCE:
+        return torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype, device=R.device), upper=True)
+    half, inverse = n // 2, torch.zeros_like(R)
+    inverse[:half, :half], inverse[half:, half:] = _inverse_of_upper(R[:half, :half]), _inverse_of_upper(R[half:, half:])
+    inverse[:half, half:] = -inverse[:half, :half] @ (R[:half, half:] @ inverse[half:, half:])
+    return inverse
 
 
 def rotated(factors: Factors, seed: int = 0) -> Factors:
@@ -179,3 +191,39 @@ def rounded_pair(
     square = weighted @ near.numbers.mT
     fitted = solve(square, weighted @ M.mT @ L.mT).mT
     return rounded(fitted, grid_of(fitted), square) if rounds_left else Rounded(fitted, None), near
+
+
+def rounded_factors(
+    factors: Factors, gram: Tensor | Feedback, grids: Mapping[str, GridOf]
+) -> tuple[Factors, dict[str, Rounded]]:
+    """Both factors rounded together, as by `rounded_product`, after a rotation between them."""
+    if "B" not in grids:
+        return factors, {}
+    A, B = rounded_pair(*rotated(factors), gram, grids["B"], "A" in grids)
+    return Factors(A.numbers, B.numbers), {"A": A, "B": B}
+
+
+def rounded_product(
+    stored: Factors | PivotFactors | Whole, gram: Tensor | Feedback, grids: Mapping[str, GridOf]
+) -> tuple[Factors | PivotFactors | Whole, dict[str, Rounded]]:
+    """A product with some of its matrices rounded in the metric of the inputs; and its matrices by name, float64.
+
+    Where the one that reads the inputs is not rounded, none is, and no matrix is named.
+
+    Args:
+        stored: factors A and B, the matrices P and K of the pivot form, or a matrix W as it is.
+        gram: G, shape (in, in), or its diagonal (in,); or what was made of it for an earlier matrix.
+        grids: of those that are rounded, by name: matrix in float64 → the grid for its numbers.
+    """
+    if isinstance(stored, Factors):
+        return rounded_factors(stored, gram, grids)
+    if isinstance(stored, Whole):
+        if "W" not in grids:
+            return stored, {}
+        W = exact(stored.W)
+        whole = rounded(W, grids["W"](W), gram)
+        return Whole(whole.numbers), {"W": whole}
+    if "P" not in grids:
+        return stored, {}
+    K, P = rounded_pair(stored.K, stored.P, gram, grids["P"], "K" in grids)
+    return PivotFactors(P.numbers, K.numbers, stored.pivots), {"P": P, "K": K}
