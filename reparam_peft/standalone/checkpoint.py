@@ -22,15 +22,17 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..arguments import ReparamWarning
 from ..config.fields import Fields
 from ..layers.attention import open_attentions_of
-from ..layers.factorized import MARKER, FactorizedModule, Replaced, weight_of
+from ..layers.computed_weight import Replaced
+from ..layers.factorized import MARKER, FactorizedModule, weight_of
 from ..layers.kinds import LayerKind, layer_kind
 from ..layers.parameters import Reading
+from ..layers.schemes import SCHEMES, check_scheme
 from ..numerics.storage import FORMS, narrow_form
 from ..runtime.modules import is_offloaded, set_module
 from .contents import DAMAGED, check_files
 from .heads import check_tied, tie, tied_in
 from .opened import candidates, check_readings, expect_marks, mark_opened, open_named, opened_names
-from .quantization import SCHEMES, check_scheme, finish, prepare, state_dict
+from .quantization import finish, prepare, state_dict
 from .tables import TABLES, check_tables, finish_tables, prepare_tables, tables_state
 
 METHOD = "reparam"

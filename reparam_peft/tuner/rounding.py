@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from ..calibration.statistics import Statistics
 from ..layers.factorized import FactorizedModule, weight_of
 from ..layers.product import Stored
+from ..layers.schemes import Scheme
 from ..numerics.decompositions import Corrected, Factors, Whole
 from ..numerics.metrics import exact
 from ..numerics.pivoting import PivotFactors
 from ..numerics.rounding import Rounded, rotated, rounded, rounded_pair
-from ..standalone.quantization import Scheme, linears_of
+from ..standalone.quantization import linears_of
 
 
 @dataclass(frozen=True)
