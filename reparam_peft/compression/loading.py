@@ -18,7 +18,8 @@ from ..config.reparam_config import ReparamConfig
 from ..layers.factorized import FactorizedModule
 from ..layers.kinds import layer_kind
 from ..runtime.modules import naming, set_module
-from ..standalone.checkpoint import CheckpointConfig, CheckpointLoader, mark, specification_of
+from ..standalone.checkpoint import CheckpointConfig, CheckpointLoader
+from ..standalone.specification import mark, specification_of
 from ..tuner.data_free import check_data_free, check_standalone, data_free_product
 from ..tuner.selection import select_targets
 from ..tuner.targets import Target

@@ -114,6 +114,19 @@ class CodedLinear(nn.Module):
         for name, tensor in self.scheme.packed(matrix.double(), self.scheme.grid_of(scales, self.shape)).items():
             setattr(self, name, tensor)
 
+    def reset_parameters(self) -> None:
+        """Make it a random matrix; on meta nothing."""
+        if not self.weight.is_meta:
+            random = torch.randn(self.shape, device=self.weight.device, dtype=torch.float64) / self.in_features**0.5
+            grid = self.scheme.grid(random)
+            self.set_matrix(grid.nearest(random), self.scheme.scales_of(grid))
+
+    def share(self, other: CodedLinear) -> None:
+        """Have the numbers of another layer of the same size and bits, in the same memory."""
+        for name, tensor in other.tensors.items():
+            setattr(self, name, tensor)
+        self.placeholder = other.placeholder.clone()
+
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedLinear:
         scales = self.scales
         super()._apply(fn, recurse)
