@@ -159,7 +159,7 @@ class ReparamConfig(Fields):
                     f"{weights.with_name(CONFIG_NAME)} has no `stored_parameters`, and so is not of the adapter beside it; "
                     "copy or download both again."
                 )
-            check_weights(weights, config.rank_pattern, config.form, config.sizes or {})
+            check_weights(weights, config)
         if keep is not None:
             config._make_smaller(keep)
         return config

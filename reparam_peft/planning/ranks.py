@@ -33,6 +33,11 @@ def resolve_rank(config: ReparamConfig, name: str, storage: Storage, keep: float
     rank = config.module_rank(name)
     if rank is not None:
         check_rank(rank, (storage.out_features, storage.in_features))
+        if storage.form_at(rank) == "corrected" and "Q" not in storage.widths(rank):
+            raise ValueError(
+                f"its rank is in `rank_pattern`, and a matrix {storage.whole_shape} of this kind of layer is not stored in few "
+                "bits, so that there is nothing to correct; leave it out with `exclude_modules`."
+            )
         return rank
     if config.r is None:
         return uniform_rank(config.keep if keep is None else keep, storage)
@@ -48,7 +53,13 @@ def is_nested(config: ReparamConfig) -> bool:
     They are with most methods, but not in pivot form. It says so where a `ceiling` below 1 leaves nothing dense by itself.
     """
     method_is_nested = config.method is not None and METHODS[config.method].nested
-    return config.form == "factors" and method_is_nested and config.ceiling is not None and config.ceiling < 1
+    return (
+        config.form == "factors"
+        and not config.chooses_bits
+        and method_is_nested
+        and config.ceiling is not None
+        and config.ceiling < 1
+    )
 
 
 @dataclass(frozen=True)
