@@ -16,6 +16,7 @@ from ..calibration.gather import gather_statistics
 from ..calibration.given import Objective
 from ..calibration.self_written import SELF, SelfWritten, batches_or_self_written
 from ..calibration.statistics import Batches, Statistics
+from ..config.few_bits import check_one_shot
 from ..config.reparam_config import ReparamConfig
 from ..layers.kinds import is_quantized
 from ..numerics.methods import names_of_methods
@@ -160,6 +161,8 @@ def compress_blocks(
         autocast_adapter_dtype: as for `get_peft_model`.
         model, config, batches, plan, statistics, adapter_name: as for `compress`.
     """
+    if isinstance(config, ReparamConfig):
+        check_one_shot(config, "compression block by block (`sequential`, `refine`)")
     if isinstance(batches, Statistics):
         raise ValueError(
             "`sequential` and `refine` need the data themselves; give them as `batches`, and the statistics as `statistics`."

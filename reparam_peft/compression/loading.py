@@ -13,13 +13,14 @@ from transformers.core_model_loading import ConversionOps
 from transformers.quantizers import register_quantizer
 from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
+from ..config.few_bits import check_one_shot
 from ..config.reparam_config import ReparamConfig
 from ..layers.factorized import FactorizedModule
 from ..layers.kinds import layer_kind
-from ..layers.product import Product
 from ..runtime.modules import naming, set_module
-from ..standalone.checkpoint import CheckpointConfig, CheckpointLoader, mark, specification_of
-from ..tuner.data_free import check_data_free, check_standalone, data_free_factors
+from ..standalone.checkpoint import CheckpointConfig, CheckpointLoader
+from ..standalone.specification import mark, specification_of
+from ..tuner.data_free import check_data_free, check_standalone, data_free_product
 from ..tuner.selection import select_targets
 from ..tuner.targets import Target
 
@@ -32,6 +33,7 @@ class CompressingLoader(CheckpointLoader):
 
     def __init__(self, quantization_config: ReparamConfig, **kwargs: Any) -> None:
         check_standalone(quantization_config)
+        check_one_shot(quantization_config, "compression while loading")
         check_data_free(quantization_config)
         super().__init__(quantization_config, **kwargs)  # type: ignore[arg-type]  # it reads no more than `quant_method`
         self.config = quantization_config
@@ -81,17 +83,17 @@ class CompressingLoader(CheckpointLoader):
             if tuple(weight.shape) != expected:
                 raise ValueError(f"the weight arrives with shape {tuple(weight.shape)}, not {expected}.")
             kind = layer_kind(layer)
-            factors = data_free_factors(kind.matrix(weight), target, self.config)
+            product = data_free_product(kind.matrix(weight), target, self.config)
         bias = getattr(layer, "bias", None)
         module = kind.factorized(
             layer,
-            Product(factors).rank,
+            product.rank,
             target.storage.form,
             bias is not None,
             device=torch.device("meta"),
             dtype=weight.dtype,
         )
-        module.set_factors(factors)
+        module.set_factors(product.factors)
         if bias is not None:
             module.bias = bias  # loaded already, or still on meta and about to be
         mark(module, name, kind, weight.shape)

@@ -8,12 +8,13 @@ from torch import nn
 
 from ..arguments import check_number
 from ..config.checks import STORED
+from ..config.few_bits import check_one_shot
 from ..config.reparam_config import ReparamConfig
 from ..layers.factorized import FactorizedModule
 from ..runtime.modules import naming
 from ..tuner.layer import ReparamLayer, reparam_layers
 from ..tuner.matrices import matrix_storage, unwrapped
-from ..tuner.model import ReparamModel
+from ..tuner.model import ReparamModel, config_of
 from ..tuner.targets import Target
 
 
@@ -31,6 +32,7 @@ def check_model(model: PeftModel, keep: float, adapter_name: str | None, with_da
     adapter_name = adapter_name or active[0]
     if adapter_name not in model.peft_config:
         raise ValueError(f"`adapter_name` must be one of {list(model.peft_config)}, got {adapter_name!r}.")
+    check_one_shot(config_of(model, adapter_name), "`retruncate`")
     for name, layer in reparam_layers(model.get_base_model()):
         if layer.merged:
             raise ValueError(f"{name}: adapters {layer.merged_adapters} are merged; call `model.unmerge_adapter()` first.")

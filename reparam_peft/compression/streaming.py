@@ -21,6 +21,7 @@ from ..arguments import check_seed
 from ..blockwise.anchoring import Anchoring
 from ..blockwise.refinement import Refinement
 from ..calibration.statistics import Statistics
+from ..config.few_bits import check_one_shot
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import Product, product_of, tensors_of
 from ..planning.plan import Plan
@@ -94,6 +95,7 @@ def compress_checkpoint(
     check_seed("seed", seed)
     _check_destination(destination, run)
     check_standalone(config)
+    check_one_shot(config, "`compress_checkpoint`")
     if isinstance(batches, str):
         raise ValueError(
             f"`batches` must be batches, got {batches!r}; give those that `self_written` returns of a model in memory."

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from safetensors import SafetensorError, safe_open
@@ -11,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 from ..arguments import check_bool, check_choice, check_int, check_names, check_number, check_regex, is_finite, is_int
 from ..numerics.methods import METHODS
 from ..numerics.storage import FORMS, narrow_form
+from .few_bits import check_few_bits
 from .fields import ALLOCATIONS, INPUT_METRICS, OF_ALLOCATION, OF_METRICS, OUTPUT_METRICS, UNREACHED, Fields
 
 FACTORS = ".reparam_factors."
@@ -32,6 +32,7 @@ def check_fields(config: Fields, from_file: bool) -> None:
     _check_origin(config)
     _check_filled_in(config)
     _check_smaller_sizes(config)
+    check_few_bits(config, from_file)
 
 
 def _check_size(config: Fields) -> None:
@@ -256,15 +257,16 @@ def _is_plain(name: str) -> bool:
     return re.fullmatch(r"[\w.-]+", name) is not None
 
 
-def check_weights(path: Path, ranks: Mapping[str, int], form: str | None, sizes: Mapping[str, Sequence[int]]) -> None:
-    """Raise `ValueError` unless the header of a safetensors file is whole and lists products of these ranks and sizes.
+def check_weights(path: Path, config: Fields) -> None:
+    """Raise `ValueError` unless the header of a safetensors file is whole and lists the products of a resolved config.
+
+    Of products with numbers in few bits the names are looked at only: shapes of codes are looked at when they are loaded.
 
     Args:
         path: of the file.
-        ranks: of the modules.
-        form: "pivot"; else "factors".
-        sizes: (out, in) of what is left of modules that lost rows or columns.
+        config: of the adapter in the file.
     """
+    ranks, sizes = config.rank_pattern, config.sizes or {}
     try:
         with safe_open(path, framework="pt") as file:
             names = {key: key.removeprefix("base_model.model.") for key in file.keys()}  # noqa: SIM118
@@ -276,10 +278,15 @@ def check_weights(path: Path, ranks: Mapping[str, int], form: str | None, sizes:
         raise ValueError(f"{path} has factors of {unknown[0]}, which its config does not have; the two do not belong together.")
     for name, rank in ranks.items():
         size = sizes.get(name)
-        stored = (form or "factors") if size is None else narrow_form(rank, size, form or "factors")
-        for tensor in {"factors": ("B.weight", "A.weight"), "pivot": ("B.weight", "A.mask"), "dense": ("B.weight",)}[stored]:
+        form = config.form_pattern.get(name, config.form or "factors")
+        stored = form if size is None else narrow_form(rank, size, form)
+        tensors = {"factors": ("B.weight", "A.weight"), "pivot": ("B.weight", "A.mask"), "dense": ("B.weight",)}
+        tensors["corrected"] = ("Q.weight", "B.weight", "A.weight")
+        for tensor in tensors[stored]:
             if f"{name}{FACTORS}{tensor}" not in shapes:
                 raise ValueError(f"{path} has no factor {tensor[0]} of {name} ({tensor}); it is damaged or of another model.")
+        if name in config.bit_pattern:
+            continue
         # The pivot form of rank `out` has no K.
         shape = shapes.get(f"{name}{FACTORS}{'A.K.weight' if stored == 'pivot' else 'A.weight'}")
         if shape is not None and (stored == "dense" or len(shape) < 2 or shape[1] != rank):

@@ -10,15 +10,17 @@ from peft import PeftConfig
 from ..arguments import listed
 from ..defaults import CALIBRATED, DATA_FREE, KEEP
 from ..numerics.methods import MethodName, names_of_methods
-from ..numerics.storage import Form
+from ..numerics.storage import AS_THE_MODEL, FEW_BITS, Form
 
 Allocation = Literal["uniform", "loss"]
 InputMetric = Literal["gram", "diagonal", "none"]
 OutputMetric = Literal["fisher", "diagonal", "none"]
 Unreached = Literal["dense", "error"]
+Budget = Literal["parameters", "bytes"]
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 INPUT_METRICS: tuple[str, ...] = get_args(InputMetric)
 OUTPUT_METRICS: tuple[str, ...] = get_args(OutputMetric)
+BUDGETS: tuple[str, ...] = get_args(Budget)
 ALL_EXPERTS = "all-experts"
 UNREACHED: tuple[str, ...] = get_args(Unreached)
 # Fields that have an effect with a calibrated method only, and with ranks by predicted loss only.
@@ -61,6 +63,22 @@ class Fields(PeftConfig):
         default=KEEP,
         metadata={"help": "Fraction of the targeted parameters that is stored, 0 < keep <= 1. Used where `r` is None."},
     )
+    budget: Budget | None = field(
+        default=None,
+        metadata={
+            "help": "What `keep` is a fraction of: 'parameters', or with calibration data 'bytes' of the targets in the "
+            "model's dtype, for which each matrix gets its form, its rank and the bits of its numbers by predicted loss. None: "
+            "'parameters'."
+        },
+    )
+    bits: tuple[int, ...] | None = field(
+        default=None,
+        metadata={
+            "help": "Which widths numbers may have, of 16 (the model's dtype), 8 (torchao's int8) and 4 (bitsandbytes' NF4), "
+            "with `budget='bytes'`; with `form='corrected'` and `r` the least of them is that of the matrices that are "
+            "corrected. None: all."
+        },
+    )
     method: MethodName | None = field(
         default=None,
         metadata={
@@ -79,8 +97,10 @@ class Fields(PeftConfig):
     form: Form | None = field(
         default=None,
         metadata={
-            "help": "How the product is stored: 'factors' (A, B), or 'pivot': r of its rows and the coefficients of the "
-            "others, which takes fewer numbers. None: 'factors' in `get_peft_model`, 'pivot' in `compress`."
+            "help": "How the product is stored: 'factors' (A, B); 'pivot': r of its rows and the coefficients of the others, "
+            "which takes fewer numbers; or 'corrected': the matrix itself in few bits, and beside it factors of rank `r` that "
+            "make up for its rounding. None: 'factors' in `get_peft_model`, 'pivot' in `compress`, and with "
+            "`budget='bytes'` whichever is best for a matrix."
         },
     )
     input_metric: InputMetric | None = field(
@@ -205,6 +225,24 @@ class Fields(PeftConfig):
             "[out, in]."
         },
     )
+    form_pattern: dict[str, str] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Filled in: of modules that are stored in another form than `form`, which one, by exact name; 'dense' is "
+            "the matrix itself, in few bits."
+        },
+    )
+    bit_pattern: dict[str, int] = field(
+        default_factory=dict,
+        metadata={
+            "help": "Filled in: of modules with numbers in 8 or 4 bits, how many, by exact name; of a corrected one, those of "
+            "the matrix."
+        },
+    )
+    correction_bits: int | None = field(
+        default=None,
+        metadata={"help": "Filled in: 8, where the factors beside corrected matrices are in 8 bits. None: the model's dtype."},
+    )
     smaller_keeps: list[float] | None = field(
         default=None,
         metadata={
@@ -225,3 +263,13 @@ class Fields(PeftConfig):
         default=None,
         metadata={"help": "Figures for the model card, e.g. {'dense perplexity': 19.4, 'perplexity': 25.4}; set by you."},
     )
+
+    @property
+    def chooses_bits(self) -> bool:
+        """Whether numbers are to be stored in few bits."""
+        return self.budget == "bytes" or self.form == "corrected"
+
+    @property
+    def least_bits(self) -> int:
+        """The least width that numbers may have, of those below the model's dtype."""
+        return min(self.bits or FEW_BITS, default=AS_THE_MODEL)

@@ -55,6 +55,8 @@ class ReparamConfig(Fields):
             value = getattr(self, name)
             if isinstance(value, (list, tuple)):
                 setattr(self, name, set(value))
+        if self.bits is not None:
+            self.bits = tuple(sorted(self.bits, reverse=True))  # of a file, which has a list, too
         # The modules of an adapter out of a checkpoint.
         self._in_file = {*self.rank_pattern, *(self.dense_modules or ())} if self._from_file else None
         if self._from_file:
@@ -157,7 +159,7 @@ class ReparamConfig(Fields):
                     f"{weights.with_name(CONFIG_NAME)} has no `stored_parameters`, and so is not of the adapter beside it; "
                     "copy or download both again."
                 )
-            check_weights(weights, config.rank_pattern, config.form, config.sizes or {})
+            check_weights(weights, config)
         if keep is not None:
             config._make_smaller(keep)
         return config

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import warnings
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -108,3 +109,25 @@ def _tell_of_reading(layer_name: str) -> None:
         ReparamWarning,
         stacklevel=3,  # whoever read it
     )
+
+
+class MatrixInShape(Protocol):
+    """What knows how a kind of layer stores its matrix."""
+
+    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
+        """W (out, in) in the `shape` of a layer's weight."""
+
+
+@dataclass(frozen=True)
+class Replaced:
+    """The layer that a factorised module stands in place of, without a wrapper around it.
+
+    Attributes:
+        name: in the model.
+        kind: of the layer.
+        shape: of its weight.
+    """
+
+    name: str
+    kind: MatrixInShape
+    shape: torch.Size

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.types import Device
 
+from .coded import ALL_AS_THE_MODEL, Widths
 from .factorized import Dtype, FactorizedModule
 from .kind import LayerKind
 
@@ -156,6 +157,7 @@ class ConvKind(LayerKind[Any]):
         size: tuple[int, int] | None = None,
         device: Device = None,
         dtype: Dtype = None,
+        widths: Widths = ALL_AS_THE_MODEL,
     ) -> FactorizedConv:
         self.check_size(layer, size)
         return FactorizedConv(layer, rank, form, bias, device=device, dtype=dtype)
@@ -217,6 +219,7 @@ class GroupedConvKind(ConvKind):
         size: tuple[int, int] | None = None,
         device: Device = None,
         dtype: Dtype = None,
+        widths: Widths = ALL_AS_THE_MODEL,
     ) -> FactorizedConv:
         self.check_size(layer, size)
         return FactorizedGroupedConv(layer, rank, form, bias, device=device, dtype=dtype)
@@ -268,6 +271,7 @@ class TransposedConvKind(ConvKind):
         size: tuple[int, int] | None = None,
         device: Device = None,
         dtype: Dtype = None,
+        widths: Widths = ALL_AS_THE_MODEL,
     ) -> FactorizedConv:
         self.check_size(layer, size)
         return FactorizedTransposedConv(layer, rank, form, bias, device=device, dtype=dtype)

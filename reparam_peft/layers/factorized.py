@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Any, Protocol, TypeAlias, cast
+from collections.abc import Callable, Mapping
+from typing import Any, TypeAlias, cast
 
 import torch
 from peft.utils.integrations import dequantize_module_weight
@@ -15,12 +14,20 @@ from ..numerics.decompositions import Corrected, Factors, Whole
 from ..numerics.pivoting import PivotFactors, pivot
 from ..numerics.storage import mask_size
 from .calling import call
-from .computed_weight import ComputedWeight
+from .coded import CodedLinear, Widths
+from .computed_weight import ComputedWeight, Replaced
 from .masks import packed, spread, unpacked
 from .pivot_expansion import PivotExpansion
-from .product import Stored
+from .product import NONE, Stored
 
 Dtype: TypeAlias = torch.dtype | None
+# What the layers of a factorised module have, by their names in it, in each form: matrices as `numerics.storage` calls them.
+PIECES = {
+    "factors": {"B": "B", "A": "A"},
+    "pivot": {"B": "P", "A.K": "K"},
+    "dense": {"B": "W"},
+    "corrected": {"Q": "Q", "B": "B", "A": "A"},
+}
 MARKER = "weight"  # in checkpoints of standalone models, of one element, where a dense layer has its matrix
 NESTED = (
     "factorised layers take no nested tensors, which nn.TransformerEncoder makes of padded ones outside of training. Make it "
@@ -37,32 +44,12 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 
 def numbers_of(layer: nn.Module) -> Tensor:
-    """The numbers of a factor's weight, dequantised where a library holds them in few bits."""
+    """The numbers of a factor's weight, dequantised where they are in few bits: in float32 or wider, which loses nothing."""
+    if isinstance(layer, CodedLinear):
+        return layer.matrix(torch.promote_types(layer.dtype, torch.float32))
     weight = weight_of(layer)
     in_few_bits = not weight.is_floating_point() or type(weight).__module__.startswith("torchao.")
     return dequantize_module_weight(layer).detach() if in_few_bits else weight
-
-
-class MatrixInShape(Protocol):
-    """What knows how a kind of layer stores its matrix."""
-
-    def weight(self, matrix: Tensor, shape: torch.Size) -> Tensor:
-        """W (out, in) in the `shape` of a layer's weight."""
-
-
-@dataclass(frozen=True)
-class Replaced:
-    """The layer that a factorised module stands in place of, without a wrapper around it.
-
-    Attributes:
-        name: in the model.
-        kind: of the layer.
-        shape: of its weight.
-    """
-
-    name: str
-    kind: MatrixInShape
-    shape: torch.Size
 
 
 class FactorizedModule(nn.Module):
@@ -71,17 +58,20 @@ class FactorizedModule(nn.Module):
     Where rows or columns of W were left out (`leave_out`), it is the layer of what is left, with fewer outputs or inputs. An
     index says which these are; it plays no part in computing.
 
+    A matrix in few bits that is corrected is one more layer, whose outputs are added: Q x + A (B x).
+
     Args:
         B: maps the input to r features.
         expand: makes the map of r features to the number of outputs that it is given.
         rank: r.
         out_features: out.
-        form: "factors"; "pivot", where A is the identity in the pivot rows (`pivoting.PivotFactors`); or "dense", where B is
-            the matrix itself, and r = min(out, in).
+        form: "factors"; "pivot", where A is the identity in the pivot rows (`pivoting.PivotFactors`); "dense", where B is the
+            matrix itself, and r = min(out, in); or "corrected".
         bias: whether the module has a bias of its own, in place of that of the layer.
         dim: the dimension of the features, counted from the end.
         device: of the mask and of the bias; B and what `expand` makes have theirs already.
         dtype: of the bias.
+        Q: in the form "corrected", maps the input to the output; else None.
 
     Attributes:
         rank: r.
@@ -113,8 +103,13 @@ class FactorizedModule(nn.Module):
         dim: int = -1,
         device: Device = None,
         dtype: Dtype = None,
+        Q: nn.Module | None = None,
     ) -> None:
         super().__init__()
+        if (form == "corrected") != (Q is not None):
+            raise ValueError(f"`Q` is a part of the form 'corrected' and of no other, got {form!r} and {Q!r}.")
+        if Q is not None:
+            self.Q = Q
         self.B, self.rank = B, rank
         self.A: nn.Module | None
         if form == "dense":
@@ -159,30 +154,58 @@ class FactorizedModule(nn.Module):
         B, A = cast(nn.Module, self._modules["B"]), self._modules.get("A")  # to look attributes up would take ten times as long
         y = call(B, x)
         y = y if A is None else call(A, y)
+        Q = self._modules.get("Q")
+        y = y if Q is None else call(Q, x) + y
         bias = bias if self.bias is None else self.bias
         return y if bias is None else y + self.shaped_bias(bias).to(y.dtype)
 
     @property
     def form(self) -> str:
-        """How the product is stored: "factors", "pivot" or "dense"."""
+        """How the product is stored: "factors", "pivot", "dense" or "corrected"."""
         if self.A is None:
             return "dense"
+        if "Q" in self._modules:
+            return "corrected"
         return "pivot" if isinstance(self.A, PivotExpansion) else "factors"
 
     @property
     def pieces(self) -> dict[str, nn.Module]:
-        """The layers that it consists of, without bias, under their names: B, and A or the K of the pivot form if any."""
-        if self.A is None:
-            return {"B": self.B}
-        if not isinstance(self.A, PivotExpansion):
-            return {"B": self.B, "A": self.A}
-        return {"B": self.B} if self.A.K is None else {"B": self.B, "A.K": self.A.K}
+        """The layers that it consists of, without bias, under their names: B, and A or the K of the pivot form if any; Q."""
+        modules = {"Q": self._modules.get("Q"), "B": self.B, "A": self.A}
+        if isinstance(self.A, PivotExpansion):
+            modules = {"B": self.B, "A.K": self.A.K}
+        return {name: module for name, module in modules.items() if module is not None}
+
+    @property
+    def coded(self) -> dict[str, CodedLinear]:
+        """Those of the pieces whose numbers are stored in few bits, by the same names."""
+        return {name: piece for name, piece in self.pieces.items() if isinstance(piece, CodedLinear)}
+
+    @property
+    def widths(self) -> Widths:
+        """The bits of the matrices that are stored in few bits, by name, as of `Storage.widths`."""
+        return {PIECES[self.form][name]: piece.bits for name, piece in self.coded.items()}
+
+    @property
+    def scales(self) -> dict[str, Tensor]:
+        """The scales of these matrices, as of `Product.scales`."""
+        return {PIECES[self.form][name]: piece.scales for name, piece in self.coded.items()}
+
+    @property
+    def filled_in(self) -> list[Tensor]:
+        """What a loader fills in, and is NaN before: parameters, and scales of numbers in few bits."""
+        return [*self.parameters(), *self.scales.values()]
 
     @property
     def dtype(self) -> torch.dtype:
         """The dtype that inputs are cast to."""
         weight: Any = weight_of(cast(nn.Module, self._modules["B"]))
-        return weight.dtype if weight.is_floating_point() else weight.quant_state.dtype
+        if weight.is_floating_point():
+            return weight.dtype
+        if isinstance(self.B, CodedLinear):  # others may train in a wider dtype than that of the model around it
+            weights = [weight_of(piece) for piece in self.pieces.values() if not isinstance(piece, CodedLinear)]
+            return weights[0].dtype if weights else self.B.dtype
+        return weight.quant_state.dtype
 
     @property
     def weight(self) -> Tensor:
@@ -209,16 +232,18 @@ class FactorizedModule(nn.Module):
         return self.replaced.kind.weight(self.matrix(self.dtype), self.replaced.shape)
 
     def matrix(self, dtype: Dtype) -> Tensor:
-        """A B (out, in), multiplied in float32 or wider and rounded to a dtype; computed anew at each call.
+        """A B (out, in), or Q + A B, multiplied in float32 or wider and rounded to a dtype; computed anew at each call.
 
         Of the whole matrix, with zeros in the rows and columns that are left out.
         """
         if self.A is None:
             matrix = numbers_of(self.B).to(dtype)
         else:
-            A, B = self.factors
+            A, B = self._pair
             precision = torch.promote_types(A.dtype, torch.float32)
-            matrix = (A.to(precision) @ B.to(precision)).to(dtype)
+            product = A.to(precision) @ B.to(precision)
+            Q = self._modules.get("Q")
+            matrix = (product if Q is None else numbers_of(Q).to(precision) + product).to(dtype)
         if self.whole is None:
             return matrix
         rows, columns = self.kept_rows, self.kept_columns
@@ -233,7 +258,7 @@ class FactorizedModule(nn.Module):
 
     def mark(self, replaced: Replaced) -> None:
         """Have a marker in checkpoints, in place of the weight of a layer: one element, as a buffer until `unmark`."""
-        self.register_buffer(MARKER, weight_of(self.B).detach().new_zeros(1))
+        self.register_buffer(MARKER, torch.zeros(1, dtype=self.dtype, device=weight_of(self.B).device))
         self.replaced = replaced
 
     def unmark(self) -> None:
@@ -252,18 +277,35 @@ class FactorizedModule(nn.Module):
 
     @property
     def stored(self) -> Stored:
-        """The product in the form in which it is stored, without what is left out; views of the parameters."""
-        B = self.matrix_of_B(weight_of(self.B))
+        """The product in the form in which it is stored, without what is left out; views of the parameters.
+
+        Numbers in few bits are in the dtype of the module, and on the grids of `scales`.
+        """
+        B = self.matrix_of_B(self._as_given(self.B))
         if self.A is None:
             return Whole(B)
         if not isinstance(self.A, PivotExpansion):
-            return self.factors
-        K = B.new_empty(0, len(B)) if self.A.K is None else weight_of(self.A.K).flatten(1)
+            A, Q = self._as_given(self.A).flatten(1), self._modules.get("Q")
+            return Factors(A, B) if Q is None else Corrected(self._as_given(Q), A, B)
+        K = B.new_empty(0, len(B)) if self.A.K is None else self._as_given(self.A.K).flatten(1)
         return PivotFactors(B, K, self.A.pivots)
+
+    def _as_given(self, piece: nn.Module) -> Tensor:
+        """The numbers of a piece as `set_factors` got them."""
+        return piece.matrix(self.dtype) if isinstance(piece, CodedLinear) else numbers_of(piece)
 
     @property
     def factors(self) -> Factors:
-        """A (out, r) and B (r, in), without what is left out; views of the parameters, but for A of the pivot form and I."""
+        """A (out, r) and B (r, in), without what is left out; views of the parameters, but for A of the pivot form and I.
+
+        Of a corrected matrix they are of full rank; where numbers are in few bits, they are computed.
+        """
+        Q = self._modules.get("Q")
+        return self._pair if Q is None else Corrected(numbers_of(Q), *self._pair).factors()
+
+    @property
+    def _pair(self) -> Factors:
+        """A and B, whatever is beside them."""
         B = self.matrix_of_B(numbers_of(self.B))
         if self.A is None:
             return Whole(B).factors()
@@ -278,29 +320,37 @@ class FactorizedModule(nn.Module):
         # By `order`, as outputs are, and not by indices of pivots, whose number a graph of PyTorch's exporter cannot know.
         return Factors(torch.cat(rows).index_select(0, self.A.order), B)
 
-    def set_factors(self, factors: Stored) -> None:
+    def set_factors(self, factors: Stored, scales: Mapping[str, Tensor] = NONE) -> None:
         """Make a product the parameters, in their dtype; copied only where needed. Works on meta.
 
         The pivot form is computed where `factors` are A and B.
 
+        Args:
+            factors: in the form of the module.
+            scales: of those matrices that the module stores in few bits, whose numbers are on the grids of these scales.
+
         Raises:
             TypeError: `factors` are in another form than the module.
+            ValueError: `scales` are of other matrices than the module has in few bits.
         """
-        if isinstance(factors, Corrected) or isinstance(factors, Whole) != (self.A is None):
+        corrects = self.form == "corrected"
+        if isinstance(factors, Corrected) != corrects or isinstance(factors, Whole) != (self.A is None):
             raise TypeError(f"`factors` are {type(factors).__name__}, and this module stores the form {self.form!r}.")
-        if isinstance(factors, Whole):
-            _set_weight(self.B, self.matrix_of_B(factors.W))
-        elif isinstance(self.A, PivotExpansion):
-            P, K, pivots = factors if isinstance(factors, PivotFactors) else pivot(factors, dtype=self.dtype)
-            self.A.set_pivots(pivots)
-            _set_weight(self.B, self.matrix_of_B(P))
-            if self.A.K is not None:
-                _set_weight(self.A.K, K)
-        elif isinstance(factors, PivotFactors):
-            raise TypeError("`factors` are in pivot form, and this module stores A and B; give it `factors.factors()`.")
-        else:
-            _set_weight(self.B, self.matrix_of_B(factors.B))
-            _set_weight(cast(nn.Module, self.A), factors.A)
+        if scales.keys() != self.widths.keys():
+            raise ValueError(f"`scales` must be those of {sorted(self.widths)}, got {sorted(scales)}.")
+        if isinstance(self.A, PivotExpansion) and isinstance(factors, Factors):
+            factors = pivot(factors, dtype=self.dtype)
+        if isinstance(factors, PivotFactors):
+            if not isinstance(self.A, PivotExpansion):
+                raise TypeError("`factors` are in pivot form, and this module stores A and B; give it `factors.factors()`.")
+            self.A.set_pivots(factors.pivots)
+        names = PIECES[self.form]
+        for name, piece in self.pieces.items():
+            matrix = cast(Tensor, getattr(factors, names[name]))
+            if isinstance(piece, CodedLinear):
+                piece.set_matrix(matrix, scales[names[name]])
+            else:
+                _set_weight(piece, self.matrix_of_B(matrix) if name == "B" else matrix)
 
     @property
     def rows(self) -> Tensor | None:
@@ -354,11 +404,15 @@ class FactorizedModule(nn.Module):
             setattr(self, name, packed(torch.arange(left, device=weight_of(self.B).device), features))
 
     def refresh(self) -> None:
-        """Take the masks that a loader has filled in.
+        """Take the masks and the numbers in few bits that a loader has filled in.
 
         Raises:
-            ValueError: that of the pivot form does not fit the rank, or one of the index does not fit the size.
+            ValueError: that of the pivot form does not fit the rank, or one of the index does not fit the size; or scales and
+                codes of numbers in few bits are none.
         """
+        for piece in self.coded.values():
+            if not piece.weight.is_meta:
+                piece.scheme.check(piece.tensors)
         for name, (left, features) in self._index.items():
             mask = cast(Tensor, getattr(self, name))
             if not mask.is_meta and (marked := int(unpacked(mask, features).sum())) != left:

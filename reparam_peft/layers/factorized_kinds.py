@@ -9,12 +9,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.types import Device
 
-from .factor_linear import FactorLinear
-from .factorized import Dtype, FactorizedModule
+from .coded import ALL_AS_THE_MODEL, Widths, linear
+from .factorized import PIECES, Dtype, FactorizedModule
 
 
 class FactorizedLinear(FactorizedModule):
-    """`nn.Linear` (or GPT-2's `Conv1D`) of a product: x (..., in) → A (B x) (..., out), with the features that are left."""
+    """`nn.Linear` (or GPT-2's `Conv1D`) of a product: x (..., in) → A (B x) (..., out), with the features that are left.
+
+    Args:
+        in_features, out_features: that are left.
+        widths: of the matrices that are in few bits, as of `Storage.widths`.
+        rank, form, bias, device, dtype: as for `FactorizedModule`.
+        whole: (out, in) of the matrix of which rows or columns are left out; None: all are there.
+    """
 
     def __init__(
         self,
@@ -26,10 +33,15 @@ class FactorizedLinear(FactorizedModule):
         device: Device = None,
         dtype: Dtype = None,
         whole: tuple[int, int] | None = None,
+        widths: Widths = ALL_AS_THE_MODEL,
     ) -> None:
-        B = FactorLinear(in_features, out_features if form == "dense" else rank, bias=False, device=device, dtype=dtype)
-        expand = partial(FactorLinear, rank, bias=False, device=device, dtype=dtype)
-        super().__init__(B, expand, rank, out_features, form, bias, device=device, dtype=dtype)
+        def layer(piece: str, features: int, outputs: int) -> nn.Module:
+            return linear(features, outputs, widths.get(PIECES[form].get(piece, "")), device, dtype)
+
+        B = layer("B", in_features, out_features if form == "dense" else rank)
+        expand = partial(layer, "A.K" if form == "pivot" else "A", rank)
+        Q = layer("Q", in_features, out_features) if form == "corrected" else None
+        super().__init__(B, expand, rank, out_features, form, bias, device=device, dtype=dtype, Q=Q)
         self.in_features, self.out_features = in_features, out_features
         if whole is not None:
             self.leave_out((out_features, in_features), whole, device)

@@ -11,6 +11,7 @@ from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 from torch.nn.utils.parametrize import is_parametrized
 from torch.types import Device
 
+from .coded import ALL_AS_THE_MODEL, Widths
 from .factorized import Dtype, FactorizedModule, weight_of
 
 Layer = TypeVar("Layer", bound=nn.Module)
@@ -113,10 +114,12 @@ class LayerKind(ABC, Generic[Layer]):
         size: tuple[int, int] | None = None,
         device: Device = None,
         dtype: Dtype = None,
+        widths: Widths = ALL_AS_THE_MODEL,
     ) -> FactorizedModule:
         """The factorised module with parameters of arbitrary content, in a form, with or without a bias of its own.
 
-        With a `size` it is one of that many outputs and inputs (out, in), for what is left of the matrix.
+        With a `size` it is one of that many outputs and inputs (out, in), for what is left of the matrix. `widths` are of its
+        matrices that are in few bits, and are for kinds that are `linear` only.
         """
 
     def reading(self, layer: Layer) -> tuple[Any, ...]:

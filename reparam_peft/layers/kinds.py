@@ -16,6 +16,7 @@ from torch.types import Device
 from transformers.pytorch_utils import Conv1D
 
 from .alike import computes_as, random_tensor
+from .coded import ALL_AS_THE_MODEL, Widths
 from .convolutions import ConvKind, GroupedConvKind, TransposedConvKind
 from .factorized import Dtype, weight_of
 from .factorized_kinds import FactorizedEmbedding, FactorizedLinear, embedding_scale
@@ -68,11 +69,12 @@ class LinearKind(LayerKind[Any]):
         size: tuple[int, int] | None = None,
         device: Device = None,
         dtype: Dtype = None,
+        widths: Widths = ALL_AS_THE_MODEL,
     ) -> FactorizedLinear:
         self.check_size(layer, size)
         out_features, in_features = self.shape(layer) if size is None else size
         whole = None if size is None else self.shape(layer)
-        return FactorizedLinear(in_features, out_features, rank, form, bias, device=device, dtype=dtype, whole=whole)
+        return FactorizedLinear(in_features, out_features, rank, form, bias, device, dtype, whole, widths)
 
 
 class QuantizedLinearKind(LinearKind):
@@ -183,6 +185,7 @@ class EmbeddingKind(LayerKind[nn.Embedding]):
         size: tuple[int, int] | None = None,
         device: Device = None,
         dtype: Dtype = None,
+        widths: Widths = ALL_AS_THE_MODEL,
     ) -> FactorizedEmbedding:
         self.check_size(layer, size)
         return FactorizedEmbedding(layer, rank, form, bias, device=device, dtype=dtype)

@@ -198,9 +198,13 @@ class Storage:
     def saves(self, rank: int) -> bool:
         """Whether the product at this rank takes fewer numbers than the matrix; of a narrow one, than what is left as it is.
 
-        >>> Storage(10, 10).saves(5), Storage(10, 10).saves(4)
-        (False, True)
+        A corrected matrix has more numbers, and saves where it takes fewer bytes than in half precision.
+
+        >>> Storage(10, 10).saves(5), Storage(10, 10).saves(4), Storage(64, 64, "corrected", bits=4).saves(8)
+        (False, True, True)
         """
+        if self.form_at(rank) == "corrected":
+            return self.bytes(rank, 2) < self.bytes(None, 2)
         as_one = self.is_narrow and rank < self.full_rank
         return self.parameters(rank) < (self.parameters(self.full_rank) if as_one else self.dense)
 
@@ -244,5 +248,9 @@ def uniform_rank(keep: float, storage: Storage) -> int | None:
     return rank if storage.saves(rank) else None
 
 
-Form = Literal["factors", "pivot"]
+Form = Literal["factors", "pivot", "corrected"]
 FORMS: tuple[str, ...] = get_args(Form)
+ALL_FORMS = (*FORMS, "dense")  # of single modules
+Width = Literal[16, 8, 4]
+WIDTHS: tuple[int, ...] = get_args(Width)  # of numbers, in bits
+FEW_BITS = tuple(width for width in WIDTHS if width != AS_THE_MODEL)

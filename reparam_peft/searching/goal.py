@@ -11,6 +11,7 @@ from torch import nn
 
 from ..arguments import check_count
 from ..compression.job import with_defaults
+from ..config.few_bits import check_one_shot
 from ..config.reparam_config import ReparamConfig
 from ..defaults import CALIBRATED
 from ..evaluation.measures import Measure, Tolerance, measure_named
@@ -75,6 +76,7 @@ def check_goal(goal: Goal, config: ReparamConfig) -> CheckedGoal:
     methods = list(goal.methods or [config.method or CALIBRATED["method"]])
     if config.r is not None:
         raise ValueError(f"`r={config.r!r}` fixes the size, which is what a search finds; leave it out of the config.")
+    check_one_shot(config, "`search`")
     if not config.init_weights:
         raise ValueError("`init_weights=False` gives random factors, of which there is no best size; leave it out.")
     if not keeps or not 0 < keeps[0] <= keeps[-1] <= 1:

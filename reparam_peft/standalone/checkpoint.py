@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 from transformers.conversion_mapping import get_model_conversion_mapping
 from transformers.quantizers import HfQuantizer, register_quantization_config, register_quantizer
@@ -22,15 +22,16 @@ from transformers.utils.quantization_config import QuantizationConfigMixin
 from ..arguments import ReparamWarning
 from ..config.fields import Fields
 from ..layers.attention import open_attentions_of
-from ..layers.factorized import MARKER, FactorizedModule, Replaced, weight_of
-from ..layers.kinds import LayerKind, layer_kind
+from ..layers.coded import CodedLinear
+from ..layers.factorized import MARKER, FactorizedModule
 from ..layers.parameters import Reading
-from ..numerics.storage import FORMS, narrow_form
+from ..layers.schemes import SCHEMES, check_scheme
 from ..runtime.modules import is_offloaded, set_module
 from .contents import DAMAGED, check_files
 from .heads import check_tied, tie, tied_in
 from .opened import candidates, check_readings, expect_marks, mark_opened, open_named, opened_names
-from .quantization import SCHEMES, check_scheme, finish, prepare, state_dict
+from .quantization import finish, prepare, state_dict
+from .specification import BITS, check_specification, module_of
 from .tables import TABLES, check_tables, finish_tables, prepare_tables, tables_state
 
 METHOD = "reparam"
@@ -38,16 +39,13 @@ FORMAT_VERSION = 2
 HOSTS_NAMES = 1  # the version before: with the names, and in the layout, that transformers gives tensors in its own files
 ALIGNMENT = 64  # bytes; of PyTorch's allocator for CPUs
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-SPECIFICATION = {"rank": int, "form": str, "bias": bool}
-SIZE = ("out", "in")  # of layers that have lost neurons
 
 
 class CheckpointConfig(QuantizationConfigMixin):
     """What config.json says, under `quantization_config`, of the factorised layers of a standalone checkpoint.
 
     Args:
-        layers: name of a module → {"rank": r, "form": "factors" or "pivot", "bias": whether it has one}; of one that has lost
-            neurons, also {"out": rows that are left, "in": columns that are left}, and at r = min(out, in) the form "dense".
+        layers: name of a module → what is stored of it, as `specification.specification_of` gives it.
         format_version: of the checkpoint.
         quant_method: "reparam", by which transformers finds this class.
         quantization: how the matrices of the factors are stored, one of `quantization.SCHEMES`; None: in the model's dtype.
@@ -91,7 +89,7 @@ class CheckpointConfig(QuantizationConfigMixin):
         if not isinstance(layers, Mapping) or not layers:
             raise ValueError(f"`layers` in config.json must name the factorised layers, got {layers!r}; {DAMAGED}.")
         for name, layer in layers.items():
-            _check_specification(name, layer)
+            check_specification(name, layer)
         self.layers = {name: dict(layer) for name, layer in layers.items()}
         self.format_version = format_version
         self.quant_method = quant_method  # type: ignore[assignment]  # an enum, which no other library can add to
@@ -114,8 +112,13 @@ class CheckpointConfig(QuantizationConfigMixin):
 
     @property
     def is_quantized(self) -> bool:
-        """Whether anything is stored in few bits."""
+        """Whether factors or tables were quantised as a whole."""
         return self.quantization is not None or self.tables is not None
+
+    @property
+    def is_in_few_bits(self) -> bool:
+        """Whether anything is stored in few bits."""
+        return self.is_quantized or any(BITS in layer for layer in self.layers.values())
 
     def to_dict(self) -> dict[str, Any]:
         """What config.json says."""
@@ -130,31 +133,6 @@ def _check_parameters(parameters: Any) -> None:
             Reading.parse(pattern)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{name}: `parameters` in config.json: {error} {DAMAGED[0].upper()}{DAMAGED[1:]}.") from error
-
-
-def _check_specification(name: Any, layer: Any) -> None:
-    is_mapping = isinstance(layer, Mapping)
-    types = SPECIFICATION | (dict.fromkeys(SIZE, int) if is_mapping and not layer.keys().isdisjoint(SIZE) else {})
-    is_typed = is_mapping and layer.keys() == types.keys() and all(type(layer[key]) is types[key] for key in types)
-    if not is_typed or not isinstance(name, str) or not name or layer["rank"] < 1 or layer["form"] not in _forms(layer):
-        raise ValueError(
-            f"layer {name!r} in config.json must have a `rank` of at least 1, a `form` in {FORMS}, a `bias` that is true or "
-            "false and, if it has lost neurons, `out` and `in` of at least the rank, where at a rank that is the least of both "
-            f"the form is 'dense'; got {layer!r}; {DAMAGED}."
-        )
-
-
-def _size(layer: Mapping[str, Any]) -> tuple[int, int] | None:
-    """(out, in) of what is left of a layer that has lost neurons; else None."""
-    return (layer["out"], layer["in"]) if "out" in layer else None
-
-
-def _forms(layer: Mapping[str, Any]) -> tuple[str, ...]:
-    """The forms that a layer may have; none where its rank is too high for its size."""
-    size = _size(layer)
-    if size is None:
-        return FORMS
-    return () if layer["rank"] > min(size) else tuple({narrow_form(layer["rank"], size, form): form for form in FORMS})
 
 
 class CheckpointLoader(HfQuantizer):
@@ -269,7 +247,7 @@ def place_factorized(model: PreTrainedModel, layers: Mapping[str, Mapping[str, A
     if not layers_here:
         raise ValueError(f"a {type(model).__name__} has none of the factorised layers {list(layers)[:3]} …; {DAMAGED}.")
     for name, specification in layers_here.items():
-        set_module(model, name, _module(name, model.get_submodule(name), specification))
+        set_module(model, name, module_of(name, model.get_submodule(name), specification))
     return layers_here
 
 
@@ -311,55 +289,6 @@ def mark_unquantized(model: PreTrainedModel) -> None:
     vars(model)["is_quantized"] = False
 
 
-def mark(module: FactorizedModule, name: str, kind: LayerKind[Any], shape: torch.Size) -> FactorizedModule:
-    """Give a factorised module a buffer named as the weight that it replaces, of one element, and return the module.
-
-    A program that does not know the format finds a tensor of another shape there and fails, rather than to make up the
-    weights that it misses.
-
-    Args:
-        module: the module.
-        name: of the layer that it replaces, in the model.
-        kind: of that layer.
-        shape: of its weight.
-    """
-    module.mark(Replaced(name, kind, shape))
-    for part in module.modules():  # transformers is to initialise nothing in it, nor to look at the marker's shape
-        vars(part)["_is_hf_initialized"] = True
-    return module
-
-
-def specification_of(module: FactorizedModule) -> dict[str, Any]:
-    """What config.json says of a factorised layer."""
-    size = {} if module.size is None else dict(zip(SIZE, module.size, strict=True))
-    return {"rank": module.rank, "form": module.form, "bias": module.bias is not None, **size}
-
-
-def _module(name: str, layer: nn.Module, specification: Mapping[str, Any]) -> FactorizedModule:
-    """What takes the place of a layer, without memory."""
-    size = _size(specification)
-    try:
-        kind = layer_kind(layer)
-        kind.check_size(layer, size)
-    except (TypeError, ValueError) as error:
-        raise ValueError(f"{name}: config.json says that this layer is factorised, but {error}") from error
-    if specification["rank"] > min(kind.shape(layer)):
-        raise ValueError(
-            f"{name}: `rank` in config.json is {specification['rank']}, of a matrix {kind.shape(layer)}; {DAMAGED}."
-        )
-    weight = weight_of(layer)
-    module = kind.factorized(
-        layer,
-        specification["rank"],
-        specification["form"],
-        specification["bias"],
-        size,
-        device=torch.device("meta"),
-        dtype=weight.dtype,
-    )
-    return mark(module, name, kind, weight.shape)
-
-
 def _name_in(model: PreTrainedModel, name: str) -> str | None:
     """What a layer of the model that was saved is called in this one, which may be its base, or have another head; or None.
 
@@ -379,7 +308,8 @@ def _name_in(model: PreTrainedModel, name: str) -> str | None:
 
 def _align(model: PreTrainedModel) -> None:
     """Move matrices to memory as PyTorch aligns it: from within a file's pages, products of them would round differently."""
-    for parameter in model.parameters():
+    coded = (buffer for module in model.modules() if isinstance(module, CodedLinear) for buffer in module.tensors.values())
+    for parameter in chain(model.parameters(), coded):
         if parameter.device.type == "cpu" and parameter.ndim > 1 and parameter.data_ptr() % ALIGNMENT:
             parameter.data = parameter.data.clone()
 
@@ -409,7 +339,7 @@ def _check_content(name: str, module: FactorizedModule) -> None:
     for key, tensor in module.state_dict(keep_vars=True).items():
         if not (tensor.is_meta or getattr(tensor, "_is_hf_initialized", False)):  # which loaders of transformers set
             raise ValueError(f"{name}.{key}: the tensor was not loaded from the checkpoint; {DAMAGED}.")
-    for key, tensor in chain(module.named_parameters(), module.named_buffers()):
+    for key, tensor in module.state_dict(keep_vars=True).items():
         if key != MARKER and not tensor.is_meta and not tensor.isfinite().all():
             raise ValueError(f"{name}.{key}: the tensor in the checkpoint holds NaN or infinite values; {DAMAGED}.")
     try:

@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from ..layers.factorized import FactorizedModule
 from ..layers.pivot_expansion import PivotExpansion
+from ..layers.schemes import check_scheme
 from ..runtime.hosts import extend
 from .checkpoint import (
     METHOD,
@@ -23,7 +24,7 @@ from .checkpoint import (
 )
 from .heads import tie
 from .opened import mark_opened, open_named
-from .quantization import check_scheme, quantize
+from .quantization import quantize
 from .tables import TABLES, check_tables, quantize_tables
 
 

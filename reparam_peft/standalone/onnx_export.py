@@ -43,9 +43,10 @@ def save_onnx(model: PreTrainedModel, folder: str | Path) -> None:
             f"ONNX files need transformers 5.23 and the extra `onnx` ({error}): pip install 'reparam_peft[onnx]'."
         ) from error
     described = getattr(model.config, "quantization_config", None)
-    if isinstance(described, CheckpointConfig) and described.is_quantized:
+    if isinstance(described, CheckpointConfig) and described.is_in_few_bits:
         raise ValueError(
-            "quantised factors and tables have no ONNX form; export them as they are, and quantise with ONNX Runtime's tools."
+            "factors, matrices and tables in few bits have no ONNX form; export a model in its own dtype, and quantise with "
+            "ONNX Runtime's tools."
         )
     check_closed(model, "an ONNX file")
     plain = with_layers_in_config(model, described) if isinstance(described, CheckpointConfig) else model

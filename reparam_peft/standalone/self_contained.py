@@ -28,9 +28,10 @@ def save_self_contained(model: PreTrainedModel, folder: str | Path) -> None:
     described = getattr(model.config, "quantization_config", None)
     if not isinstance(described, CheckpointConfig):
         raise ValueError("only a standalone model can be saved with its code; call `to_standalone` first.")
-    if described.is_quantized:
+    if described.is_in_few_bits:
         raise ValueError(
-            "the code of self-contained checkpoints does not read quantised factors or tables; quantise nothing for it."
+            "the code of self-contained checkpoints does not read factors, matrices or tables in few bits; save a standalone "
+            "checkpoint, or keep all numbers in the model's dtype."
         )
     check_closed(model, "the code of self-contained checkpoints")
     plain = with_layers_in_config(model, described)

@@ -10,7 +10,7 @@ from packaging.version import Version
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from .quantization import Int8
+from ..layers.schemes import Int8
 
 TableScheme = Literal["int8"]
 TABLES_SINCE = "0.18"  # of torchao, whose tensors of 8 bits know a look-up since then

@@ -10,6 +10,7 @@ from peft import PeftModel
 from torch import Tensor, nn
 
 from ..config.reparam_config import ReparamConfig
+from ..layers.factorized import FactorizedModule
 from ..runtime.modules import set_module
 from .arrivals import DAMAGED
 from .layer import ReparamLayer, reparam_layers
@@ -80,9 +81,11 @@ def cast_to_base(name: str, layer: ReparamLayer, adapter_name: str, state: dict[
     """
     if adapter_name in layer.arrivals.awaited:
         raise RuntimeError(f"{name}: the factors of adapter {adapter_name!r} were never loaded; run the model once first.")
-    for key in factor_keys(name, layer, adapter_name):
+    keys = factor_keys(name, layer, adapter_name)
+    scales = {id(scale) for scale in layer.factorized(adapter_name).scales.values()} if keys else set()
+    for key, present in keys.items():
         if key in state and state[key].is_floating_point():
-            state[key] = state[key].to(layer.base_dtype)
+            state[key] = state[key].to(torch.float32 if id(present) in scales else layer.base_dtype)
             if not torch.isfinite(state[key]).all():
                 raise ValueError(
                     f"{key}: the factor holds NaN or inf, or overflows {layer.base_dtype} in which it is saved; "
@@ -107,9 +110,11 @@ def fit_to_model(model: nn.Module, config: ReparamConfig, adapter_name: str, loa
                 cut(name, layer, adapter_name, rank_in_file, loaded)
             keys = factor_keys(name, layer, adapter_name)
             expected.update(keys)
-            masks = layer.factorized(adapter_name).masks if keys else {}
+            module = layer.factorized(adapter_name) if keys else None
             for key, present in keys.items():
-                check_loaded_tensor(key, loaded.get(key), present, masks)
+                check_loaded_tensor(key, loaded.get(key), present, {} if module is None else module.masks)
+            if module is not None:
+                _check_codes(f"{name}.reparam_factors.{adapter_name}.", module, loaded)
             if adapter_name in layer.merged_adapters:
                 raise ValueError(f"{name}: adapter {adapter_name!r} is merged; unmerge it before loading others into it.")
         # A config for a lower size may leave targets dense whose factors are in the file.
@@ -126,6 +131,15 @@ def fit_to_model(model: nn.Module, config: ReparamConfig, adapter_name: str, loa
         withdraw(model, adapter_name)
         raise
     return fitting
+
+
+def _check_codes(prefix: str, module: FactorizedModule, loaded: Mapping[str, Tensor]) -> None:
+    """Raise `ValueError` where the numbers in few bits of a module are none in a checkpoint, whose tensors have a prefix."""
+    for name, piece in module.coded.items():
+        try:
+            piece.scheme.check({part: loaded[f"{prefix}{name}.{part}"] for part in piece.tensors})
+        except ValueError as error:
+            raise ValueError(f"{prefix.removeprefix(PREFIX)}{name}: {error} {DAMAGED[0].upper()}{DAMAGED[1:]}.") from error
 
 
 def withdraw(model: nn.Module, adapter_name: str) -> None:
@@ -189,7 +203,7 @@ def check_loaded_tensor(key: str, tensor: Tensor | None, present: Tensor, masks:
     name = key.removeprefix(PREFIX)
     if tensor is None:
         raise ValueError(f"{name}: the checkpoint has no such tensor; {DAMAGED}.")
-    is_mask = not present.is_floating_point()
+    is_mask = not present.is_floating_point()  # or codes of numbers in few bits
     if tensor.shape != present.shape or tensor.is_floating_point() == is_mask or (is_mask and tensor.dtype != present.dtype):
         raise ValueError(
             f"{name}: the checkpoint has shape {tuple(tensor.shape)}, {tensor.dtype}, and its config on this model says "
@@ -202,8 +216,8 @@ def check_loaded_tensor(key: str, tensor: Tensor | None, present: Tensor, masks:
             f"{name}: the values in the checkpoint overflow {present.dtype}, which the base model is in; load that in a wider "
             "dtype."
         )
-    if is_mask:
-        mask = next(mask for mask in masks if name.endswith(f".{mask}"))
+    mask = next((mask for mask in masks if is_mask and name.endswith(f".{mask}")), None)
+    if mask is not None:
         count, features = masks[mask]
         marked = (int.from_bytes(bytes(tensor.tolist()), "little") & ((1 << features) - 1)).bit_count()
         if marked != count:

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers.factorized import FactorizedModule
-from ..numerics.decompositions import factorize
+from ..layers.nearest import nearest_product
 
 DAMAGED = "the checkpoint is damaged or of another model"
 
@@ -19,8 +19,9 @@ DAMAGED = "the checkpoint is damaged or of another model"
 # checked; with `low_cpu_mem_usage` they put other parameters in place of those on meta. transformers' `load_adapter`, and its
 # `from_pretrained` on a folder with an adapter, set parameters one by one, and call neither that nor `_load_from_state_dict`.
 # Trainers that resume load a state dict of the whole model; under FSDP one process reads it, and the others get a broadcast.
-# Two things hold for all of them: a parameter that nobody has filled in is on meta, or the NaN of `expect`; and a loader ends
-# with `eval()`, or else a forward pass comes next. So a layer looks in `train`, in `forward`, and before its matrix is read.
+# Two things hold for all of them: what nobody has filled in is on meta, or the NaN of `expect`, of numbers in few bits their
+# scales; and a loader ends with `eval()`, or else a forward pass comes next. So a layer looks in `train`, in `forward`, and
+# before its matrix is read.
 class Arrivals:
     """Adapters of a layer that wait for their factors, and what is to be done once the last of them has arrived.
 
@@ -39,8 +40,8 @@ class Arrivals:
     def expect(self, adapter_name: str, module: FactorizedModule) -> None:
         """Wait for the factors of an adapter. Fills its parameters with NaN: what never arrives must not look like weights."""
         with torch.no_grad():
-            for parameter in module.parameters():
-                parameter.fill_(torch.nan)
+            for tensor in module.filled_in:
+                tensor.fill_(torch.nan)
         self.awaited.add(adapter_name)
 
     def postpone(self, action: Callable[[], None]) -> None:
@@ -54,8 +55,8 @@ class Arrivals:
 
     def has_arrived(self, adapter_name: str) -> bool:
         """Whether a loader has filled in the factors: they are not on meta, nor still the NaN of `expect`."""
-        parameters = self._factors[adapter_name].parameters()
-        return all(parameter.device.type != "meta" and not parameter.isnan().all() for parameter in parameters)
+        tensors = self._module(adapter_name).filled_in
+        return all(tensor.device.type != "meta" and not tensor.isnan().all() for tensor in tensors)
 
     def accept(self, adapter_name: str) -> None:
         """Check the factors that a loader has filled in, and stop waiting for them.
@@ -66,7 +67,7 @@ class Arrivals:
         module = self._module(adapter_name)
         module.refresh()
         means = [] if module.feature_mean is None else [module.feature_mean]
-        if not all(tensor.isfinite().all() for tensor in [*module.parameters(), *means]):
+        if not all(tensor.isfinite().all() for tensor in [*module.filled_in, *means]):
             raise ValueError(f"the loaded factors of adapter {adapter_name!r} contain NaN or infinite values; {DAMAGED}.")
         self.stop_waiting(adapter_name)
 
@@ -102,7 +103,7 @@ class Arrivals:
             )
 
     def factorize(self, adapter_name: str, matrix: Tensor, bias: Tensor | None) -> None:
-        """Fill in the truncated SVD of W, which no loader has brought; the parameters stay the same objects.
+        """Fill in the product of W without data, which no loader has brought; the parameters stay the same objects.
 
         Args:
             adapter_name: of an awaited adapter.
@@ -110,7 +111,8 @@ class Arrivals:
             bias: of the base layer, shape (out,); read where the adapter has a bias of its own.
         """
         module = self._module(adapter_name)
-        module.set_factors(factorize(matrix, module.rank))
+        product = nearest_product(matrix, module.rank, module.form, module.widths)
+        module.set_factors(product.factors, product.scales)
         if module.bias is not None and bias is not None:
             module.set_bias(bias)
         if module.feature_mean is not None:

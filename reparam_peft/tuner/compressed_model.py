@@ -10,7 +10,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from ..calibration.statistics import Statistics
-    from ..standalone.quantization import SchemeName
+    from ..layers.schemes import SchemeName
     from ..standalone.tables import TableScheme
     from .sizes import SizeReport
 

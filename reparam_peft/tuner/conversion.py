@@ -19,19 +19,18 @@ from ..layers.factorized import FactorizedModule
 from ..layers.kinds import is_quantized
 from ..layers.parameters import opened_parameters
 from ..layers.quantized_bases import dequantized, note_dtype
+from ..layers.schemes import check_scheme
 from ..standalone.checkpoint import (
     METHOD,
     CheckpointConfig,
     CheckpointLoader,
     keep_names,
-    mark,
     mark_unquantized,
-    specification_of,
 )
 from ..standalone.heads import forget_tied
 from ..standalone.opened import mark_opened
-from ..standalone.quantization import check_scheme
 from ..standalone.quantization import quantize as quantize_factors
+from ..standalone.specification import mark, specification_of
 from ..standalone.tables import check_tables, tables_of
 from ..standalone.tables import quantize_tables as put_tables
 from .layer import ReparamLayer
@@ -142,7 +141,9 @@ def _factorized(name: str, layer: ReparamLayer) -> nn.Module:
     present = layer.factorized(active[0])
     bias = getattr(layer.base_layer, "bias", None) if present.bias is None else present.bias
     module = layer.like(active[0], bias=bias is not None)
-    module.set_factors(present.stored)
+    module.set_factors(present.stored, present.scales)
+    for piece, coded in module.coded.items():
+        coded.share(present.coded[piece])
     module.set_kept(present.rows, present.columns)
     if bias is not None:
         module.set_bias(bias)

@@ -50,7 +50,7 @@ def copied(targets: Mapping[str, Target], source: str) -> dict[str, Target] | No
         source: the adapter that is copied.
 
     Returns:
-        None where rank, form, size or bias of a target are not those of the source.
+        None where rank, form, size, bias or bits of a target are not those of the source.
     """
     done = {}
     for name, target in targets.items():
@@ -62,8 +62,8 @@ def copied(targets: Mapping[str, Target], source: str) -> dict[str, Target] | No
             return None
         module = layer.factorized(source)
         storage = target.storage
-        made = (module.rank, module.form, module.size, module.bias is not None)
-        if made != (target.rank, target.form, storage.size, storage.bias):
+        made = (module.rank, module.form, module.size, module.bias is not None, dict(module.widths))
+        if made != (target.rank, target.form, storage.size, storage.bias, dict(target.widths)):
             return None
         done[name] = replace(target, copied=copy.deepcopy(module))
     return done

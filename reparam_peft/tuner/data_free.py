@@ -8,7 +8,6 @@ from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import replace
 
-import torch
 from torch import Tensor
 from tqdm.auto import tqdm
 
@@ -16,10 +15,10 @@ from ..arguments import ReparamWarning
 from ..config.fields import OF_ALLOCATION, OF_METRICS
 from ..config.reparam_config import ReparamConfig
 from ..defaults import DATA_FREE
+from ..layers.nearest import nearest_product
 from ..layers.product import Product
 from ..numerics.decompositions import Factors, random_factors
 from ..numerics.methods import method_of, names_of_methods
-from ..numerics.pivoting import PivotFactors, pivot
 from ..runtime.modules import naming
 from .layer import REMEDY, W_IS_GONE, ReparamLayer
 from .matrices import own_bias, source_matrix
@@ -46,7 +45,8 @@ def is_installing() -> bool:
 
 def check_data_free(config: ReparamConfig) -> None:
     """Raise `ValueError` where a config asks for what `get_peft_model`, which gets no data, cannot do."""
-    for name, values in (("method", names_of_methods(needs_data=True)), ("allocation", ("loss",))):
+    needing = {"method": names_of_methods(needs_data=True), "allocation": ("loss",), "budget": ("bytes",)}
+    for name, values in needing.items():
         if getattr(config, name) in values:
             raise ValueError(
                 f"`{name}={getattr(config, name)!r}` needs calibration data, which `get_peft_model` has no way to pass; use "
@@ -98,8 +98,8 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progres
             bias = layer.source_bias() if isinstance(layer, ReparamLayer) else own_bias(layer)
             bias = None if bias is None else bias.detach()
         with naming(name):
-            factors = data_free_factors(source_matrix(layer), target, config)
-        done[name] = replace(target, product=Product(factors, bias))
+            product = data_free_product(source_matrix(layer), target, config)
+        done[name] = replace(target, product=product._replace(bias=bias))
     if sources:
         warnings.warn(
             f"The new adapter factorises the product of adapter {', '.join(map(repr, sorted(sources)))}, because {W_IS_GONE}. "
@@ -110,18 +110,17 @@ def factorize_targets(targets: dict[str, Target], config: ReparamConfig, progres
     return done
 
 
-def data_free_factors(matrix: Tensor, target: Target, config: ReparamConfig) -> Factors | PivotFactors:
-    """The product of a target's matrix (out, in) in the form of a config: by the config's method, or random.
+def data_free_product(matrix: Tensor, target: Target, config: ReparamConfig) -> Product:
+    """The product of a target's matrix (out, in), without a bias: by the config's method, or random.
 
     Raises:
         ValueError: the target stays dense.
     """
     if target.rank is None:
         raise ValueError("a target that stays dense has no factors.")
-    pivots = target.storage.form == "pivot"
-    # Factors that are rounded before the conversion to the pivot form would be rounded again after it.
-    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32)) if pivots else matrix
-    start = None if config.init_weights else random_factors(wide, target.rank)
     method = method_of(config.method or DATA_FREE["method"])
-    factors = method.function(wide, target.rank, None, None, start)
-    return pivot(factors, dtype=matrix.dtype) if pivots else factors
+
+    def factors(W: Tensor, rank: int) -> Factors:
+        return method.function(W, rank, None, None, None if config.init_weights else random_factors(W, rank))
+
+    return nearest_product(matrix, target.rank, target.form, target.widths, factors)

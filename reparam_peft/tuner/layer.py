@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..arguments import ReparamWarning
 from ..layers.calling import call
+from ..layers.coded import ALL_AS_THE_MODEL, Widths
 from ..layers.computed_weight import ComputedWeight
 from ..layers.factorized import FactorizedModule, weight_of
 from ..layers.kinds import KINDS, layer_kind
@@ -147,6 +148,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         bias: bool = False,
         size: tuple[int, int] | None = None,
         nested: bool = False,
+        widths: Widths = ALL_AS_THE_MODEL,
     ) -> None:
         """Add an adapter.
 
@@ -156,17 +158,18 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
             product: its factors and, with `bias`, its bias; or a factorised module that becomes the adapter's; None where a
                 loader is about to fill them in.
             inference_mode: whether the factors are frozen.
-            form: "factors", "pivot" or "dense".
+            form: "factors", "pivot", "dense" or "corrected".
             bias: whether it has a bias in place of the base layer's.
             size: (out, in) of what is left of the matrix, where rows or columns are left out; None: all.
             nested: whether it has the mean of its features, too.
+            widths: bits of the matrices of its product that are in few bits, by name.
         """
         if isinstance(product, FactorizedModule):
             module = product
         else:
             # On meta a module takes no memory until it is given its factors, which are not copied.
             device = self.placeholder.device if product is None else torch.device("meta")
-            module = self.kind.factorized(self.base_layer, rank, form, bias, size, device=device, dtype=self.base_dtype)
+            module = self.kind.factorized(self.base_layer, rank, form, bias, size, device, self.base_dtype, widths)
             self._fill(adapter_name, module, product, bias, nested)
         self.r[adapter_name] = rank
         self.reparam_factors[adapter_name] = module.train(self.training)
@@ -183,8 +186,9 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
             form or present.form,
             present.bias is not None if bias is None else bias,
             present.size,
-            device=torch.device("meta"),
-            dtype=self.base_dtype,
+            torch.device("meta"),
+            self.base_dtype,
+            present.widths,
         )
 
     def _fill(self, adapter_name: str, module: FactorizedModule, product: Product | None, bias: bool, nested: bool) -> None:
@@ -197,7 +201,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
             return
         if (bias and product.bias is None) or (nested and product.feature_mean is None):
             raise ValueError("`product` lacks the bias, or the mean of the features, that the adapter is to have.")
-        module.set_factors(product.factors)
+        module.set_factors(product.factors, product.scales)
         module.set_kept(product.rows, product.columns)
         if bias and product.bias is not None:
             module.set_bias(product.bias)

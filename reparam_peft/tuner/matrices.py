@@ -11,7 +11,7 @@ from ..defaults import DATA_FREE
 from ..layers.factorized import weight_of
 from ..layers.kinds import is_quantized, layer_kind
 from ..layers.wrapper import kind_and_layer, matrix_shape
-from ..numerics.storage import Storage
+from ..numerics.storage import AS_THE_MODEL, Storage
 from .layer import ReparamLayer
 
 
@@ -48,7 +48,21 @@ def matrix_storage(module: nn.Module, name: str, config: ReparamConfig) -> Stora
     # Where rows are left out, so are they of the bias, which then cannot be that of the base model.
     moves = (config.moved_bias and kind.has_one_mean) or size[0] < shape[0]
     bias = moves and getattr(layer, "bias", None) is not None
-    return Storage(*size, form=config.form or DATA_FREE["form"], bias=bias, whole=None if left is None else shape)
+    form = config.form_pattern.get(name, config.form or DATA_FREE["form"])
+    return Storage(
+        *size,
+        form=form,
+        bias=bias,
+        whole=None if left is None else shape,
+        bits=_bits(config, name, form) if kind.linear else AS_THE_MODEL,
+        correction_bits=config.correction_bits or AS_THE_MODEL,
+    )
+
+
+def _bits(config: ReparamConfig, name: str, form: str) -> int:
+    """Of the numbers of a target's product; of a corrected one, of those of the matrix."""
+    chosen = config.least_bits if form == "corrected" and not config.is_resolved else AS_THE_MODEL
+    return config.bit_pattern.get(name, chosen)
 
 
 def own_bias(module: nn.Module) -> Tensor | None:

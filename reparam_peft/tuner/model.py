@@ -20,9 +20,9 @@ from ..calibration.statistics import Statistics
 from ..config.model_card import upload_with_section
 from ..config.reparam_config import ReparamConfig
 from ..defaults import DATA_FREE
+from ..layers.schemes import SchemeName
 from ..runtime.modules import naming
 from ..runtime.restoring import Snapshot, unchanged_on_error
-from ..standalone.quantization import SchemeName
 from ..standalone.tables import TableScheme
 from .adapter_state import cast_to_base, check_whole, fit_to_model, names_in_model
 from .arrivals import parameters_start_on_meta
@@ -38,7 +38,7 @@ from .opening import close_parameters, own_memory
 from .reach import warn_of_reach
 from .selection import names_targets, take_targets
 from .sizes import SizeReport, size_report
-from .targets import Target, check_targets, find_targets, is_target, save_heads
+from .targets import Target, check_targets, find_targets, is_target, record_few_bits, save_heads
 from .tying import tie_heads
 
 
@@ -160,7 +160,11 @@ class ReparamModel(BaseTuner):
             if not is_installing():  # else it was told before anything was computed
                 warn_of_reach(model, targets, peft_config, takes_all)
             self._targets = factorize_targets(targets, peft_config)
-        peft_config.rank_pattern = {}  # until `record_resolved`: PEFT would try names in it as regular expressions
+        peft_config.rank_pattern, peft_config.form_pattern, peft_config.bit_pattern = (
+            {},
+            {},
+            {},
+        )  # until `record_resolved`: PEFT would try names in it as regular expressions
 
     def _inject_parameters(self, peft_config: ReparamConfig, **_: Any) -> list[str]:  # type: ignore[override]
         """The parameters that were opened; their layers are injected as modules."""
@@ -203,6 +207,7 @@ class ReparamModel(BaseTuner):
             bias=planned.storage.bias,
             size=planned.storage.size,
             nested=planned.is_nested(peft_config),
+            widths=planned.widths,
         )
         if layer is not target:
             layer.name = current_key
@@ -244,6 +249,7 @@ class ReparamModel(BaseTuner):
         for field, value in DATA_FREE.items():
             setattr(config, field, getattr(config, field) or value)
         config.rank_pattern = {name: target.rank for name, target in targets.items() if target.rank is not None}
+        record_few_bits(config, targets)
         config.dense_modules = sorted(name for name, target in targets.items() if target.rank is None)
         for field, size in size_report(self.model, config).to_dict()["targets"].items():
             setattr(config, field, size)

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from ..calibration.statistics import Statistics
 from ..layers.factorized import FactorizedModule, weight_of
 from ..layers.product import Stored
+from ..layers.schemes import Scheme
 from ..numerics.decompositions import Corrected, Factors, Whole
 from ..numerics.metrics import exact
 from ..numerics.pivoting import PivotFactors
 from ..numerics.rounding import Rounded, rotated, rounded, rounded_pair
-from ..standalone.quantization import Scheme, linears_of
+from ..standalone.quantization import linears_of
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class CalibratedRounding:
     Where a module has a bias, it makes up for the mean error, and only the variance of the inputs counts.
 
     Attributes:
-        statistics: of the model, by the names of its modules. Those that no batch reached are rounded to nearest.
+        statistics: of the model, by the names of its modules. Those that no batch reached are rounded to nearest, and so is
+            what is beside numbers that are in few bits already.
     """
 
     statistics: Statistics
@@ -32,7 +34,7 @@ class CalibratedRounding:
     def check(self, model: nn.Module) -> None:
         """Raise `ValueError`, before any work, unless the statistics hold all factorised modules, with as many inputs."""
         for name, module in model.named_modules():
-            if not isinstance(module, FactorizedModule):
+            if not isinstance(module, FactorizedModule) or module.coded:
                 continue
             if not self.statistics.is_reached(name):
                 if name not in self.statistics.weight_norms:
@@ -46,7 +48,7 @@ class CalibratedRounding:
     def __call__(self, name: str, module: FactorizedModule, scheme: Scheme) -> dict[str, dict[str, Tensor]]:
         names = [part for part, _ in linears_of(module)]
         are_linear = all(isinstance(piece, nn.Linear) for piece in module.pieces.values())
-        if not self.statistics.is_reached(name) or "B" not in names or not are_linear:
+        if module.coded or not self.statistics.is_reached(name) or "B" not in names or not are_linear:
             return {}
         moments = self.statistics.moments(name, centred=module.bias is not None)
         device = module.stored[0].device

@@ -24,6 +24,7 @@ class MatrixSize:
         stored_parameters: what a checkpoint holds.
         bytes_per_parameter: in the base model's dtype.
         mask_bytes: how many of the stored parameters are bytes of masks: of the pivot form, and of the neurons that are left.
+        bytes_in_few_bits: what a checkpoint holds where numbers are in few bits, with their scales; else None.
     """
 
     name: str
@@ -32,6 +33,7 @@ class MatrixSize:
     stored_parameters: int
     bytes_per_parameter: int
     mask_bytes: int = 0
+    bytes_in_few_bits: int | None = None
 
     @property
     def dense_parameters(self) -> int:
@@ -46,6 +48,8 @@ class MatrixSize:
     @property
     def stored_bytes(self) -> int:
         """Bytes of the factors, or of the matrix where it stays dense."""
+        if self.bytes_in_few_bits is not None:
+            return self.bytes_in_few_bits
         return (self.stored_parameters - self.mask_bytes) * self.bytes_per_parameter + self.mask_bytes
 
 
@@ -102,7 +106,9 @@ def matrix_size(name: str, module: nn.Module, rank: int | None, config: ReparamC
     """The size of a target, wrapped or not, at a rank."""
     storage = matrix_storage(module, name, config)
     masks = 0 if rank is None else storage.mask(rank)
-    return MatrixSize(name, storage.whole_shape, rank, storage.stored(rank), base_dtype(module).itemsize, masks)
+    itemsize = base_dtype(module).itemsize
+    in_few_bits = storage.bytes(rank, itemsize) if rank is not None and storage.widths(rank) else None
+    return MatrixSize(name, storage.whole_shape, rank, storage.stored(rank), itemsize, masks, in_few_bits)
 
 
 def size_report(model: nn.Module, config: ReparamConfig) -> SizeReport:

@@ -12,11 +12,12 @@ from torch import nn
 
 from ..arguments import ReparamWarning
 from ..config.reparam_config import ReparamConfig
+from ..layers.coded import ALL_AS_THE_MODEL, Widths
 from ..layers.factorized import FactorizedModule
 from ..layers.kinds import is_quantized
 from ..layers.product import Product
 from ..layers.quantized_bases import note_dtype
-from ..numerics.storage import Storage
+from ..numerics.storage import AS_THE_MODEL, Storage
 from ..planning.ranks import resolve_rank
 from ..runtime.hosts import ExcludedModule
 from ..runtime.modules import is_offloaded, kept_in_lists, naming, parameter_owners
@@ -30,7 +31,20 @@ from .written import written_modules
 
 # What PEFT's and our own modules add to the names in a state dict.
 ADDED_NAMES = {"base_model", "model", "base_layer", "original_module", "modules_to_save", "reparam_factors"} | {
-    *("A", "B", "K", "weight", "bias", "mask", "feature_mean", "kept_rows", "kept_columns")
+    *(
+        "A",
+        "B",
+        "K",
+        "Q",
+        "weight",
+        "weight_scale",
+        "weight_absmax",
+        "bias",
+        "mask",
+        "feature_mean",
+        "kept_rows",
+        "kept_columns",
+    )
 }
 
 
@@ -49,12 +63,24 @@ class Target:
 
     @property
     def form(self) -> str:
-        """How its product is stored at this rank: "factors", "pivot" or "dense"; of a target that stays dense "dense", too."""
+        """How its product is stored at this rank: "factors", "pivot", "dense" or "corrected"; "dense" where it stays so."""
         return "dense" if self.rank is None else self.storage.form_at(self.rank)
+
+    @property
+    def widths(self) -> Widths:
+        """The bits of those matrices of its product that are in few bits, by name."""
+        return ALL_AS_THE_MODEL if self.rank is None else self.storage.widths(self.rank)
 
     def is_nested(self, config: ReparamConfig) -> bool:
         """Whether its product keeps the mean of its features, by which the bias follows at lower ranks."""
         return self.storage.bias and config.smaller_keeps is not None and self.form != "dense"
+
+
+def record_few_bits(config: ReparamConfig, targets: dict[str, Target]) -> None:
+    """Write into a config which targets have another form than its own, and which are in few bits; in place."""
+    storages = {name: target.storage for name, target in targets.items() if target.rank is not None}
+    config.form_pattern = {name: storage.form for name, storage in storages.items() if storage.form != config.form}
+    config.bit_pattern = {name: storage.bits for name, storage in storages.items() if storage.bits != AS_THE_MODEL}
 
 
 def save_heads(config: ReparamConfig) -> None:

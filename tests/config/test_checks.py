@@ -31,7 +31,7 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
     ("keep", True, TypeError, r"`keep` must be a number in \(0, 1\], got True"),
     ("method", "pca", ValueError, "`method` must be one of 'svd', 'whitened', 'autoencoder' or None, got 'pca'"),
     ("allocation", "equal", ValueError, "`allocation` must be one of 'uniform', 'loss' or None, got 'equal'"),
-    ("form", "qr", ValueError, "`form` must be one of 'factors', 'pivot' or None, got 'qr'"),
+    ("form", "qr", ValueError, "`form` must be one of 'factors', 'pivot', 'corrected' or None, got 'qr'"),
     ("input_metric", "hessian", ValueError, "`input_metric` must be one of 'gram', 'diagonal', 'none' or None, got 'hessian'"),
     ("output_metric", "gram", ValueError, "`output_metric` must be one of 'fisher', 'diagonal', 'none' or None, got 'gram'"),
     *(
@@ -58,6 +58,17 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
         for value in ("0.5", [0.9], [1], 0.5, {0.5})
     ),
     ("smaller_ranks", {}, TypeError, "`smaller_keeps` is filled in by `compress`"),
+    ("budget", "flops", ValueError, "`budget` must be one of 'parameters', 'bytes' or None, got 'flops'"),
+    *(("bits", value, TypeError, "`bits` must be several of") for value in (8, "8", ["8"], [8.0], [True])),
+    *(("bits", value, ValueError, "`bits` must be one or several of .*, each once") for value in ([], [2], [8, 8])),
+    ("bits", [8], ValueError, "`bits` has an effect with `budget='bytes'` or `form='corrected'` only"),
+    *(("form_pattern", value, TypeError, "`form_pattern` is filled in by the model") for value in (None, [], {1: "pivot"})),
+    ("form_pattern", {"q": "qr"}, ValueError, "`form_pattern` must hold some of .* got 'q': 'qr'"),
+    ("form_pattern", {"q": "pivot"}, ValueError, "`form_pattern` must hold modules of `rank_pattern`, got 'q'"),
+    *(("bit_pattern", value, TypeError, "`bit_pattern` is filled in by the model") for value in (None, [], {1: 8})),
+    *(("bit_pattern", {"q": v}, ValueError, "`bit_pattern` must hold some of .* got 'q'") for v in (16, 3, "8", True)),
+    ("bit_pattern", {"q": 8}, ValueError, "`bit_pattern` must hold modules of `rank_pattern`, got 'q'"),
+    *(("correction_bits", v, ValueError, "`correction_bits` is filled in by the model") for v in (4, 16, True, 8.0)),
     ("neurons", 1, TypeError, "`neurons` must be True or False, got 1"),
     ("unreached", "dropped", ValueError, "`unreached` must be"),
     ("ensure_weight_tying", "yes", TypeError, "`ensure_weight_tying` must be"),
@@ -184,6 +195,9 @@ CONFLICTS: list[tuple[dict[str, Any], str]] = [
     ({"floor": 0.5, "keep": 0.4}, "`floor` must be at most `keep`, got 0.5 and 0.4"),
     ({"r": 8, "allocation": "loss"}, "`r=8` fixes the ranks, and `allocation='loss'` chooses them"),
     ({"r": "full", "allocation": "loss"}, "`r='full'` fixes the ranks"),
+    ({"budget": "bytes", "r": 8}, "`r=8` fixes the ranks, and `budget='bytes'` chooses them"),
+    ({"budget": "bytes", "allocation": "uniform"}, "`budget='bytes'` is shared out by predicted loss"),
+    ({"budget": "bytes", "neurons": True}, "`neurons=True` and `budget='bytes'` cannot be used together"),
     *(
         ({name: value, **fixed}, f"`{name}` has an effect with `allocation='loss'` only; leave it out")
         for name, value in (("rank_multiple", 8), ("floor", 0.0), ("floor", 0.1), ("ceiling", 0.9), ("ceiling", 1))

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.strategies import PROPERTY, decimal_keeps, keeps, narrow_storages, sizes, storages
 
 from reparam_peft.numerics.storage import FORMS, Storage, matrix_bytes, scale_shape, uniform_rank
-from reparam_peft.standalone.quantization import SCHEMES
+from reparam_peft.layers.schemes import SCHEMES
 
 
 @PROPERTY

@@ -19,7 +19,8 @@ from support.tolerances import relative_error
 from transformers import AutoModelForCausalLM, MambaConfig, MambaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from reparam_peft import ReparamConfig
-from reparam_peft.standalone.quantization import LEAST_INPUTS, SCHEMES
+from reparam_peft.layers.schemes import SCHEMES
+from reparam_peft.numerics.storage import LEAST_INPUTS
 
 LAYER = "model.layers.0.self_attn.q_proj"
 LARGEST_ERROR = {"int8": 0.05, "int4": 0.6}  # of logits, relative; weights are random, so that errors do not average out

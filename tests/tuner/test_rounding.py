@@ -14,7 +14,7 @@ from support.standalone import NARROW
 from transformers import PreTrainedModel
 
 from reparam_peft import ReparamConfig, Statistics, calibrate, compress
-from reparam_peft.standalone.quantization import SCHEMES
+from reparam_peft.layers.schemes import SCHEMES
 
 TEXT = [{"input_ids": torch.randint(3, 100, (8, 32), generator=torch.Generator().manual_seed(0))}]
 
