@@ -36,6 +36,7 @@ from ..tuner.opening import open_parameters
 from ..tuner.selection import names_targets, select_targets, with_targets
 from ..tuner.targets import Target
 from ..tuner.tying import heads_of
+from .costs import costs_of
 from .factorizing import Factorizer
 from .mlps import check_alike, find_mlps
 from .neurons import Neurons
@@ -206,6 +207,7 @@ class Job:
         Raises:
             ValueError: the budget cannot be met.
         """
+        chooser = replace(chooser, costs=costs_of(self.config, self.targets, self.tokens))
         for name in chooser.unreached(losses):
             warnings.warn(f"{name}: no gradient reaches its output, so that its rank is uniform.", ReparamWarning, stacklevel=4)
         return make_plan(

@@ -35,6 +35,7 @@ def may_lose_neurons(config: ReparamConfig) -> bool:
     """
     reasons = {
         "needs the ranks of `allocation='loss'`, whose units tell neurons from ranks": config.allocation != "loss",
+        "is not measured with `budget='latency'`": config.budget == "latency",
         "needs a method that uses data": not method_of(config.method).needs_data,
         "excludes one adapter of many sizes (`form='factors'` with a `ceiling` below 1)": is_nested(config),
     }

@@ -192,6 +192,7 @@ def _job(
     config = copy.deepcopy(config_of(model, adapter_name))
     config.method, config.allocation, config.init_weights = cast(MethodName, CALIBRATED["method"]), "loss", True
     config.ceiling = min(NOT_DENSE, 1.0 if config.ceiling is None else config.ceiling)
+    config.budget = None  # `keep` is of the parameters
     chooser = RankChooser(
         storages={name: target.storage for name, target in targets.items()},
         keep=keep,

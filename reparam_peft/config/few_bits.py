@@ -17,11 +17,16 @@ def check_few_bits(config: Fields, from_file: bool) -> None:
     check_choice("budget", config.budget, BUDGETS, optional=True)
     _check_bits(config)
     _check_patterns(config)
-    if config.budget == "bytes":
+    if config.budget not in (None, "parameters"):
+        given = f"`budget={config.budget!r}`"
         if config.r is not None:
-            raise ValueError(f"`r={config.r!r}` fixes the ranks, and `budget='bytes'` chooses them under `keep`; give one.")
+            raise ValueError(f"`r={config.r!r}` fixes the ranks, and {given} chooses them under `keep`; give one.")
         if config.allocation == "uniform":
-            raise ValueError("`budget='bytes'` is shared out by predicted loss, not with `allocation='uniform'`; give one.")
+            raise ValueError(f"{given} is shared out by predicted loss, not with `allocation='uniform'`; give one.")
+    if config.budget == "latency" and config.neurons:
+        raise ValueError(
+            "`neurons=True` and `budget='latency'` cannot be used together: MLPs keep their neurons; leave one out."
+        )
     if config.chooses_bits:
         _check_excluded(config, from_file)
 

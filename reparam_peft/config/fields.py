@@ -16,7 +16,7 @@ Allocation = Literal["uniform", "loss"]
 InputMetric = Literal["gram", "diagonal", "none"]
 OutputMetric = Literal["fisher", "diagonal", "none"]
 Unreached = Literal["dense", "error"]
-Budget = Literal["parameters", "bytes"]
+Budget = Literal["parameters", "bytes", "flops", "latency"]
 ALLOCATIONS: tuple[str, ...] = get_args(Allocation)
 INPUT_METRICS: tuple[str, ...] = get_args(InputMetric)
 OUTPUT_METRICS: tuple[str, ...] = get_args(OutputMetric)
@@ -67,8 +67,9 @@ class Fields(PeftConfig):
         default=None,
         metadata={
             "help": "What `keep` is a fraction of: 'parameters', or with calibration data 'bytes' of the targets in the "
-            "model's dtype, for which each matrix gets its form, its rank and the bits of its numbers by predicted loss. None: "
-            "'parameters'."
+            "model's dtype, for which each matrix gets its form, its rank and the bits of its numbers by predicted loss; "
+            "'flops', multiply-adds over these data; or 'latency', the time that the layers take for 256 rows on this machine, "
+            "measured. None: 'parameters'."
         },
     )
     bits: tuple[int, ...] | None = field(

@@ -126,7 +126,7 @@ def _median(timings: Sequence[Timing]) -> Benchmark:
 def flush_caches(device: torch.device) -> None:
     """Evict weights from the processor's caches by writing more than any of them holds (256 MiB)."""
     _flush_buffer(device).add_(1)
-    _synchronize(device)
+    synchronize(device)
 
 
 @cache
@@ -148,7 +148,7 @@ def _time_once(model: Any, prompt_length: int, new_tokens: int, batch_size: int)
         flush_caches(device)
         start = time.perf_counter()
         result = call()
-        _synchronize(device)
+        synchronize(device)
         return 1000 * (time.perf_counter() - start), result
 
     flush_caches(device)
@@ -189,6 +189,7 @@ def _peak_memory(device: torch.device) -> Iterator[list[int]]:
         sampler.join()
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Wait until a device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

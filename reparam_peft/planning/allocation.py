@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from itertools import pairwise
 from typing import NamedTuple, Protocol
 
 from torch import Tensor
@@ -44,13 +45,18 @@ class Point(NamedTuple):
 
 
 def points(
-    losses: Tensor, storage: Storage, multiple: int = RANK_MULTIPLE, floor: float = 0.0, ceiling: float = 1.0
+    losses: Tensor,
+    storage: Storage,
+    multiple: int = RANK_MULTIPLE,
+    floor: float = 0.0,
+    ceiling: float = 1.0,
+    cost: Callable[[int | None], int] | None = None,
 ) -> list[Point]:
     """The curve of a matrix: the ranks to choose from and dense, cheapest first, with what each stores and loses.
 
     Of a matrix that has lost neurons there may be no point between floor and ceiling.
 
-    Rank r loses Σ_{i>r} q_i. Ranks are multiples of `multiple` that save parameters; where there is none, ranks from 1 up.
+    Rank r loses Σ_{i>r} q_i. Ranks are multiples of `multiple` that cost less than the matrix does; where none does, from 1 up.
 
     Args:
         losses: q, shape (min(out, in),), as from `decompositions.direction_losses`.
@@ -58,19 +64,26 @@ def points(
         multiple: what ranks are a multiple of.
         floor: the least fraction of the matrix's parameters that is stored, 0 ≤ floor < 1.
         ceiling: the most, floor ≤ ceiling ≤ 1; below 1 the matrix is never dense.
+        cost: rank → what it takes of the budget; None → what the whole matrix does. By default the numbers stored.
     """
+    cost = storage.stored if cost is None else cost
     tails = [*losses.flip(0).cumsum(0).flip(0).tolist(), 0.0]
     full = len(losses) if storage.is_narrow else None
     for step in (multiple, 1):
-        ranks = [r for r in range(step, len(tails), step) if r != full and storage.parameters(r) < storage.stored(full)]
+        ranks = [r for r in range(step, len(tails), step) if r != full and cost(r) < cost(full)]
         within = [r for r in ranks if floor * storage.dense <= storage.parameters(r) <= ceiling * storage.dense]
         if within:
             break
-    curve = [Point(rank, storage.parameters(rank), tails[rank]) for rank in within]
+    curve = _rising([Point(rank, cost(rank), tails[rank]) for rank in within])
     if full is not None:
         fits = floor * storage.dense <= storage.stored(full) <= ceiling * storage.dense
-        return [*curve, Point(full, storage.stored(full), 0.0)] if fits else curve
-    return curve if ceiling < 1 and curve else [*curve, Point(None, storage.dense, 0.0)]
+        return [*curve, Point(full, cost(full), 0.0)] if fits else curve
+    return curve if ceiling < 1 and curve else [*curve, Point(None, cost(None), 0.0)]
+
+
+def _rising(curve: Sequence[Point]) -> list[Point]:
+    """Of points of falling loss those than which none of less loss is as cheap."""
+    return [point for point, after in pairwise(curve) if point.cost < after.cost] + list(curve[-1:])
 
 
 def allocate(curves: Sequence[Sequence[Choice]], budget: int) -> list[int]:

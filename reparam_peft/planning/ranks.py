@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -16,6 +16,7 @@ from ..numerics.methods import METHODS
 from ..numerics.storage import Storage, uniform_rank
 from .allocation import RANK_MULTIPLE, Choice, Point, allocate, points
 from .byte_options import Bytes, is_dense
+from .costs import Costs, cost_of
 from .neurons import Allotment, GroupPoint, Losses, NeuronOption, Ranks, group_curve
 from .plan import Plan
 
@@ -56,6 +57,7 @@ def is_nested(config: ReparamConfig) -> bool:
     return (
         config.form == "factors"
         and not config.chooses_bits
+        and config.budget in (None, "parameters")
         and method_is_nested
         and config.ceiling is not None
         and config.ceiling < 1
@@ -77,6 +79,7 @@ class RankChooser:
         floor: the least fraction of a matrix that is stored.
         ceiling: the most; below 1 only matrices too small for any product stay dense.
         bytes: what each matrix takes and can be stored as, under a budget of bytes; None: of parameters.
+        costs: what a matrix takes of a budget of another kind; None: numbers stored.
     """
 
     storages: Mapping[str, Storage]
@@ -89,6 +92,7 @@ class RankChooser:
     floor: float = 0.0
     ceiling: float = 1.0
     bytes: Bytes | None = None
+    costs: Costs | None = None
 
     @classmethod
     def of(
@@ -137,12 +141,19 @@ class RankChooser:
         """How many numbers, or bytes, may be stored."""
         if self.bytes is not None:
             return math.floor(self.keep * sum(self.bytes.dense[name] for name in self.storages) * (1 + 1e-12))
+        if self.costs is not None:
+            return math.floor(self.keep * sum(self._cost(name)(None) for name in self.storages) * (1 + 1e-12))
         return parameter_budget(self.keep, self.storages)
 
     @property
     def unit(self) -> str:
         """What the budget is of."""
+        if self.costs is not None:
+            return self.costs.unit
         return "parameters" if self.bytes is None else "bytes"
+
+    def _cost(self, name: str, storage: Storage | None = None) -> Callable[[int | None], int]:
+        return cost_of(self.costs, name, self.storages[name] if storage is None else storage)
 
     def check(self) -> None:
         """Raise `ValueError`, before minutes of work, where with all neurons no ranks fit, whatever the losses are."""
@@ -207,7 +218,7 @@ class RankChooser:
                 chosen = min(chosen, self._allocated(alone), key=lambda made: sum(choice.loss for choice in made.values()))
             points = {name: choice for name, choice in chosen.items() if isinstance(choice, Point)}
             return Allotment({name: point.rank for name, point in points.items()}, points=points)
-        uniform = {name: _uniform_point(curve, self.keep * self.storages[name].dense) for name, curve in curves.items()}
+        uniform = {name: _uniform_point(curve, self.keep * self._cost(name)(None)) for name, curve in curves.items()}
         candidates = [point for point in uniform.values() if point is not None]
         fits = len(candidates) == len(curves) and sum(point.cost for point in candidates) <= self.budget
         if fits and sum(point.loss for point in candidates) < sum(choice.loss for choice in chosen.values()):
@@ -234,7 +245,7 @@ class RankChooser:
         return {consumer: options for consumer, options in mlps.items() if not fixed.keys() & options[0].storages.keys()}
 
     def _curve_of_option(self, option: NeuronOption, name: str) -> list[Point]:
-        return self._points(option.losses[name], option.storages[name])
+        return self._points(name, option.losses[name], option.storages[name])
 
     def smaller(self, plan: Plan) -> dict[float, Ranks]:
         """Ranks at sizes below that of a plan, in steps of 0.05 down to the least there is: size → module → rank; None: dense.
@@ -277,13 +288,13 @@ class RankChooser:
                 return [Point(fixed[name], self.bytes.dense[name], 0.0)]
             return self.bytes.curve(name, losses.options[name], self.keep)
         if name in fixed:
-            return [Point(fixed[name], storage.stored(fixed[name]), 0.0)]
-        return self._points(losses.directions[name], storage)
+            return [Point(fixed[name], self._cost(name)(fixed[name]), 0.0)]
+        return self._points(name, losses.directions[name], storage)
 
-    def _points(self, losses: Tensor, storage: Storage) -> list[Point]:
+    def _points(self, name: str, losses: Tensor, storage: Storage) -> list[Point]:
         small = min(storage.out_features, storage.in_features) < 8 * RANK_MULTIPLE  # gains nothing by alignment
         multiple = self.rank_multiple or (1 if small else RANK_MULTIPLE)
-        return points(losses, storage, multiple, self.floor, self.ceiling)
+        return points(losses, storage, multiple, self.floor, self.ceiling, self._cost(name, storage))
 
 
 def parameter_budget(keep: float, storages: Mapping[str, Storage]) -> int:

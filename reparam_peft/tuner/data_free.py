@@ -45,7 +45,7 @@ def is_installing() -> bool:
 
 def check_data_free(config: ReparamConfig) -> None:
     """Raise `ValueError` where a config asks for what `get_peft_model`, which gets no data, cannot do."""
-    needing = {"method": names_of_methods(needs_data=True), "allocation": ("loss",), "budget": ("bytes",)}
+    needing = {"method": names_of_methods(needs_data=True), "allocation": ("loss",), "budget": ("bytes", "flops", "latency")}
     for name, values in needing.items():
         if getattr(config, name) in values:
             raise ValueError(
