@@ -10,12 +10,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .metrics import Metric, check_metric, device_of_sums, exact, is_finite
+from .metrics import ABSENT, Metric, check_metric, device_of_sums, exact, is_finite
 
 # An `eigh` of an n × n Gram in precision eps captures less energy than the optimum by up to about 0.025 · eps · n · λ₁
 # (measured, worst case: eigenvalues that crowd around the cut). Its subspace is taken where the discarded energy is at least
 # 2500 · eps · n · λ₁: then the error of A B is within 1e-5, relatively, of the optimum, with a factor of two to spare.
 RESOLVED = 2500
+OVERSAMPLED, ITERATIONS = 8, 3  # of subspace iteration: directions beside those that are wanted, and steps
 
 
 class Factors(NamedTuple):
@@ -262,9 +263,43 @@ def weighing(weight: Tensor, gram: Tensor | None, output_gram: Tensor | None) ->
 def _nested_factors(weight: Tensor, gram: Metric, output_gram: Metric) -> tuple[Tensor, Tensor]:
     """A (out, k) and B (k, in), k = min(out, in), float64: their first r columns and rows are the best factors of rank r."""
     W, largest = scaled(weight)
+    if W.shape[0] > W.shape[1] and not gram.diagonal and gram.is_definite:
+        return _nested_factors_of_tall(W, largest, gram, output_gram)
     whitened = output_gram.whiten(W)
     U = _left_singular_vectors(whitened, gram)
     return output_gram.unwhiten(U), U.mT @ whitened * largest
+
+
+def _nested_factors_of_tall(W: Tensor, largest: float, gram: Metric, output_gram: Metric) -> tuple[Tensor, Tensor]:
+    """The same from right singular vectors, B = Σ Vᵀ S⁻¹ and A = W G Bᵀ Σ⁻², which needs no root of F, the larger metric."""
+    values, V = torch.linalg.eigh(_square_of_directions(W, gram, output_gram))
+    sigma = values.flip(0).clamp(min=0).sqrt()
+    sigma = sigma.clamp(min=ABSENT * sigma[0]).clamp(min=torch.finfo(sigma.dtype).tiny)
+    B = gram.unwhiten(V.flip(1)).mT
+    return W @ gram.times(B.mT) / sigma, sigma[:, None] * B * largest
+
+
+def leading_factors(weight: Tensor, rank: int, gram: Metric, output_gram: Metric) -> Factors:
+    """Factors of a low rank that nearly minimise ‖F^½ (W − A B) G^½‖_F, at a cost that grows with the rank.
+
+    Subspace iteration (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4) in float32, from a fixed start. The first columns
+    and rows are nearly the factors of lower ranks.
+
+    Args:
+        weight: W, shape (out, in), float64.
+        rank: r, at most min(out, in).
+        gram: G of the inputs.
+        output_gram: F of the outputs.
+    """
+    whitened = output_gram.whiten(weight)
+    M = gram.whiten(whitened.mT).mT.float()
+    generator = torch.Generator().manual_seed(0)
+    subspace = torch.randn(M.shape[1], min(rank + OVERSAMPLED, *M.shape), generator=generator).to(M.device)
+    for _ in range(ITERATIONS):
+        subspace = M.mT @ torch.linalg.qr(M @ subspace).Q
+    Q = torch.linalg.qr(M @ subspace).Q
+    U = (Q @ torch.linalg.svd(Q.mT @ M, full_matrices=False).U[:, :rank]).double()
+    return Factors(output_gram.unwhiten(U), U.mT @ whitened)
 
 
 def _square_of_directions(W: Tensor, gram: Metric, output_gram: Metric) -> Tensor:

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
-from .decompositions import Factors
+from .decompositions import Factors, Whole
 from .metrics import check_metric, exact, solve
+from .pivoting import PivotFactors
 
 DAMPING = 0.01  # of the mean diagonal entry, added to the diagonal: GPTQ's own
-COLUMNS = 128  # rounded before what they owe is passed on to all columns after them: GPTQ's own
+SOLVED_AT_ONCE = 192  # rows of a triangular matrix
+COLUMNS = 64  # rounded before what they owe is passed on to all columns after them
 
 
 @dataclass(frozen=True)
@@ -62,16 +64,43 @@ class Rounded(NamedTuple):
     grid: Grid | None
 
 
-def rounded(weight: Tensor, grid: Grid, gram: Tensor) -> Rounded:
+class Feedback:
+    """How columns make up for what rounding those before them costs, by a Gram matrix of the inputs. It serves many matrices.
+
+    Args:
+        gram: G, shape (in, in), or its diagonal (in,), for which each number is rounded by itself; of any scale.
+
+    Attributes:
+        gram: G, float64.
+        order: of the columns, that of the largest input first; None where each number is rounded by itself.
+        passes_on: float32, shape (in, in): row i says what each later column, in this order, gets of what column i owes.
+
+    Raises:
+        ValueError: `gram` is no metric, or holds NaN or inf.
+    """
+
+    def __init__(self, gram: Tensor) -> None:
+        check_metric("gram", gram, len(gram))
+        self.gram = exact(gram)
+        self.order: Tensor | None = None
+        self.passes_on = torch.empty(0)
+        if self.gram.ndim == 2 and self.gram.diagonal().any():
+            self.order = self.gram.diagonal().argsort(descending=True)
+            root = _inverse_root(self.gram[self.order][:, self.order])
+            self.passes_on = (root / root.diagonal()[:, None]).float()
+
+
+def rounded(weight: Tensor, grid: Grid, gram: Tensor | Feedback) -> Rounded:
     """A matrix on a grid that nearly minimises ‖(W − Ŵ) G^½‖_F: what rounding a column costs, the columns after it make up for.
 
     GPTQ (Frantar et al. 2022, arXiv:2210.17323, algorithm 1), with the column of the largest input first. The grid is fixed
-    beforehand, so that this order costs nothing.
+    beforehand, so that this order costs nothing. Sums are of float32; numbers are of the grid in float64.
 
     Args:
         weight: W, shape (out, in), any floating dtype.
         grid: of its numbers.
-        gram: G, shape (in, in), or its diagonal (in,), for which each number is rounded by itself; of any scale.
+        gram: G, shape (in, in), or its diagonal (in,), for which each number is rounded by itself; of any scale. Or what was
+            made of it for an earlier matrix.
 
     Raises:
         ValueError: `gram` has another shape, or holds NaN or inf.
@@ -81,31 +110,48 @@ def rounded(weight: Tensor, grid: Grid, gram: Tensor) -> Rounded:
     tensor([[0., 1.]], dtype=torch.float64)
     """
     W = exact(weight)
-    check_metric("gram", gram, W.shape[1])
-    G = exact(gram).to(W.device)
-    if G.ndim == 1 or not G.diagonal().any():
+    if isinstance(gram, Tensor):
+        check_metric("gram", gram, W.shape[1])
+    feedback = gram if isinstance(gram, Feedback) else Feedback(gram.to(W.device))
+    if feedback.order is None:
         return Rounded(grid.nearest(W), grid)
-    order = G.diagonal().argsort(descending=True)
-    passes_on = _inverse_root(G[order][:, order])
-    W, ordered, Q = W[:, order].clone(), grid.columns(order), torch.empty_like(W)
-    for start in range(0, W.shape[1], COLUMNS):
-        end = min(start + COLUMNS, W.shape[1])
-        owed = torch.empty(len(W), end - start, dtype=W.dtype, device=W.device)
-        for column in range(start, end):
-            here = slice(column, column + 1)
-            Q[:, here] = ordered.columns(here).nearest(W[:, here])
-            owed[:, column - start] = (W[:, column] - Q[:, column]) / passes_on[column, column]
-            W[:, column:end] -= owed[:, column - start, None] * passes_on[column, column:end]
-        W[:, end:] -= owed @ passes_on[start:end, end:]
-    return Rounded(Q[:, order.argsort()], grid)
+    # Columns become rows, which lie together in memory, in units of their scales' largest.
+    unit = float(grid.scale.amax())
+    rows = (W.mT[feedback.order] / unit).float()
+    scale = (grid.scale / unit).float().mT
+    scales = scale.expand(len(rows), -1) if len(scale) == 1 else scale[feedback.order]
+    levels = grid.levels.float()
+    middles = (levels[1:] + levels[:-1]) / 2
+    indices = torch.empty(rows.shape, dtype=torch.int32, device=rows.device)
+    for start in range(0, len(rows), COLUMNS):
+        end = min(start + COLUMNS, len(rows))
+        owed, gets = torch.empty_like(rows[start:end]), feedback.passes_on[start:end, start:end].mT.contiguous()
+        for i, (row, steps) in enumerate(zip(rows[start:end], scales[start:end], strict=True)):
+            exact_row = torch.addmv(row, owed[:i].mT, gets[i, :i], alpha=-1) if i else row
+            torch.bucketize(exact_row / steps, middles, out_int32=True, out=indices[start + i])
+            torch.addcmul(exact_row, levels.index_select(0, indices[start + i]), steps, value=-1, out=owed[i])
+        rows[end:].addmm_(feedback.passes_on[start:end, end:].mT, owed, alpha=-1)
+    numbers = grid.levels[indices[feedback.order.argsort()].mT.long()] * grid.scale
+    return Rounded(numbers, grid)
 
 
 def _inverse_root(gram: Tensor) -> Tensor:
     """The upper triangular U with Uᵀ U = (G + damping)⁻¹."""
     damped = gram.clone()
     damped.diagonal().add_(DAMPING * gram.diagonal().mean())
-    inverse = torch.cholesky_inverse(torch.linalg.cholesky(damped))
-    return torch.linalg.cholesky((inverse + inverse.mT) / 2, upper=True)
+    # With rows and columns in the reverse order L Lᵀ = G is R Rᵀ = G with an upper triangular R, and U is its inverse.
+    return _inverse_of_upper(torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1))
+
+
+def _inverse_of_upper(R: Tensor) -> Tensor:
+    """R⁻¹ of an upper triangular matrix, by halves: a third of what solving for the identity takes."""
+    n = len(R)
+    if n <= SOLVED_AT_ONCE:
+        return torch.linalg.solve_triangular(R, torch.eye(n, dtype=R.dtype, device=R.device), upper=True)
+    half, inverse = n // 2, torch.zeros_like(R)
+    inverse[:half, :half], inverse[half:, half:] = _inverse_of_upper(R[:half, :half]), _inverse_of_upper(R[half:, half:])
+    inverse[:half, half:] = -inverse[:half, :half] @ (R[:half, half:] @ inverse[half:, half:])
+    return inverse
 
 
 def rotated(factors: Factors, seed: int = 0) -> Factors:
@@ -123,7 +169,9 @@ def rotated(factors: Factors, seed: int = 0) -> Factors:
     return Factors(A @ R, R.mT @ B)
 
 
-def rounded_pair(left: Tensor, right: Tensor, gram: Tensor, grid_of: GridOf, rounds_left: bool) -> tuple[Rounded, Rounded]:
+def rounded_pair(
+    left: Tensor, right: Tensor, gram: Tensor | Feedback, grid_of: GridOf, rounds_left: bool
+) -> tuple[Rounded, Rounded]:
     """Both matrices of a product L M, where M reads the inputs: M̂ = `rounded(M)` in G; L fitted to it; L̂ in M̂ G M̂ᵀ.
 
     The fit is L M G M̂ᵀ (M̂ G M̂ᵀ)⁻¹, the best for M̂ under any weighing of the outputs.
@@ -131,13 +179,51 @@ def rounded_pair(left: Tensor, right: Tensor, gram: Tensor, grid_of: GridOf, rou
     Args:
         left: L, shape (out, r), any floating dtype.
         right: M, shape (r, in), likewise.
-        gram: G, shape (in, in), float64.
+        gram: G, shape (in, in), or its diagonal (in,); or what was made of it for an earlier matrix.
         grid_of: matrix in float64 → the grid for its numbers.
         rounds_left: whether L is rounded; else it is fitted only.
     """
     L, M = exact(left), exact(right)
-    near = rounded(M, grid_of(M), gram)
-    weighted = near.numbers @ gram
+    feedback = gram if isinstance(gram, Feedback) else Feedback(gram.to(M.device))
+    near = rounded(M, grid_of(M), feedback)
+    G = feedback.gram
+    weighted = near.numbers * G if G.ndim == 1 else near.numbers @ G
     square = weighted @ near.numbers.mT
     fitted = solve(square, weighted @ M.mT @ L.mT).mT
     return rounded(fitted, grid_of(fitted), square) if rounds_left else Rounded(fitted, None), near
+
+
+def rounded_factors(
+    factors: Factors, gram: Tensor | Feedback, grids: Mapping[str, GridOf]
+) -> tuple[Factors, dict[str, Rounded]]:
+    """Both factors rounded together, as by `rounded_product`, after a rotation between them."""
+    if "B" not in grids:
+        return factors, {}
+    A, B = rounded_pair(*rotated(factors), gram, grids["B"], "A" in grids)
+    return Factors(A.numbers, B.numbers), {"A": A, "B": B}
+
+
+def rounded_product(
+    stored: Factors | PivotFactors | Whole, gram: Tensor | Feedback, grids: Mapping[str, GridOf]
+) -> tuple[Factors | PivotFactors | Whole, dict[str, Rounded]]:
+    """A product with some of its matrices rounded in the metric of the inputs; and its matrices by name, float64.
+
+    Where the one that reads the inputs is not rounded, none is, and no matrix is named.
+
+    Args:
+        stored: factors A and B, the matrices P and K of the pivot form, or a matrix W as it is.
+        gram: G, shape (in, in), or its diagonal (in,); or what was made of it for an earlier matrix.
+        grids: of those that are rounded, by name: matrix in float64 → the grid for its numbers.
+    """
+    if isinstance(stored, Factors):
+        return rounded_factors(stored, gram, grids)
+    if isinstance(stored, Whole):
+        if "W" not in grids:
+            return stored, {}
+        W = exact(stored.W)
+        whole = rounded(W, grids["W"](W), gram)
+        return Whole(whole.numbers), {"W": whole}
+    if "P" not in grids:
+        return stored, {}
+    K, P = rounded_pair(stored.K, stored.P, gram, grids["P"], "K" in grids)
+    return PivotFactors(P.numbers, K.numbers, stored.pivots), {"P": P, "K": K}

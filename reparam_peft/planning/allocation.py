@@ -1,4 +1,4 @@
-"""Choose ranks under a budget. `keep` is the fraction of the matrices' parameters that is stored."""
+"""Choose how matrices are stored under a budget: of parameters, or of bytes. `keep` is the fraction of them that is stored."""
 
 from __future__ import annotations
 
@@ -15,11 +15,11 @@ RANK_MULTIPLE = 8  # inner dimensions that matrix products run at full speed on
 
 
 class Choice(Protocol):
-    """Whatever stores some parameters at some loss."""
+    """Whatever takes some of a budget at some loss."""
 
     @property
-    def parameters(self) -> int:
-        """Numbers stored."""
+    def cost(self) -> int:
+        """What it takes of the budget: numbers or bytes stored."""
 
     @property
     def loss(self) -> float:
@@ -30,14 +30,17 @@ class Point(NamedTuple):
     """One way to store a matrix.
 
     Attributes:
-        rank: of its product; None: dense. The full rank of a matrix that has lost neurons: it is stored as one matrix.
-        parameters: numbers stored.
+        rank: of its product; None: dense. The full rank of a matrix that is stored as one matrix, because it has lost neurons
+            or is in few bits.
+        cost: what it takes of the budget: numbers or bytes stored.
         loss: predicted increase of the loss, nats per token.
+        storage: what the product takes, in which form and bits; None: as its matrix has it.
     """
 
     rank: int | None
-    parameters: int
+    cost: int
     loss: float
+    storage: Storage | None = None
 
 
 def points(
@@ -74,12 +77,12 @@ def allocate(curves: Sequence[Sequence[Choice]], budget: int) -> list[int]:
     """For each curve the point to take, so that the predicted losses sum up to the least within the budget.
 
     One Lagrange multiplier μ for all curves, found by bisection over the slopes of their lower convex hulls: each takes the
-    point with the least loss + μ · parameters. What is left of the budget goes, step by step, to the matrix that gains most
-    per parameter; less than one rank step of every matrix remains.
+    point with the least loss + μ · cost. What is left of the budget goes, step by step, to the matrix that gains most
+    for what it costs; less than one rank step of every matrix remains.
 
     Args:
         curves: for each matrix its points, cheapest first; losses fall.
-        budget: the most parameters in all.
+        budget: the most that they take in all.
 
     Returns:
         The index of a point for each curve.
@@ -91,23 +94,23 @@ def allocate(curves: Sequence[Sequence[Choice]], budget: int) -> list[int]:
     >>> allocate([near, far], 180)
     [0, 1]
     """
-    least = sum(curve[0].parameters for curve in curves)
+    least = sum(curve[0].cost for curve in curves)
     if least > budget:
-        raise ValueError(f"the least that can be stored is {least:,} parameters, and the budget is {budget:,}.")
+        raise ValueError(f"the least that can be stored takes {least:,}, and the budget is {budget:,}.")
     hulls = [lower_hull(curve) for curve in curves]
     slopes = sorted({slope for hull in hulls for _, slope in hull[1:]}, reverse=True)
     low, high = 0, len(slopes)  # segments at least as steep as slopes[: low] fit the budget
     while low < high:
         middle = (low + high + 1) // 2
         chosen = [_reach(hull, slopes[middle - 1]) for hull in hulls]
-        fits = sum(curve[i].parameters for curve, i in zip(curves, chosen, strict=True)) <= budget
+        fits = sum(curve[i].cost for curve, i in zip(curves, chosen, strict=True)) <= budget
         low, high = (middle, high) if fits else (low, middle - 1)
     chosen = [_reach(hull, slopes[low - 1]) if low else 0 for hull in hulls]
-    return _spend(curves, chosen, budget - sum(curve[i].parameters for curve, i in zip(curves, chosen, strict=True)))
+    return _spend(curves, chosen, budget - sum(curve[i].cost for curve, i in zip(curves, chosen, strict=True)))
 
 
 def lower_hull(curve: Sequence[Choice]) -> list[tuple[int, float]]:
-    """Indices of the points of the lower convex hull, each with the loss saved per parameter on the way to it."""
+    """Indices of the points of the lower convex hull, each with the loss saved for each unit of the budget on the way to it."""
     hull: list[tuple[int, float]] = [(0, math.inf)]
     for index in range(1, len(curve)):
         while True:
@@ -127,12 +130,12 @@ def _reach(hull: Sequence[tuple[int, float]], slope: float) -> int:
 
 
 def _gain(curve: Sequence[Choice], start: int, end: int) -> float:
-    """The loss saved per parameter between two points."""
-    return (curve[start].loss - curve[end].loss) / (curve[end].parameters - curve[start].parameters)
+    """The loss saved for each unit of the budget between two points."""
+    return (curve[start].loss - curve[end].loss) / (curve[end].cost - curve[start].cost)
 
 
 def _spend(curves: Sequence[Sequence[Choice]], chosen: list[int], left: int) -> list[int]:
-    """Move curves to dearer points, the greatest gain per parameter first, as long as one fits."""
+    """Move curves to dearer points, the greatest gain for what it costs first, as long as one fits."""
     chosen = list(chosen)
 
     def best(number: int) -> tuple[float, int, int] | None:
@@ -140,7 +143,7 @@ def _spend(curves: Sequence[Sequence[Choice]], chosen: list[int], left: int) -> 
         steps = [
             (-_gain(curve, start, end), number, end)
             for end in range(start + 1, len(curve))
-            if curve[end].parameters - curve[start].parameters <= left
+            if curve[end].cost - curve[start].cost <= left
         ]
         return min(steps, default=None)
 
@@ -148,7 +151,7 @@ def _spend(curves: Sequence[Sequence[Choice]], chosen: list[int], left: int) -> 
     heapq.heapify(queue)
     while queue:
         _, number, end = heapq.heappop(queue)
-        price = curves[number][end].parameters - curves[number][chosen[number]].parameters
+        price = curves[number][end].cost - curves[number][chosen[number]].cost
         if price <= left:
             left -= price
             chosen[number] = end

@@ -44,13 +44,13 @@ class GroupPoint(NamedTuple):
     Attributes:
         option: the number of neurons; None: all.
         points: one of each matrix, by module.
-        parameters: numbers stored, in all.
+        cost: what they take of the budget, in all: numbers stored.
         loss: predicted increase of the loss, nats per token.
     """
 
     option: NeuronOption | None
     points: Mapping[str, Point]
-    parameters: int
+    cost: int
     loss: float
 
 
@@ -61,10 +61,12 @@ class Losses:
     Attributes:
         directions: what each direction of each matrix is predicted to cost, by module.
         neurons: for each MLP whose neurons are offered, numbers of them below all; by the module that reads them.
+        options: what each way to store a matrix in few bits costs, by module; inf where it was not computed.
     """
 
     directions: Mapping[str, Tensor] = field(default_factory=dict)
     neurons: Mapping[str, Sequence[NeuronOption]] = field(default_factory=dict)
+    options: Mapping[str, Tensor] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -74,10 +76,12 @@ class Allotment:
     Attributes:
         ranks: of all matrices.
         neurons: the option of each MLP that loses neurons, by the module that reads them.
+        points: of those matrices whose forms and bits were chosen, too, by module.
     """
 
     ranks: Ranks
     neurons: Mapping[str, NeuronOption] = field(default_factory=dict)
+    points: Mapping[str, Point] = field(default_factory=dict)
 
 
 def counts(neurons: int) -> list[int]:
@@ -109,7 +113,7 @@ def group_curve(
     for option in options:
         curves = {name: curve(option, name) for name in whole}
         points += _together(option, curves) if all(curves.values()) else []
-    points.sort(key=lambda point: (point.parameters, point.loss))
+    points.sort(key=lambda point: (point.cost, point.loss))
     best: list[GroupPoint] = []
     for point in points:
         if not best or point.loss < best[-1].loss:
@@ -129,6 +133,6 @@ def _together(option: NeuronOption | None, curves: Mapping[str, Sequence[Point]]
         if step is not None:
             _, name, index = step
             chosen = {**chosen, name: curves[name][index]}
-        parameters = sum(point.parameters for point in chosen.values())
-        points.append(GroupPoint(option, chosen, parameters, lost + sum(point.loss for point in chosen.values())))
+        cost = sum(point.cost for point in chosen.values())
+        points.append(GroupPoint(option, chosen, cost, lost + sum(point.loss for point in chosen.values())))
     return points

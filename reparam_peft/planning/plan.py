@@ -3,69 +3,29 @@
 from __future__ import annotations
 
 import json
-import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor
 
-from ..arguments import check_names, check_text, is_finite, is_int
+from ..arguments import check_names, is_int
 from ..config.reparam_config import ReparamConfig
 from ..display.axes import grid_of, heat_map
 from ..display.tables import html_table
 from ..layers.neuron_groups import NeuronGroup
-from ..numerics.storage import Storage
+from ..numerics.storage import AS_THE_MODEL, Storage
 from ..runtime.files import write_whole
 from ..runtime.json_files import read_json
+from .module_plan import ModulePlan, cells, columns, read_module_plan
 from .neuron_plan import NeuronPlan, read_neuron_plan
 from .neurons import Allotment
 
 FORMAT = "reparam_peft plan 1"
-
-
-@dataclass(frozen=True)
-class ModulePlan:
-    """What becomes of one target.
-
-    Attributes:
-        name: of the module.
-        shape: (out, in) of its matrix.
-        rank: of its product; None: it stays dense. Full rank where neurons are left out: what is left of it stays as it is.
-        stored_parameters: numbers in a checkpoint, or out · in for a dense one.
-        predicted_loss: predicted increase of the loss, nats per token; None without statistics.
-        spectrum: what each direction of the factorisation is predicted to cost, nats per token, as `direction_losses` gives
-            it: rank r loses the sum of all but the first r. Empty without statistics.
-        size: (out, in) of what is left of the matrix where neurons are left out; None: all of it.
-        tokens: rows of its input that calibration saw, of an expert those that it was given; None: not known.
-    """
-
-    name: str
-    shape: tuple[int, int]
-    rank: int | None
-    stored_parameters: int
-    predicted_loss: float | None = None
-    spectrum: tuple[float, ...] = field(default=(), repr=False)
-    size: tuple[int, int] | None = None
-    tokens: int | None = None
-
-    @property
-    def dense_parameters(self) -> int:
-        """out · in."""
-        return self.shape[0] * self.shape[1]
-
-    @property
-    def effective_rank(self) -> float:
-        """How many directions count: exp of the entropy of the spectrum (Roy & Vetterli 2007); 0 without one."""
-        total = sum(self.spectrum)
-        parts = [value / total for value in self.spectrum] if total else []
-        return math.exp(-sum(part * math.log(part) for part in parts if part > 0)) if parts else 0.0
-
-    def energy(self, rank: int) -> float:
-        """The fraction of the spectrum that the first `rank` directions hold, in [0, 1]; 1 where there is nothing to lose."""
-        total = sum(self.spectrum)
-        return sum(self.spectrum[:rank]) / total if total else 1.0
+NONE: Mapping[str, int] = MappingProxyType({})
 
 
 @dataclass(frozen=True)
@@ -74,7 +34,7 @@ class Plan:
 
     Attributes:
         modules: one entry per target.
-        keep: the fraction of the targeted parameters that was asked for.
+        keep: the fraction of the targeted parameters, or bytes, that was asked for.
         method: how the matrices are factorised.
         allocation: how the ranks were chosen.
         form: how the products are stored.
@@ -85,6 +45,8 @@ class Plan:
         ceiling: the most that was to be stored of a matrix, as a fraction; None: 1.
         neurons: the MLPs that lose neurons.
         unreached: names of modules that were left out, because no batch reached them.
+        budget: what `keep` is a fraction of: "parameters" or "bytes".
+        correction_bits: of the factors beside corrected matrices: 8; None: the dtype of the model.
     """
 
     modules: tuple[ModulePlan, ...]
@@ -99,6 +61,8 @@ class Plan:
     ceiling: float | None = None
     neurons: tuple[NeuronPlan, ...] = ()
     unreached: tuple[str, ...] = ()
+    budget: str = "parameters"
+    correction_bits: int | None = None
 
     @property
     def dense_parameters(self) -> int:
@@ -109,6 +73,33 @@ class Plan:
     def stored_parameters(self) -> int:
         """Numbers stored for them, dense ones included."""
         return sum(module.stored_parameters for module in self.modules)
+
+    @property
+    def dense_bytes(self) -> int | None:
+        """Bytes of the targeted matrices in the dtype of the model; None for a plan of before they were noted."""
+        return _sum(module.dense_bytes for module in self.modules)
+
+    @property
+    def stored_bytes(self) -> int | None:
+        """Bytes stored for them, with scales and masks; None likewise."""
+        return _sum(module.stored_bytes for module in self.modules)
+
+    @property
+    def forms(self) -> dict[str, str]:
+        """Forms by module, of those that have another than the plan."""
+        return {m.name: m.form for m in self.modules if m.rank is not None and m.form not in (None, self.form)}
+
+    @property
+    def bits(self) -> dict[str, int]:
+        """Bits of the numbers by module, of those whose numbers are in few bits."""
+        return {module.name: module.bits for module in self.modules if module.bits != AS_THE_MODEL}
+
+    def storage_of(self, module: ModulePlan, storage: Storage) -> Storage:
+        """What the product of one of its modules takes, of a matrix whose storage this is."""
+        if module.form is None:
+            return storage
+        correction = self.correction_bits or AS_THE_MODEL
+        return replace(storage, form=module.form, bits=module.bits, correction_bits=correction)
 
     @property
     def predicted_loss(self) -> float | None:
@@ -166,9 +157,14 @@ class Plan:
             neurons = tuple(map(read_neuron_plan, fields.pop("neurons", ())))
             unreached = fields.pop("unreached", [])
             check_names("unreached", unreached)
-            plan = cls(tuple(map(_module_plan, fields.pop("modules"))), **fields, neurons=neurons, unreached=tuple(unreached))
+            plan = cls(
+                tuple(map(read_module_plan, fields.pop("modules"))), **fields, neurons=neurons, unreached=tuple(unreached)
+            )
             _check_sizes(plan)
             words: dict[str, Any] = {"method": plan.method, "allocation": plan.allocation, "form": plan.form}
+            words |= {"budget": plan.budget, "correction_bits": plan.correction_bits}
+            if plan.form == "corrected" and plan.budget != "bytes":
+                words["r"] = max([1, *plan.ranks.values()])
             ReparamConfig(  # which checks them
                 **words,
                 keep=plan.keep,
@@ -206,6 +202,8 @@ class Plan:
         for name, shape in shapes.items():
             if planned[name] != shape:
                 raise ValueError(f"{name}: the plan is for a shape of {planned[name]}, and the weight is {shape}.")
+        if config.budget != (None if self.budget == "parameters" else self.budget):
+            raise ValueError(f"`plan` is for `budget={self.budget!r}`, and the config says {config.budget!r}; leave it out.")
         for choice in ("form", "allocation", "keep", "ceiling"):
             if getattr(self, choice) != getattr(config, choice):
                 raise ValueError(
@@ -250,30 +248,46 @@ class Plan:
         """Whether some of the targets saw fewer tokens than others, as experts do; then tables say how many."""
         return len({module.tokens for module in self.modules} - {None}) > 1
 
+    @property
+    def in_bytes(self) -> bool:
+        """Whether tables show bytes, forms and bits."""
+        return self.budget == "bytes" or any(module.in_few_bits for module in self.modules)
+
     def _repr_html_(self) -> str:
-        head = ("module", "shape", "rank", "stored", "kept", "predicted loss", "effective rank")
-        rows = [head, *((m.name, *_cells(m)) for m in self.modules)]
-        if self.is_routed:
-            rows = [(*row, tokens) for row, tokens in zip(rows, ("tokens", *map(_tokens, self.modules)), strict=True)]
+        titles = [title for title, _ in columns(self.in_bytes, self.is_routed)]
+        rows = [("module", *titles, "effective rank")]
+        for module in self.modules:
+            effective = f"{module.effective_rank:.0f}" if module.spectrum else ""
+            rows.append((module.name, *cells(module, self.in_bytes, self.is_routed), effective))
         return html_table(rows, str(self).rpartition("\n")[2])
 
     def __str__(self) -> str:
         width = max([len(module.name) for module in self.modules] + [6])
-        tokens = f"  {'tokens':>9}" if self.is_routed else ""
-        lines = [f"{'module':{width}}  {'shape':>19}  {'rank':>5}  {'stored':>12}  {'kept':>6}  {'loss':>9}{tokens}"]
+        shown = columns(self.in_bytes, self.is_routed)
+        lines = ["  ".join([f"{'module':{width}}", *(f"{title:>{least}}" for title, least in shown)])]
         for module in self.modules:
-            shape, rank, stored, fraction, loss, _ = _cells(module)
-            tokens = f"  {_tokens(module):>9}" if self.is_routed else ""
-            lines.append(f"{module.name:{width}}  {shape:>19}  {rank:>5}  {stored:>12}  {fraction:>6}  {loss:>9}{tokens}")
-        kept = self.stored_parameters / self.dense_parameters if self.dense_parameters else 1.0
+            row = zip(cells(module, self.in_bytes, self.is_routed), shown, strict=True)
+            lines.append("  ".join([f"{module.name:{width}}", *(f"{cell:>{least}}" for cell, (_, least) in row)]))
+        stored, dense, unit = self.stored_parameters, self.dense_parameters, "parameters"
+        if self.in_bytes and self.stored_bytes is not None and self.dense_bytes is not None:
+            stored, dense, unit = self.stored_bytes, self.dense_bytes, "bytes"
+        kept = stored / dense if dense else 1.0
         total = "" if self.predicted_loss is None else f", predicted loss +{self.predicted_loss:.4f} nats per token"
         neurons = f"{self.neurons_left}; " if self.neurons else ""
         lines.append(
-            f"{self.stored_parameters:,} of {self.dense_parameters:,} parameters stored ({kept:.2%}), "
+            f"{stored:,} of {dense:,} {unit} stored ({kept:.2%}), "
             f"{len(self.dense_modules)} of {len(self.modules)} matrices dense; {neurons}{self.method}, "
-            f"{self.allocation}, {self.form}{total}"
+            f"{self.allocation}, {self._forms}{total}"
         )
         return "\n".join(lines)
+
+    @property
+    def _forms(self) -> str:
+        """The form, or how many matrices have which form and bits."""
+        if not self.in_bytes:
+            return self.form
+        counts = Counter(f"{m.form or self.form} {m.bits} bits" for m in self.modules if m.rank is not None)
+        return ", ".join(f"{count} {what}" for what, count in sorted(counts.items())) or self.form
 
     @property
     def neurons_left(self) -> str:
@@ -282,59 +296,6 @@ class Plan:
             return ""
         kept, total = sum(p.kept for p in self.neurons), sum(p.group.neurons for p in self.neurons)
         return f"{kept:,} of {total:,} neurons of {len(self.neurons)} MLPs stay"
-
-
-def _cells(module: ModulePlan) -> tuple[str, ...]:
-    """What the tables say of a target."""
-    return (
-        " x ".join(map(str, module.shape)) if module.size is None else _left(module.shape, module.size),
-        _rank(module),
-        f"{module.stored_parameters:,}",
-        f"{module.stored_parameters / module.dense_parameters:.1%}",
-        "" if module.predicted_loss is None else f"{module.predicted_loss:.2e}",
-        f"{module.effective_rank:.0f}" if module.spectrum else "",
-    )
-
-
-def _tokens(module: ModulePlan) -> str:
-    return "" if module.tokens is None else f"{module.tokens:,}"
-
-
-def _rank(module: ModulePlan) -> str:
-    """The rank, or "dense" where there is no product: of the whole matrix, or of what is left of it."""
-    is_whole = module.rank is None or (module.size is not None and module.rank == min(module.size))
-    return "dense" if is_whole else str(module.rank)
-
-
-def _left(shape: tuple[int, int], size: tuple[int, int]) -> str:
-    """What is left of a shape, "of" what there was.
-
-    >>> _left((160, 64), (96, 64))
-    '96 of 160 x 64'
-    """
-    return " x ".join(f"{left}" if left == whole else f"{left} of {whole}" for left, whole in zip(size, shape, strict=True))
-
-
-def _module_plan(entry: Mapping[str, Any]) -> ModulePlan:
-    shape, rank, spectrum = tuple(entry["shape"]), entry["rank"], tuple(entry["spectrum"])
-    check_text("name", entry["name"])
-    if len(shape) != 2 or not all(is_int(size) and size > 0 for size in shape):
-        raise ValueError(f"{entry['name']}: `shape` must be two positive ints, got {shape!r}.")
-    if rank is not None and not (is_int(rank) and 1 <= rank <= min(shape)):
-        raise ValueError(f"{entry['name']}: `rank` must be None or in [1, {min(shape)}], got {rank!r}.")
-    stored, lost = entry["stored_parameters"], entry["predicted_loss"]
-    if not is_int(stored) or stored < 1:
-        raise ValueError(f"{entry['name']}: `stored_parameters` must be a positive int, got {stored!r}.")
-    tokens = entry.get("tokens")
-    if tokens is not None and not (is_int(tokens) and tokens >= 0):
-        raise ValueError(f"{entry['name']}: `tokens` must be a count or None, got {tokens!r}.")
-    losses = [*spectrum, *([] if lost is None else [lost])]
-    if not (all(map(is_finite, losses)) and math.isfinite(sum(map(abs, losses))) and len(spectrum) <= min(shape)):
-        raise ValueError(
-            f"{entry['name']}: `predicted_loss` and `spectrum` must be finite numbers, at most {min(shape)} of them."
-        )
-    size = entry.get("size")
-    return ModulePlan(**{**entry, "shape": shape, "spectrum": spectrum, "size": None if size is None else tuple(size)})
 
 
 def _check_sizes(plan: Plan) -> None:
@@ -364,6 +325,7 @@ def make_plan(
     losses: Mapping[str, Tensor],
     mlps: Mapping[str, NeuronGroup],
     *,
+    itemsizes: Mapping[str, int] = NONE,
     tokens: Mapping[str, int] | None = None,
     calibration_tokens: int = 0,
     gradient_tokens: int = 0,
@@ -379,6 +341,7 @@ def make_plan(
         allotment: ranks of the targets, and the MLPs that lose neurons.
         losses: what each direction of each target costs, nats per token; empty where that is not known.
         mlps: the MLPs, by consumer.
+        itemsizes: bytes of a number in the dtype of the model, by module, where that is known.
         tokens: rows of the input of each target that calibration saw; None where that is not known.
         calibration_tokens, gradient_tokens, seed: of the statistics.
         unreached: names of modules that were left out.
@@ -393,13 +356,30 @@ def make_plan(
     def modules() -> Iterable[ModulePlan]:
         for name, rank in allotment.ranks.items():
             storage, spectrum = narrowed.get(name, (storages[name], losses.get(name)))
+            point, itemsize = allotment.points.get(name), itemsizes.get(name)
+            chosen = storage if point is None or point.storage is None else point.storage
             lost = None
-            if spectrum is not None:
+            if point is not None:
+                lost = point.loss
+            elif spectrum is not None:
                 lost = 0.0 if rank is None else float(spectrum[rank:].sum())
-            values = () if spectrum is None else tuple(spectrum.tolist())
-            seen = None if tokens is None else tokens.get(name)
-            yield ModulePlan(name, storage.whole_shape, rank, storage.stored(rank), lost, values, storage.size, seen)
+            yield ModulePlan(
+                name,
+                storage.whole_shape,
+                rank,
+                chosen.stored(rank),
+                lost,
+                () if spectrum is None else tuple(spectrum.tolist()),
+                storage.size,
+                None if tokens is None else tokens.get(name),
+                None if point is None or rank is None else chosen.form_at(rank),
+                AS_THE_MODEL if point is None or rank is None else chosen.bits,
+                None if itemsize is None else chosen.bytes(rank, itemsize),
+                None if itemsize is None else chosen.bytes(None, itemsize),
+            )
 
+    few = [point.storage for point in allotment.points.values() if point.storage is not None]
+    corrections = {storage.correction_bits for storage in few if storage.form == "corrected"} - {AS_THE_MODEL}
     return Plan(
         modules=tuple(modules()),
         keep=keep,
@@ -413,7 +393,15 @@ def make_plan(
         ceiling=config.ceiling,
         neurons=tuple(NeuronPlan(mlps[name], option.neurons, option.loss) for name, option in allotment.neurons.items()),
         unreached=tuple(unreached),
+        budget=config.budget or "parameters",
+        correction_bits=min(corrections, default=None),
     )
+
+
+def _sum(values: Iterable[int | None]) -> int | None:
+    """The sum; None where one is not known."""
+    known = list(values)
+    return None if None in known else sum(value for value in known if value is not None)
 
 
 def plot_plan(plan: Plan, axes: Any = None) -> Any:
@@ -429,7 +417,7 @@ def plot_plan(plan: Plan, axes: Any = None) -> Any:
     Raises:
         ImportError: matplotlib is not installed.
     """
-    kept = {module.name: module.stored_parameters / module.dense_parameters for module in plan.modules}
+    kept = {module.name: module.kept for module in plan.modules}
     axes = heat_map(kept, "stored / dense", 1.0, axes)
     places, kinds, depths = grid_of(kept)
     for module in plan.modules:

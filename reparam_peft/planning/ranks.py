@@ -15,6 +15,7 @@ from ..numerics.decompositions import check_rank
 from ..numerics.methods import METHODS
 from ..numerics.storage import OF_THE_BASE, Storage, uniform_rank
 from .allocation import RANK_MULTIPLE, Choice, Point, allocate, points
+from .byte_options import Bytes, is_dense
 from .neurons import Allotment, GroupPoint, Losses, NeuronOption, Ranks, group_curve
 from .plan import Plan
 
@@ -75,6 +76,7 @@ class RankChooser:
         rank_multiple: what chosen ranks are a multiple of; None: 8, and 1 for matrices with a side below 64.
         floor: the least fraction of a matrix that is stored.
         ceiling: the most; below 1 only matrices too small for any product stay dense.
+        bytes: what each matrix takes and can be stored as, under a budget of bytes; None: of parameters.
     """
 
     storages: Mapping[str, Storage]
@@ -86,26 +88,42 @@ class RankChooser:
     rank_multiple: int | None = None
     floor: float = 0.0
     ceiling: float = 1.0
+    bytes: Bytes | None = None
 
     @classmethod
-    def of(cls, config: ReparamConfig, storages: Mapping[str, Storage], keep: float | None = None) -> RankChooser:
+    def of(
+        cls, config: ReparamConfig, storages: Mapping[str, Storage], keep: float | None = None, of_bytes: Bytes | None = None
+    ) -> RankChooser:
         """The chooser that a config asks for, at its own `keep` or another.
+
+        Args:
+            config: with its `allocation` resolved.
+            storages: what the product of each matrix takes.
+            keep: in place of that of the config.
+            of_bytes: what each matrix takes and can be stored as, where the budget is of bytes.
 
         Raises:
             ValueError: `rank_pattern` holds a rank above min(out, in).
         """
         uniform = {name: resolve_rank(config, name, storage, keep) for name, storage in storages.items()}
         dense = set(config.dense_modules or ())
+        # Under a budget of bytes a rank that is given leaves the bits to be chosen.
+        prescribed = {
+            name: rank
+            for name, rank in uniform.items()
+            if name in dense or (of_bytes is None and config.module_rank(name) is not None)
+        }
         return cls(
             storages=storages,
             keep=config.keep if keep is None else keep,
             by_loss=config.allocation == "loss",
-            prescribed={name: rank for name, rank in uniform.items() if name in dense or config.module_rank(name) is not None},
+            prescribed=prescribed,
             uniform=uniform,
             within_budget=config.r is None,
             rank_multiple=config.rank_multiple,
             floor=config.floor or 0.0,
             ceiling=1.0 if config.ceiling is None else config.ceiling,
+            bytes=of_bytes,
         )
 
     def without(self, names: Container[str]) -> RankChooser:
@@ -116,8 +134,15 @@ class RankChooser:
 
     @property
     def budget(self) -> int:
-        """How many numbers may be stored."""
+        """How many numbers, or bytes, may be stored."""
+        if self.bytes is not None:
+            return math.floor(self.keep * sum(self.bytes.dense[name] for name in self.storages) * (1 + 1e-12))
         return parameter_budget(self.keep, self.storages)
+
+    @property
+    def unit(self) -> str:
+        """What the budget is of."""
+        return "parameters" if self.bytes is None else "bytes"
 
     def check(self) -> None:
         """Raise `ValueError`, before minutes of work, where with all neurons no ranks fit, whatever the losses are."""
@@ -125,7 +150,9 @@ class RankChooser:
             self.ranks(Losses())
             return
         nothing = {name: torch.zeros(storage.full_rank, dtype=torch.float64) for name, storage in self.storages.items()}
-        self.least_loss(Losses(nothing), self.prescribed)
+        options = {} if self.bytes is None else self.bytes.options
+        falling = {name: torch.arange(len(offered), 0.0, -1.0) for name, offered in options.items()}
+        self.least_loss(Losses(nothing, options=falling), self.prescribed)
 
     def ranks(self, losses: Losses) -> Allotment:
         """The ranks, and the MLPs that lose neurons; `losses` are needed with `by_loss`.
@@ -136,7 +163,9 @@ class RankChooser:
             ValueError: the budget cannot be met.
         """
         if self.by_loss:
-            unreached = {name: uniform_rank(self.keep, self.storages[name]) for name in self.unreached(losses)}
+            unreached = {
+                name: uniform_rank(self.keep, self.storages[name]) for name in self.unreached(losses) if self.bytes is None
+            }
             return self.least_loss(losses, {**self.prescribed, **unreached})
         if self.within_budget:
             self.check_budget(self.uniform)
@@ -155,25 +184,32 @@ class RankChooser:
         Raises:
             ValueError: the budget cannot be met.
         """
-        curves = {name: self._curve(name, losses.directions, fixed) for name in self.storages}
-        least = sum(curve[0].parameters for curve in curves.values())
+        curves = {name: self._curve(name, losses, fixed) for name in self.storages}
+        least = sum(curve[0].cost for curve in curves.values())
         if least > self.budget:
-            held = sum(curves[name][0].parameters for name in fixed)
+            held = sum(curves[name][0].cost for name in fixed)
+            remedy = "lower `floor` or `rank_multiple`" if self.bytes is None else "allow a lower width in `bits`"
             raise ValueError(
-                f"`keep={self.keep}` allows {self.budget:,} parameters, and the least that can be stored is {least:,}: "
+                f"`keep={self.keep}` allows {self.budget:,} {self.unit}, and the least that can be stored is {least:,}: "
                 f"{held:,} for the {len(fixed)} targets that `dense_modules` and `rank_pattern` fix, and the lowest ranks of "
-                "the others. Raise `keep`, or lower `floor` or `rank_multiple`."
+                f"the others. Raise `keep`, or {remedy}."
             )
         mlps = self._mlps(losses, fixed)
         grouped = {name for options in mlps.values() for name in options[0].storages}
         units: dict[str, Sequence[Choice]] = {name: curve for name, curve in curves.items() if name not in grouped}
         for consumer, options in mlps.items():
             units[consumer] = group_curve({name: curves[name] for name in options[0].storages}, options, self._curve_of_option)
-        indices = allocate(list(units.values()), self.budget)
-        chosen = {unit: curve[index] for (unit, curve), index in zip(units.items(), indices, strict=True)}
+        chosen = self._allocated(units)
+        if self.bytes is not None:
+            alone = {name: [point for point in curve if is_dense(point)] for name, curve in curves.items()}
+            if all(alone.values()) and sum(curve[0].cost for curve in alone.values()) <= self.budget:
+                # What quantisation alone can do is a candidate, so that nothing predicted to be worse is ever chosen.
+                chosen = min(chosen, self._allocated(alone), key=lambda made: sum(choice.loss for choice in made.values()))
+            points = {name: choice for name, choice in chosen.items() if isinstance(choice, Point)}
+            return Allotment({name: point.rank for name, point in points.items()}, points=points)
         uniform = {name: _uniform_point(curve, self.keep * self.storages[name].dense) for name, curve in curves.items()}
         candidates = [point for point in uniform.values() if point is not None]
-        fits = len(candidates) == len(curves) and sum(point.parameters for point in candidates) <= self.budget
+        fits = len(candidates) == len(curves) and sum(point.cost for point in candidates) <= self.budget
         if fits and sum(point.loss for point in candidates) < sum(choice.loss for choice in chosen.values()):
             return Allotment({name: point.rank for name, point in zip(uniform, candidates, strict=True)})
         ranks: Ranks = dict.fromkeys(self.storages)
@@ -186,6 +222,11 @@ class RankChooser:
                 if choice.option is not None:
                     neurons[unit] = choice.option
         return Allotment(ranks, neurons)
+
+    def _allocated(self, units: Mapping[str, Sequence[Choice]]) -> dict[str, Choice]:
+        """The choice of least predicted loss for each unit, by its curve."""
+        indices = allocate(list(units.values()), self.budget)
+        return {unit: curve[index] for (unit, curve), index in zip(units.items(), indices, strict=True)}
 
     def _mlps(self, losses: Losses, fixed: Mapping[str, int | None]) -> dict[str, Sequence[NeuronOption]]:
         """The MLPs that may lose neurons: those with all ranks to be chosen."""
@@ -229,11 +270,15 @@ class RankChooser:
                 "are in matrices that stay dense. Raise `keep`, name fewer `dense_modules`, or use `allocation='loss'`."
             )
 
-    def _curve(self, name: str, losses: Mapping[str, Tensor], fixed: Mapping[str, int | None]) -> list[Point]:
+    def _curve(self, name: str, losses: Losses, fixed: Mapping[str, int | None]) -> list[Point]:
         storage = self.storages[name]
+        if self.bytes is not None:
+            if name in fixed:
+                return [Point(fixed[name], self.bytes.dense[name], 0.0)]
+            return self.bytes.curve(name, losses.options[name], self.keep)
         if name in fixed:
             return [Point(fixed[name], storage.stored(fixed[name]), 0.0)]
-        return self._points(losses[name], storage)
+        return self._points(losses.directions[name], storage)
 
     def _points(self, losses: Tensor, storage: Storage) -> list[Point]:
         small = min(storage.out_features, storage.in_features) < 8 * RANK_MULTIPLE  # gains nothing by alignment
@@ -246,7 +291,7 @@ def parameter_budget(keep: float, storages: Mapping[str, Storage]) -> int:
     return math.floor(keep * sum(storage.dense for storage in storages.values()) * (1 + 1e-12))
 
 
-def _uniform_point(curve: list[Point], parameters: float) -> Point | None:
-    """The dearest point of a curve that stores at most so many parameters; the only point of a fixed one."""
-    within = curve if len(curve) == 1 else [point for point in curve if point.parameters <= parameters]
+def _uniform_point(curve: Sequence[Point], cost: float) -> Point | None:
+    """The dearest point of a curve that takes at most so much of the budget; the only point of a fixed one."""
+    within = curve if len(curve) == 1 else [point for point in curve if point.cost <= cost]
     return within[-1] if within else None

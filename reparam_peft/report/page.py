@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Any
 
 from ..display.tables import html_table
-from ..planning.plan import ModulePlan, Plan
+from ..planning.module_plan import ModulePlan
+from ..planning.plan import Plan
 from ..runtime.files import is_ours, write_whole, writing
 from .plots import plot_angles, plot_blocks, plot_effective_ranks, plot_losses, plot_predictions, plot_spectra
 from .record import Record

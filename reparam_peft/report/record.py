@@ -14,7 +14,8 @@ from peft import PeftModel
 
 from ..arguments import check_count, check_text, is_number
 from ..config.reparam_config import ReparamConfig
-from ..planning.plan import ModulePlan, Plan
+from ..planning.module_plan import ModulePlan
+from ..planning.plan import Plan
 from ..runtime.files import write_whole
 from ..runtime.json_files import parse_json, read_json
 from ..runtime.run_folder import LOG, PLAN, SETTINGS

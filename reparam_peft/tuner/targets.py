@@ -24,9 +24,10 @@ from ..runtime.modules import is_offloaded, kept_in_lists, naming, parameter_own
 from .attentions import is_taken_by_parts
 from .layer import REMEDY, W_IS_GONE, ReparamLayer, reparam_layers
 from .matrices import matrix_storage, unwrapped
-from .refusals import Refusal, joint_error, joint_warning, refused_by_kind, refused_by_place
+from .refusals import WRITTEN, Refusal, joint_error, joint_warning, refused_by_kind, refused_by_place
 from .target_modules import SAVED_BY_TASK
 from .tying import shares_its_product
+from .written import written_modules
 
 # What PEFT's and our own modules add to the names in a state dict.
 ADDED_NAMES = {"base_model", "model", "base_layer", "original_module", "modules_to_save", "reparam_factors"} | {
@@ -129,6 +130,7 @@ def find_targets(
     targets: dict[str, Target] = {}
     refused: dict[str, Refusal] = {}
     owners, in_lists = parameter_owners(model), kept_in_lists(model)
+    written = set() if named else written_modules(model)
     note_dtype(model)
     for name, module in model.named_modules():
         if not name or name.startswith(inside) or not (matches(name) or name in saved_whole):
@@ -142,6 +144,8 @@ def find_targets(
             if not named or target.rank is not None:
                 may_share = config.keep_base or shares_its_product(config, model, name)
                 reason = refused_by_place(model, name, module, owners, in_lists, may_share)
+        if reason is None and name in written:
+            reason = WRITTEN
         if reason is None:
             targets[name] = target
         else:

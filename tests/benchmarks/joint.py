@@ -48,7 +48,7 @@ def main() -> None:
         ]
         separate[leader] = [curve(weight, gram, fisher) for weight, fisher in zip(weights, fishers, strict=True)]
         joint[leader] = curve(torch.cat(weights), gram, torch.block_diag(*fishers)) if len(names) > 1 else []
-    dense = sum(points[-1].parameters for curves in separate.values() for points in curves)
+    dense = sum(points[-1].cost for curves in separate.values() for points in curves)
     print("| keep | predicted loss, separate | with joint candidates | joint groups taken |\n| --- | --- | --- | --- |")
     for keep in options.keep:
         alone, _ = solve(separate, {}, keep * dense)
@@ -68,13 +68,13 @@ def solve(separate: dict[str, list[list[Point]]], joint: dict[str, list[Point]],
         price = (low * high) ** 0.5
         loss = cost = taken = 0
         for leader, curves in separate.items():
-            best = [min(points, key=lambda p: p.loss + price * p.parameters) for points in curves]
+            best = [min(points, key=lambda p: p.loss + price * p.cost) for points in curves]
             if joint.get(leader):
-                shared = min(joint[leader], key=lambda p: p.loss + price * p.parameters)
-                if shared.loss + price * shared.parameters < sum(p.loss + price * p.parameters for p in best):
+                shared = min(joint[leader], key=lambda p: p.loss + price * p.cost)
+                if shared.loss + price * shared.cost < sum(p.loss + price * p.cost for p in best):
                     best, taken = [shared], taken + 1
             loss += sum(point.loss for point in best)
-            cost += sum(point.parameters for point in best)
+            cost += sum(point.cost for point in best)
         low, high = (price, high) if cost > budget else (low, price)
     return loss, taken
 

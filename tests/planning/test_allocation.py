@@ -44,11 +44,11 @@ def test_points_are_the_ranks_that_are_allowed(
     dense = [None] if ceiling == 1 or not ranks else []
     assert [point.rank for point in curve] == ranks + dense
     for point in curve:
-        assert point.parameters == (storage.dense if point.rank is None else storage.parameters(point.rank))
+        assert point.cost == (storage.dense if point.rank is None else storage.parameters(point.rank))
         lost = 0.0 if point.rank is None else float(q[point.rank :].sum())
         assert point.loss == pytest.approx(lost, rel=1e-9, abs=1e-12 * float(q.sum()))
     for one, other in itertools.pairwise(curve):
-        assert one.parameters < other.parameters
+        assert one.cost < other.cost
         assert one.loss >= other.loss
 
 
@@ -67,12 +67,12 @@ def curves_and_budgets(draw: st.DrawFn, least: int = 1, most: int = 4, size: int
         storage = draw(storages(size))
         q = draw(losses(min(storage.out_features, storage.in_features)))
         curves.append(points(q, storage, draw(st.sampled_from([1, 4, 8])), 0.0, draw(st.sampled_from([1.0, 0.9]))))
-    cheapest, dearest = (sum(curve[end].parameters for curve in curves) for end in (0, -1))
+    cheapest, dearest = (sum(curve[end].cost for curve in curves) for end in (0, -1))
     return curves, draw(st.integers(cheapest, dearest + 10))
 
 
 def cost(curves: list[list[Point]], chosen: list[int] | tuple[int, ...]) -> int:
-    return sum(curve[index].parameters for curve, index in zip(curves, chosen, strict=True))
+    return sum(curve[index].cost for curve, index in zip(curves, chosen, strict=True))
 
 
 def loss(curves: list[list[Point]], chosen: list[int] | tuple[int, ...]) -> float:
@@ -88,7 +88,7 @@ def test_stays_within_the_budget_and_uses_it_up(case: tuple[list[list[Point]], i
     assert left >= 0
     for curve, index in zip(curves, chosen, strict=True):
         if index + 1 < len(curve):
-            assert curve[index + 1].parameters - curve[index].parameters > left, "another rank step would fit"
+            assert curve[index + 1].cost - curve[index].cost > left, "another rank step would fit"
 
 
 def largest_steps(curves: list[list[Point]], chosen: list[int]) -> float:
@@ -119,12 +119,10 @@ def test_any_choice_is_beaten_at_a_cost_where_the_multiplier_is_exact(
 ) -> None:
     """What minimises loss + μ · parameters is the best of all choices that cost no more."""
     curves, _ = case
-    slopes = [
-        (one.loss - other.loss) / (other.parameters - one.parameters) for c in curves for one, other in itertools.pairwise(c)
-    ]
+    slopes = [(one.loss - other.loss) / (other.cost - one.cost) for c in curves for one, other in itertools.pairwise(c)]
     assume(slopes)
     multiplier = data.draw(st.sampled_from(sorted(slopes))) * data.draw(st.sampled_from([0.9, 1.1]))
-    exact = [min(range(len(c)), key=lambda i: (c[i].loss + multiplier * c[i].parameters, c[i].parameters)) for c in curves]
+    exact = [min(range(len(c)), key=lambda i: (c[i].loss + multiplier * c[i].cost, c[i].cost)) for c in curves]
     budget = cost(curves, exact)
     got, total = loss(curves, allocate(curves, budget)), loss(curves, [0] * len(curves))
     assert got <= loss(curves, exact) + 1e-12 * total
@@ -143,7 +141,7 @@ def test_no_uniform_choice_out_of_the_same_points_is_better(
     With a handful of tiny matrices it can be, because no whole step is left that fits: `planning` compares the two.
     """
     curves = [points(spectrum(kind, 48) * 10**size, Storage(48, 64, form), multiple=1) for kind, size in matrices]
-    uniform = [max((i for i, point in enumerate(c) if point.parameters <= keep * 48 * 64), default=0) for c in curves]
+    uniform = [max((i for i, point in enumerate(c) if point.cost <= keep * 48 * 64), default=0) for c in curves]
     chosen = allocate(curves, cost(curves, uniform))
     assert loss(curves, chosen) <= loss(curves, uniform) + 1e-12 * loss(curves, [0] * len(curves))
 
@@ -151,7 +149,7 @@ def test_no_uniform_choice_out_of_the_same_points_is_better(
 def test_unlike_matrices_gain_by_unlike_ranks() -> None:
     storage = Storage(48, 64, "pivot")
     curves = [points(spectrum("polynomial", 48) * 10 ** (index / 4), storage) for index in range(12)]
-    uniform = [max(i for i, point in enumerate(c) if point.parameters <= 0.6 * storage.dense) for c in curves]
+    uniform = [max(i for i, point in enumerate(c) if point.cost <= 0.6 * storage.dense) for c in curves]
     assert loss(curves, allocate(curves, cost(curves, uniform))) < 0.6 * loss(curves, uniform)
 
 
@@ -159,7 +157,7 @@ def test_unlike_matrices_gain_by_unlike_ranks() -> None:
 @given(curves_and_budgets(), st.integers(0, 1000))
 def test_a_budget_for_everything_takes_everything(case: tuple[list[list[Point]], int], more: int) -> None:
     curves, _ = case
-    everything = sum(curve[-1].parameters for curve in curves)
+    everything = sum(curve[-1].cost for curve in curves)
     assert allocate(curves, everything + more) == [len(curve) - 1 for curve in curves]
 
 
@@ -167,7 +165,7 @@ def test_a_budget_for_everything_takes_everything(case: tuple[list[list[Point]],
 @given(curves_and_budgets(), st.integers(1, 1000))
 def test_a_budget_that_cannot_be_met_is_refused(case: tuple[list[list[Point]], int], less: int) -> None:
     curves, _ = case
-    least = sum(curve[0].parameters for curve in curves)
+    least = sum(curve[0].cost for curve in curves)
     assert allocate(curves, least)
     with pytest.raises(
         ValueError, match=f"the least that can be stored is {least:,} parameters, and the budget is {least - less:,}"

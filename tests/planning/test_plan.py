@@ -21,8 +21,9 @@ from reparam_peft import ReparamConfig
 from reparam_peft.config.fields import ALLOCATIONS
 from reparam_peft.display.axes import place_of
 from reparam_peft.numerics.methods import METHODS
+from reparam_peft.planning.module_plan import ModulePlan
 from reparam_peft.planning.neurons import Allotment
-from reparam_peft.planning.plan import FORMAT, ModulePlan, Plan, make_plan
+from reparam_peft.planning.plan import FORMAT, Plan, make_plan
 
 
 @st.composite

@@ -1,0 +1,213 @@
+"""One matrix in few bits: what it becomes in each form, at each rank and width, and what that is predicted to cost."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..layers.product import Stored
+from ..layers.schemes import SCHEME_OF
+from ..numerics.decompositions import Corrected, Factors, Whole, leading_factors
+from ..numerics.metrics import Metric, exact
+from ..numerics.pivoting import pivot
+from ..numerics.rounding import Feedback, Rounded, rounded, rounded_factors, rounded_product
+from ..numerics.storage import Storage
+from ..planning.allocation import Point, lower_hull
+from ..planning.byte_options import ByteOption
+from .weighing import Weighing
+
+# Of what rounding was seen to add to the loss of a product, the part that it is expected to add at the next rank.
+OF_THE_EXCESS = 0.8
+WORTH_COMPUTING = 0.05  # by how much of itself a loss is expected below what is known already, at the same bytes
+
+
+class InFewBits(NamedTuple):
+    """A product with matrices on the grids of their scales.
+
+    Attributes:
+        stored: the matrices, float64.
+        scales: of those that are in few bits, by name.
+    """
+
+    stored: Stored
+    scales: Mapping[str, Tensor]
+
+
+class Matrix:
+    """A matrix W (out, in), to be stored in few bits with the least error in the metrics that losses are predicted in.
+
+    Args:
+        W: the matrix, any floating dtype.
+        weighing: with its metrics.
+        factorize: (matrix, rank) → factors.
+        nested: whether factors of a rank are the first columns and rows of those of a higher one.
+    """
+
+    def __init__(self, W: Tensor, weighing: Weighing, factorize: Callable[[Tensor, int], Factors], nested: bool = True) -> None:
+        self.W, self.weighing = exact(W), weighing
+        self.factorize, self.nested = factorize, nested
+        self._dense: dict[int, Rounded] = {}
+        self._factors: Factors | None = None
+        self._corrections: dict[int, Factors] = {}
+
+    @cached_property
+    def feedback(self) -> Feedback:
+        """What GPTQ needs of the inputs, for all matrices that read them."""
+        return Feedback(self.weighing.gram.to(self.W.device))
+
+    def made(self, rank: int, storage: Storage) -> InFewBits:
+        """The matrix in a form, at a rank, in the bits of a storage."""
+        form, widths = storage.form_at(rank), storage.widths(rank)
+        grids = {name: SCHEME_OF[bits].grid for name, bits in widths.items()}
+        stored: Stored
+        if form == "dense":
+            whole = self.dense(storage.bits)
+            stored, rounded = Whole(whole.numbers), {"W": whole}
+        elif form == "corrected":
+            Q = self.dense(storage.bits)
+            factors, rounded = rounded_factors(self.correction(rank, storage.bits), self.feedback, grids)
+            stored, rounded = Corrected(Q.numbers, *factors), {**rounded, "Q": Q}
+        else:
+            factors = self.factors(rank)
+            plain = pivot(factors, self.weighing.gram, torch.float64) if form == "pivot" else factors
+            stored, rounded = rounded_product(plain, self.feedback, grids)
+        scales = {}
+        for name, bits in widths.items():
+            grid = rounded[name].grid
+            if grid is not None:
+                scales[name] = SCHEME_OF[bits].scales_of(grid)
+        return InFewBits(stored, scales)
+
+    def dense(self, bits: int) -> Rounded:
+        """The matrix itself in 8 or 4 bits, rounded with feedback."""
+        if bits not in self._dense:
+            self._dense[bits] = rounded(self.W, SCHEME_OF[bits].grid(self.W), self.feedback)
+        return self._dense[bits]
+
+    def factors(self, rank: int) -> Factors:
+        """Factors of the matrix."""
+        made = self._factors
+        if made is None or len(made.B) < rank or (not self.nested and len(made.B) > rank):
+            made = self._factors = self.factorize(self.W, rank)
+        return Factors(made.A[:, :rank], made.B[:rank])
+
+    def correction(self, rank: int, bits: int) -> Factors:
+        """Factors of what rounding the matrix to some bits leaves."""
+        made = self._corrections.get(bits)
+        if made is None or len(made.B) < rank:
+            made = leading_factors(self.W - self.dense(bits).numbers, rank, self.gram, self.fisher)
+            self._corrections[bits] = made
+        return Factors(made.A[:, :rank], made.B[:rank])
+
+    @cached_property
+    def gram(self) -> Metric:
+        """G."""
+        return Metric(self.weighing.gram.to(self.W.device))
+
+    @cached_property
+    def fisher(self) -> Metric:
+        """F; the identity without gradients."""
+        F = self.weighing.fisher
+        return Metric(self.W.new_ones(len(self.W)) if F is None else F.to(self.W.device))
+
+    def loss(self, stored: Stored) -> float:
+        """What a product W' is predicted to add to the loss, nats per token: c · tr(F E G Eᵀ), E = W − W'."""
+        factors = stored if isinstance(stored, Factors) else stored.factors()
+        product = stored.W if isinstance(stored, Whole) else factors.A.float() @ factors.B.float()
+        E = (self.W - product).float()
+        F, G = self._narrow_metrics
+        return self.scale * float(((F @ E) * (E @ G)).sum(dtype=torch.float64).clamp(min=0))
+
+    @property
+    def scale(self) -> float:
+        """What an error in the scaled metrics is multiplied by to be in nats per token."""
+        return self.fisher.scale * self.gram.scale * self.weighing.loss_scale / 2
+
+    @cached_property
+    def _narrow_metrics(self) -> tuple[Tensor, Tensor]:
+        """F and G, float32, scaled, whole."""
+        F, G = ((torch.diag(M.matrix) if M.diagonal else M.matrix).float() for M in (self.fisher, self.gram))
+        return F, G
+
+    def losses(self, options: Sequence[ByteOption], directions: Tensor) -> Tensor:
+        """What options are predicted to add to the loss, shape (options,); inf where that was not computed.
+
+        Computed are the matrix as it is in each width, and what may lie on the lower convex hull: the loss of the directions
+        that a product leaves out is a bound, of which a part of what rounding added at the nearest rank that is known is
+        expected to come on top.
+
+        Args:
+            options: the cheapest first.
+            directions: q, what each direction is predicted to cost, as from `direction_losses`.
+        """
+        known: dict[int, float] = {}
+
+        def compute(index: int) -> None:
+            option = options[index]
+            known[index] = 0.0 if option.rank is None else self.loss(self.made(option.rank, option.storage).stored)
+
+        for index, option in enumerate(options):
+            if option.form == "dense":
+                compute(index)
+        bounds = self._bounds(options, directions)
+        highest = max((option.rank or 0 for option in options if option.form in ("factors", "pivot")), default=0)
+        if highest and self.nested:
+            self.factors(highest)  # of which all others are parts
+        while True:
+            expected = _expected(options, known, bounds)
+            points = [Point(option.rank, option.cost, loss) for option, loss in zip(options, expected, strict=True)]
+            gains = {index: _between(options, known, index) - expected[index] for index, _ in lower_hull(points)}
+            worth = {i: gain for i, gain in gains.items() if i not in known and gain > WORTH_COMPUTING * expected[i]}
+            if not worth:
+                break
+            compute(max(worth, key=worth.__getitem__))
+        losses = torch.full((len(options),), torch.inf, dtype=torch.float64)
+        for index, loss in known.items():
+            losses[index] = loss
+        return losses
+
+    def _bounds(self, options: Sequence[ByteOption], directions: Tensor) -> list[float]:
+        """What options lose at least, without what rounding their factors adds."""
+        tails = [*directions.flip(0).cumsum(0).flip(0).tolist(), 0.0]
+        highest = max((option.rank or 0 for option in options if option.form == "corrected"), default=0)
+        left: list[float] = []
+        for bits in {option.bits for option in options if option.form == "corrected"}:
+            A, B = self.correction(highest, bits)
+            gained = (self.fisher.norms(A) * self.gram.norms(B.mT)).cumsum(0) * self.weighing.loss_scale / 2
+            lost = self.loss(Whole(self.dense(bits).numbers))
+            left = [lost, *(lost - gained).clamp(min=0).tolist()]
+        return [(left if o.form == "corrected" else tails)[o.rank or 0] if o.form != "dense" else 0.0 for o in options]
+
+
+def _expected(options: Sequence[ByteOption], known: Mapping[int, float], bounds: Sequence[float]) -> list[float]:
+    """What options lose: as computed, or the bound and a part of what rounding added in the same form at the nearest rank."""
+    added: dict[tuple[str, int], list[tuple[int, float]]] = {}
+    for index, loss in known.items():
+        option = options[index]
+        added.setdefault((option.form, option.bits), []).append((option.rank or 0, loss - bounds[index]))
+    expected = []
+    for index, option in enumerate(options):
+        seen = added.get((option.form, option.bits), [(0, 0.0)])
+        rank = option.rank or 0
+        excess = min(seen, key=lambda entry: abs(entry[0] - rank))[1]
+        expected.append(known.get(index, bounds[index] + OF_THE_EXCESS * max(excess, 0.0)))
+    return expected
+
+
+def _between(options: Sequence[ByteOption], known: Mapping[int, float], index: int) -> float:
+    """What is known to be lost with the bytes of an option, half-way between others where it lies between them."""
+    points = [Point(options[i].rank, options[i].cost, known[i]) for i in sorted(known)]
+    hull, cost = [points[i] for i, _ in lower_hull(points)], options[index].cost
+    below = [point for point in hull if point.cost <= cost]
+    above = [point for point in hull if point.cost > cost]
+    if not below:
+        return math.inf
+    if not above:
+        return below[-1].loss
+    part = (cost - below[-1].cost) / (above[0].cost - below[-1].cost)
+    return below[-1].loss + part * (above[0].loss - below[-1].loss)
