@@ -24,7 +24,7 @@ def nearest_product(
     """The product of a matrix in a form, without a bias.
 
     In the form "corrected" Q is the matrix rounded to the nearest numbers, and A B a product for W − Q (LQER, Zhang et al.
-    2024, arXiv:2402.02446).
+    2024, arXiv:2402.02446). Of a matrix that is in few bits already W − Q is zero, and so is A B.
 
     Args:
         matrix: W, shape (out, in), in the dtype that numbers of the product are given in.
@@ -39,7 +39,7 @@ def nearest_product(
     if form == "dense":
         stored = Whole(matrix.detach().clone(memory_format=torch.contiguous_format))
     elif form == "corrected":
-        Q = nearest(wide, widths["Q"])[0]
+        Q = nearest(wide, widths["Q"])[0] if "Q" in widths else wide
         A, B = function(wide - Q.to(wide), rank)
         stored = Corrected(matrix.detach(), A.to(matrix.dtype), B.to(matrix.dtype))
     elif form == "pivot":
