@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -360,7 +361,7 @@ def make_plan(
             chosen = storage if point is None or point.storage is None else point.storage
             lost = None
             if point is not None:
-                lost = point.loss
+                lost = None if math.isnan(point.loss) else point.loss
             elif spectrum is not None:
                 lost = 0.0 if rank is None else float(spectrum[rank:].sum())
             yield ModulePlan(

@@ -9,8 +9,8 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from support.strategies import PROPERTY, decimal_keeps, keeps, narrow_storages, sizes, storages
 
-from reparam_peft.numerics.storage import FORMS, Storage, matrix_bytes, scale_shape, uniform_rank
 from reparam_peft.layers.schemes import SCHEMES
+from reparam_peft.numerics.storage import FORMS, Storage, matrix_bytes, scale_shape, uniform_rank
 
 
 @PROPERTY
