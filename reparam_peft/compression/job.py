@@ -440,8 +440,7 @@ def with_defaults(config: ReparamConfig, plan: Plan | None = None, moves_bias: b
     choices: dict[str, Any] = {**CALIBRATED, **({"allocation": "uniform"} if config.r is not None else {})}
     if plan is not None:
         choices = {"method": plan.method, "allocation": plan.allocation, "form": plan.form}
-        if plan.budget == "bytes":
-            choices["budget"] = plan.budget
+        choices |= {"budget": "bytes"} if plan.budget == "bytes" else {"r": plan.correction_rank}
         if config.keep == ReparamConfig.keep:
             config.keep = plan.keep
         if config.ceiling is None and config.r is None and config.allocation in (None, plan.allocation):
