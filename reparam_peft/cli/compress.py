@@ -130,7 +130,10 @@ def _settings(options: CompressOptions) -> Settings:
         storage = replace(
             chosen.storage, allocation=plan.allocation, form=chosen.storage.form or plan.form, ceiling=plan.ceiling
         )
-        chosen = replace(chosen, keep=plan.keep, method=chosen.method or plan.method, storage=storage)
+        budget = replace(chosen.budget, budget=chosen.budget.budget or plan.budget)
+        rank = None if plan.correction_rank is None else str(plan.correction_rank)
+        keep = plan.keep if rank is None else None
+        chosen = replace(chosen, keep=keep, rank=rank, budget=budget, method=chosen.method or plan.method, storage=storage)
     config, blocks = chosen.config(), options.blocks
     if plan is not None and is_data_free(config):
         raise CliError(f"--plan is for calibrated methods; leave out --method {config.method}.")

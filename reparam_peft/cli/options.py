@@ -96,7 +96,13 @@ class StorageOptions:
             help=f"uniform or loss. Default: loss; uniform with --rank or {listed(names_of_methods(needs_data=False))}."
         ),
     ] = None
-    form: Annotated[str | None, typer.Option(help="factors or pivot. Default: pivot; factors without calibration.")] = None
+    form: Annotated[
+        str | None,
+        typer.Option(
+            help="factors, pivot, or corrected: matrices in few bits with a correction of --rank. Default: pivot; factors "
+            "without calibration; with --budget bytes whichever is best for a matrix."
+        ),
+    ] = None
     ceiling: Annotated[
         float | None,
         typer.Option(
@@ -114,11 +120,47 @@ class StorageOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class BudgetOptions:
+    """What the budget is of, and which widths numbers may have."""
+
+    budget: Annotated[
+        str | None,
+        typer.Option(
+            help="What --keep is a fraction of: parameters, or bytes, for which each matrix gets its form, its rank and the "
+            "bits of its numbers. Default: parameters."
+        ),
+    ] = None
+    bits: Annotated[
+        str | None,
+        typer.Option(
+            help="Widths that numbers may have with --budget bytes or --form corrected, separated by commas: 16 (the dtype of "
+            "the model), 8 (needs torchao) and 4 (needs bitsandbytes). Default: all."
+        ),
+    ] = None
+
+    def widths(self) -> tuple[int, ...] | None:
+        """The widths; None: all.
+
+        Raises:
+            CliError: --bits holds no whole numbers.
+        """
+        if self.bits is None:
+            return None
+        words = [word.strip() for word in self.bits.split(",")]
+        if not all(word.isdecimal() for word in words):
+            raise CliError(f"--bits must be whole numbers separated by commas, such as 8,4, got {self.bits!r}.")
+        return tuple(map(int, words))
+
+
+@dataclass(frozen=True, kw_only=True)
 class ConfigOptions:
     """What a `ReparamConfig` is made of."""
 
-    keep: Annotated[float | None, typer.Option(help=f"Fraction of the targeted parameters to store. Default: {KEEP}.")] = None
+    keep: Annotated[
+        float | None, typer.Option(help=f"Fraction of the targeted parameters, or bytes, to store. Default: {KEEP}.")
+    ] = None
     rank: Annotated[str | None, typer.Option(help="One rank for all matrices, or `full`; instead of --keep.")] = None
+    budget: BudgetOptions
     targets: TargetOptions
     method: Annotated[str | None, typer.Option(help=f"{listed(METHODS)}. Default: {CALIBRATED['method']}.")] = None
     storage: StorageOptions
@@ -141,6 +183,8 @@ class ConfigOptions:
             "method": self.method,
             "allocation": self.storage.allocation,
             "form": self.storage.form,
+            "budget": self.budget.budget,
+            "bits": self.budget.widths(),
             "unreached": self.targets.unreached,
         }
         return ReparamConfig(

@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 
 from ..config.reparam_config import ReparamConfig
-from ..layers.product import Product
+from ..layers.product import NONE, Product, Stored
 from ..numerics.decompositions import Factors, Whole, direction_losses, narrowed, random_factors
 from ..numerics.methods import Method, method_of
 from ..numerics.metrics import exact
-from ..numerics.pivoting import PivotFactors, pivot
+from ..numerics.pivoting import pivot
+from ..numerics.storage import Storage
 from ..planning.ranks import is_nested
+from .few_bits import Matrix
 from .weighing import Weighing
 
 
@@ -23,23 +25,18 @@ class Factorizer:
 
     Attributes:
         method: row of `numerics.methods.METHODS`.
-        form: "factors" or "pivot".
         from_random: whether factors begin as random ones in place of a decomposition.
         nested: whether products serve lower ranks too, and keep E[B x] for biases that depend on the rank.
     """
 
     method: Method
-    form: str
     from_random: bool
     nested: bool
 
     @classmethod
     def of(cls, config: ReparamConfig) -> Factorizer:
-        """The factorizer that a config asks for, whose method and form are resolved."""
-        method = method_of(config.method)
-        if config.form is None:
-            raise ValueError("`config` must have its `form` resolved.")
-        return cls(method, config.form, from_random=not config.init_weights, nested=is_nested(config))
+        """The factorizer that a config asks for, whose method is resolved."""
+        return cls(method_of(config.method), from_random=not config.init_weights, nested=is_nested(config))
 
     def losses(self, W: Tensor, weighing: Weighing) -> Tensor:
         """What each direction is predicted to cost, in nats per token, shape (min(out, in),)."""
@@ -60,7 +57,7 @@ class Factorizer:
         dtype: torch.dtype,
         weighing: Weighing,
         output_mean: Tensor | None,
-        form: str | None = None,
+        storage: Storage,
     ) -> Product:
         """The product of a matrix.
 
@@ -70,19 +67,34 @@ class Factorizer:
             dtype: that the product is stored in.
             weighing: what errors are weighed by.
             output_mean: mean of the outputs (out,), float64, that the bias is to preserve; None where it is not moved.
-            form: "dense" for the matrix itself; None: the form of the factorizer.
+            storage: how it is stored: its form, and the bits of its numbers.
         """
         wide = W.to(torch.promote_types(W.dtype, torch.float32))  # rounded once, at the end
-        factors: Factors | PivotFactors | Whole
-        if form == "dense":
+        form, scales = storage.form_at(rank), NONE
+        factors: Stored
+        if storage.widths(rank):
+            stored, scales = self.matrix(W, weighing).made(rank, storage)
+            matrices = {name: getattr(stored, name).to(W.device, dtype).contiguous() for name in storage.matrices(rank)}
+            if not all(matrix.isfinite().all() for matrix in matrices.values()):
+                raise ValueError(f"its numbers overflow {dtype}; scale the weight down, or convert it to a wider dtype.")
+            factors = stored._replace(**matrices)
+        elif form == "dense":
             factors = Whole(wide.to(dtype).contiguous())
         else:
             start = random_factors(wide, rank) if self.from_random else None
             wide_factors = self.method.function(wide, rank, weighing.input, weighing.output, start)
-            factors = pivot(wide_factors, weighing.input, dtype) if self.form == "pivot" else narrowed(wide_factors, dtype)
+            factors = pivot(wide_factors, weighing.input, dtype) if form == "pivot" else narrowed(wide_factors, dtype)
         if output_mean is None:
-            return Product(factors)
+            return Product(factors, scales=scales)
         A, B = map(exact, factors if isinstance(factors, Factors) else factors.factors())
         features = B @ weighing.mean.to(B.device)
         bias = (output_mean - A @ features).to(W.device, dtype)
-        return Product(factors, bias, features.to(W.device, dtype) if self.nested else None)
+        return Product(factors, bias, features.to(W.device, dtype) if self.nested else None, scales=scales)
+
+    def matrix(self, W: Tensor, weighing: Weighing) -> Matrix:
+        """A matrix, to be stored in few bits."""
+
+        def factorize(matrix: Tensor, rank: int) -> Factors:
+            return self.method.function(matrix, rank, weighing.input, weighing.output, None)
+
+        return Matrix(W, weighing, factorize, self.method.nested)

@@ -202,6 +202,8 @@ def _expected(options: Sequence[ByteOption], known: Mapping[int, float], bounds:
 def _between(options: Sequence[ByteOption], known: Mapping[int, float], index: int) -> float:
     """What is known to be lost with the bytes of an option, half-way between others where it lies between them."""
     points = [Point(options[i].rank, options[i].cost, known[i]) for i in sorted(known)]
+    if not points:
+        return math.inf
     hull, cost = [points[i] for i, _ in lower_hull(points)], options[index].cost
     below = [point for point in hull if point.cost <= cost]
     above = [point for point in hull if point.cost > cost]

@@ -25,6 +25,7 @@ from ..layers.neuron_groups import NeuronGroup
 from ..layers.product import Product, empty_product, product_of, tensors_of
 from ..numerics.decompositions import check_matrix
 from ..numerics.methods import method_of
+from ..planning.byte_options import Bytes
 from ..planning.neurons import Losses
 from ..planning.plan import Plan, make_plan
 from ..planning.ranks import RankChooser, is_nested
@@ -40,6 +41,7 @@ from .costs import costs_of
 from .factorizing import Factorizer
 from .mlps import check_alike, find_mlps
 from .neurons import Neurons
+from .offered import offered
 from .options import Options
 from .parts import Part
 from .passes import passes_within
@@ -63,6 +65,7 @@ class Job:
         modules: what statistics are gathered of, by name; None: the modules of the targets.
         mlps: MLPs that may lose neurons.
         leaves_unreached: whether targets that no batch reaches are left out, until ranks are chosen; else they are an error.
+        offered: what targets can be stored as, where numbers may be in few bits; else None.
     """
 
     def __init__(
@@ -80,6 +83,7 @@ class Job:
         modules: Mapping[str, nn.Module] | None = None,
         mlps: Sequence[NeuronGroup] = (),
         leaves_unreached: bool = False,
+        offered: Bytes | None = None,
     ) -> None:
         self.model, self.config, self.options, self.chooser = model, config, options, chooser
         self.targets = dict(targets)
@@ -101,6 +105,7 @@ class Job:
         self._whole_group = {name: group for group in map(tuple, self.passes) for name in group}
         self.kept_statistics: Callable[[Sequence[str], Callable[[], Statistics]], Statistics] | None = None
         self.leaves_unreached = leaves_unreached
+        self.offered = offered
         self.unreached: list[str] = []  # targets that were left out
         self.neurons = Neurons(
             mlps, self.storages, matrix_of, self.weighing, self.factorizer, self.share_out, self.weigher.as_predicted
@@ -137,6 +142,7 @@ class Job:
             raise TypeError(f"`config` must be a ReparamConfig, got a {type(config).__name__}.")
         if plan is not None and not isinstance(plan, Plan):
             raise TypeError(f"`plan` must be a Plan, got a {type(plan).__name__}; read one with `Plan.load`.")
+        forms = None if config.form is None else (config.form,)
         config = with_defaults(config, plan, moves_bias)
         open_parameters(config, model)
         targets = select_targets(model, config, adapter_name)
@@ -148,7 +154,8 @@ class Job:
                 check_matrix(source_matrix(target.module))
         max_memory = options.max_memory
         storages = {name: target.storage for name, target in targets.items()}
-        chooser = RankChooser.of(config, storages)
+        in_few_bits = offered(config, forms, targets)
+        chooser = RankChooser.of(config, storages, of_bytes=in_few_bits if config.budget == "bytes" else None)
         if plan is None:
             chooser.check()
         else:
@@ -170,6 +177,7 @@ class Job:
             else passes_within(targets, max_memory, blocks, mlps, config.target_parameters or ()),
             mlps=mlps,
             leaves_unreached=leaves_unreached and plan is None,
+            offered=in_few_bits,
         )
 
     def plan(self) -> Plan:
@@ -180,16 +188,27 @@ class Job:
     def losses(self) -> Losses:
         """What each direction of each target is predicted to cost, and numbers of neurons; empty without gradients."""
         losses: dict[str, Tensor] = {}
+        of_options: dict[str, Tensor] = {}
+        options = {} if self.offered is None else self.offered.options
         check_alike(list(self.neurons.mlps.values()))
 
         def compute(name: str) -> list[Tensor]:
-            return [self.factorizer.losses(self.matrix_of(name), self.weighing(name))]
+            W, weighing = self.matrix_of(name), self.weighing(name)
+            directions = self.factorizer.losses(W, weighing)
+            if name not in options:
+                return [directions]
+            return [directions, self.factorizer.matrix(W, weighing).losses(options[name], directions)]
+
+        def room(name: str) -> list[Tensor]:
+            sizes = [self.targets[name].storage.full_rank, *([len(options[name])] if name in options else [])]
+            return [torch.empty(size, dtype=torch.float64) for size in sizes]
 
         for names_of_pass in list(self.passes) if self.weigher.gradients or self.leaves_unreached else ():
             names = self.reached(names_of_pass)
             if self.weigher.gradients and names:
-                shared = self.share_out(names, "Planning", compute, lambda name: [_direction_costs(self.targets[name])])
-                losses.update({name: costs for name, (costs,) in shared.items()})
+                shared = self.share_out(names, "Planning", compute, room)
+                losses.update({name: costs[0] for name, costs in shared.items()})
+                of_options.update({name: costs[1] for name, costs in shared.items() if len(costs) > 1})
                 self.neurons.weigh(names)
         if self.unreached:
             warnings.warn(
@@ -199,7 +218,7 @@ class Job:
                 stacklevel=4,
             )
         self.leaves_unreached = False
-        return Losses(losses, self.neurons.offered(losses) if losses else {})
+        return Losses(losses, self.neurons.offered(losses) if losses else {}, of_options)
 
     def plan_with(self, chooser: RankChooser, losses: Losses) -> Plan:
         """The ranks by a chooser, which may be one for another size.
@@ -210,13 +229,18 @@ class Job:
         chooser = replace(chooser, costs=costs_of(self.config, self.targets, self.tokens))
         for name in chooser.unreached(losses):
             warnings.warn(f"{name}: no gradient reaches its output, so that its rank is uniform.", ReparamWarning, stacklevel=4)
+        allotment = chooser.ranks(losses)
+        if chooser.bytes is None and self.offered is not None:
+            points = {name: self.offered.point(name, losses.options.get(name)) for name in self.offered.options}
+            allotment = replace(allotment, points=points)
         return make_plan(
             self.config,
             chooser.keep,
             self.storages,
-            chooser.ranks(losses),
+            allotment,
             losses.directions,
             self.neurons.mlps,
+            itemsizes={name: base_dtype(target.module).itemsize for name, target in self.targets.items()},
             tokens=self.tokens,
             calibration_tokens=self.calibration_tokens,
             gradient_tokens=self.gradient_tokens,
@@ -225,8 +249,11 @@ class Job:
         )
 
     def ranked(self, plan: Plan) -> dict[str, Target]:
-        """The targets with the ranks of a plan, and with what is left of those that lose neurons."""
-        ranked = {module.name: replace(self.targets[module.name], rank=module.rank) for module in plan.modules}
+        """The targets with the ranks, forms and bits of a plan, and with what is left of those that lose neurons."""
+        ranked = {}
+        for module in plan.modules:
+            target = self.targets[module.name]
+            ranked[module.name] = replace(target, rank=module.rank, storage=plan.storage_of(module, target.storage))
         for group in plan.neurons:
             for name, storage in self.neurons.narrowed(self.neurons.mlps[group.consumer], group.kept).items():
                 ranked[name] = replace(ranked[name], storage=storage)
@@ -297,8 +324,7 @@ class Job:
         """
         if target.rank is None:
             raise ValueError("a target that stays dense has no product.")
-        form = "dense" if target.storage.form_at(target.rank) == "dense" else None
-        made = self.factorizer.product(W, target.rank, base_dtype(target.module), weighing, output_mean, form)
+        made = self.factorizer.product(W, target.rank, base_dtype(target.module), weighing, output_mean, target.storage)
         return made._replace(rows=part.rows, columns=part.columns)
 
     def weighing(self, name: str, moments: Moments | None = None, columns: Tensor | None = None) -> Weighing:
@@ -399,6 +425,7 @@ class Job:
         """The config for the tuner: what was chosen, and where it came from."""
         config = with_targets(self.config, self.targets)
         config.rank_pattern, config.dense_modules = plan.ranks, plan.dense_modules
+        config.form_pattern, config.bit_pattern, config.correction_bits = plan.forms, plan.bits, plan.correction_bits
         config.calibration_tokens, config.gradient_tokens, config.seed = (
             self.calibration_tokens,
             self.gradient_tokens,
@@ -430,6 +457,7 @@ def with_defaults(config: ReparamConfig, plan: Plan | None = None, moves_bias: b
     choices: dict[str, Any] = {**CALIBRATED, **({"allocation": "uniform"} if config.r is not None else {})}
     if plan is not None:
         choices = {"method": plan.method, "allocation": plan.allocation, "form": plan.form}
+        choices |= {"budget": "bytes"} if plan.budget == "bytes" else {"r": plan.correction_rank}
         if config.keep == ReparamConfig.keep:
             config.keep = plan.keep
         if config.ceiling is None and config.r is None and config.allocation in (None, plan.allocation):
@@ -438,9 +466,6 @@ def with_defaults(config: ReparamConfig, plan: Plan | None = None, moves_bias: b
         setattr(config, name, getattr(config, name) or value)
     config.__post_init__()
     config.moved_bias = moves_bias or method_of(config.method).needs_data
+    if config.chooses_bits:
+        config.neurons = False
     return config
-
-
-def _direction_costs(target: Target) -> Tensor:
-    """Memory for what each direction of a target costs."""
-    return torch.empty(target.storage.full_rank, dtype=torch.float64)

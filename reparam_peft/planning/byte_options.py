@@ -67,8 +67,7 @@ def byte_options(
         storage: the matrix, and whether a bias is moved with its product.
         itemsize: bytes of a number in the dtype of the model.
         forms: of products: some of "factors", "pivot" and "corrected".
-        bits: of numbers: some of 16, the dtype of the model, 8 and 4. A matrix that no few bits can hold has all in the dtype of
-            the model.
+        bits: of numbers: some of 16, the dtype of the model, 8 and 4. A matrix that few bits cannot hold has that dtype.
         multiple: what ranks are a multiple of.
         is_linear: whether the layer can hold its matrices in few bits.
         rank: of its products, where it is not to be chosen; then the matrix is not stored as it is.
@@ -111,12 +110,13 @@ def byte_options(
         correction = CORRECTION_BITS if CORRECTION_BITS in widths else AS_THE_MODEL
         for each in _ranks(max(1, full // MOST_CORRECTED), multiple, 1) if rank is None else ranks:
             add(each, "corrected", widths[0], correction, min(wider, default=math.inf))
-    options.sort(key=lambda option: option.cost)
+    options.sort(key=lambda option: (option.cost, option.form != "dense"))
+    options = [option for i, option in enumerate(options) if not i or option.cost > options[i - 1].cost]
     return [option for option in options if option.cost >= least] or options[-1:]
 
 
 def _ranks(full: int, multiple: int, least: int) -> list[int]:
-    """Multiples that grow by `GROWTH` at least, below full rank, from the least or the one above it; from 1 up where none is."""
+    """Multiples that grow by `GROWTH` at least, below full rank, from the least or the next; from 1 up where none is."""
     step = multiple if multiple < full else 1
     ranks, rank = [], max(1, math.ceil(least / step)) * step
     while rank < full:
@@ -176,6 +176,16 @@ class Bytes:
                 least=OF_THE_AVERAGE * part * dense[name],
             )
         return cls(dense, options)
+
+    def point(self, name: str, losses: Tensor | None) -> Point:
+        """The one thing that a matrix can be stored as, where there is no choice.
+
+        Args:
+            name: of the module.
+            losses: of its option; None where they are not known.
+        """
+        (option,) = self.options[name]
+        return Point(option.rank, option.cost, math.nan if losses is None else float(losses[0]), option.storage)
 
     def curve(self, name: str, losses: Tensor, keep: float) -> list[Point]:
         """The points of a matrix, cheapest first, losses falling.

@@ -18,8 +18,8 @@ class ModulePlan:
     Attributes:
         name: of the module.
         shape: (out, in) of its matrix.
-        rank: of its product; None: it stays dense. Full rank where it is stored as it is, but in few bits, or without the neurons
-            that are left out.
+        rank: of its product; None: it stays dense. Full rank where it is stored as it is, but in few bits, or where neurons are
+            left out.
         stored_parameters: numbers in a checkpoint, or out · in for a dense one.
         predicted_loss: predicted increase of the loss, nats per token; None without statistics.
         spectrum: what each direction of the factorisation is predicted to cost, nats per token, as `direction_losses` gives
@@ -147,7 +147,7 @@ def read_module_plan(entry: Mapping[str, Any]) -> ModulePlan:
     form, bits = entry.get("form"), entry.get("bits", AS_THE_MODEL)
     if form not in (None, *ALL_FORMS) or bits not in WIDTHS or isinstance(bits, bool):
         raise ValueError(
-            f"{entry['name']}: `form` must be one of {ALL_FORMS} or None, and `bits` of {WIDTHS}, got {form!r}, {bits!r}."
+            f"{entry['name']}: `form` must be one of {ALL_FORMS} or None, and `bits` one of {WIDTHS}, got {form!r}, {bits!r}."
         )
     if form is None and bits != AS_THE_MODEL:
         raise ValueError(f"{entry['name']}: `bits` {bits} need a `form`.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -94,6 +95,11 @@ class Plan:
         """Bits of the numbers by module, of those whose numbers are in few bits."""
         return {module.name: module.bits for module in self.modules if module.bits != AS_THE_MODEL}
 
+    @property
+    def correction_rank(self) -> int | None:
+        """The rank of all corrections, where it was given; else None."""
+        return max([1, *self.ranks.values()]) if self.form == "corrected" and self.budget != "bytes" else None
+
     def storage_of(self, module: ModulePlan, storage: Storage) -> Storage:
         """What the product of one of its modules takes, of a matrix whose storage this is."""
         if module.form is None:
@@ -163,8 +169,7 @@ class Plan:
             _check_sizes(plan)
             words: dict[str, Any] = {"method": plan.method, "allocation": plan.allocation, "form": plan.form}
             words |= {"budget": plan.budget, "correction_bits": plan.correction_bits}
-            if plan.form == "corrected" and plan.budget != "bytes":
-                words["r"] = max([1, *plan.ranks.values()])
+            words["r"] = plan.correction_rank
             ReparamConfig(  # which checks them
                 **words,
                 keep=plan.keep,
@@ -202,7 +207,7 @@ class Plan:
         for name, shape in shapes.items():
             if planned[name] != shape:
                 raise ValueError(f"{name}: the plan is for a shape of {planned[name]}, and the weight is {shape}.")
-        if config.budget != (None if self.budget == "parameters" else self.budget):
+        if (config.budget or "parameters") != self.budget:
             raise ValueError(f"`plan` is for `budget={self.budget!r}`, and the config says {config.budget!r}; leave it out.")
         for choice in ("form", "allocation", "keep", "ceiling"):
             if getattr(self, choice) != getattr(config, choice):
@@ -360,7 +365,7 @@ def make_plan(
             chosen = storage if point is None or point.storage is None else point.storage
             lost = None
             if point is not None:
-                lost = point.loss
+                lost = None if math.isnan(point.loss) else point.loss
             elif spectrum is not None:
                 lost = 0.0 if rank is None else float(spectrum[rank:].sum())
             yield ModulePlan(

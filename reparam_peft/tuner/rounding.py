@@ -8,13 +8,13 @@ from dataclasses import dataclass
 from torch import Tensor, nn
 
 from ..calibration.statistics import Statistics
-from ..layers.factorized import FactorizedModule, weight_of
+from ..layers.factorized import PIECES, FactorizedModule, weight_of
 from ..layers.product import Stored
 from ..layers.schemes import Scheme
 from ..numerics.decompositions import Corrected, Factors, Whole
 from ..numerics.metrics import exact
 from ..numerics.pivoting import PivotFactors
-from ..numerics.rounding import Rounded, rotated, rounded, rounded_pair
+from ..numerics.rounding import Rounded, rounded_product
 from ..standalone.quantization import linears_of
 
 
@@ -63,17 +63,17 @@ class CalibratedRounding:
 
 
 def _rounded(stored: Stored, gram: Tensor, scheme: Scheme, names: Sequence[str]) -> tuple[Stored, dict[str, Rounded]]:
-    """A product with its matrices of these names rounded, and these by their names; in float64."""
-    if isinstance(stored, Whole):
-        whole = rounded(stored.W, scheme.grid(exact(stored.W)), gram)
-        return Whole(whole.numbers), {"B": whole}
-    if isinstance(stored, PivotFactors):
-        K, P = rounded_pair(stored.K, stored.P, gram, scheme.grid, "A.K" in names)
-        return PivotFactors(P.numbers, K.numbers, stored.pivots), {"B": P, "A.K": K}
+    """A product with its matrices of these names in its module rounded, and these by their names; in float64.
+
+    Raises:
+        TypeError: it is in few bits already.
+    """
     if isinstance(stored, Corrected):
         raise TypeError("a corrected matrix is stored in few bits already.")
-    A, B = rounded_pair(*rotated(stored), gram, scheme.grid, "A" in names)
-    return Factors(A.numbers, B.numbers), {"B": B, "A": A}
+    form = "dense" if isinstance(stored, Whole) else "pivot" if isinstance(stored, PivotFactors) else "factors"
+    pieces = {matrix: piece for piece, matrix in PIECES[form].items()}
+    after, matrices = rounded_product(stored, gram, {matrix: scheme.grid for matrix, piece in pieces.items() if piece in names})
+    return after, {pieces[matrix]: made for matrix, made in matrices.items()}
 
 
 def _outputs(stored: Stored, x: Tensor) -> Tensor:

@@ -167,9 +167,7 @@ def test_a_budget_that_cannot_be_met_is_refused(case: tuple[list[list[Point]], i
     curves, _ = case
     least = sum(curve[0].cost for curve in curves)
     assert allocate(curves, least)
-    with pytest.raises(
-        ValueError, match=f"the least that can be stored is {least:,} parameters, and the budget is {least - less:,}"
-    ):
+    with pytest.raises(ValueError, match=f"the least that can be stored takes {least:,}, and the budget is {least - less:,}"):
         allocate(curves, least - less)
 
 

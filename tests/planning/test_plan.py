@@ -35,7 +35,7 @@ def plans(draw: st.DrawFn) -> Plan:
         name: draw(st.none() | st.integers(1, min(storage.out_features, storage.in_features)))
         for name, storage in storages.items()
     }
-    config = ReparamConfig(keep=draw(st.floats(0.01, 1)), form=form)
+    config = ReparamConfig(keep=draw(st.floats(0.01, 1)), form=form, r=1 if form == "corrected" else None)
     config.method, config.allocation = draw(st.sampled_from(sorted(METHODS))), draw(st.sampled_from(ALLOCATIONS))
     config.moved_bias = draw(st.booleans())
     provenance: dict[str, Any] = {
