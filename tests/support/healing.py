@@ -40,6 +40,7 @@ def trainer(folder: Path, model: Any = None, rows: Any = ROWS, **options: Any) -
         "teacher_cache",
         "top_k",
         "minutes",
+        "quantize",
         "eval_dataset",
     }
     own |= {"compute_loss_func", "data_collator", "optimizers"}
