@@ -13,9 +13,11 @@ from transformers import PrinterCallback, TrainingArguments
 
 from ..evaluation.perplexity import perplexity
 from ..healing.checkpoints import last_whole
+from ..healing.fake_quantization import computing_in_few_bits
 from ..healing.trainer import HealingTrainer
 from ..report.record import record_of_adapter, saving_with
 from ..runtime.batches import Batch
+from ..standalone.quantization import check_scheme
 from .command_options import HealOptions, TrainingOptions
 from .inputs import after_held_out, held_out, load_compressed, load_dense_of, read_batches
 from .outputs import check_language_model, check_output, err, figures_table, note_evaluation, out, save_whole
@@ -25,6 +27,8 @@ def heal(options: HealOptions) -> None:
     """Do what `reparam heal --help` says."""
     model, output, training, text, load = options.model, options.output.resolve(), options.training, options.text, options.load
     training.minutes()  # what is no time is refused before anything is loaded
+    quantize = training.quantize.value if training.quantize else None
+    check_scheme(quantize)
     beside = (training.run_folder, options.calibration, text.text)
     check_output(output, model, options.overwrite, *beside)
     small, tokenizer = load_compressed(model, load.dtype, load.device, trainable=True, keep=options.keep)
@@ -37,12 +41,18 @@ def heal(options: HealOptions) -> None:
     rows = rows_of(batches)
     figures = {}
 
+    def measure(when: str) -> None:
+        figures[f"perplexity{when}"] = perplexity(small, test, progress=True)
+        if quantize is not None:
+            with computing_in_few_bits(small, quantize):
+                figures[f"{quantize} perplexity{when}"] = perplexity(small, test, progress=True)
+
     def measure_before() -> None:
         figures["dense perplexity"] = perplexity(dense, test, progress=True)
-        figures["perplexity before"] = perplexity(small, test, progress=True)
+        measure(" before")
 
     losses = train(small, dense, rows, training, before=measure_before)
-    figures["perplexity"] = perplexity(small, test, progress=True)
+    measure("")
     record = record.with_(evaluation=note_evaluation(small, figures), losses=losses, samples=[], speed=None, angles={})
     save_whole(small, tokenizer, output, *beside, overwrite=options.overwrite, save=saving_with(record))
     if options.as_json:
@@ -115,6 +125,7 @@ def _trainer(
         distillation=training.distillation,
         temperature=training.temperature,
         minutes=minutes,
+        quantize=training.quantize.value if training.quantize else None,
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for the result
     return trainer

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from peft import PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
+from transformers import Trainer
 
 from ..layers.factorized import FactorizedModule, weight_of
 from ..standalone.quantization import SCHEMES, Scheme, check_scheme, linears_of
@@ -82,10 +83,19 @@ def check_quantize(model: PeftModel, quantize: Any, lora: Any) -> None:
         return
     if not any(True for _ in _rounded_layers(model)):
         raise ValueError(
-            f"`quantize={quantize!r}` rounds matrices of linear layers, and the model has no factors that are some; leave it out."
+            f"`quantize={quantize!r}` rounds linear layers, and the model has no factors that are some; leave it out."
         )
     if lora is not None and lora.lora_dropout:
         raise ValueError("`lora` is rounded together with the factors, without its dropout; leave out `lora_dropout`.")
+
+
+def check_whole(trainer: Trainer, quantize: str | None) -> None:
+    """Raise `ValueError` where a trainer would split matrices, or put copies of them on several devices."""
+    if quantize is not None and (trainer.is_fsdp_enabled or trainer.is_deepspeed_enabled or trainer.args.n_gpu > 1):
+        raise ValueError(
+            "`quantize` needs a process for each device, in which matrices are whole: leave out FSDP and DeepSpeed, and start "
+            "with `accelerate launch` where there are several GPUs."
+        )
 
 
 class _InFewBits:

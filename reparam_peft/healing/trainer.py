@@ -45,7 +45,7 @@ from .checks import (
 )
 from .clock import ENDLESS, TICKS, Clock, ClockProgress
 from .counting import Counts, counted, masks, with_labels
-from .fake_quantization import check_quantize, computing_in_few_bits
+from .fake_quantization import check_quantize, check_whole, computing_in_few_bits
 from .inner_lora import adapted, check_lora, merged
 from .losses import Taught, hidden_states_of, mixed
 from .teacher_cache import TeacherCache
@@ -158,6 +158,7 @@ class HealingTrainer(Trainer):
         self.encoder_decoder = bool(getattr(student.config, "is_encoder_decoder", False))
         self.clock = None if minutes is None else Clock(minutes)
         super().__init__(student, args, *trainer_args, **trainer_kwargs)
+        check_whole(self, quantize)
         if self.clock is not None:
             self.args = copy.copy(self.args)
             self.args.max_steps = ENDLESS
