@@ -179,6 +179,9 @@ class TrainingOptions:
         Bits | None,
         typer.Option(help="Train the factors for `export --quantize`, rounded to 8 bits (needs torchao) or 4 (bitsandbytes)."),
     ] = None
+    statistics: Annotated[
+        Path | None, typer.Option(help="File that `compress --statistics` wrote: a better start for --quantize.")
+    ] = None
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16, where the device has it.")] = False
     run_folder: Annotated[
         Path | None, typer.Option(help="Folder for checkpoints: a run that was killed goes on from the last one.")

@@ -16,7 +16,7 @@ import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..arguments import ReparamWarning
@@ -92,6 +92,11 @@ def this_or_last_whole(checkpoint: str | Path, training: Mapping[str, Any]) -> P
     """A checkpoint, or, where it is not whole, the last one beside it that is; warnings and errors as of `last_whole`."""
     checkpoint = Path(os.path.abspath(checkpoint))
     return checkpoint if _is_whole(checkpoint, training, is_chosen=True) else last_whole(checkpoint.parent, training)
+
+
+def kept_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that a checkpoint keeps: those that are trained, and all factors."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or ".reparam_factors." in name}
 
 
 def read_trained(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,9 +14,15 @@ from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 from transformers import Trainer
 
+from ..calibration.statistics import Statistics
 from ..layers.factorized import FactorizedModule, weight_of
-from ..standalone.quantization import SCHEMES, Scheme, check_scheme, linears_of
+from ..layers.schemes import SCHEMES, Scheme, check_scheme
+from ..planning.ranks import is_nested
+from ..runtime.restoring import unchanged_on_error
+from ..standalone.quantization import linears_of
 from ..tuner.layer import reparam_layers
+from ..tuner.model import config_of
+from ..tuner.rounding import CalibratedRounding
 from .inner_lora import merged_weight
 
 NUMBERS = "numbers_in_few_bits"  # attribute of a linear layer that computes with them
@@ -71,15 +77,35 @@ def computing_in_few_bits(model: PeftModel, quantize: str | None) -> Iterator[No
         yield
 
 
-def check_quantize(model: PeftModel, quantize: Any, lora: Any) -> None:
+def round_factors(model: PeftModel, quantize: str, statistics: Statistics) -> None:
+    """Round the factors of a model with the statistics of its calibration, in place; they stay floats.
+
+    From such a start training is left with the error that rounding cannot make up for. In the form "factors" the inner basis
+    is another one afterwards.
+
+    Args:
+        model: with an active reparam adapter.
+        quantize: "int8" or "int4".
+        statistics: that `check_quantize` takes.
+    """
+    rounding = CalibratedRounding(statistics)
+    with unchanged_on_error(model):
+        for name, module, _ in _modules(model):
+            rounding(name, module, SCHEMES[quantize])
+
+
+def check_quantize(model: PeftModel, quantize: Any, statistics: Statistics | None, lora: Any) -> None:
     """Raise unless factors can be trained to be stored in few bits.
 
     Raises:
-        ValueError: there is no such scheme, it would round nothing, or a LoRA has dropout.
+        ValueError: there is no such scheme, it would round nothing, or a LoRA has dropout; or statistics are of another model,
+            have no effect, or would leave nothing of the smaller sizes of an adapter.
         ImportError: its library is missing.
     """
     check_scheme(quantize)
     if quantize is None:
+        if statistics is not None:
+            raise ValueError("`statistics` have an effect with `quantize` only; give both or neither.")
         return
     if not any(True for _ in _rounded_layers(model)):
         raise ValueError(
@@ -87,6 +113,12 @@ def check_quantize(model: PeftModel, quantize: Any, lora: Any) -> None:
         )
     if lora is not None and lora.lora_dropout:
         raise ValueError("`lora` is rounded together with the factors, without its dropout; leave out `lora_dropout`.")
+    if statistics is None:
+        return
+    if is_nested(config_of(model, model.active_adapter)):
+        raise ValueError("`statistics` round in another basis, in which the adapter has no smaller sizes; leave them out.")
+    for name, module, _ in _modules(model):
+        CalibratedRounding(statistics).check_module(name, module)
 
 
 def check_whole(trainer: Trainer, quantize: str | None) -> None:
@@ -120,12 +152,17 @@ def _put_back(layer: nn.Module, own: type[nn.Module]) -> None:
     vars(layer).pop(NUMBERS, None)
 
 
-def _rounded_layers(model: nn.Module) -> Iterator[tuple[nn.Module, torch.dtype]]:
-    """The layers of the active adapter whose matrices are stored in few bits, a LoRA included; and in which dtype they are."""
-    for _, layer in reparam_layers(model):
+def _modules(model: PeftModel) -> Iterator[tuple[str, FactorizedModule, torch.dtype]]:
+    """The products of the active adapter, with their names in the base model and the dtype that they are stored in."""
+    for name, layer in reparam_layers(model.get_base_model()):
         for adapter in layer.active_adapters:
-            module: FactorizedModule = layer.factorized(adapter)
-            rounded = {linear for _, linear in linears_of(module)}
-            for piece in module.pieces.values():
-                if (piece.get_base_layer() if isinstance(piece, LoraLinear) else piece) in rounded:
-                    yield piece, layer.base_dtype
+            yield name, layer.factorized(adapter), layer.base_dtype
+
+
+def _rounded_layers(model: PeftModel) -> Iterator[tuple[nn.Module, torch.dtype]]:
+    """The layers of the active adapter whose matrices are stored in few bits, a LoRA included; and in which dtype they are."""
+    for _, module, dtype in _modules(model):
+        rounded = {linear for _, linear in linears_of(module)}
+        for piece in module.pieces.values():
+            if (piece.get_base_layer() if isinstance(piece, LoraLinear) else piece) in rounded:
+                yield piece, dtype

@@ -19,6 +19,7 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from ..calibration.statistics import Statistics
 from ..runtime.files import clear_litter, lock_folder, remove_whole, save_tensors, writing
 from ..runtime.fingerprints import fingerprint_of_base, fingerprint_of_model, fingerprint_of_rows, fingerprint_of_tensors
 from ..runtime.modules import predicts_next_token, without_cache
@@ -26,6 +27,7 @@ from ..runtime.processes import fails_together
 from ..runtime.run_folder import json_able
 from .checkpoints import (
     ADAPTER,
+    kept_parameters,
     last_whole,
     note_whole,
     read_trained,
@@ -45,7 +47,7 @@ from .checks import (
 )
 from .clock import ENDLESS, TICKS, Clock, ClockProgress
 from .counting import Counts, counted, masks, with_labels
-from .fake_quantization import check_quantize, check_whole, computing_in_few_bits
+from .fake_quantization import check_quantize, check_whole, computing_in_few_bits, round_factors
 from .inner_lora import adapted, check_lora, merged
 from .losses import Taught, hidden_states_of, mixed
 from .teacher_cache import TeacherCache
@@ -72,11 +74,6 @@ def _described(part: Any) -> Any:
         return part
     named = part.func if isinstance(part, partial) else part
     return getattr(named, "__qualname__", type(named).__qualname__)
-
-
-def _kept(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that a checkpoint keeps: those that are trained, and all factors."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad or ".reparam_factors." in name}
 
 
 def _give_back(lock: FileLock) -> None:
@@ -114,6 +111,8 @@ class HealingTrainer(Trainer):
             checkpoint has the time that is left. None: as `args` say.
         quantize: "int8" or "int4": in training and evaluation the factors compute with the numbers that
             `to_standalone(quantize=…)` will store; what is trained and saved stays in full precision. None: with their own.
+        statistics: of the model's calibration, with which `quantize` rounds the factors once, before training begins; None:
+            training begins with the nearest numbers.
 
     Raises:
         TypeError: `model` has no active reparam adapter.
@@ -139,6 +138,7 @@ class HealingTrainer(Trainer):
         top_k: int = 128,
         minutes: float | None = None,
         quantize: str | None = None,
+        statistics: Statistics | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         student = checked_model(model)
@@ -149,8 +149,8 @@ class HealingTrainer(Trainer):
         check_lora(student, lora)
         check_arguments(args, trainer_args, trainer_kwargs, distillation, lora)
         check_minutes(minutes, args, trainer_args, trainer_kwargs)
-        check_quantize(student, quantize, lora)
-        self.quantize = quantize
+        check_quantize(student, quantize, statistics, lora)
+        self.quantize, self.statistics = quantize, statistics
         self.distillation, self.temperature, self.hidden, self.lora = distillation, temperature, hidden, lora
         self.trains = list(trains)
         self.teacher = teacher
@@ -274,6 +274,7 @@ class HealingTrainer(Trainer):
             "top_k": None if self.cache is None else self.cache.top_k,  # all classes, unless there is a `teacher_cache`
             "processes": self.args.world_size,
             "quantize": self.quantize,
+            "statistics": None if self.statistics is None else self.statistics.fingerprint(),
             "minutes": None if self.clock is None else self.clock.minutes,
             **self.parts,
             **lasts,
@@ -301,6 +302,8 @@ class HealingTrainer(Trainer):
                 if self.args.save_strategy != SaveStrategy.NO or resume_from_checkpoint:
                     self.identity  # noqa: B018  of the factors as they are before training
                 checkpoint = self._whole(resume_from_checkpoint)
+            if self.quantize is not None and self.statistics is not None and checkpoint is None and not self.state.global_step:
+                round_factors(self.student, self.quantize, self.statistics)
             if self.lora is not None:
                 # Each run trains a LoRA of its own: an optimizer and a wrapper of an earlier run would hold one that is gone.
                 self.optimizer = self.lr_scheduler = None
@@ -388,14 +391,14 @@ class HealingTrainer(Trainer):
             with merged(self.student):
                 super().save_model(output_dir, _internal_call)
             if checkpoint is not None and self.args.should_save and not self.is_fsdp_enabled:
-                save_tensors(checkpoint / TRAINED, _kept(self.student))
+                save_tensors(checkpoint / TRAINED, kept_parameters(self.student))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINED
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        parameters = _kept(model or self.student)
+        parameters = kept_parameters(model or self.student)
         for name, value in read_trained(path, parameters).items():
             parameters[name].data.copy_(value)
 

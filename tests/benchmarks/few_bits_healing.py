@@ -1,13 +1,12 @@
 """Healing for factors in few bits: with and without rounding while they train, at equal steps.
 
     python tests/benchmarks/few_bits_healing.py CALIBRATION TEST [--folder FOLDER] [--hidden 96] [--layers 2]
-        [--keep 0.5] [--forms factors pivot] [--bits int4] [--steps 150] [--rates 1e-3] [--pretraining 1000]
+        [--keep 0.5] [--forms factors pivot] [--bits int4] [--steps 200] [--rates 1e-3] [--pretraining 1000]
 
-A Llama that reads bytes is trained on CALIBRATION first, and kept in FOLDER. It is then compressed with
-statistics of the same text, and healed on it by distillation: in floats; with `quantize`; with `quantize` from factors that
-were rounded with statistics before; and in floats for all but the last fifth of the steps. Printed are perplexities per byte
-on TEST, of factors as they are, and in few bits: each number to the nearest, and with the statistics of the dense model.
-Seconds are those of the process in training. One thread, float32.
+A Llama that reads bytes is trained on CALIBRATION first, and kept in FOLDER. It is then compressed with statistics of the same
+text, and healed on it by distillation: in floats; with `quantize`; with `quantize` and `statistics`; and in floats for all but
+the last fifth of the steps. Printed are perplexities per byte on TEST, of factors as they are, and in few bits: each number to
+the nearest, and with the statistics of the dense model. Seconds are those of the process in training. One thread, float32.
 """
 
 from __future__ import annotations
@@ -25,9 +24,6 @@ from torch import Tensor, nn
 from transformers import LlamaConfig, LlamaForCausalLM, TrainingArguments
 
 from reparam_peft import HealingTrainer, ReparamConfig, Statistics, calibrate, compress, perplexity
-from reparam_peft.standalone.quantization import SCHEMES
-from reparam_peft.tuner.layer import reparam_layers
-from reparam_peft.tuner.rounding import CalibratedRounding
 
 LENGTH, BATCH, CALIBRATED, TESTED = 64, 8, 128, 256
 LATE = 0.8  # part of the steps that are taken in floats where rounding begins late
@@ -80,7 +76,7 @@ class Case:
         """A compressed model."""
         return compress(LlamaForCausalLM.from_pretrained(self.folder).eval(), self.config, self.statistics, progress=False)
 
-    def heal(self, model: PeftModel, steps: int, quantize: str | None) -> float:
+    def heal(self, model: PeftModel, steps: int, quantize: str | None = None, statistics: Statistics | None = None) -> float:
         """Train a model in place; returns the seconds that it took."""
         with TemporaryDirectory() as folder:
             arguments = TrainingArguments(
@@ -97,16 +93,11 @@ class Case:
                 disable_tqdm=True,
             )
             data = [{"input_ids": row} for row in self.rows]
-            trainer = HealingTrainer(model, arguments, train_dataset=data, teacher=self.teacher, quantize=quantize)
+            few = {"quantize": quantize, "statistics": statistics}
+            trainer = HealingTrainer(model, arguments, train_dataset=data, teacher=self.teacher, **few)
             start = time.process_time()
             trainer.train()
             return time.process_time() - start
-
-    def round(self, model: PeftModel) -> None:
-        """Round the factors of a model with statistics, in place; they stay floats."""
-        rounding = CalibratedRounding(self.statistics)
-        for name, layer in reparam_layers(model.get_base_model()):
-            rounding(name, layer.factorized("default"), SCHEMES[self.bits])
 
     def show(self, name: str, model: PeftModel, seconds: float) -> None:
         """Print a line of the table."""
@@ -118,7 +109,7 @@ class Case:
 
 def in_floats(case: Case, model: PeftModel, steps: int) -> float:
     """Heal as if nothing were to be rounded."""
-    return case.heal(model, steps, None)
+    return case.heal(model, steps)
 
 
 def rounded(case: Case, model: PeftModel, steps: int) -> float:
@@ -127,15 +118,14 @@ def rounded(case: Case, model: PeftModel, steps: int) -> float:
 
 
 def from_statistics(case: Case, model: PeftModel, steps: int) -> float:
-    """Heal with `quantize`, from factors that were rounded with statistics."""
-    case.round(model)
-    return case.heal(model, steps, case.bits)
+    """Heal with `quantize` and `statistics`."""
+    return case.heal(model, steps, case.bits, case.statistics)
 
 
 def late(case: Case, model: PeftModel, steps: int) -> float:
     """Heal in floats, and with `quantize` at the end."""
     early = round(LATE * steps)
-    return case.heal(model, early, None) + case.heal(model, steps - early, case.bits)
+    return case.heal(model, early) + case.heal(model, steps - early, case.bits)
 
 
 WAYS = {"in floats": in_floats, "rounded": rounded, "rounded, from statistics": from_statistics, "rounded at the end": late}
@@ -152,7 +142,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--forms", nargs="+", default=["factors", "pivot"])
     parser.add_argument("--bits", nargs="+", default=["int4"])
-    parser.add_argument("--steps", type=int, default=150)
+    parser.add_argument("--steps", type=int, default=200)
     parser.add_argument("--rates", type=float, nargs="+", default=[1e-3])
     parser.add_argument("--pretraining", type=int, default=1000)
     options = parser.parse_args()

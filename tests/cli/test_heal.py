@@ -127,7 +127,9 @@ def test_times_that_make_no_sense_are_refused_first(
     assert_error(run(command, models / "llama", tmp_path / "out", *options), message)
 
 
-def test_healing_in_few_bits_needs_the_library_first(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_healing_for_few_bits_is_refused_first(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = run("heal", tmp_path / "small", tmp_path / "out", "--statistics", tmp_path / "statistics")
+    assert_error(alone, "--statistics is for --quantize; give both or neither")
     monkeypatch.setitem(sys.modules, "bitsandbytes", None)
     result = run("heal", tmp_path / "small", tmp_path / "out", "--quantize", "int4")
     assert_error(result, "quantised factors need bitsandbytes: pip install bitsandbytes")

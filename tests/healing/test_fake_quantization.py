@@ -15,10 +15,10 @@ from support.models import llama, vit
 from support.narrow import narrowed
 from torch import Tensor, nn
 
-from reparam_peft import HealingTrainer
+from reparam_peft import HealingTrainer, ReparamConfig, calibrate, compress
 from reparam_peft.healing.fake_quantization import NUMBERS, computing_in_few_bits, stored_numbers
 from reparam_peft.layers.factorized import FactorizedModule, numbers_of, weight_of
-from reparam_peft.standalone.quantization import SCHEMES
+from reparam_peft.layers.schemes import SCHEMES
 from reparam_peft.tuner.layer import reparam_layers
 
 RANKS = {"q_proj|o_proj": 24, "k_proj|v_proj": 16, "gate_proj|up_proj|down_proj": 32}  # even, for bitsandbytes on a CPU
@@ -115,19 +115,17 @@ def test_a_lora_is_rounded_with_the_factors(tmp_path: Path) -> None:
         torch.testing.assert_close(predicted, model.eval().to_standalone(quantize="int4")(**stacked(ROWS[:4])).logits)
 
 
-@pytest.mark.parametrize("lora", [None, LoraConfig(r=4)])
-def test_a_run_that_goes_on_ends_with_the_same_bits(lora: LoraConfig | None, tmp_path: Path) -> None:
+def test_a_run_that_goes_on_ends_with_the_same_bits(tmp_path: Path) -> None:
     def made(quantize: str = "int8") -> HealingTrainer:
         saves = {"save_strategy": "steps", "save_steps": 1, "max_steps": 2}
-        return trainer(tmp_path, few(), quantize=quantize, lora=lora, **saves)
+        return trainer(tmp_path, few(), quantize=quantize, **saves)
 
     first = made()
     first.train()
     saved = load_file(tmp_path / "checkpoint-2" / "adapter_model.safetensors")
     assert not any("InFewBits" in key or NUMBERS in key for key in saved)
     trained = {name.replace(".default", ""): p for name, p in factors(first.model).items()}
-    if lora is None:
-        assert all(torch.equal(saved[name], p) for name, p in trained.items()), "what is saved is not rounded"
+    assert all(torch.equal(saved[name], p) for name, p in trained.items()), "what is saved is not rounded"
     again = made()
     again.train(resume_from_checkpoint=str(tmp_path / "checkpoint-1"))
     assert all(torch.equal(p, factors(again.model)[name]) for name, p in factors(first.model).items())
@@ -175,3 +173,31 @@ def test_what_cannot_be_rounded_is_refused(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.setitem(sys.modules, "torchao", None)
     with pytest.raises(ImportError, match="pip install torchao"):
         trainer(tmp_path, quantize="int8")
+
+
+def test_statistics_give_a_better_start_once(tmp_path: Path) -> None:
+    batch = stacked(ROWS[:16])
+    statistics = calibrate(llama(), ReparamConfig(target_modules="all-linear", keep=0.4), [batch], progress=False)
+    model, nearest = few(), few()
+    made = trainer(tmp_path, model, quantize="int4", statistics=statistics, max_steps=1, learning_rate=0.0, trains=["factors"])
+    made.train()
+    start = factors(model)
+    with torch.no_grad():
+        exact = few()(**batch).logits
+        errors = [(each.eval().to_standalone(quantize="int4")(**batch).logits - exact).norm() for each in (model, nearest)]
+    assert errors[0] < 0.8 * errors[1]
+    made.train()
+    assert all(torch.equal(p, start[name]) for name, p in factors(model).items()), "not rounded again"
+
+
+def test_statistics_that_have_no_use_are_refused(tmp_path: Path) -> None:
+    some = ReparamConfig(target_modules=["q_proj"], keep=0.4)
+    statistics = calibrate(llama(), some, [stacked(ROWS[:4])], progress=False)
+    with pytest.raises(ValueError, match="`statistics` have an effect with `quantize` only"):
+        trainer(tmp_path, statistics=statistics)
+    with pytest.raises(ValueError, match="k_proj: `statistics` do not hold this module"):
+        trainer(tmp_path, quantize="int8", statistics=statistics)
+    some = ReparamConfig(target_modules=["q_proj"], keep=0.4, ceiling=0.6, form="factors")
+    nested = compress(llama(), some, statistics, progress=False)
+    with pytest.raises(ValueError, match="the adapter has no smaller sizes"):
+        trainer(tmp_path, nested, quantize="int8", statistics=statistics)

@@ -41,6 +41,7 @@ def trainer(folder: Path, model: Any = None, rows: Any = ROWS, **options: Any) -
         "top_k",
         "minutes",
         "quantize",
+        "statistics",
         "eval_dataset",
     }
     own |= {"compute_loss_func", "data_collator", "optimizers"}
