@@ -71,9 +71,10 @@ def computing_in_few_bits(model: PeftModel, quantize: str | None) -> Iterator[No
             for layer, dtype in _rounded_layers(model):
                 matrix = merged_weight(layer) if isinstance(layer, LoraLinear) else weight_of(layer)
                 numbers = stored_numbers(matrix, SCHEMES[quantize], dtype)
-                stack.callback(_put_back, layer, type(layer))
+                own: Any = type(layer)
+                stack.callback(_put_back, layer, own)
                 vars(layer)[NUMBERS] = StraightThrough.apply(matrix, numbers)
-                layer.__class__ = _class_in_few_bits(type(layer))
+                layer.__class__ = _class_in_few_bits(own)
         yield
 
 
