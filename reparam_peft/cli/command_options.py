@@ -154,6 +154,13 @@ class SearchOptions:
     as_json: JsonOption = False
 
 
+class Bits(str, Enum):
+    """How factors are stored."""
+
+    int8 = "int8"
+    int4 = "int4"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TrainingOptions:
     """How a model is trained."""
@@ -168,6 +175,13 @@ class TrainingOptions:
     learning_rate: Annotated[float, typer.Option(help="Peak of the learning rate.")] = 5e-5
     distillation: Annotated[float, typer.Option(help="Part of the loss that is distillation; the rest is of the text.")] = 1.0
     temperature: Annotated[float, typer.Option(help="Of the distillation.")] = 1.0
+    quantize: Annotated[
+        Bits | None,
+        typer.Option(help="Train the factors for `export --quantize`, rounded to 8 bits (needs torchao) or 4 (bitsandbytes)."),
+    ] = None
+    statistics: Annotated[
+        Path | None, typer.Option(help="File that `compress --statistics` wrote: a better start for --quantize.")
+    ] = None
     bf16: Annotated[bool, typer.Option("--bf16", help="Compute in bfloat16, where the device has it.")] = False
     run_folder: Annotated[
         Path | None, typer.Option(help="Folder for checkpoints: a run that was killed goes on from the last one.")
@@ -242,13 +256,6 @@ class Kind(str, Enum):
     standalone = "standalone"
     dense = "dense"
     onnx = "onnx"
-
-
-class Bits(str, Enum):
-    """How factors are stored."""
-
-    int8 = "int8"
-    int4 = "int4"
 
 
 class TableBits(str, Enum):

@@ -11,20 +11,30 @@ from typing import Any
 from torch import Tensor
 from transformers import PrinterCallback, TrainingArguments
 
+from ..calibration.statistics import Statistics
 from ..evaluation.perplexity import perplexity
 from ..healing.checkpoints import last_whole
+from ..healing.fake_quantization import computing_in_few_bits
 from ..healing.trainer import HealingTrainer
+from ..layers.schemes import check_scheme
 from ..report.record import record_of_adapter, saving_with
 from ..runtime.batches import Batch
 from .command_options import HealOptions, TrainingOptions
+from .errors import CliError
 from .inputs import after_held_out, held_out, load_compressed, load_dense_of, read_batches
 from .outputs import check_language_model, check_output, err, figures_table, note_evaluation, out, save_whole
+from .statistics_file import load_statistics
 
 
 def heal(options: HealOptions) -> None:
     """Do what `reparam heal --help` says."""
     model, output, training, text, load = options.model, options.output.resolve(), options.training, options.text, options.load
     training.minutes()  # what is no time is refused before anything is loaded
+    quantize = training.quantize.value if training.quantize else None
+    check_scheme(quantize)
+    if training.statistics is not None and quantize is None:
+        raise CliError("--statistics is for --quantize; give both or neither.")
+    statistics = None if training.statistics is None else load_statistics(training.statistics)
     beside = (training.run_folder, options.calibration, text.text)
     check_output(output, model, options.overwrite, *beside)
     small, tokenizer = load_compressed(model, load.dtype, load.device, trainable=True, keep=options.keep)
@@ -37,12 +47,18 @@ def heal(options: HealOptions) -> None:
     rows = rows_of(batches)
     figures = {}
 
+    def measure(when: str) -> None:
+        figures[f"perplexity{when}"] = perplexity(small, test, progress=True)
+        if quantize is not None:
+            with computing_in_few_bits(small, quantize):
+                figures[f"{quantize} perplexity{when}"] = perplexity(small, test, progress=True)
+
     def measure_before() -> None:
         figures["dense perplexity"] = perplexity(dense, test, progress=True)
-        figures["perplexity before"] = perplexity(small, test, progress=True)
+        measure(" before")
 
-    losses = train(small, dense, rows, training, before=measure_before)
-    figures["perplexity"] = perplexity(small, test, progress=True)
+    losses = train(small, dense, rows, training, statistics, before=measure_before)
+    measure("")
     record = record.with_(evaluation=note_evaluation(small, figures), losses=losses, samples=[], speed=None, angles={})
     save_whole(small, tokenizer, output, *beside, overwrite=options.overwrite, save=saving_with(record))
     if options.as_json:
@@ -53,7 +69,12 @@ def heal(options: HealOptions) -> None:
 
 
 def train(
-    model: Any, teacher: Any, rows: list[dict[str, Tensor]], training: TrainingOptions, before: Callable[[], None] | None = None
+    model: Any,
+    teacher: Any,
+    rows: list[dict[str, Tensor]],
+    training: TrainingOptions,
+    statistics: Statistics | None = None,
+    before: Callable[[], None] | None = None,
 ) -> list[float]:
     """Train a compressed model in place, and leave it in eval mode.
 
@@ -62,13 +83,14 @@ def train(
         teacher: the dense model.
         rows: of text.
         training: how.
+        statistics: that `training.quantize` begins with.
         before: called once it is known that nothing stands in the way.
 
     Returns:
         The losses of tenths of the training.
     """
     with tempfile.TemporaryDirectory() as temporary:
-        trainer = _trainer(model, teacher, rows, training, Path(temporary))
+        trainer = _trainer(model, teacher, rows, training, statistics, Path(temporary))
         last = None if training.run_folder is None else last_whole(training.run_folder, trainer.identity)
         if before is not None:
             before()
@@ -84,7 +106,12 @@ def rows_of(batches: Sequence[Batch]) -> list[dict[str, Tensor]]:
 
 
 def _trainer(
-    model: Any, teacher: Any, rows: list[dict[str, Tensor]], training: TrainingOptions, temporary: Path
+    model: Any,
+    teacher: Any,
+    rows: list[dict[str, Tensor]],
+    training: TrainingOptions,
+    statistics: Statistics | None,
+    temporary: Path,
 ) -> HealingTrainer:
     """What trains a compressed model in place."""
     minutes = training.minutes()
@@ -115,6 +142,8 @@ def _trainer(
         distillation=training.distillation,
         temperature=training.temperature,
         minutes=minutes,
+        quantize=training.quantize.value if training.quantize else None,
+        statistics=statistics,
     )
     trainer.remove_callback(PrinterCallback)  # stdout is for the result
     return trainer

@@ -12,9 +12,11 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import torch
 from peft.utils import SAFETENSORS_WEIGHTS_NAME
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from torch import Tensor, nn
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from ..arguments import ReparamWarning
@@ -90,6 +92,35 @@ def this_or_last_whole(checkpoint: str | Path, training: Mapping[str, Any]) -> P
     """A checkpoint, or, where it is not whole, the last one beside it that is; warnings and errors as of `last_whole`."""
     checkpoint = Path(os.path.abspath(checkpoint))
     return checkpoint if _is_whole(checkpoint, training, is_chosen=True) else last_whole(checkpoint.parent, training)
+
+
+def kept_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Parameters that a checkpoint keeps: those that are trained, and all factors."""
+    return {name: p for name, p in model.named_parameters() if p.requires_grad or ".reparam_factors." in name}
+
+
+def read_trained(path: Path, parameters: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a checkpoint holds of parameters, by their names.
+
+    Raises:
+        ValueError: it cannot be read, is of other parameters, or holds NaN or infinite values.
+    """
+    try:
+        if not path.is_file():
+            raise FileNotFoundError("there is no such file")
+        saved = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ValueError(f"{path} cannot be read ({error}); go on from another checkpoint.") from error
+    wrong = [name for name in saved if name not in parameters or parameters[name].shape != saved[name].shape]
+    if wrong or saved.keys() != parameters.keys():
+        name = wrong[0] if wrong else min(parameters.keys() - saved.keys())
+        raise ValueError(
+            f"{path} does not belong to this model and these arguments: {name} is missing, not trained, or has another shape."
+        )
+    broken = next((name for name, value in saved.items() if not torch.isfinite(value).all()), None)
+    if broken is not None:
+        raise ValueError(f"{path}: {broken} holds NaN or infinite values; go on from an earlier checkpoint.")
+    return saved
 
 
 def warn_of_length(checkpoint: Path, training: Mapping[str, Any]) -> None:

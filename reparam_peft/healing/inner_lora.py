@@ -8,8 +8,9 @@ from typing import Any
 
 from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
-from torch import nn
+from torch import Tensor, nn
 
+from ..layers.factorized import weight_of
 from ..runtime.restoring import unchanged_on_error
 from ..tuner.layer import reparam_layers
 
@@ -50,14 +51,17 @@ def _merge(inner: list[tuple[nn.Module, str, Any]]) -> None:
 
     All of these are computed before the first is put in place.
     """
-    bases: list[nn.Linear] = [layer.get_base_layer() for _, _, layer in inner]
-    weights = [
-        base.weight.data + layer.get_delta_weight(LORA).to(base.weight.dtype)
-        for base, (_, _, layer) in zip(bases, inner, strict=True)
-    ]
-    for (parent, child, _), base, weight in zip(inner, bases, weights, strict=True):
+    weights = [merged_weight(layer).data for _, _, layer in inner]
+    for (parent, child, layer), weight in zip(inner, weights, strict=True):
+        base = layer.get_base_layer()
         base.weight.data = weight
         setattr(parent, child, base)
+
+
+def merged_weight(layer: LoraLinear) -> Tensor:
+    """W + ΔW (out, in), what a linear layer and the LoRA on it compute together, in the dtype of W."""
+    weight = weight_of(layer.get_base_layer())
+    return weight + layer.get_delta_weight(LORA).to(weight.dtype)
 
 
 def _inner(model: nn.Module, kind: type[nn.Module]) -> list[tuple[nn.Module, str, Any]]:

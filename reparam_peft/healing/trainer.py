@@ -12,8 +12,6 @@ from typing import Any, cast
 import torch
 from filelock import FileLock
 from peft import LoraConfig, PeftModel, get_peft_model_state_dict
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LRScheduler
 from transformers import Trainer
@@ -21,12 +19,22 @@ from transformers.trainer_callback import ProgressCallback
 from transformers.trainer_pt_utils import nested_detach
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR, SaveStrategy
 
+from ..calibration.statistics import Statistics
 from ..runtime.files import clear_litter, lock_folder, remove_whole, save_tensors, writing
 from ..runtime.fingerprints import fingerprint_of_base, fingerprint_of_model, fingerprint_of_rows, fingerprint_of_tensors
 from ..runtime.modules import predicts_next_token, without_cache
 from ..runtime.processes import fails_together
 from ..runtime.run_folder import json_able
-from .checkpoints import ADAPTER, last_whole, note_whole, this_or_last_whole, warn_of_length, writing_checkpoint
+from .checkpoints import (
+    ADAPTER,
+    kept_parameters,
+    last_whole,
+    note_whole,
+    read_trained,
+    this_or_last_whole,
+    warn_of_length,
+    writing_checkpoint,
+)
 from .checks import (
     TRAINS,
     check_arguments,
@@ -39,6 +47,7 @@ from .checks import (
 )
 from .clock import ENDLESS, TICKS, Clock, ClockProgress
 from .counting import Counts, counted, masks, with_labels
+from .fake_quantization import check_quantize, check_whole, computing_in_few_bits, round_factors
 from .inner_lora import adapted, check_lora, merged
 from .losses import Taught, hidden_states_of, mixed
 from .teacher_cache import TeacherCache
@@ -65,11 +74,6 @@ def _described(part: Any) -> Any:
         return part
     named = part.func if isinstance(part, partial) else part
     return getattr(named, "__qualname__", type(named).__qualname__)
-
-
-def _kept(model: nn.Module) -> dict[str, nn.Parameter]:
-    """Parameters that a checkpoint keeps: those that are trained, and all factors."""
-    return {name: p for name, p in model.named_parameters() if p.requires_grad or ".reparam_factors." in name}
 
 
 def _give_back(lock: FileLock) -> None:
@@ -105,11 +109,16 @@ class HealingTrainer(Trainer):
         minutes: how long `train` may take, in place of a number of steps or epochs, > 0. The learning rate follows the schedule
             of `args` by the time that has passed, and intervals below 1 are fractions of it; a run that goes on from a
             checkpoint has the time that is left. None: as `args` say.
+        quantize: "int8" or "int4": in training and evaluation the factors compute with the numbers that
+            `to_standalone(quantize=…)` will store; what is trained and saved stays in full precision. None: with their own.
+        statistics: of the model's calibration, with which `quantize` rounds the factors once, before training begins; None:
+            training begins with the nearest numbers.
 
     Raises:
         TypeError: `model` has no active reparam adapter.
         ValueError: an argument is out of range or has no effect, there is no teacher, or its classes are not those of the
             model.
+        ImportError: the library of `quantize` is missing.
 
     Source: Hinton et al. 2015, arXiv:1503.02531.
     """
@@ -128,6 +137,8 @@ class HealingTrainer(Trainer):
         teacher_cache: str | Path | None = None,
         top_k: int = 128,
         minutes: float | None = None,
+        quantize: str | None = None,
+        statistics: Statistics | None = None,
         **trainer_kwargs: Any,
     ) -> None:
         student = checked_model(model)
@@ -138,6 +149,8 @@ class HealingTrainer(Trainer):
         check_lora(student, lora)
         check_arguments(args, trainer_args, trainer_kwargs, distillation, lora)
         check_minutes(minutes, args, trainer_args, trainer_kwargs)
+        check_quantize(student, quantize, statistics, lora)
+        self.quantize, self.statistics = quantize, statistics
         self.distillation, self.temperature, self.hidden, self.lora = distillation, temperature, hidden, lora
         self.trains = list(trains)
         self.teacher = teacher
@@ -145,6 +158,7 @@ class HealingTrainer(Trainer):
         self.encoder_decoder = bool(getattr(student.config, "is_encoder_decoder", False))
         self.clock = None if minutes is None else Clock(minutes)
         super().__init__(student, args, *trainer_args, **trainer_kwargs)
+        check_whole(self, quantize)
         if self.clock is not None:
             self.args = copy.copy(self.args)
             self.args.max_steps = ENDLESS
@@ -208,6 +222,16 @@ class HealingTrainer(Trainer):
             loss = loss * (self.accelerator.num_processes // self.get_tp_size())
         return (loss, outputs) if return_outputs else loss
 
+    def training_step(self, *args: Any, **kwargs: Any) -> Tensor:
+        """As of `Trainer`, with the factors as they will be stored, also while checkpointed activations are computed again."""
+        with computing_in_few_bits(self.student, self.quantize):
+            return super().training_step(*args, **kwargs)
+
+    def evaluation_loop(self, *args: Any, **kwargs: Any) -> Any:
+        """As of `Trainer`, with the factors as they will be stored."""
+        with computing_in_few_bits(self.student, self.quantize):
+            return super().evaluation_loop(*args, **kwargs)
+
     def prediction_step(
         self, model: nn.Module, inputs: dict[str, Any], prediction_loss_only: bool, ignore_keys: list[str] | None = None
     ) -> Any:
@@ -249,6 +273,8 @@ class HealingTrainer(Trainer):
             "lora": None if self.lora is None else json_able(self.lora.to_dict()),
             "top_k": None if self.cache is None else self.cache.top_k,  # all classes, unless there is a `teacher_cache`
             "processes": self.args.world_size,
+            "quantize": self.quantize,
+            "statistics": None if self.statistics is None else self.statistics.fingerprint(),
             "minutes": None if self.clock is None else self.clock.minutes,
             **self.parts,
             **lasts,
@@ -276,6 +302,8 @@ class HealingTrainer(Trainer):
                 if self.args.save_strategy != SaveStrategy.NO or resume_from_checkpoint:
                     self.identity  # noqa: B018  of the factors as they are before training
                 checkpoint = self._whole(resume_from_checkpoint)
+            if self.quantize is not None and self.statistics is not None and checkpoint is None and not self.state.global_step:
+                round_factors(self.student, self.quantize, self.statistics)
             if self.lora is not None:
                 # Each run trains a LoRA of its own: an optimizer and a wrapper of an earlier run would hold one that is gone.
                 self.optimizer = self.lr_scheduler = None
@@ -363,31 +391,15 @@ class HealingTrainer(Trainer):
             with merged(self.student):
                 super().save_model(output_dir, _internal_call)
             if checkpoint is not None and self.args.should_save and not self.is_fsdp_enabled:
-                save_tensors(checkpoint / TRAINED, _kept(self.student))
+                save_tensors(checkpoint / TRAINED, kept_parameters(self.student))
 
     def _load_from_checkpoint(self, resume_from_checkpoint: str, model: nn.Module | None = None) -> None:
         path = Path(resume_from_checkpoint) / TRAINED
         if self.is_fsdp_enabled:
             super()._load_from_checkpoint(resume_from_checkpoint, model)
             return
-        try:
-            if not path.is_file():
-                raise FileNotFoundError("there is no such file")
-            saved = load_file(path)
-        except (SafetensorError, OSError) as error:
-            raise ValueError(f"{path} cannot be read ({error}); go on from another checkpoint.") from error
-        parameters = _kept(model or self.student)
-        wrong = [name for name in saved if name not in parameters or parameters[name].shape != saved[name].shape]
-        if wrong or saved.keys() != parameters.keys():
-            name = wrong[0] if wrong else min(parameters.keys() - saved.keys())
-            raise ValueError(
-                f"{path} does not belong to this model and these arguments: {name} is missing, not trained, or has another "
-                "shape."
-            )
-        broken = next((name for name, value in saved.items() if not torch.isfinite(value).all()), None)
-        if broken is not None:
-            raise ValueError(f"{path}: {broken} holds NaN or infinite values; go on from an earlier checkpoint.")
-        for name, value in saved.items():
+        parameters = kept_parameters(model or self.student)
+        for name, value in read_trained(path, parameters).items():
             parameters[name].data.copy_(value)
 
     def _load_best_model(self) -> None:

@@ -34,16 +34,21 @@ class CalibratedRounding:
     def check(self, model: nn.Module) -> None:
         """Raise `ValueError`, before any work, unless the statistics hold all factorised modules, with as many inputs."""
         for name, module in model.named_modules():
-            if not isinstance(module, FactorizedModule) or module.coded:
-                continue
-            if not self.statistics.is_reached(name):
-                if name not in self.statistics.weight_norms:
-                    raise ValueError(f"{name}: `statistics` do not hold this module; gather them with the same targets.")
-                continue
-            size = self.statistics.inputs[self.statistics.reads[name]].size
-            inputs = module.matrix_of_B(weight_of(module.B)).shape[1] if module.whole is None else module.whole[1]
-            if size != inputs:
-                raise ValueError(f"{name}: `statistics` are of {size} inputs, and it has {inputs}; they are of another model.")
+            if isinstance(module, FactorizedModule):
+                self.check_module(name, module)
+
+    def check_module(self, name: str, module: FactorizedModule) -> None:
+        """Raise `ValueError` unless the statistics hold this module, with as many inputs."""
+        if module.coded:
+            return
+        if not self.statistics.is_reached(name):
+            if name not in self.statistics.weight_norms:
+                raise ValueError(f"{name}: `statistics` do not hold this module; gather them with the same targets.")
+            return
+        size = self.statistics.inputs[self.statistics.reads[name]].size
+        inputs = module.matrix_of_B(weight_of(module.B)).shape[1] if module.whole is None else module.whole[1]
+        if size != inputs:
+            raise ValueError(f"{name}: `statistics` are of {size} inputs, and it has {inputs}; they are of another model.")
 
     def __call__(self, name: str, module: FactorizedModule, scheme: Scheme) -> dict[str, dict[str, Tensor]]:
         names = [part for part, _ in linears_of(module)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -86,9 +87,17 @@ def test_heal_for_a_time(run: Run, models: Path, tmp_path: Path) -> None:
     record = json.loads((tmp_path / "out" / "reparam_run.json").read_text())
     assert record["losses"]
     assert list((tmp_path / "run" / "healing").glob("checkpoint-*"))
-    again = run("heal", tmp_path / "out", tmp_path / "again", *texts[:2], *texts[4:], "--time", "1s", "--json")
+    few = ["--quantize", "int8"]
+    again = run("heal", tmp_path / "out", tmp_path / "again", *texts[:2], *texts[4:], "--time", "1s", *few, "--json")
     assert again.code == 0, again.err
     assert json.loads(again.out)["losses"]
+    names = ["dense perplexity", "perplexity before", "int8 perplexity before", "perplexity", "int8 perplexity"]
+    found = json.loads(again.out)["evaluation"]
+    assert list(found) == names
+    assert 0 < abs(found["int8 perplexity"] / found["perplexity"] - 1) < 0.05
+    assert run("export", tmp_path / "again", tmp_path / "stored", *few).code == 0
+    evaluated = run("evaluate", tmp_path / "stored", *texts[4:], "--json")
+    assert json.loads(evaluated.out)["perplexity"] == pytest.approx(found["int8 perplexity"], rel=1e-6)
 
 
 def test_without_a_text_the_model_writes_what_it_is_healed_on(
@@ -116,6 +125,14 @@ def test_times_that_make_no_sense_are_refused_first(
     run: Run, models: Path, tmp_path: Path, command: str, options: list[object], message: str
 ) -> None:
     assert_error(run(command, models / "llama", tmp_path / "out", *options), message)
+
+
+def test_healing_for_few_bits_is_refused_first(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    alone = run("heal", tmp_path / "small", tmp_path / "out", "--statistics", tmp_path / "statistics")
+    assert_error(alone, "--statistics is for --quantize; give both or neither")
+    monkeypatch.setitem(sys.modules, "bitsandbytes", None)
+    result = run("heal", tmp_path / "small", tmp_path / "out", "--quantize", "int4")
+    assert_error(result, "quantised factors need bitsandbytes: pip install bitsandbytes")
 
 
 def test_healing_needs_text_that_is_left(run: Run, models: Path, tmp_path: Path) -> None:

@@ -40,6 +40,8 @@ def trainer(folder: Path, model: Any = None, rows: Any = ROWS, **options: Any) -
         "teacher_cache",
         "top_k",
         "minutes",
+        "quantize",
+        "statistics",
         "eval_dataset",
     }
     own |= {"compute_loss_func", "data_collator", "optimizers"}
