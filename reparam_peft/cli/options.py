@@ -126,8 +126,8 @@ class BudgetOptions:
     budget: Annotated[
         str | None,
         typer.Option(
-            help="What --keep is a fraction of: parameters, or bytes, for which each matrix gets its form, its rank and the "
-            "bits of its numbers. Default: parameters."
+            help="What --keep is a fraction of: parameters; bytes, for which each matrix gets its form, its rank and the bits "
+            "of its numbers; flops, multiply-adds; or latency, time that is measured here. Default: parameters."
         ),
     ] = None
     bits: Annotated[

@@ -58,7 +58,7 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
         for value in ("0.5", [0.9], [1], 0.5, {0.5})
     ),
     ("smaller_ranks", {}, TypeError, "`smaller_keeps` is filled in by `compress`"),
-    ("budget", "flops", ValueError, "`budget` must be one of 'parameters', 'bytes' or None, got 'flops'"),
+    ("budget", "watts", ValueError, "`budget` must be one of 'parameters', 'bytes', 'flops', 'latency' or None, got 'watts'"),
     *(("bits", value, TypeError, "`bits` must be several of") for value in (8, "8", ["8"], [8.0], [True])),
     *(("bits", value, ValueError, "`bits` must be one or several of .*, each once") for value in ([], [2], [8, 8])),
     ("bits", [8], ValueError, "`bits` has an effect with `budget='bytes'` or `form='corrected'` only"),
