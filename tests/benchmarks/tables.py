@@ -4,7 +4,8 @@
 
 MODEL has tied embeddings. Of each variant: bytes of the table, perplexity on the first windows of TEST, and the mean KL
 divergence of its predictions from the model's, in nats per token. The product is the best one for the final hidden states of
-CALIBRATION (whitened by their Gram matrix), in place of the head alone, and in place of both ends.
+CALIBRATION (whitened by their Gram matrix), in place of the head alone, and in place of both ends; and what `compress` makes of
+both ends with `ensure_weight_tying=True`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
+from reparam_peft import ReparamConfig, compress
 from reparam_peft.evaluation.text import text_batches
 from reparam_peft.numerics.decompositions import factorize
 from reparam_peft.numerics.storage import Storage, uniform_rank
@@ -78,6 +80,11 @@ def main() -> None:
     head.weight = model.get_input_embeddings().weight = table
     quantize_tables(model, tables_of(model))
     show("int8, both", table.numel() + 4 * len(table))
+    model = AutoModelForCausalLM.from_pretrained(arguments.model).eval()
+    config = ReparamConfig(target_modules=["lm_head"], keep=arguments.keep, ensure_weight_tying=True)
+    model = compress(model, config, seen, progress=False).eval()
+    (stored,) = model.size_report().matrices
+    show("ensure_weight_tying, both", stored.stored_bytes)
 
 
 if __name__ == "__main__":

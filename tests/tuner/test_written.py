@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 from peft import get_peft_model
@@ -24,6 +26,8 @@ class Mixer(nn.Module):
 
 
 class Rescaled(nn.Module):
+    blocks: Any
+
     def __init__(self) -> None:
         super().__init__()
         self.blocks = nn.ModuleList(Mixer() for _ in range(2))
