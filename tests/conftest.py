@@ -6,6 +6,9 @@ import os
 from collections.abc import Iterator
 
 os.environ["HF_HUB_OFFLINE"] = "1"
+# Tests run in as many processes as CPUs: threads of several would spin on each other, those of processes that tests start, too.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 
 import pytest
 import torch
@@ -14,7 +17,7 @@ from support.models import CASES, Case
 import reparam_peft  # noqa: F401  registers the method
 
 TOO_OLD = ("version of PEFT you are using is not compatible", "quantised tables need torchao")
-torch.set_num_threads(1)  # tests run in as many processes as CPUs, and threads of several would spin on each other
+torch.set_num_threads(1)
 
 
 def pytest_configure(config: pytest.Config) -> None:

@@ -340,8 +340,10 @@ def _rows_of_expert(of_all: Tensor | None, routed: RoutedRows) -> Tensor | None:
 
 def _paired(x: Tensor, other: Tensor, call: Call) -> bool:
     """Whether rows of the same number are of the same token: not where tokens are routed, as to experts."""
-    first = next(leaf for leaf in tree_flatten(call)[0] if isinstance(leaf, Tensor) and leaf.is_floating_point())
-    whole = x.shape[0] == first.shape[0] if x.ndim > 2 or first.ndim == 2 else len(x) == first.shape[:-1].numel()
+    tensors = [leaf for leaf in tree_flatten(call)[0] if isinstance(leaf, Tensor) and leaf.ndim]
+    states = [tensor.shape[:-1] for tensor in tensors if tensor.is_floating_point()]
+    tokens = next(iter([*states, *(tensor.shape for tensor in tensors)]))  # a block that has only token ids embeds them itself
+    whole = x.shape[0] == tokens[0] if x.ndim > 2 or len(tokens) == 1 else len(x) == tokens.numel()
     return x.shape[:-1] == other.shape[:-1] and whole
 
 

@@ -161,6 +161,7 @@ def refine_block(
 
     Raises:
         FloatingPointError: the block's output is not finite before training.
+        ValueError: the block's output has no gradient, or another shape than it should have.
 
     Source: block-wise refinement of AA-SVD, arXiv:2604.02119.
     """
@@ -193,6 +194,11 @@ def refine_block(
                 with _autocast(options.autocast, trained[0].device):
                     loss = task.loss(master, train[index], precision)
                 if loss is not None:
+                    if not loss.requires_grad:
+                        raise ValueError(
+                            "its output has no gradient, since it computes without one, as reversible layers do. Leave out "
+                            "`refine`."
+                        )
                     loss.backward()
                     if torch.isfinite(nn.utils.clip_grad_norm_(trained, options.max_grad_norm)):
                         optimizer.step()

@@ -18,7 +18,10 @@ Objective: TypeAlias = Callable[[nn.Module, dict[str, Any]], Tensor]  # (model, 
 ROWS = 8  # that are put together where single rows are given
 TOKENS = 512  # that are taken of a text, or as many as the model has positions
 # What a model reads, with the dimensions that one row has of it; the first that is there tells a row from a batch.
-INPUTS = {"input_ids": 1, "pixel_values": 3, "input_features": 2, "input_values": 1, "inputs_embeds": 2}
+INPUTS = {
+    **{"input_ids": 1, "spatial_shapes": 1},  # height and width, of an image that is given as a row of patches
+    **{"pixel_values": 3, "input_features": 2, "input_values": 1, "inputs_embeds": 2},
+}
 TEXT = "text"  # the column of data sets that are not tokenised
 MASK, LABELS = "attention_mask", "labels"
 ACCEPTED = (

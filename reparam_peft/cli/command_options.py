@@ -46,8 +46,8 @@ class BlockOptions:
     run_folder: Annotated[
         Path | None,
         typer.Option(
-            help="Folder for finished blocks and their errors, and for checkpoints of --heal: a run that was killed goes on "
-            "from there."
+            help="Folder for what is finished (statistics, plan and products, or blocks, and checkpoints of --heal): a run "
+            "that was killed goes on from there."
         ),
     ] = None
     offload_folder: Annotated[

@@ -143,8 +143,8 @@ def _settings(options: CompressOptions) -> Settings:
         raise CliError("--epochs are those of --refine; add it.")
     if not blocks.by_block and blocks.offload_folder is not None:
         raise CliError("--offload-folder is for --sequential and --refine.")
-    if not blocks.by_block and options.heal is None and blocks.run_folder is not None:
-        raise CliError("--run-folder is for --sequential, --refine and --heal.")
+    if blocks.run_folder is not None and is_data_free(config):
+        raise CliError(f"--run-folder is for calibrated methods; leave out --method {config.method}.")
     if options.heal is not None and is_data_free(config):
         raise CliError(f"--heal goes on with the calibration text; leave out --method {config.method}, or use `reparam heal`.")
     healing = None if options.heal is None else _healing(options, options.heal)
@@ -200,7 +200,8 @@ def _read(settings: Settings) -> Inputs:
     calibrates = statistics is None and not is_data_free(settings.config)
     if calibrates or options.blocks.by_block:
         batches = calibration.batches(model, tokenizer)
-    if calibrates and batches is not None:
+    kept_by_run = options.blocks.run_folder is not None and not options.blocks.by_block and calibration.file is None
+    if calibrates and batches is not None and not kept_by_run:
         statistics = calibration.gather(model, settings.config, batches)
     return Inputs(model, tokenizer, windows, rows, batches, statistics)
 
@@ -229,7 +230,7 @@ def _compress(settings: Settings, inputs: Inputs, folder: Path) -> Compressed:
     start = time.perf_counter()
     # `compress` must plan by itself where a run folder may hold the plan that the run began with, and where `refine` moves
     # biases, which `plan` knows nothing of.
-    run_folder = blocks.run_folder if blocks.by_block else None
+    run_folder = blocks.run_folder
     plans_itself = run_folder is not None or (blocks.refine and uses_no_data(settings.config))
     if plan is None and inputs.statistics is not None and not plans_itself:
         plan = plan_model(inputs.model, settings.config, inputs.statistics)
@@ -256,10 +257,13 @@ def _heal(
 def _factorised(settings: Settings, inputs: Inputs, plan: Plan | None) -> PeftModel:
     """The compressed model: without data, block by block, or at once."""
     blocks, statistics, batches = settings.options.blocks, inputs.statistics, inputs.batches
-    if statistics is None:
+    if statistics is None and batches is None:
         return get_peft_model(inputs.model, settings.config)
+    if statistics is None:
+        seed, folder = settings.calibration.seed or 0, blocks.run_folder
+        return compress_model(inputs.model, settings.config, batches, plan=plan, seed=seed, run_folder=folder)
     if not blocks.by_block or batches is None:
-        return compress_model(inputs.model, settings.config, statistics, plan=plan)
+        return compress_model(inputs.model, settings.config, statistics, plan=plan, run_folder=blocks.run_folder)
     epochs = EPOCHS if blocks.epochs is None else blocks.epochs
     return compress_model(
         inputs.model,

@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,25 +25,19 @@ from ..blockwise.blocks import Call, Replay
 from ..blockwise.refinement import Refinement, Task, refine_block
 from ..blockwise.streams import Stream
 from ..calibration.self_written import SelfWritten, written
-from ..calibration.statistics import Statistics
 from ..layers.kinds import layer_kind
 from ..layers.product import Product
 from ..planning.plan import Plan
 from ..runtime.batches import Batch, fitting_mask, padding_masks, split_rows
-from ..runtime.fingerprints import (
-    fingerprint_of_batches,
-    fingerprint_of_config,
-    fingerprint_of_model,
-    fingerprint_of_values,
-)
-from ..runtime.modules import abridged, encoder_of, evaluating, naming, parameter_owners, set_module
+from ..runtime.modules import abridged, encoder_of, endings_of, evaluating, naming, parameter_owners, set_module
 from ..runtime.processes import fails_together, processes
-from ..runtime.run_folder import RunFolder, json_able
+from ..runtime.run_folder import RunFolder
 from ..tuner.layer import ReparamLayer
 from ..tuner.matrices import own_bias, source_matrix
 from ..tuner.targets import Target, check_targets
 from .job import Job
 from .parts import Part
+from .run_settings import settings_of
 from .student import (
     changed_parameters,
     factorized_layer,
@@ -128,8 +122,9 @@ class BlockByBlock:
     ) -> None:
         self.job, self.steps, self.plan = job, steps, plan
         self.outside: dict[str, nn.Module] = {}  # targets outside of blocks, factorised
+        self.fixed: set[str] = set()  # targets that stay as they are
         with fails_together():
-            settings = {} if steps.run_folder is None else self._settings(batches)
+            settings = {} if steps.run_folder is None else settings_of(job, batches, plan, steps.anchoring, steps.refinement)
         self.folder = RunFolder(steps.run_folder, settings, steps.mapped)
         with ExitStack() as stack:
             stack.callback(self.folder.release)
@@ -143,21 +138,6 @@ class BlockByBlock:
                 self.encoder = None if encoder is None else set(encoder.modules())
                 self.shared = {name for names in parameter_owners(job.model).values() if len(names) > 1 for name in names}
             stack.pop_all()
-
-    def _settings(self, batches: Sequence[Batch] | SelfWritten) -> dict[str, Any]:
-        """All that the result depends on, by which a folder knows its run."""
-        job, steps = self.job, self.steps
-        return {
-            "config": json_able(job.config.to_dict()),
-            "sequential": None if steps.anchoring is None else asdict(steps.anchoring),
-            "refine": None if steps.refinement is None else asdict(steps.refinement),
-            "seed": job.seed,
-            "model": fingerprint_of_model(job.model),
-            "model's config": fingerprint_of_config(job.model),
-            "batches": batches.fingerprint() if isinstance(batches, SelfWritten) else fingerprint_of_batches(batches),
-            "plan": None if self.plan is None else fingerprint_of_values(self.plan.to_dict()),
-            "statistics": job.batches.fingerprint() if isinstance(job.batches, Statistics) else None,
-        }
 
     def result(self, adapter_name: str) -> Result:
         """Compress everything but what an earlier call has finished; then other runs may work in the folder."""
@@ -178,6 +158,9 @@ class BlockByBlock:
             targets = job.ranked(plan)
             self._tell_of_unreached(targets)
             check_targets(targets, job.config, job.model, adapter_name, loading=False)
+        factorised = {name for name, target in targets.items() if target.rank is not None}
+        # PEFT saves modules whole by endings of names, so that it would take a factorised one, too.
+        self.fixed = endings_of(factorised, targets.keys() - factorised)
         self.folder.begin(plan.to_dict())
         result = Result(plan)
         passes = 1 + (self.steps.refinement.epochs if self.steps.refinement else 0)
@@ -329,7 +312,7 @@ class BlockByBlock:
     ) -> None:
         """Put the product of a matrix, or the matrix that takes its place, in a block under construction."""
         module = student.get_submodule(relative)
-        if target.rank is None and observed is None:
+        if target.rank is None and (observed is None or name in self.fixed):
             return
         W, bias = source_matrix(module), own_bias(module) if target.storage.bias else None
         part = narrowed.part
@@ -379,5 +362,6 @@ class BlockByBlock:
             parameters = dict(module.named_parameters())
             if name in targets or all(parameter.ndim <= 1 for parameter in parameters.values()):
                 ours = {key: p for key, p in parameters.items() if f"{block}.{name}.{key}" not in self.shared}
-                trained += [parameter for parameter in ours.values() if parameter.is_floating_point()]
+                if f"{block}.{name}" not in self.fixed:
+                    trained += [parameter for parameter in ours.values() if parameter.is_floating_point()]
         return trained

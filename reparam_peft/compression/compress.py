@@ -28,10 +28,10 @@ from ..runtime.processes import fails_together
 from ..runtime.restoring import unchanged, unchanged_on_error
 from ..tuner.compressed_model import CompressedModel
 from ..tuner.data_free import installing
-from ..tuner.targets import check_targets
 from ..tuner.tying import heads_of
 from .block_by_block import BlockByBlock, Result, Steps
 from .job import Job
+from .one_shot import one_shot
 from .options import Options
 from .passes import MaxMemory
 
@@ -91,9 +91,9 @@ def compress(
         statistics: of an earlier run, where `batches` are for `sequential` or `refine`; None: gathered from `batches`.
         offload_folder: folder in which activations are kept during the run; None: in memory, two streams of
             (tokens, hidden size).
-        run_folder: folder for finished blocks, the plan, and `log.jsonl` with the errors of each block. A run that was killed
-            goes on after its last finished block, with the same result, when it is called again with the same arguments. Text
-            that the model has written is kept there, too.
+        run_folder: folder for what is finished: the statistics, the plan, and the products; with `sequential` or `refine` the
+            plan, each block, and `log.jsonl` with its errors. A run that was killed goes on after that, with the same result,
+            when it is called again with the same arguments. Text that the model has written is kept there, too.
         device: where blocks are computed, of which one at a time is copied there; None: where the model is.
         objective: (model, batch) → the loss of the batch, a scalar summed over it, or logits (…, classes), for a model whose
             outputs do not say what it is trained for; the y of pairs (x, y) is in `batch["labels"]`. None: logits of
@@ -128,17 +128,15 @@ def compress(
     data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress, folder=run_folder)
     if steps.anchoring is not None or steps.refinement is not None:
         return compress_blocks(model, config, data, steps, options, plan, statistics, adapter_name)
-    without_blocks = {"statistics": statistics, "offload_folder": offload_folder, "run_folder": run_folder, "device": device}
+    without_blocks = {"statistics": statistics, "offload_folder": offload_folder, "device": device}
     for name, value in without_blocks.items():
         if value is not None:
             raise ValueError(f"`{name}` has an effect with `sequential` or `refine` only; leave it out.")
+    if run_folder is not None and not isinstance(data, (Statistics, SelfWritten)):
+        data = list(data)
     with unchanged_on_error(model):
         job = Job.of_model(model, config, data, options, adapter_name=adapter_name, plan=plan)
-        plan = job.plan() if plan is None else plan
-        with fails_together():
-            targets = job.ranked(plan)
-            check_targets(targets, job.config, model, adapter_name, loading=False)
-        result = Result(plan, job.products(targets, used_up=True))
+        result = one_shot(job, plan, data, run_folder, adapter_name)
         return_freed()
         with fails_together():
             return _install(model, job, result, adapter_name)

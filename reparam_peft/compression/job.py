@@ -6,6 +6,7 @@ import copy
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -100,6 +101,8 @@ class Job:
         self.calibration_tokens = self.gradient_tokens = 0
         self.tokens: dict[str, int] = {}  # that reached each target
         self._at_hand: tuple[list[str], Statistics] | None = None
+        self._whole_group = {name: group for group in map(tuple, self.passes) for name in group}
+        self.kept_statistics: Callable[[Sequence[str], Callable[[], Statistics]], Statistics] | None = None
         self.leaves_unreached = leaves_unreached
         self.offered = offered
         self.unreached: list[str] = []  # targets that were left out
@@ -147,6 +150,11 @@ class Job:
             targets = {name: target for name, target in targets.items() if name not in plan.unreached}
         for name, target in targets.items():
             with naming(name):
+                if target.keeps_codes:
+                    raise ValueError(
+                        "`form='corrected'` keeps a weight that arrives quantised as it is, so that there is nothing to fit a "
+                        "correction to; use `get_peft_model`, which adds factors to be trained, or `budget='bytes'`."
+                    )
                 check_matrix(source_matrix(target.module))
         max_memory = options.max_memory
         storages = {name: target.storage for name, target in targets.items()}
@@ -254,12 +262,18 @@ class Job:
                 ranked[name] = replace(ranked[name], storage=storage)
         return ranked
 
-    def products(self, targets: Mapping[str, Target], used_up: bool = False) -> dict[str, Product]:
+    def products(
+        self,
+        targets: Mapping[str, Target],
+        used_up: bool = False,
+        keep: Callable[[dict[str, Product]], None] | None = None,
+    ) -> dict[str, Product]:
         """The products of those targets that do not stay dense, factorised one-shot.
 
         Args:
             targets: with their ranks and storages.
             used_up: whether statistics that were gathered here are forgotten as products are made of them.
+            keep: called with those of each pass, once they are finished.
         """
         products: dict[str, Product] = {}
         ranks = {name: target.rank for name, target in targets.items() if target.rank is not None}
@@ -290,7 +304,10 @@ class Job:
             self.statistics(group)
             parts.update(self.neurons.parts(names, left))
             shared = self.share_out(names, "Factorising", compute, room)
-            products.update({name: product_of(tensors, ranks[name], targets[name].storage) for name, tensors in shared.items()})
+            made = {name: product_of(tensors, ranks[name], targets[name].storage) for name, tensors in shared.items()}
+            if keep is not None:
+                keep(made)
+            products.update(made)
         return products
 
     def _forget(self, name: str) -> None:
@@ -375,7 +392,8 @@ class Job:
         if isinstance(self.batches, Statistics):
             statistics = self.batches
         else:
-            statistics = gather_statistics(
+            gather = partial(
+                gather_statistics,
                 self.model,
                 modules,
                 self.batches,
@@ -386,6 +404,8 @@ class Job:
                 heads=heads_of(self.config, self.model, modules),
                 objective=self.options.objective,
             )
+            kept = self.kept_statistics
+            statistics = gather() if kept is None else kept(self._whole_group[group[0]], gather)
         with fails_together():
             pooled = self.pool.unreached(modules, statistics)
             unreached = {*pooled, *(statistics.unreached(modules) if self.leaves_unreached else ())}

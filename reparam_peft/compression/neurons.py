@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ..layers.neuron_groups import NeuronGroup
+from ..layers.product import Product
 from ..numerics.neurons import Elimination, eliminate
 from ..numerics.storage import Storage
 from ..planning.neurons import NeuronOption, counts
@@ -53,6 +54,7 @@ class Neurons:
         self.factorizer, self.share_out, self.as_predicted = factorizer, share_out, as_predicted
         self.consumers = {name: mlp.consumer for mlp in mlps for name in mlp.names}
         self._eliminations: dict[str, Elimination] = {}
+        self._recalled: dict[str, Tensor] = {}  # neurons that stay, by consumer, of an earlier run
         self._spectra: dict[str, list[Tensor]] = {}  # of what is left at each of the computed numbers, by module
 
     def leave_out(self, names: Container[str]) -> None:
@@ -109,8 +111,15 @@ class Neurons:
         for name in names:
             consumer = self.consumers.get(name)
             if consumer is not None and consumer in left:
-                of_modules[name] = parts(self.mlps[consumer], self._eliminations[consumer].kept(left[consumer]))[name]
+                kept = self._recalled.get(consumer)
+                kept = self._eliminations[consumer].kept(left[consumer]) if kept is None else kept
+                of_modules[name] = parts(self.mlps[consumer], kept)[name]
         return of_modules
+
+    def recall(self, products: Mapping[str, Product]) -> None:
+        """Leave the neurons that finished products of consumers have, which are then not chosen again."""
+        columns = {name: products[name].columns for name in self.mlps if name in products}
+        self._recalled |= {name: kept for name, kept in columns.items() if kept is not None}
 
     def prepare(self, names: Sequence[str], left: Mapping[str, int]) -> None:
         """Choose the neurons of the consumers among modules; processes wait for each other. Then `parts` computes nothing."""

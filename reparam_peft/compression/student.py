@@ -30,15 +30,7 @@ def factorized_layer(target: Target, product: Product, module: nn.Module) -> Rep
     """The layer of a product in place of a module, which gives its bias and its geometry."""
     layer = reparam_layer(copy.copy(module))  # whose weight is dropped, while the module keeps its own
     layer.base_layer._parameters = dict(module._parameters)
-    layer.update_layer(
-        ADAPTER,
-        product.rank,
-        product,
-        form=target.storage.form_at(product.rank),
-        bias=target.storage.bias,
-        size=target.storage.size,
-        nested=product.feature_mean is not None,
-    )
+    layer.update_layer(ADAPTER, product.rank, product, target.storage, nested=product.feature_mean is not None)
     layer.drop_base_weight()
     return layer.requires_grad_(False).train(False)
 

@@ -281,7 +281,8 @@ def check_weights(path: Path, config: Fields) -> None:
         form = config.form_pattern.get(name, config.form or "factors")
         stored = form if size is None else narrow_form(rank, size, form)
         tensors = {"factors": ("B.weight", "A.weight"), "pivot": ("B.weight", "A.mask"), "dense": ("B.weight",)}
-        tensors["corrected"] = ("Q.weight", "B.weight", "A.weight")
+        # Of a base model that arrived quantised, what is corrected is its own.
+        tensors["corrected"] = (*(("Q.weight",) if name in config.bit_pattern else ()), "B.weight", "A.weight")
         for tensor in tensors[stored]:
             if f"{name}{FACTORS}{tensor}" not in shapes:
                 raise ValueError(f"{path} has no factor {tensor[0]} of {name} ({tensor}); it is damaged or of another model.")

@@ -99,7 +99,10 @@ def check_trained(model: PeftModel, trains: Sequence[str]) -> None:
     adapter = model.active_adapter
     saved_whole = any(isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save for m in model.modules())
     biases = any(layer.reparam_factors[adapter].bias is not None for _, layer in reparam_layers(model))
-    has = {"factors": True, "norms": bool(norms_of(model)), "biases": biases, ROUTERS: True}
+    factors = any(
+        name != "bias" for _, layer in reparam_layers(model) for name, _ in layer.factorized(adapter).named_parameters()
+    )
+    has = {"factors": factors, "norms": bool(norms_of(model)), "biases": biases, ROUTERS: True}
     if not (saved_whole or any(has[part] for part in trains)):
         raise ValueError(f"`trains` must name something that the model has, got {list(trains)!r}; add 'factors'.")
 

@@ -13,6 +13,7 @@ from torch.types import Device
 from ..numerics.decompositions import Corrected, Factors, Whole
 from ..numerics.pivoting import PivotFactors, pivot
 from ..numerics.storage import mask_size
+from .base_codes import BaseCodes
 from .calling import call
 from .coded import CodedLinear, Widths
 from .computed_weight import ComputedWeight, Replaced
@@ -45,6 +46,8 @@ def weight_of(layer: nn.Module) -> Tensor:
 
 def numbers_of(layer: nn.Module) -> Tensor:
     """The numbers of a factor's weight, dequantised where they are in few bits: in float32 or wider, which loses nothing."""
+    if isinstance(layer, BaseCodes):
+        return layer.matrix()
     if isinstance(layer, CodedLinear):
         return layer.matrix(torch.promote_types(layer.dtype, torch.float32))
     weight = weight_of(layer)
@@ -347,6 +350,8 @@ class FactorizedModule(nn.Module):
         names = PIECES[self.form]
         for name, piece in self.pieces.items():
             matrix = cast(Tensor, getattr(factors, names[name]))
+            if isinstance(piece, BaseCodes):
+                continue
             if isinstance(piece, CodedLinear):
                 piece.set_matrix(matrix, scales[names[name]])
             else:

@@ -20,6 +20,7 @@ class FactorizedLinear(FactorizedModule):
         in_features, out_features: that are left.
         widths: of the matrices that are in few bits, as of `Storage.widths`.
         rank, form, bias, device, dtype: as for `FactorizedModule`.
+        Q: in the form "corrected", what maps the input to the output where that exists; None: made here.
         whole: (out, in) of the matrix of which rows or columns are left out; None: all are there.
     """
 
@@ -34,13 +35,14 @@ class FactorizedLinear(FactorizedModule):
         dtype: Dtype = None,
         whole: tuple[int, int] | None = None,
         widths: Widths = ALL_AS_THE_MODEL,
+        Q: nn.Module | None = None,
     ) -> None:
         def layer(piece: str, features: int, outputs: int) -> nn.Module:
             return linear(features, outputs, widths.get(PIECES[form].get(piece, "")), device, dtype)
 
         B = layer("B", in_features, out_features if form == "dense" else rank)
         expand = partial(layer, "A.K" if form == "pivot" else "A", rank)
-        Q = layer("Q", in_features, out_features) if form == "corrected" else None
+        Q = layer("Q", in_features, out_features) if form == "corrected" and Q is None else Q
         super().__init__(B, expand, rank, out_features, form, bias, device=device, dtype=dtype, Q=Q)
         self.in_features, self.out_features = in_features, out_features
         if whole is not None:

@@ -16,6 +16,7 @@ from torch.types import Device
 from transformers.pytorch_utils import Conv1D
 
 from .alike import computes_as, random_tensor
+from .base_codes import BaseCodes
 from .coded import ALL_AS_THE_MODEL, Widths
 from .convolutions import ConvKind, GroupedConvKind, TransposedConvKind
 from .factorized import Dtype, weight_of
@@ -74,7 +75,12 @@ class LinearKind(LayerKind[Any]):
         self.check_size(layer, size)
         out_features, in_features = self.shape(layer) if size is None else size
         whole = None if size is None else self.shape(layer)
-        return FactorizedLinear(in_features, out_features, rank, form, bias, device, dtype, whole, widths)
+        Q = self.own_codes(layer) if form == "corrected" and "Q" not in widths else None
+        return FactorizedLinear(in_features, out_features, rank, form, bias, device, dtype, whole, widths, Q)
+
+    def own_codes(self, layer: Any) -> BaseCodes | None:
+        """The layer as the matrix that is corrected, where that has arrived in few bits."""
+        return None
 
 
 class QuantizedLinearKind(LinearKind):
@@ -95,6 +101,9 @@ class QuantizedLinearKind(LinearKind):
         # On a CPU bitsandbytes may have turned the scales, not the model, to bfloat16.
         dtype = layer.weight.dtype if state is None else getattr(state, "original_dtype", state.dtype)
         return dtype if dtype.is_floating_point else getattr(layer, "dtype_around", torch.get_default_dtype())
+
+    def own_codes(self, layer: Any) -> BaseCodes:
+        return BaseCodes(layer, self)
 
     def own_matrix(self, layer: Any) -> Tensor:
         if hasattr(layer, "state"):  # 8 bits, which PEFT's function leaves in a state that does not compute
@@ -229,3 +238,11 @@ def is_quantized(layer: nn.Module) -> bool:
 def stored_weight(layer: nn.Module) -> Tensor:
     """The numbers of a layer's weight as they are stored, quantised or not."""
     return cast(Tensor, layer.W_q) if hasattr(layer, "W_q") else weight_of(layer)
+
+
+def stored_bytes(layer: nn.Module) -> int:
+    """What the numbers of a layer's weight take, with their scales where they are quantised."""
+    weight: Any = stored_weight(layer)
+    parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]] if hasattr(weight, "qdata") else [weight]
+    parts += [getattr(getattr(weight, "quant_state", None), "absmax", None), getattr(weight, "SCB", None)]
+    return sum(part.numel() * part.element_size() for part in parts if part is not None)

@@ -20,6 +20,7 @@ def mask_size(out_features: int) -> int:
 LEAST_INPUTS = 16  # shorter rows are not stored in few bits: their scales would take a good part of what is saved
 NF4_BLOCK = 64  # numbers with a scale of their own, as in QLoRA, arXiv:2305.14314
 AS_THE_MODEL = 16  # the bits of numbers that are stored in the dtype of the model, whichever that is
+OF_THE_BASE = 0  # of a corrected matrix that arrived in few bits, and that the base model keeps
 SCALE_BYTES = 4
 
 
@@ -69,7 +70,8 @@ class Storage:
             it.
         bias: whether a bias is stored along.
         whole: (out, in) of the matrix of which rows or columns were left out; None: all are there.
-        bits: of the numbers of the product, of a corrected one of those of the matrix: 8 or 4; 16: the dtype of the model.
+        bits: of the numbers of the product, of a corrected one of those of the matrix: 8 or 4; 16: the dtype of the model;
+            0, of a corrected one: it is the base model's, which arrived quantised, and only the factors are stored.
         correction_bits: of the factors beside a corrected matrix, likewise.
 
     Raises:
@@ -157,7 +159,8 @@ class Storage:
             "dense": {"W": W},
             "corrected": {"Q": W, "A": A, "B": B},
         }
-        return matrices[self.form_at(rank)]
+        names = matrices[self.form_at(rank)]
+        return {name: shape for name, shape in names.items() if name != "Q" or self.bits != OF_THE_BASE}
 
     def widths(self, rank: int) -> dict[str, int]:
         """The bits of those matrices whose numbers are stored in few bits, by the same names.

@@ -13,7 +13,7 @@ from torch import Tensor
 from ..config.reparam_config import ReparamConfig
 from ..numerics.decompositions import check_rank
 from ..numerics.methods import METHODS
-from ..numerics.storage import Storage, uniform_rank
+from ..numerics.storage import OF_THE_BASE, Storage, uniform_rank
 from .allocation import RANK_MULTIPLE, Choice, Point, allocate, points
 from .byte_options import Bytes, is_dense
 from .neurons import Allotment, GroupPoint, Losses, NeuronOption, Ranks, group_curve
@@ -33,7 +33,7 @@ def resolve_rank(config: ReparamConfig, name: str, storage: Storage, keep: float
     rank = config.module_rank(name)
     if rank is not None:
         check_rank(rank, (storage.out_features, storage.in_features))
-        if storage.form_at(rank) == "corrected" and "Q" not in storage.widths(rank):
+        if storage.form_at(rank) == "corrected" and "Q" not in storage.widths(rank) and storage.bits != OF_THE_BASE:
             raise ValueError(
                 f"its rank is in `rank_pattern`, and a matrix {storage.whole_shape} of this kind of layer is not stored in few "
                 "bits, so that there is nothing to correct; leave it out with `exclude_modules`."

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -218,6 +219,17 @@ def abridged(names: Iterable[str]) -> list[str]:
         pattern = ".".join(place.pop() if len(place) == 1 else "*" for place in places)
         patterns.append(pattern if len(group) == 1 else f"{pattern} ({len(group)})")
     return patterns
+
+
+def endings_of(names: Iterable[str], candidates: Iterable[str]) -> set[str]:
+    """Those of the candidates with which one of the names ends.
+
+    >>> endings_of(["first_layers.0", "second.layers.1"], ["layers.0", "layers.1", "layers.2"]) == {"layers.0", "layers.1"}
+    True
+    """
+    backwards = sorted(name[::-1] for name in names)
+    following = {ending: backwards[bisect_left(backwards, ending[::-1]) :][:1] for ending in candidates}
+    return {ending for ending, found in following.items() if found and found[0].startswith(ending[::-1])}
 
 
 @contextmanager

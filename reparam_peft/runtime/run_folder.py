@@ -142,6 +142,10 @@ class RunFolder:
             return None
         return json.loads(text) if noted == _digest(text, tensors) else None
 
+    def path(self, name: str) -> Path:
+        """Of a file that the run keeps beside the plan and the blocks."""
+        return self._kept / name
+
     def _path(self, position: int) -> Path:
         return self._kept / f"block-{position:04}.safetensors"
 

@@ -139,6 +139,11 @@ def _factorized(name: str, layer: ReparamLayer) -> nn.Module:
     if layer.disable_adapters or not active:
         return layer.base_layer
     present = layer.factorized(active[0])
+    if layer.keeps_codes and present.form == "corrected":
+        raise ValueError(
+            f"{name}: adapter {active[0]!r} corrects the weight of a base model that arrived quantised, which a standalone "
+            "model does not have; keep the adapter beside the base model, or call `merge_and_unload`."
+        )
     bias = getattr(layer.base_layer, "bias", None) if present.bias is None else present.bias
     module = layer.like(active[0], bias=bias is not None)
     module.set_factors(present.stored, present.scales)

@@ -65,7 +65,7 @@ def copied(targets: Mapping[str, Target], source: str) -> dict[str, Target] | No
         made = (module.rank, module.form, module.size, module.bias is not None, dict(module.widths))
         if made != (target.rank, target.form, storage.size, storage.bias, dict(target.widths)):
             return None
-        done[name] = replace(target, copied=copy.deepcopy(module))
+        done[name] = replace(target, copied=copy.deepcopy(module, {id(layer.base_layer): layer.base_layer}))
     return done
 
 

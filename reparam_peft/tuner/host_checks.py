@@ -208,7 +208,9 @@ def aim_at_factors(tuner: LoraModel, config: LoraConfig, model: nn.Module) -> No
             f"{next(iter(factorized))}: the layer is factorised, and the LoRA that is loaded was trained on a dense one. Merge "
             "it into the dense model before that is compressed."
         )
-    pieces = {name: [f"{name}.{piece}" for piece in module.pieces] for name, module in factorized.items()}
+    pieces = {
+        name: [f"{name}.{piece}" for piece in module.pieces if piece not in module.coded] for name, module in factorized.items()
+    }
     config.target_modules = sorted((matched.keys() - factorized.keys()).union(*pieces.values()))
     config.rank_pattern = _of_pieces(config.rank_pattern or {}, pieces, matched.keys() - factorized.keys())
     config.alpha_pattern = _of_pieces(config.alpha_pattern or {}, pieces, matched.keys() - factorized.keys())

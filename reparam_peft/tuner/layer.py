@@ -15,13 +15,15 @@ from torch import Tensor, nn
 
 from ..arguments import ReparamWarning
 from ..layers.calling import call
-from ..layers.coded import ALL_AS_THE_MODEL, Widths
 from ..layers.computed_weight import ComputedWeight
-from ..layers.factorized import FactorizedModule, weight_of
-from ..layers.kinds import KINDS, layer_kind
+from ..layers.factorized import FactorizedModule
+from ..layers.kinds import KINDS, layer_kind, stored_weight
 from ..layers.product import Product
+from ..layers.quantized_bases import dequantized
 from ..layers.wrapper import Wrapper
+from ..numerics.storage import Storage
 from .arrivals import Arrivals
+from .combining import combined
 
 BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"  # PEFT's words, which its users match
 W_IS_GONE = "the original weight was dropped when it was factorised"
@@ -36,6 +38,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
 
     Args:
         base_layer: a layer of one of `layers.kinds.KINDS`.
+        keeps_codes: whether a base layer that arrived quantised stays as it is, to be corrected.
 
     Attributes:
         kind: of the base layer.
@@ -48,14 +51,15 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
     """
 
     name = ""
-
+    _quantized: nn.Module | None  # the base layer that arrived quantised, while another one is merged
     adapter_layer_names = ("reparam_factors",)
     other_param_names = ("r",)
     placeholder: Tensor
 
-    def __init__(self, base_layer: nn.Module) -> None:
+    def __init__(self, base_layer: nn.Module, keeps_codes: bool = False) -> None:
         super().__init__()
-        self.base_layer = base_layer = layer_kind(base_layer).shell(base_layer)
+        self.keeps_codes, self._quantized = keeps_codes, None
+        self.base_layer = base_layer = base_layer if keeps_codes else layer_kind(base_layer).shell(base_layer)
         self.kind = layer_kind(base_layer)
         self.out_features, self.in_features = self.kind.shape(base_layer)
         self.reparam_factors = nn.ModuleDict()
@@ -63,13 +67,13 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         self.merged_adapters: list[str] = []
         self.base_weight_dropped = False
         self.arrivals = Arrivals(self.reparam_factors)
-        weight = weight_of(base_layer)
+        weight = stored_weight(base_layer)
         # A hollow model, on meta, is about to be filled in by a loader. Loaders fill in what checkpoints hold, and `.to()` can
         # copy nothing out of meta: the placeholder, which is in no checkpoint, has its number from the start.
         device = torch.device("cpu") if weight.device.type == "meta" else weight.device
         # Follows `.to()` and tells device and dtype when W is gone. Not a parameter: PEFT and its users count those.
-        self.register_buffer("placeholder", torch.full((), torch.nan, dtype=weight.dtype, device=device), persistent=False)
-        self.weight_shape = weight.shape
+        self.register_buffer("placeholder", torch.full((), torch.nan, dtype=self.kind.dtype(base_layer), device=device), False)
+        self.weight_shape = torch.Size(self.kind.shape(base_layer)) if keeps_codes else weight.shape
 
     def factorized(self, adapter_name: str) -> FactorizedModule:
         """The factorised module of an adapter."""
@@ -109,7 +113,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         """The matrix (out, in) that the layer computes with: A B, or with several adapters active W + Σ (A_i B_i − W)."""
         active = [name for name in self.active_adapters if name in self.reparam_factors]
         self.check_active(active)
-        return _combined([self.dense_matrix(name) for name in active], self._base_matrix)
+        return combined([self.dense_matrix(name) for name in active], self._base_matrix)
 
     def computed_size(self) -> tuple[int, int] | None:
         """(out, in) of what is left of the matrix in the active adapter, where rows or columns are left out; None: all."""
@@ -143,12 +147,9 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         adapter_name: str,
         rank: int,
         product: Product | FactorizedModule | None,
+        storage: Storage | None = None,
         inference_mode: bool = False,
-        form: str = "factors",
-        bias: bool = False,
-        size: tuple[int, int] | None = None,
         nested: bool = False,
-        widths: Widths = ALL_AS_THE_MODEL,
     ) -> None:
         """Add an adapter.
 
@@ -157,20 +158,19 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
             rank: r.
             product: its factors and, with `bias`, its bias; or a factorised module that becomes the adapter's; None where a
                 loader is about to fill them in.
+            storage: how the product is stored, and whether a bias in place of the base layer's is; None: as factors alone.
             inference_mode: whether the factors are frozen.
-            form: "factors", "pivot", "dense" or "corrected".
-            bias: whether it has a bias in place of the base layer's.
-            size: (out, in) of what is left of the matrix, where rows or columns are left out; None: all.
             nested: whether it has the mean of its features, too.
-            widths: bits of the matrices of its product that are in few bits, by name.
         """
         if isinstance(product, FactorizedModule):
             module = product
         else:
             # On meta a module takes no memory until it is given its factors, which are not copied.
             device = self.placeholder.device if product is None else torch.device("meta")
-            module = self.kind.factorized(self.base_layer, rank, form, bias, size, device, self.base_dtype, widths)
-            self._fill(adapter_name, module, product, bias, nested)
+            how = storage or Storage(self.out_features, self.in_features)
+            made = (rank, how.form_at(rank), how.bias, how.size)
+            module = self.kind.factorized(self.base_layer, *made, device, self.base_dtype, how.widths(rank))
+            self._fill(adapter_name, module, product, how.bias, nested)
         self.r[adapter_name] = rank
         self.reparam_factors[adapter_name] = module.train(self.training)
         self.set_adapter(self.active_adapters, inference_mode=inference_mode)
@@ -180,16 +180,9 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
     ) -> FactorizedModule:
         """A module as that of an adapter, without content, on meta and in the base dtype; where given, of another rank, say."""
         present = self.factorized(adapter_name)
-        return self.kind.factorized(
-            self.base_layer,
-            rank or present.rank,
-            form or present.form,
-            present.bias is not None if bias is None else bias,
-            present.size,
-            torch.device("meta"),
-            self.base_dtype,
-            present.widths,
-        )
+        has_bias, widths = present.bias is not None if bias is None else bias, present.widths
+        made = (rank or present.rank, form or present.form, has_bias, present.size)
+        return self.kind.factorized(self.base_layer, *made, torch.device("meta"), self.base_dtype, widths)
 
     def _fill(self, adapter_name: str, module: FactorizedModule, product: Product | None, bias: bool, nested: bool) -> None:
         """Give a new module its product, or have it wait for a loader."""
@@ -210,7 +203,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
 
     def drop_base_weight(self) -> None:
         """Forget W; with factors still on their way, as soon as they have arrived."""
-        if self.base_weight_dropped:
+        if self.base_weight_dropped or self.keeps_codes:
             return
         if self.arrivals.awaited:
             self.arrivals.postpone(self.drop_base_weight)
@@ -258,7 +251,7 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         if len(active) == 1:
             return product(active[0])
         self.check_active(active)
-        return _combined([product(name) for name in active], base)
+        return combined([product(name) for name in active], base)
 
     def _unmerge_disabled(self) -> None:
         if self.disable_adapters and self.merged:  # as PEFT does where it computes
@@ -279,17 +272,22 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
             return
         self.check_mergeable(adapter_names, safe_merge)
         names = [*self.merged_adapters, *adapter_names]
-        matrix = _combined([self.dense_matrix(name) for name in names], self._base_matrix)
+        matrix = combined([self.dense_matrix(name) for name in names], self._base_matrix)
         weight = self.kind.weight(matrix, self.weight_shape)
         parameter = nn.Parameter(weight, requires_grad=False)
         bias = self._base_bias()
         moved = [self.factorized(name).whole_bias() for name in names]
         if bias is not None and any(vector is not None for vector in moved):
-            merged_bias = _combined([bias if vector is None else vector.detach() for vector in moved], lambda: bias)
+            merged_bias = combined([bias if vector is None else vector.detach() for vector in moved], lambda: bias)
             merged_bias = merged_bias.to(bias.dtype).clone()
             self._put_aside("unmerged_bias", bias)
             self.base_layer.bias.data = merged_bias
         if self.base_weight_dropped:
+            self.base_layer.weight = parameter
+        elif self.keeps_codes:
+            if not self.merged_adapters:
+                self._quantized = self.base_layer
+            self.base_layer = dequantized(self.base_layer)
             self.base_layer.weight = parameter
         else:
             self._put_aside("unmerged_weight", self.base_layer.weight.data)
@@ -322,6 +320,8 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
             return
         if self.base_weight_dropped:
             self.base_layer.weight = None
+        elif self.keeps_codes:
+            self.base_layer, self._quantized = self.own_layer, None
         else:
             self.base_layer.weight.data = self._buffers.pop("unmerged_weight")
         if "unmerged_bias" in self._buffers:
@@ -377,13 +377,22 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         bias = base._parameters["bias"] if "bias" in base._parameters else getattr(base, "bias", None)
         if not x.is_floating_point():
             return cast(Tensor, factors(x, bias)).to(self.base_dtype)
+        if self.keeps_codes and factors.form == "corrected":  # with the base layer's own bias
+            bias = None
         y = call(factors, self._cast_input_dtype(x, factors.dtype), bias)
         return y if y.dtype == x.dtype or torch.is_autocast_enabled(x.device.type) else y.to(x.dtype)
 
     def _base_matrix(self) -> Tensor:
         """W, shape (out, in), of a layer that has kept it, merged or not."""
+        if self.keeps_codes:
+            return self.kind.own_matrix(self.own_layer)
         weight = self._buffers.get("unmerged_weight")
         return self.kind.matrix((self.base_layer.weight if weight is None else weight).detach())
+
+    @property
+    def own_layer(self) -> nn.Module:
+        """The base layer as it is without adapters, merged or not, where it has kept its codes."""
+        return self.base_layer if self._quantized is None else self._quantized
 
     def _base_bias(self) -> Tensor | None:
         """The base layer's own bias, merged or not."""
@@ -400,14 +409,6 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
 
     def __repr__(self) -> str:
         return "reparam." + super().__repr__()
-
-
-def _combined(products: list[Tensor], base: Callable[[], Tensor]) -> Tensor:
-    """base + Σ (product − base); of a single product, that product to the bit."""
-    if len(products) == 1:
-        return products[0]
-    original = base()
-    return sum((product - original for product in products), start=original)
 
 
 @cache
@@ -429,13 +430,13 @@ for _kind in KINDS:
     wrapper_class(_kind.name)  # what another process has pickled is there before the first layer is made
 
 
-def reparam_layer(module: nn.Module) -> ReparamLayer:
-    """The layer around a module of a known kind.
+def reparam_layer(module: nn.Module, keeps_codes: bool = False) -> ReparamLayer:
+    """The layer around a module of a known kind; `keeps_codes` as for the layer.
 
     Raises:
         TypeError, ValueError: as for `layers.kinds.layer_kind`.
     """
-    return wrapper_class(layer_kind(module).name)(module)
+    return wrapper_class(layer_kind(module).name)(module, keeps_codes)
 
 
 def reparam_layers(model: nn.Module) -> Iterator[tuple[str, ReparamLayer]]:

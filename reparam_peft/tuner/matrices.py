@@ -11,7 +11,7 @@ from ..defaults import DATA_FREE
 from ..layers.factorized import weight_of
 from ..layers.kinds import is_quantized, layer_kind
 from ..layers.wrapper import kind_and_layer, matrix_shape
-from ..numerics.storage import AS_THE_MODEL, Storage
+from ..numerics.storage import AS_THE_MODEL, OF_THE_BASE, Storage
 from .layer import ReparamLayer
 
 
@@ -54,15 +54,25 @@ def matrix_storage(module: nn.Module, name: str, config: ReparamConfig) -> Stora
         form=form,
         bias=bias,
         whole=None if left is None else shape,
-        bits=_bits(config, name, form) if kind.linear else AS_THE_MODEL,
+        bits=_bits(config, name, form, layer) if kind.linear else AS_THE_MODEL,
         correction_bits=config.correction_bits or AS_THE_MODEL,
     )
 
 
-def _bits(config: ReparamConfig, name: str, form: str) -> int:
+def _bits(config: ReparamConfig, name: str, form: str, layer: nn.Module) -> int:
     """Of the numbers of a target's product; of a corrected one, of those of the matrix."""
-    chosen = config.least_bits if form == "corrected" and not config.is_resolved else AS_THE_MODEL
-    return config.bit_pattern.get(name, chosen)
+    if name in config.bit_pattern:
+        return config.bit_pattern[name]
+    if form != "corrected":
+        return AS_THE_MODEL
+    if is_quantized(layer) and config.budget != "bytes":
+        return OF_THE_BASE
+    if config.is_resolved:
+        raise ValueError(
+            "the adapter corrects the weight of a base model that arrives quantised, and here it does not; load the base model "
+            "as it was when the adapter was made."
+        )
+    return config.least_bits
 
 
 def own_bias(module: nn.Module) -> Tensor | None:

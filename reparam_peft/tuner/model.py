@@ -38,7 +38,7 @@ from .opening import close_parameters, own_memory
 from .reach import warn_of_reach
 from .selection import names_targets, take_targets
 from .sizes import SizeReport, size_report
-from .targets import Target, check_targets, find_targets, is_target, record_few_bits, save_heads
+from .targets import Target, check_targets, find_targets, is_target, record_targets, save_heads
 from .tying import tie_heads
 
 
@@ -196,18 +196,15 @@ class ReparamModel(BaseTuner):
         planned = self._targets[current_key]
         if planned.rank is None:
             return
-        layer = target if isinstance(target, ReparamLayer) else reparam_layer(target)
+        layer = target if isinstance(target, ReparamLayer) else reparam_layer(target, planned.keeps_codes)
         self._targets[current_key] = replace(planned, product=None, copied=None)  # the layer is its only owner now
         layer.update_layer(
             adapter_name,
             planned.rank,
             planned.product if planned.copied is None else planned.copied,
+            planned.storage,
             peft_config.inference_mode,
-            form=planned.form,
-            bias=planned.storage.bias,
-            size=planned.storage.size,
-            nested=planned.is_nested(peft_config),
-            widths=planned.widths,
+            planned.is_nested(peft_config),
         )
         if layer is not target:
             layer.name = current_key
@@ -248,9 +245,7 @@ class ReparamModel(BaseTuner):
         config = self._config(adapter_name)
         for field, value in DATA_FREE.items():
             setattr(config, field, getattr(config, field) or value)
-        config.rank_pattern = {name: target.rank for name, target in targets.items() if target.rank is not None}
-        record_few_bits(config, targets)
-        config.dense_modules = sorted(name for name, target in targets.items() if target.rank is None)
+        record_targets(config, targets)
         for field, size in size_report(self.model, config).to_dict()["targets"].items():
             setattr(config, field, size)
 

@@ -13,6 +13,10 @@ from ..layers.kinds import is_quantized, layer_kind
 from ..runtime.modules import abridged
 
 Refusal: TypeAlias = TypeError | ValueError  # whose message is the reason and the remedy
+WRITTEN = ValueError(
+    "the model writes to its weight as it runs, which a product cannot follow. Name it in `target_modules` where the model is "
+    "never run in a mode that does."
+)
 
 
 def refused_by_kind(module: nn.Module) -> Refusal | None:

@@ -8,8 +8,9 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..config.reparam_config import ReparamConfig
-from ..layers.kinds import stored_weight
-from .layer import reparam_layers
+from ..layers.kinds import stored_bytes, stored_weight
+from ..numerics.storage import OF_THE_BASE
+from .layer import ReparamLayer, reparam_layers
 from .matrices import base_dtype, matrix_storage, unwrapped
 
 
@@ -108,6 +109,8 @@ def matrix_size(name: str, module: nn.Module, rank: int | None, config: ReparamC
     masks = 0 if rank is None else storage.mask(rank)
     itemsize = base_dtype(module).itemsize
     in_few_bits = storage.bytes(rank, itemsize) if rank is not None and storage.widths(rank) else None
+    if isinstance(module, ReparamLayer) and storage.bits == OF_THE_BASE:  # what it corrects is needed, and not stored with it
+        in_few_bits = storage.bytes(rank, itemsize) + stored_bytes(module.own_layer)
     return MatrixSize(name, storage.whole_shape, rank, storage.stored(rank), itemsize, masks, in_few_bits)
 
 

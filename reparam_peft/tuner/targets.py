@@ -17,16 +17,17 @@ from ..layers.factorized import FactorizedModule
 from ..layers.kinds import is_quantized
 from ..layers.product import Product
 from ..layers.quantized_bases import note_dtype
-from ..numerics.storage import AS_THE_MODEL, Storage
+from ..numerics.storage import FEW_BITS, OF_THE_BASE, Storage
 from ..planning.ranks import resolve_rank
 from ..runtime.hosts import ExcludedModule
 from ..runtime.modules import is_offloaded, kept_in_lists, naming, parameter_owners
 from .attentions import is_taken_by_parts
 from .layer import REMEDY, W_IS_GONE, ReparamLayer, reparam_layers
 from .matrices import matrix_storage, unwrapped
-from .refusals import Refusal, joint_error, joint_warning, refused_by_kind, refused_by_place
+from .refusals import WRITTEN, Refusal, joint_error, joint_warning, refused_by_kind, refused_by_place
 from .target_modules import SAVED_BY_TASK
 from .tying import shares_its_product
+from .written import written_modules
 
 # What PEFT's and our own modules add to the names in a state dict.
 ADDED_NAMES = {"base_model", "model", "base_layer", "original_module", "modules_to_save", "reparam_factors"} | {
@@ -70,16 +71,23 @@ class Target:
         """The bits of those matrices of its product that are in few bits, by name."""
         return ALL_AS_THE_MODEL if self.rank is None else self.storage.widths(self.rank)
 
+    @property
+    def keeps_codes(self) -> bool:
+        """Whether it arrived quantised, and stays so."""
+        return self.rank is not None and self.storage.bits == OF_THE_BASE
+
     def is_nested(self, config: ReparamConfig) -> bool:
         """Whether its product keeps the mean of its features, by which the bias follows at lower ranks."""
         return self.storage.bias and config.smaller_keeps is not None and self.form != "dense"
 
 
-def record_few_bits(config: ReparamConfig, targets: dict[str, Target]) -> None:
-    """Write into a config which targets have another form than its own, and which are in few bits; in place."""
+def record_targets(config: ReparamConfig, targets: dict[str, Target]) -> None:
+    """Write into a config, whose form is resolved, what each target has got, in place: rank, other form, bits, or nothing."""
+    config.rank_pattern = {name: target.rank for name, target in targets.items() if target.rank is not None}
+    config.dense_modules = sorted(name for name, target in targets.items() if target.rank is None)
     storages = {name: target.storage for name, target in targets.items() if target.rank is not None}
     config.form_pattern = {name: storage.form for name, storage in storages.items() if storage.form != config.form}
-    config.bit_pattern = {name: storage.bits for name, storage in storages.items() if storage.bits != AS_THE_MODEL}
+    config.bit_pattern = {name: storage.bits for name, storage in storages.items() if storage.bits in FEW_BITS}
 
 
 def save_heads(config: ReparamConfig) -> None:
@@ -122,6 +130,7 @@ def find_targets(
     targets: dict[str, Target] = {}
     refused: dict[str, Refusal] = {}
     owners, in_lists = parameter_owners(model), kept_in_lists(model)
+    written = set() if named else written_modules(model)
     note_dtype(model)
     for name, module in model.named_modules():
         if not name or name.startswith(inside) or not (matches(name) or name in saved_whole):
@@ -135,6 +144,8 @@ def find_targets(
             if not named or target.rank is not None:
                 may_share = config.keep_base or shares_its_product(config, model, name)
                 reason = refused_by_place(model, name, module, owners, in_lists, may_share)
+        if reason is None and name in written:
+            reason = WRITTEN
         if reason is None:
             targets[name] = target
         else:
@@ -190,7 +201,7 @@ def check_targets(
                 if module.base_weight_dropped and config.keep_base:
                     raise ValueError(f"`keep_base=True` cannot be honoured, {W_IS_GONE}. To keep it, {REMEDY}.")
             else:
-                if is_quantized(module) and config.keep_base:
+                if is_quantized(module) and config.keep_base and not targets[name].keeps_codes:
                     raise ValueError(
                         "`keep_base=True` cannot be honoured, since the weight is quantised. Leave it out, or load the base "
                         "model in full precision."

@@ -173,6 +173,25 @@ def test_rows_of_routed_tokens_are_not_paired() -> None:
     assert everyone.drift is not None
 
 
+class Embeds(nn.Module):
+    """A block that is called with token ids."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.linear = nn.Embedding(8, 6), nn.Linear(6, 6)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.linear(self.embed(ids))
+
+
+def test_rows_of_a_block_that_embeds_its_tokens_are_paired() -> None:
+    block, ids = Embeds(), torch.arange(8).view(2, 4)
+    seen = observe(block, block, [(((ids,), {}), ((ids,), {}), lambda x: None)], ["linear"], {})
+    assert seen is not None
+    assert seen.rows == 8
+    assert seen.drift is not None
+
+
 def test_broken_activations_are_named() -> None:
     block, ((x, y),) = Block(0), streams(1)
     y = y.clone()

@@ -57,6 +57,14 @@ def test_the_error_on_batches_held_out_falls_and_the_best_epoch_is_taken(autocas
     assert not set(train) & set(held)
 
 
+def test_a_block_that_computes_without_gradients_is_refused() -> None:
+    block = Block(0)
+    before, block.forward = state(block), torch.no_grad()(block.forward)
+    with pytest.raises(ValueError, match="its output has no gradient"):
+        refine_block(block, list(block.parameters()), task(), 8, OPTIONS)
+    assert all(torch.equal(before[name], tensor) for name, tensor in block.state_dict().items())
+
+
 def test_where_no_epoch_helps_nothing_changes_and_training_stops() -> None:
     block = Block(0)
     before = state(block)

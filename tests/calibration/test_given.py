@@ -56,6 +56,12 @@ def test_batches_are_handed_on_and_read_as_often_as_they_can_be() -> None:
     assert [len(list(once)) for _ in range(2)] == [1, 0]
 
 
+def test_images_that_are_rows_of_patches_are_a_batch() -> None:
+    patches = {"pixel_values": torch.randn(2, 4, 12), "pixel_attention_mask": torch.ones(2, 4)}
+    batches = [{**patches, "spatial_shapes": torch.full((2, 2), 2)}]
+    assert keyword_batches(batches, llama()) is batches
+
+
 def test_rows_come_by_eight_with_labels_that_do_not_count_where_padded() -> None:
     rows = [{"input_ids": [1] * n, "labels": [1] * n} for n in range(1, 11)]
     first, second = keyword_batches(rows, llama(pad_token_id=7))

@@ -342,12 +342,26 @@ def test_compress_block_by_block_and_go_on_after_a_kill(run: Run, models: Path, 
     assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
 
 
+def test_compress_at_once_and_go_on_after_a_kill(run: Run, models: Path, tmp_path: Path) -> None:
+    arguments = [*calibrated(models), "--keep", 0.5, "--run-folder", tmp_path / "run"]
+    assert run("compress", models / "llama", tmp_path / "one", *arguments).code == 0
+    (tmp_path / "run" / "block-0000.safetensors").unlink()
+    (kept,) = (tmp_path / "run").glob("statistics-*.safetensors")
+    written = kept.stat().st_mtime_ns
+    assert run("compress", models / "llama", tmp_path / "two", *arguments).code == 0
+    assert kept.stat().st_mtime_ns == written
+    name = "adapter_model.safetensors"
+    assert (tmp_path / "one" / name).read_bytes() == (tmp_path / "two" / name).read_bytes()
+    other = run("compress", models / "llama", tmp_path / "three", *arguments, "--seed", 3)
+    assert_error(other, "holds a run with another")
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
         (["--method", "svd", "--refine"], "--sequential and --refine need calibration"),
         (["--epochs", 2], "--epochs are those of --refine"),
-        (["--run-folder", "x"], "--run-folder is for --sequential, --refine and --heal"),
+        (["--run-folder", "x", "--method", "svd"], "--run-folder is for calibrated methods; leave out --method svd"),
     ],
 )
 def test_compress_refuses_options_without_effect(

@@ -12,7 +12,7 @@ from safetensors.torch import load_file
 from support.command_line import Run, assert_error
 from support.models import llama
 from support.tolerances import assert_close
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, LlamaForCausalLM, PreTrainedModel
 
 from reparam_peft.cli import export as export_command
 
@@ -76,24 +76,24 @@ def test_export_quantises(run: Run, models: Path, tmp_path: Path) -> None:
 
 
 def test_export_to_onnx(run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    pytest.importorskip("transformers.exporters.runners", reason="ONNX files need transformers 5.23")
+    given: list[PreTrainedModel] = []
+
+    def write(model: PreTrainedModel, folder: Path) -> None:  # what the files hold, tests/standalone/test_onnx_export.py checks
+        given.append(model)
+        for name in ("prefill.onnx", "decode.onnx"):
+            (folder / name).write_bytes(name.encode())
+        (folder / "config.json").write_text(json.dumps({"reparam_layers": {}}))
+
+    monkeypatch.setattr(export_command, "save_onnx", write)
     assert run("compress", models / "llama", tmp_path / "small", "--rank", 4, "--method", "svd", "--no-evaluate").code == 0
     assert run("export", tmp_path / "small", tmp_path / "out").code == 0
-    result = run("export", tmp_path / "small", tmp_path / "out", "--to", "onnx", "--overwrite", "--json")
-    assert result.code == 0, result.err
-    assert json.loads(result.out)["bytes"] == sum(path.stat().st_size for path in (tmp_path / "out").glob("*.onnx*"))
-    assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == {"prefill.onnx", "decode.onnx"}
-    assert not (tmp_path / "out/model.safetensors").exists()
-    # Over such an export, too, which need not be computed again to see that.
-    written = {path.name: path.read_bytes() for path in (tmp_path / "out").iterdir()}
-
-    def write_again(model: object, folder: Path) -> None:
-        for name, content in written.items():
-            (folder / name).write_bytes(content)
-
-    monkeypatch.setattr(export_command, "save_onnx", write_again)
-    assert run("export", tmp_path / "small", tmp_path / "out", "--to", "onnx", "--overwrite").code == 0
-    assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == {"prefill.onnx", "decode.onnx"}
+    for _ in range(2):  # over a standalone checkpoint, and over such an export
+        result = run("export", tmp_path / "small", tmp_path / "out", "--to", "onnx", "--overwrite", "--json")
+        assert result.code == 0, result.err
+        assert json.loads(result.out)["bytes"] == len("prefill.onnxdecode.onnx")
+        assert {path.name for path in (tmp_path / "out").glob("*.onnx")} == {"prefill.onnx", "decode.onnx"}
+        assert not (tmp_path / "out/model.safetensors").exists()
+    assert all(isinstance(model, LlamaForCausalLM) and model.dtype == torch.float32 for model in given)
 
 
 def test_export_replaces_standalone_checkpoints_only(run: Run, models: Path, tmp_path: Path) -> None:

@@ -16,10 +16,9 @@ import torch
 from hypothesis import given
 from peft import PeftConfig, PeftType, get_peft_config
 from safetensors.torch import save_file
-from support.strategies import PROPERTY, configs
+from support.strategies import PRODUCTS, PROPERTY, configs
 
 from reparam_peft import ReparamConfig
-from reparam_peft.numerics.storage import FORMS
 
 
 @pytest.mark.parametrize(
@@ -107,7 +106,7 @@ def test_a_damaged_file_is_refused_as_a_bad_argument_is(tmp_path: Path) -> None:
         ReparamConfig().save_pretrained(tmp_path)
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", PRODUCTS)
 def test_weights_beside_the_config_are_looked_at(form: str, tmp_path: Path) -> None:
     prefix = "base_model.model.layer.q.reparam_factors"
     expansion = {
@@ -153,7 +152,7 @@ def test_the_pivot_form_of_all_rows_has_no_coefficients(tmp_path: Path) -> None:
     assert ReparamConfig.from_pretrained(str(tmp_path)).rank_pattern == {"layer.q": 4}
 
 
-@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("form", PRODUCTS)
 def test_weights_of_what_has_lost_neurons_are_looked_at(form: str, tmp_path: Path) -> None:
     prefix = "base_model.model.up.reparam_factors"
     expansion = {"factors": {"A.weight": (6, 3)}, "pivot": {"A.mask": (1,), "A.K.weight": (3, 3)}}[form]

@@ -9,7 +9,7 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.strategies import PROPERTY, pivot_sets
+from support.strategies import PRODUCTS, PROPERTY, pivot_sets
 from support.tolerances import assert_close
 from torch import Tensor, nn
 
@@ -18,7 +18,7 @@ from reparam_peft.layers.factorized import FactorizedModule
 from reparam_peft.layers.factorized_kinds import FactorizedLinear
 from reparam_peft.numerics.decompositions import Factors, Whole, random_factors
 from reparam_peft.numerics.pivoting import PivotFactors, pivot
-from reparam_peft.numerics.storage import FORMS, Storage
+from reparam_peft.numerics.storage import Storage
 
 
 def linear(in_features: int, out_features: int, rank: int, form: str, bias: bool = False) -> FactorizedModule:
@@ -149,7 +149,7 @@ def narrow_modules(draw: st.DrawFn) -> tuple[FactorizedLinear, Tensor, Tensor | 
     (rows, out_features), (columns, in_features) = draw(pivot_sets()), draw(pivot_sets())
     size, whole = (len(rows), len(columns)), (out_features, in_features)
     assume(size != whole)
-    storage = Storage(*size, draw(st.sampled_from(FORMS)), whole=whole)
+    storage = Storage(*size, draw(st.sampled_from(PRODUCTS)), whole=whole)
     rank = draw(st.integers(1, min(size)))
     module = FactorizedLinear(size[1], size[0], rank, storage.form_at(rank), True, dtype=torch.float64, whole=whole)
     factors = random_factors(torch.randn(size, dtype=torch.float64), rank)

@@ -10,10 +10,10 @@ import pytest
 import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
-from support.strategies import PROPERTY, decimal_keeps, spectrum, storages
+from support.strategies import PRODUCTS, PROPERTY, decimal_keeps, spectrum, storages
 from torch import Tensor
 
-from reparam_peft.numerics.storage import FORMS, Storage
+from reparam_peft.numerics.storage import Storage
 from reparam_peft.planning.allocation import RANK_MULTIPLE, Point, allocate, points
 
 falling = st.sampled_from(["flat", "polynomial", "exponential", "low rank", "zero"])
@@ -132,7 +132,7 @@ def test_any_choice_is_beaten_at_a_cost_where_the_multiplier_is_exact(
 
 
 @PROPERTY
-@given(st.lists(st.tuples(falling, st.floats(-3, 3)), min_size=8, max_size=12), st.sampled_from(FORMS), decimal_keeps())
+@given(st.lists(st.tuples(falling, st.floats(-3, 3)), min_size=8, max_size=12), st.sampled_from(PRODUCTS), decimal_keeps())
 def test_no_uniform_choice_out_of_the_same_points_is_better(
     matrices: list[tuple[str, float]], form: str, keep: Fraction
 ) -> None:

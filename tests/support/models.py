@@ -72,10 +72,10 @@ def convnet() -> ConvNet:
     return ConvNet().eval()
 
 
-def t5() -> T5ForConditionalGeneration:
-    """An encoder-decoder of two layers each."""
+def t5(layers: int = 2) -> T5ForConditionalGeneration:
+    """An encoder-decoder of so many layers each."""
     torch.manual_seed(0)
-    sizes = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "num_layers": 2, "vocab_size": 100}
+    sizes = {"d_model": 32, "d_kv": 8, "num_heads": 4, "d_ff": 48, "num_layers": layers, "vocab_size": 100}
     tokens = {"pad_token_id": 0, "eos_token_id": 1, "decoder_start_token_id": 0}
     return T5ForConditionalGeneration(T5Config(**sizes, **tokens, feed_forward_proj="gated-gelu")).eval()
 

@@ -51,7 +51,8 @@ def test_every_choice_that_a_config_takes_is_data_free_or_refused_above() -> Non
         for value in values:
             model = nn.Sequential(nn.Linear(8, 8))
             if (name, value) not in refused:
-                get_peft_model(model, ReparamConfig(target_modules=["0"], **{name: value}))
+                rank = {"r": 2} if value == "corrected" else {}
+                get_peft_model(model, ReparamConfig(target_modules=["0"], **{name: value}, **rank))
 
 
 def test_factors_are_the_truncated_svd() -> None:

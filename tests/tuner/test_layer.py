@@ -19,6 +19,7 @@ from reparam_peft import ReparamConfig
 from reparam_peft.layers import kinds
 from reparam_peft.layers.product import Product
 from reparam_peft.numerics.decompositions import factorize
+from reparam_peft.numerics.storage import Storage
 from reparam_peft.tuner import layer as layer_module
 from reparam_peft.tuner.layer import ReparamLayer, reparam_layer
 
@@ -93,7 +94,7 @@ def test_a_product_without_the_bias_that_is_asked_for_is_refused() -> None:
     layer = reparam_layer(nn.Linear(5, 4))
     product = Product(factorize(layer.source_matrix(), 2))
     with pytest.raises(ValueError, match="`product` lacks the bias"):
-        layer.update_layer("default", 2, product, bias=True)
+        layer.update_layer("default", 2, product, Storage(4, 5, bias=True))
     assert list(layer.reparam_factors) == []
 
 

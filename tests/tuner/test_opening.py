@@ -78,7 +78,7 @@ def test_what_cannot_be_opened_is_refused(build: Any, asked: Any, match: str) ->
 @pytest.mark.parametrize(
     ("build", "asked", "match"),
     [
-        (lambda: nn.LSTM(8, 8), "weight_hh_l0", "a LSTM keeps it in a list of Python, too"),
+        (lambda: nn.LSTM(8, 8), "weight_hh_l0", "a LSTM keeps it in a Python list, too"),
         (lambda: weight_norm(nn.Linear(8, 8)), "parametrizations.weight.original1", "a parametrisation computes a weight"),
     ],
 )
