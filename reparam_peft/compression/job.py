@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import warnings
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -19,12 +18,10 @@ from ..calibration.gather import gather_statistics
 from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Batches, Moments, Statistics
 from ..config.reparam_config import ReparamConfig
-from ..defaults import CALIBRATED
 from ..layers.kinds import stored_weight
 from ..layers.neuron_groups import NeuronGroup
 from ..layers.product import Product, empty_product, product_of, tensors_of
 from ..numerics.decompositions import check_matrix
-from ..numerics.methods import method_of
 from ..planning.byte_options import Bytes
 from ..planning.neurons import Losses
 from ..planning.plan import Plan, make_plan
@@ -37,6 +34,7 @@ from ..tuner.opening import open_parameters
 from ..tuner.selection import names_targets, select_targets, with_targets
 from ..tuner.targets import Target
 from ..tuner.tying import heads_of
+from .choices import with_defaults
 from .factorizing import Factorizer
 from .mlps import check_alike, find_mlps
 from .neurons import Neurons
@@ -450,25 +448,3 @@ class Job:
         return processes.share_out(
             list(names), what, compute, room, lambda name: stored_weight(self.modules[name]).device, self.options.progress
         )
-
-
-def with_defaults(config: ReparamConfig, plan: Plan | None = None, moves_bias: bool = False) -> ReparamConfig:
-    """A copy with the choices of a plan, or of `compress`, where the config makes none; checked as one."""
-    config = copy.deepcopy(config)
-    if config.stored_parameters is not None:
-        raise ValueError("`config` is that of a compressed model (its sizes are filled in); make a new one.")
-    choices: dict[str, Any] = {**CALIBRATED, **({"allocation": "uniform"} if config.r is not None else {})}
-    if plan is not None:
-        choices = {"method": plan.method, "allocation": plan.allocation, "form": plan.form}
-        choices |= {"budget": "bytes"} if plan.budget == "bytes" else {"r": plan.correction_rank}
-        if config.keep == ReparamConfig.keep:
-            config.keep = plan.keep
-        if config.ceiling is None and config.r is None and config.allocation in (None, plan.allocation):
-            config.ceiling = plan.ceiling
-    for name, value in choices.items():
-        setattr(config, name, getattr(config, name) or value)
-    config.__post_init__()
-    config.moved_bias = moves_bias or method_of(config.method).needs_data
-    if config.chooses_bits:
-        config.neurons = False
-    return config

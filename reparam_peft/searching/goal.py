@@ -10,7 +10,7 @@ from typing import Any, TypeAlias, cast
 from torch import nn
 
 from ..arguments import check_count
-from ..compression.job import with_defaults
+from ..compression.choices import with_defaults
 from ..config.few_bits import check_one_shot
 from ..config.reparam_config import ReparamConfig
 from ..defaults import CALIBRATED

@@ -6,7 +6,7 @@ from support.models import llama
 from torch import nn
 
 from reparam_peft import ReparamConfig
-from reparam_peft.compression.job import with_defaults
+from reparam_peft.compression.choices import with_defaults
 from reparam_peft.compression.mlps import check_alike, find_mlps, may_lose_neurons
 from reparam_peft.tuner.selection import select_targets
 
