@@ -149,6 +149,11 @@ class Job:
             targets = {name: target for name, target in targets.items() if name not in plan.unreached}
         for name, target in targets.items():
             with naming(name):
+                if target.keeps_codes:
+                    raise ValueError(
+                        "`form='corrected'` keeps a weight that arrives quantised as it is, so that there is nothing to fit a "
+                        "correction to; use `get_peft_model`, which adds factors to be trained, or `budget='bytes'`."
+                    )
                 check_matrix(source_matrix(target.module))
         max_memory = options.max_memory
         storages = {name: target.storage for name, target in targets.items()}

@@ -19,7 +19,7 @@ Factorize: TypeAlias = Callable[[Tensor, int], Factors]
 
 
 def nearest_product(
-    matrix: Tensor, rank: int, form: str, widths: Widths = ALL_AS_THE_MODEL, function: Factorize = factorize
+    matrix: Tensor, rank: int, form: str, widths: Widths = ALL_AS_THE_MODEL, function: Factorize | None = None
 ) -> Product:
     """The product of a matrix in a form, without a bias.
 
@@ -35,17 +35,18 @@ def nearest_product(
     """
     # Factors that are rounded before they are converted would be rounded again after it.
     wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    made = function or factorize
     stored: Stored
     if form == "dense":
         stored = Whole(matrix.detach().clone(memory_format=torch.contiguous_format))
     elif form == "corrected":
         Q = nearest(wide, widths["Q"])[0] if "Q" in widths else wide
-        A, B = function(wide - Q.to(wide), rank)
+        A, B = made(wide - Q.to(wide), rank)
         stored = Corrected(matrix.detach(), A.to(matrix.dtype), B.to(matrix.dtype))
     elif form == "pivot":
-        stored = pivot(function(wide, rank), dtype=matrix.dtype)
+        stored = pivot(made(wide, rank), dtype=matrix.dtype)
     else:
-        stored = function(matrix, rank)
+        stored = made(matrix, rank)
     rounded = {name: nearest(getattr(stored, name), bits) for name, bits in widths.items()}
     numbers = {name: number.to(matrix.dtype) for name, (number, _) in rounded.items()}
     return Product(stored._replace(**numbers), scales={name: scales for name, (_, scales) in rounded.items()})

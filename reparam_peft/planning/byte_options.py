@@ -101,7 +101,7 @@ def byte_options(
         most = replace(storage, form="dense", bits=width).bytes(whole, itemsize) if rank is None else math.inf
         for form in forms:
             if form != "corrected":
-                few = form == "pivot" and width != AS_THE_MODEL and rank is None
+                few = form == "pivot" and width != AS_THE_MODEL and rank is None and "factors" in forms
                 for each in ranks:
                     if not few or each * LEAST_PIVOT_RANK >= full:
                         add(each, form, width, most=most)

@@ -65,7 +65,7 @@ def _bits(config: ReparamConfig, name: str, form: str, layer: nn.Module) -> int:
         return config.bit_pattern[name]
     if form != "corrected":
         return AS_THE_MODEL
-    if is_quantized(layer):
+    if is_quantized(layer) and config.budget != "bytes":
         return OF_THE_BASE
     if config.is_resolved:
         raise ValueError(

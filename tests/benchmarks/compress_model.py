@@ -94,7 +94,7 @@ def main() -> None:
             counter = mock.Mock(side_effect=factorize)
             with (
                 mock.patch.object(reparam_peft.numerics.decompositions, "factorize", counter),
-                mock.patch.object(reparam_peft.tuner.arrivals, "factorize", counter),
+                mock.patch.object(reparam_peft.layers.nearest, "factorize", counter),
             ):
                 loaded = load()
                 difference = "–"

@@ -3,9 +3,9 @@
     python tests/benchmarks/front.py MODEL STATISTICS TEST … [--keep 0.5 0.4 …] [--windows 8] [--layers 10 26] [--plot FILE]
 
 STATISTICS is a file that `reparam compress --statistics` or `Statistics.save` wrote, of all linear layers. Sizes are bytes of
-the targets over what they take in bfloat16, whichever dtype the model is loaded in. Each line is a method at a size: the bytes of
-the targets over bfloat16, the predicted loss in nats per token, and, unless `--layers` names some, the bytes of the standalone
-file, and the perplexity on the first windows of each TEST with its excess over the dense model in nats per token.
+the targets over what they take in bfloat16, whichever dtype the model is loaded in. Each line is a method at a size: the
+bytes of the targets over bfloat16, the predicted loss in nats per token, and, unless `--layers` names some, the bytes of the
+standalone file, and the perplexity on the first windows of each TEST with its excess over the dense model in nats per token.
 
 With `--layers` only matrices of these layers are taken, and only losses predicted: that is quick. `--plot` draws excess loss on
 the first TEST, or predicted loss, over bytes.
@@ -120,9 +120,7 @@ def replace_config(config: ReparamConfig, **changes: Any) -> ReparamConfig:
 def measure(path: str, row: Row, statistics: Statistics, tests: dict[str, Any]) -> tuple[int, dict[str, float]]:
     """Bytes of the standalone file, and perplexities."""
     plan = row.plan
-    config = ReparamConfig(
-        target_modules=[module.name for module in plan.modules], form="pivot" if plan.form == "pivot" else None
-    )
+    config = ReparamConfig(target_modules=[module.name for module in plan.modules])
     small = compress(AutoModelForCausalLM.from_pretrained(path), config, statistics, plan=plan, progress=False)
     standalone = small.to_standalone().eval()
     with TemporaryDirectory() as folder:

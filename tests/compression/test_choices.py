@@ -6,7 +6,7 @@ import pytest
 from support.compressing import TEXT, planned
 from support.models import llama
 
-from reparam_peft import ReparamConfig
+from reparam_peft import Plan, ReparamConfig
 from reparam_peft.compression.choices import with_defaults
 
 
@@ -29,3 +29,12 @@ def test_with_a_plan_they_are_those_of_the_plan(budget: str | None) -> None:
 def test_a_config_that_is_filled_in_is_refused() -> None:
     with pytest.raises(ValueError, match="is that of a compressed model"):
         with_defaults(ReparamConfig(target_modules="all-linear", stored_parameters=3))
+
+
+def test_a_plan_says_what_its_budget_is_of_and_the_rank_of_corrections() -> None:
+    made = with_defaults(ReparamConfig(), Plan((), 0.2, "whitened", "loss", "pivot", budget="bytes"))
+    assert (made.budget, made.keep, made.form, made.neurons) == ("bytes", 0.2, "pivot", False)
+    corrected = with_defaults(ReparamConfig(), Plan((), 0.8, "whitened", "uniform", "corrected"))
+    assert (corrected.budget, corrected.form, corrected.r) == (None, "corrected", 1)
+    plain = with_defaults(ReparamConfig())
+    assert (plain.budget, plain.neurons) == (None, None)

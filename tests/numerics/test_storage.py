@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from support.strategies import PROPERTY, decimal_keeps, keeps, narrow_storages, sizes, storages
 
 from reparam_peft.layers.schemes import SCHEMES
-from reparam_peft.numerics.storage import FORMS, Storage, matrix_bytes, scale_shape, uniform_rank
+from reparam_peft.numerics.storage import Storage, matrix_bytes, scale_shape, uniform_rank
 
 
 @PROPERTY
@@ -95,7 +95,7 @@ def test_the_pivot_form_never_takes_more_than_the_factors_but_for_its_mask(
     out_features: int, in_features: int, bias: bool, data: st.DataObject
 ) -> None:
     rank = data.draw(st.integers(1, min(out_features, in_features)))
-    factors, pivot = (Storage(out_features, in_features, form, bias) for form in FORMS)
+    factors, pivot = (Storage(out_features, in_features, form, bias) for form in ("factors", "pivot"))
     assert pivot.parameters(rank) == factors.parameters(rank) - rank**2 + pivot.mask(rank)
     without = Storage(out_features, in_features, "pivot").parameters(rank) - pivot.mask(rank)
     assert without <= pivot.dense, "as many numbers as a matrix of this rank has degrees of freedom"

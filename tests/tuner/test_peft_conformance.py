@@ -6,6 +6,7 @@ PEFT's own suite runs against the package too: tests/run_peft_suite.py.
 from __future__ import annotations
 
 import copy
+import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -26,10 +27,10 @@ from torch import nn
 from transformers import LlamaForCausalLM, PreTrainedModel, Trainer, TrainingArguments
 
 from reparam_peft import ReparamConfig, Statistics, calibrate, compress
+from reparam_peft.layers import nearest
 from reparam_peft.layers.kinds import layer_kind
 from reparam_peft.numerics import decompositions as decompositions
 from reparam_peft.numerics.decompositions import Factors
-from reparam_peft.tuner import arrivals
 from reparam_peft.tuner.data_free import installing
 from reparam_peft.tuner.layer import ReparamLayer
 
@@ -77,6 +78,23 @@ class NarrowWay(Way):
         return f"{self.kind}, {self.form}, fewer neurons"
 
 
+@dataclass
+class CodedWay(Way):
+    """All linear layers of a Llama, in each form that there is, with numbers in 8 and 4 bits and in the dtype of the model."""
+
+    def config(self, **options: Any) -> ReparamConfig:
+        shapes = {name: m.weight.shape for name, m in self.model().named_modules() if type(m) is nn.Linear and "layers" in name}
+        forms = dict(zip(shapes, itertools.cycle(["factors", "pivot", "dense", "corrected"]), strict=False))
+        bits = dict(zip(shapes, itertools.cycle([8, 4, 4, 4, 4, 8, 8, 8]), strict=False))
+        del bits[next(name for name in reversed(forms) if forms[name] == "factors")]
+        ranks = {name: min(shape) if forms[name] == "dense" else min(17, *shape) for name, shape in shapes.items()}
+        patterns = {"rank_pattern": ranks, "form_pattern": forms, "bit_pattern": bits}
+        return ReparamConfig(target_modules="all-linear", **patterns, **options)
+
+    def __str__(self) -> str:
+        return "Linear, each form, in few bits"
+
+
 def way(case: Way, form: str, calibrated: bool = False) -> Way:
     return Way(case.kind, case.build, case.target_modules, case.inputs, form, calibrated)
 
@@ -93,6 +111,7 @@ EXPERTS = [
 ]
 WITH_NEURONS = [*(way(case, form) for case in CASES for form in ("factors", "pivot")), *CALIBRATED, *EXPERTS]
 WAYS = [*WITH_NEURONS, *NARROW]
+CODED = CodedWay("Linear", llama, "all-linear", token_inputs)
 
 
 def linear_ways(*builds: Callable[[], nn.Module]) -> list[Way]:
@@ -127,6 +146,12 @@ def case(request: pytest.FixtureRequest) -> Way:
     return request.param
 
 
+@pytest.fixture(params=[*WAYS, CODED], ids=str)
+def stored_case(request: pytest.FixtureRequest) -> Way:
+    """And with numbers in few bits."""
+    return request.param
+
+
 @pytest.fixture(params=WITH_NEURONS, ids=str)
 def whole_case(request: pytest.FixtureRequest) -> Way:
     """Those in which all neurons are left."""
@@ -143,7 +168,7 @@ def decompositions_run(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]
         shapes.append(tuple(weight.shape))
         return factorize(weight, *args)
 
-    for module in (arrivals, decompositions):
+    for module in (nearest, decompositions):
         monkeypatch.setattr(module, "factorize", counted)
     for name in ("svd", "eigh", "eigvalsh", "qr", "svdvals", "cholesky_ex", "lu_factor"):
         original = getattr(torch.linalg, name)
@@ -209,15 +234,15 @@ def test_init_weights_false_is_not_the_identity(whole_case: Way) -> None:
 
 @pytest.mark.parametrize("keep_base", [False, True])
 def test_checkpoint_loads_without_decomposition(
-    case: Way, keep_base: bool, tmp_path: Path, decompositions_run: list[tuple[int, ...]]
+    stored_case: Way, keep_base: bool, tmp_path: Path, decompositions_run: list[tuple[int, ...]]
 ) -> None:
-    saved = compressed(case, keep_base=keep_base)
+    saved = compressed(stored_case, keep_base=keep_base)
     saved.save_pretrained(tmp_path)
-    expected = case.output(saved)
+    expected = stored_case.output(saved)
     decompositions_run.clear()
     for route, options in ROUTES.items():
-        loaded = PeftModel.from_pretrained(case.model(), tmp_path, **options).eval()
-        assert torch.equal(case.output(loaded), expected)
+        loaded = PeftModel.from_pretrained(stored_case.model(), tmp_path, **options).eval()
+        assert torch.equal(stored_case.output(loaded), expected)
         assert decompositions_run == []
         assert all_dropped(loaded) != keep_base
         trainable = {name for name, parameter in loaded.named_parameters() if parameter.requires_grad}
@@ -250,7 +275,7 @@ def test_checkpoint_holds_the_factors_and_nothing_else(case: Way, tmp_path: Path
     )
 
 
-@pytest.mark.parametrize("case", [c for c in WAYS if c.kind != "Conv2d"], ids=str)
+@pytest.mark.parametrize("case", [c for c in [*WAYS, CODED] if c.kind != "Conv2d"], ids=str)
 def test_loads_onto_a_base_on_meta(case: Way, tmp_path: Path, decompositions_run: list[tuple[int, ...]]) -> None:
     saved = compressed(case)
     saved.save_pretrained(tmp_path)
@@ -285,6 +310,7 @@ def test_base_on_meta_runs_once_the_rest_is_loaded(form: tuple[str, bool], tmp_p
     [
         *linear_ways(llama, gpt2, bert),
         *NARROW,
+        CODED,
         *(Way("Embedding", llama, ["embed_tokens", "lm_head"], token_inputs, *f) for f in FORMS),
     ],
     ids=str,
@@ -329,30 +355,30 @@ def test_direct_injection_round_trip(case: Way) -> None:
 
 @pytest.mark.parametrize("keep_base", [False, True])
 @pytest.mark.parametrize("safe_merge", [False, True])
-def test_merge_and_unload_gives_an_ordinary_model(case: Way, keep_base: bool, safe_merge: bool, tmp_path: Path) -> None:
-    small = compressed(case, keep_base=keep_base)
-    expected = case.output(small)
+def test_merge_and_unload_gives_an_ordinary_model(stored_case: Way, keep_base: bool, safe_merge: bool, tmp_path: Path) -> None:
+    small = compressed(stored_case, keep_base=keep_base)
+    expected = stored_case.output(small)
     merged = small.merge_and_unload(safe_merge=safe_merge)
-    assert_close(case.output(merged), expected)
-    original = case.model()
+    assert_close(stored_case.output(merged), expected)
+    original = stored_case.model()
     assert [type(m) for m in merged.modules()] == [type(m) for m in original.modules()]
     assert {k: v.shape for k, v in merged.state_dict().items()} == {k: v.shape for k, v in original.state_dict().items()}
     if isinstance(merged, PreTrainedModel):
         merged.save_pretrained(tmp_path)
-        assert torch.equal(case.output(type(merged).from_pretrained(tmp_path)), case.output(merged))
+        assert torch.equal(stored_case.output(type(merged).from_pretrained(tmp_path)), stored_case.output(merged))
 
 
 @pytest.mark.parametrize("keep_base", [False, True])
-def test_merge_and_unmerge_restore_every_bit(case: Way, keep_base: bool) -> None:
-    small = compressed(case, keep_base=keep_base)
-    expected, state = case.output(small), {k: v.clone() for k, v in small.state_dict().items()}
+def test_merge_and_unmerge_restore_every_bit(stored_case: Way, keep_base: bool) -> None:
+    small = compressed(stored_case, keep_base=keep_base)
+    expected, state = stored_case.output(small), {k: v.clone() for k, v in small.state_dict().items()}
     small.merge_adapter()
     assert all(one.merged for one in layers(small))
-    assert_close(case.output(small), expected)
+    assert_close(stored_case.output(small), expected)
     with pytest.warns(UserWarning, match="All adapters are already merged"):
         small.merge_adapter()
     small.unmerge_adapter()
-    assert torch.equal(case.output(small), expected)
+    assert torch.equal(stored_case.output(small), expected)
     assert state.keys() == small.state_dict().keys()
     assert all(torch.equal(value, state[key]) for key, value in small.state_dict().items())
 
@@ -582,7 +608,7 @@ def test_training_updates_the_factors_only(case: Way) -> None:
         assert (value.grad is not None) == ("reparam_factors" in name), name
 
 
-@pytest.mark.parametrize("case", [*linear_ways(llama, gpt2, bert), *NARROW], ids=str)
+@pytest.mark.parametrize("case", [*linear_ways(llama, gpt2, bert), *NARROW, CODED], ids=str)
 def test_gradient_checkpointing_gives_the_same_gradients(case: Way) -> None:
     small = case.compressed()
 
@@ -601,7 +627,7 @@ def test_gradient_checkpointing_gives_the_same_gradients(case: Way) -> None:
         assert_close(got, expected)
 
 
-@pytest.mark.parametrize("case", [*linear_ways(llama, gpt2), *NARROW], ids=str)
+@pytest.mark.parametrize("case", [*linear_ways(llama, gpt2), *NARROW, CODED], ids=str)
 def test_generate_is_that_of_the_merged_model(case: Way) -> None:
     small = case.compressed()
     options = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
@@ -615,7 +641,7 @@ def test_generate_is_that_of_the_merged_model(case: Way) -> None:
 COMPILED = ["Linear, factors", "Linear with bias, pivot", "Embedding, factors", "Conv1D, pivot, compress", "Conv2d, pivot"]
 
 
-@pytest.mark.parametrize("case", [c for c in WAYS if str(c) in [*COMPILED, str(NARROW[0])]], ids=str)
+@pytest.mark.parametrize("case", [*(c for c in WAYS if str(c) in [*COMPILED, str(NARROW[0])]), CODED], ids=str)
 def test_compile(case: Way) -> None:
     small = compressed(case)
     expected = case.output(small)
@@ -623,17 +649,17 @@ def test_compile(case: Way) -> None:
     assert_close(case.output(torch.compile(small, backend="aot_eager")), expected)
 
 
-def test_deepcopy_and_state_dict_round_trip(case: Way) -> None:
-    small = compressed(case)
+def test_deepcopy_and_state_dict_round_trip(stored_case: Way) -> None:
+    small = compressed(stored_case)
     twin = copy.deepcopy(small)
-    assert torch.equal(case.output(twin), case.output(small))
+    assert torch.equal(stored_case.output(twin), stored_case.output(small))
     with torch.no_grad():
         for parameter in twin.parameters():
             parameter.zero_()
     result = twin.load_state_dict(small.state_dict())
     assert not result.missing_keys
     assert not result.unexpected_keys
-    assert torch.equal(case.output(twin), case.output(small))
+    assert torch.equal(stored_case.output(twin), stored_case.output(small))
 
 
 @pytest.mark.parametrize(("dtype", "low_cpu_mem_usage"), [(torch.bfloat16, False), (torch.float16, True)])
@@ -660,11 +686,11 @@ def test_half_precision_is_stored_and_loaded_in_half_precision(
     assert {p.dtype for p in loaded.merge_and_unload().parameters()} == {dtype}
 
 
-def test_autocast(case: Way) -> None:
-    small = compressed(case)
+def test_autocast(stored_case: Way) -> None:
+    small = compressed(stored_case)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        got = case.output(small)
-    assert_close(got.float(), case.output(small), torch.bfloat16)
+        got = stored_case.output(small)
+    assert_close(got.float(), stored_case.output(small), torch.bfloat16)
 
 
 def text_data(labels: bool) -> list[dict[str, torch.Tensor]]:
