@@ -429,11 +429,8 @@ class Job:
         config = with_targets(self.config, self.targets)
         config.rank_pattern, config.dense_modules = plan.ranks, plan.dense_modules
         config.form_pattern, config.bit_pattern, config.correction_bits = plan.forms, plan.bits, plan.correction_bits
-        config.calibration_tokens, config.gradient_tokens, config.seed = (
-            self.calibration_tokens,
-            self.gradient_tokens,
-            self.seed,
-        )
+        config.calibration_tokens, config.gradient_tokens = self.calibration_tokens, self.gradient_tokens
+        config.seed = self.seed
         config.predicted_loss = plan.predicted_loss
         config.sizes = {m.name: list(m.size) for m in plan.modules if m.size is not None} or None
         config.smaller_keeps = config.smaller_ranks = None
