@@ -31,6 +31,9 @@ class CodedLinear(nn.Module):
         device: of the buffers. Scales are NaN until they are filled in: what never arrives must not look like weights.
         dtype: of the model around it.
 
+    Raises:
+        ImportError: the library that computes with such numbers is not installed.
+
     Attributes:
         weight: the codes, as `Scheme.empty` has them.
         placeholder: of one element, in the dtype of the model around it; in no checkpoint.
@@ -46,6 +49,7 @@ class CodedLinear(nn.Module):
         super().__init__()
         self.in_features, self.out_features, self.bits = in_features, out_features, bits
         self.scheme = SCHEME_OF[bits]
+        self.scheme.imported()
         for name, empty in self.scheme.empty(out_features, in_features).items():
             unfilled = torch.nan if name == self.scheme.scale else 0
             self.register_buffer(name, torch.full(empty.shape, unfilled, dtype=empty.dtype, device=device))
@@ -73,7 +77,7 @@ class CodedLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         if torch.compiler.is_compiling():
-            return self.scheme.multiply(self.tensors, self.shape, x.dtype)(x)
+            return self.scheme.traced(x, self.tensors, self.shape)
         codes, scales, made = self._buffers[CODES], self._buffers[self.scheme.scale], self._multiply
         if made is None or made[0] is not codes or made[1] is not scales or made[2] != x.dtype:
             self._check_filled()

@@ -81,6 +81,10 @@ class Scheme(ABC):
         """x (…, in) of a dtype → x Wᵀ (…, out), by the library's own kernels, with gradients to x."""
 
     @abstractmethod
+    def traced(self, x: Tensor, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+        """x Wᵀ in operators that PyTorch's compiler can follow; the library was imported before."""
+
+    @abstractmethod
     def linear(self, plain: nn.Linear, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Linear:
         """A layer that computes with the tensors, in place of a plain one; dtype is that of the rest of the model."""
 
@@ -129,6 +133,9 @@ class Int8(Scheme):
     def multiply(self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Multiply:
         matrix = self.matrix(tensors, dtype)
         return lambda x: F.linear(x, matrix)
+
+    def traced(self, x: Tensor, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+        return F.linear(x, tensors["weight"].to(x.dtype)) * tensors["weight_scale"][:, 0].to(x.dtype)
 
     def matrix(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
         """A tensor that computes with the numbers, and in which rows can be looked up."""
@@ -191,6 +198,10 @@ class Int4(Scheme):
     def multiply(self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Multiply:
         product, codes, state = self.imported().matmul_4bit, tensors["weight"], self._state(tensors, shape, dtype)
         return lambda x: product(x, codes, quant_state=state)
+
+    def traced(self, x: Tensor, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+        numbers, dequantize = (tensors["weight"], tensors["weight_absmax"]), torch.ops.bitsandbytes.dequantize_4bit
+        return F.linear(x, dequantize(*numbers, NF4_BLOCK, "nf4", list(shape), x.dtype))
 
     def _levels(self, device: torch.device) -> Tensor:
         levels: Tensor = self.imported().functional.get_4bit_type("nf4", device=device)

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from support.models import llama
 from support.tolerances import relative_error
 from torch import nn
@@ -147,3 +148,43 @@ def test_what_changes_dense_weights_is_refused(ways: dict[str, bool], folder: Pa
 def test_a_quantised_weight_is_not_kept(folder: Path) -> None:
     with pytest.raises(ValueError, match="`keep_base=True` cannot be honoured"):
         get_peft_model(nf4(folder, torch.float32), ReparamConfig(target_modules=TARGETS, keep_base=True))
+
+
+@pytest.mark.parametrize("load", [nf4, torchao])
+def test_corrected_bases_keep_their_codes_and_adapters_hold_factors_alone(load: Load, folder: Path, tmp_path: Path) -> None:
+    base = load(folder, torch.float32)
+    before = logits(base)
+    config = ReparamConfig(target_modules=TARGETS, form="corrected", r=4)
+    small = get_peft_model(base, config).eval()
+    assert torch.equal(logits(small), before), "there is nothing to correct yet"
+    with torch.no_grad():
+        for parameter in small.parameters():
+            if parameter.requires_grad:
+                parameter += 0.02
+    expected = logits(small)
+    with small.disable_adapter():
+        assert torch.equal(logits(small), before)
+    small.save_pretrained(tmp_path)
+    stored = load_file(tmp_path / "adapter_model.safetensors")
+    assert {name.rpartition("reparam_factors.")[2] for name in stored} == {"A.weight", "B.weight"}
+    for options in ({}, {"low_cpu_mem_usage": True}):
+        assert torch.equal(logits(PeftModel.from_pretrained(load(folder, torch.float32), tmp_path, **options)), expected)
+    with pytest.raises(ValueError, match="corrects the weight of a base model that arrives quantised, and here it does not"):
+        PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path)
+    small.merge_adapter(safe_merge=True)
+    assert relative_error(logits(small), expected) < 1e-5
+    small.unmerge_adapter()
+    assert torch.equal(logits(small), expected)
+    targets = small.size_report().to_dict()["targets"]
+    assert 0.2 < targets["stored_bytes"] / targets["dense_bytes"] < 0.45, "what is corrected is needed, too"
+    with pytest.raises(ValueError, match="which a standalone model does not have"):
+        small.to_standalone()
+    unloaded = small.unload()
+    assert torch.equal(logits(unloaded), before)
+    assert is_quantized(unloaded.model.layers[0].mlp.up_proj)
+
+
+def test_there_is_nothing_to_fit_a_correction_of_a_quantised_base_to(folder: Path) -> None:
+    config = ReparamConfig(target_modules=TARGETS, form="corrected", r=4)
+    with pytest.raises(ValueError, match="there is nothing to fit a correction to; use `get_peft_model`"):
+        compress(nf4(folder, torch.float32), config, [{"input_ids": IDS}], progress=False)

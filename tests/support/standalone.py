@@ -10,6 +10,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from reparam_peft import ReparamConfig
+from support.few_bits import FEW_BITS, config_in_few_bits
 from support.models import llama
 from support.narrow import narrowed
 
@@ -26,6 +27,8 @@ getattr(transformers, sys.argv[1]).from_pretrained(sys.argv[2])
 def small(form: str = "factors", model: PreTrainedModel | None = None, **options: object) -> PeftModel:
     if form == NARROW:
         return narrowed(llama() if model is None else model, **options)
+    if form == FEW_BITS:
+        return get_peft_model(made := llama() if model is None else model, config_in_few_bits(made, **options)).eval()
     config = ReparamConfig(**{"target_modules": "all-linear", "keep": 0.6, "form": form, **options})
     return get_peft_model(llama() if model is None else model, config).eval()
 

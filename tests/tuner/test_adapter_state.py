@@ -11,9 +11,10 @@ from typing import Any
 
 import pytest
 import torch
-from peft import PeftModel, get_peft_model_state_dict, set_peft_model_state_dict
+from peft import PeftModel, get_peft_model, get_peft_model_state_dict, set_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from support.adapters import compress
+from support.few_bits import config_in_few_bits
 from support.model_state import assert_untouched
 from support.models import llama, token_inputs
 from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import apply_activation_checkpointing
@@ -330,3 +331,63 @@ def test_a_model_that_checkpoints_activations_is_saved(tmp_path: Path) -> None:
     apply_activation_checkpointing(small, check_fn=lambda module: isinstance(module, LlamaDecoderLayer))
     small.save_pretrained(tmp_path)
     assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path)(**token_inputs()).logits, expected)
+
+
+@pytest.fixture(scope="module")
+def in_few_bits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("few_bits")
+    get_peft_model(made := llama(), config_in_few_bits(made)).save_pretrained(folder)
+    return folder
+
+
+DENSE, CORRECTED = (f"base_model.model.model.layers.0.self_attn.{name}_proj.reparam_factors" for name in "vo")  # in 4 bits
+IN_EIGHT = "base_model.model.model.layers.0.self_attn.q_proj.reparam_factors"
+
+
+@pytest.mark.parametrize(
+    ("edit", "match"),
+    [
+        (lambda t: t.pop(f"{CORRECTED}.Q.weight"), r"has no factor Q of model.layers.0.self_attn.o_proj \(Q.weight\)"),
+        (lambda t: t.pop(f"{DENSE}.B.weight_absmax"), "v_proj.*weight_absmax: the checkpoint has no such tensor"),
+        (lambda t: t[f"{DENSE}.B.weight_absmax"][0].fill_(torch.nan), "weight_absmax: the checkpoint contains NaN"),
+        (lambda t: t[f"{DENSE}.B.weight_absmax"][0].fill_(-1), "v_proj.*B: `weight_absmax` holds scales that are negative"),
+        (lambda t: t[f"{IN_EIGHT}.B.weight"][0, 0].fill_(-128), "q_proj.*B: `weight` holds numbers below -127"),
+        (lambda t: t.update({f"{DENSE}.B.weight": t[f"{DENSE}.B.weight"].char()}), "v_proj.*: the checkpoint has shape .*int8"),
+        (lambda t: t.update({f"{DENSE}.B.weight": t[f"{CORRECTED}.Q.weight"].clone()}), "v_proj.*: the checkpoint has shape"),
+        (
+            lambda t: t.update({f"{DENSE}.B.weight": t[f"{DENSE}.B.weight_absmax"].clone()}),
+            "v_proj.*: the checkpoint has shape",
+        ),
+    ],
+)
+def test_damaged_numbers_in_few_bits_are_refused(
+    edit: Callable[[dict[str, torch.Tensor]], Any], match: str, in_few_bits: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(in_few_bits, tmp_path / "bad")
+    edit_tensors(edit)(tmp_path / "bad")
+    base = llama()
+    with pytest.raises(ValueError, match=match):
+        PeftModel.from_pretrained(base, tmp_path / "bad")
+    assert not hasattr(base, "peft_config")
+
+
+def test_an_adapter_in_few_bits_has_the_size_that_is_told_and_its_scales_stay_whole(tmp_path: Path) -> None:
+    made = llama().to(torch.bfloat16)
+    small = get_peft_model(made, config_in_few_bits(made))
+    small.save_pretrained(tmp_path)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    assert sum(t.numel() * t.element_size() for t in tensors.values()) == small.peft_config["default"].stored_bytes
+    scales = [tensor.dtype for name, tensor in tensors.items() if name.endswith(("_absmax", "_scale"))]
+    assert {*scales} == {torch.float32}
+    assert {t.dtype for n, t in tensors.items() if n.endswith("weight")} == {torch.int8, torch.uint8, torch.bfloat16}
+    resumed = PeftModel.from_pretrained(llama().to(torch.bfloat16), tmp_path, is_trainable=True)
+    assert torch.equal(resumed.eval()(**token_inputs()).logits, small.eval()(**token_inputs()).logits)
+
+
+def test_numbers_in_few_bits_that_were_never_loaded_do_not_look_like_weights(in_few_bits: Path, tmp_path: Path) -> None:
+    shutil.copytree(in_few_bits, tmp_path / "bad")
+    edit_tensors(lambda t: t.pop(f"{DENSE}.B.weight_absmax"))(tmp_path / "bad")
+    base = llama()
+    base.load_adapter(str(tmp_path / "bad"))
+    with pytest.raises(RuntimeError, match="were never loaded"):
+        base(**token_inputs())

@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from support.few_bits import FEW_BITS
 from support.models import bert, byte_tokenizer, gpt2, llama, t5, token_inputs, vit
 from support.processes import run_stock
 from support.standalone import IDS, NARROW, STOCK, logits, saved, small
@@ -32,7 +33,7 @@ from reparam_peft.layers.factorized import FactorizedModule
 from reparam_peft.standalone.checkpoint import CheckpointLoader
 
 
-@pytest.mark.parametrize("form", ["factors", "pivot", NARROW])
+@pytest.mark.parametrize("form", ["factors", "pivot", NARROW, FEW_BITS])
 def test_the_same_class_and_the_same_numbers(form: str, tmp_path: Path) -> None:
     model = small(form)
     expected = logits(model)
@@ -262,3 +263,13 @@ def test_stock_transformers_fails_rather_than_to_make_up_weights(case: str, auto
     done = run_stock(STOCK, auto, tmp_path)
     assert done.returncode != 0
     assert "ignore_mismatched_sizes" in done.output.splitlines()[-1]
+
+
+@pytest.mark.parametrize("scheme", ["int8", "int4"])
+def test_what_is_beside_numbers_in_few_bits_is_quantised_too(scheme: str, tmp_path: Path) -> None:
+    model = small(FEW_BITS)
+    plain = model.to_standalone(quantize=scheme)
+    expected = logits(plain)
+    assert (expected - logits(model)).abs().max() < 0.05
+    plain.save_pretrained(tmp_path)
+    assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), expected)

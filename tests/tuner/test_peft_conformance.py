@@ -6,7 +6,6 @@ PEFT's own suite runs against the package too: tests/run_peft_suite.py.
 from __future__ import annotations
 
 import copy
-import itertools
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -20,6 +19,7 @@ import torch
 import transformers
 from peft import AutoPeftModel, AutoPeftModelForCausalLM, PeftModel, get_peft_model, inject_adapter_in_model
 from safetensors.torch import load_file, save_file
+from support.few_bits import FEW_BITS, config_in_few_bits
 from support.models import CASES, Case, bert, gpt2, gpt_oss, image_inputs, llama, qwen_moe, t5, token_inputs
 from support.narrow import GROUPS, kept_neurons, narrow_config, narrow_products, narrowed
 from support.tolerances import assert_close, assert_equal
@@ -83,16 +83,10 @@ class CodedWay(Way):
     """All linear layers of a Llama, in each form that there is, with numbers in 8 and 4 bits and in the dtype of the model."""
 
     def config(self, **options: Any) -> ReparamConfig:
-        shapes = {name: m.weight.shape for name, m in self.model().named_modules() if type(m) is nn.Linear and "layers" in name}
-        forms = dict(zip(shapes, itertools.cycle(["factors", "pivot", "dense", "corrected"]), strict=False))
-        bits = dict(zip(shapes, itertools.cycle([8, 4, 4, 4, 4, 8, 8, 8]), strict=False))
-        del bits[next(name for name in reversed(forms) if forms[name] == "factors")]
-        ranks = {name: min(shape) if forms[name] == "dense" else min(17, *shape) for name, shape in shapes.items()}
-        patterns = {"rank_pattern": ranks, "form_pattern": forms, "bit_pattern": bits}
-        return ReparamConfig(target_modules="all-linear", **patterns, **options)
+        return config_in_few_bits(self.model(), **options)
 
     def __str__(self) -> str:
-        return "Linear, each form, in few bits"
+        return f"{self.kind}, {FEW_BITS}"
 
 
 def way(case: Way, form: str, calibrated: bool = False) -> Way:
