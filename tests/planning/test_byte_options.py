@@ -96,7 +96,8 @@ def test_what_no_gradient_reaches_stays_as_it_is_in_the_widest_numbers_that_fit(
     assert chooser.bytes is not None
     nothing = Losses({}, options={name: torch.zeros(len(o)) for name, o in chooser.bytes.options.items()})
     (a, *_), (b, *_) = (chooser.bytes.curve(name, nothing.options[name], 0.6) for name in "ab")
-    assert is_dense(a) and a == b
+    assert is_dense(a)
+    assert a == b
     assert a.storage is not None
     assert a.storage.bits == 8
 
