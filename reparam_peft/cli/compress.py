@@ -130,7 +130,7 @@ def _settings(options: CompressOptions) -> Settings:
         storage = replace(
             chosen.storage, allocation=plan.allocation, form=chosen.storage.form or plan.form, ceiling=plan.ceiling
         )
-        budget = replace(chosen.budget, budget=chosen.budget.budget or plan.budget)
+        budget = replace(chosen.budget, budget=plan.budget)
         rank = None if plan.correction_rank is None else str(plan.correction_rank)
         keep = plan.keep if rank is None else None
         chosen = replace(chosen, keep=keep, rank=rank, budget=budget, method=chosen.method or plan.method, storage=storage)
@@ -178,8 +178,10 @@ def _read_plan(path: Path | None, options: ConfigOptions) -> Plan | None:
         return None
     storage = options.storage
     sizes = (options.keep, options.rank, storage.allocation, storage.ceiling, storage.neurons)
-    if any(value is not None for value in sizes):
-        raise CliError("--plan holds the ranks; leave out --keep, --rank, --allocation, --ceiling and --neurons.")
+    if any(value is not None for value in (*sizes, options.budget.budget, options.budget.bits)):
+        raise CliError(
+            "--plan holds the ranks; leave out --keep, --rank, --allocation, --ceiling, --neurons, --budget and --bits."
+        )
     return Plan.load(path)
 
 

@@ -258,6 +258,13 @@ class Plan:
         """Whether tables show bytes, forms and bits."""
         return self.budget == "bytes" or any(module.in_few_bits for module in self.modules)
 
+    @property
+    def stored(self) -> tuple[int, int, str]:
+        """What is stored, of how much, and of what: bytes where some numbers are in few bits, else parameters."""
+        if self.in_bytes and self.stored_bytes is not None and self.dense_bytes is not None:
+            return self.stored_bytes, self.dense_bytes, "bytes"
+        return self.stored_parameters, self.dense_parameters, "parameters"
+
     def _repr_html_(self) -> str:
         titles = [title for title, _ in columns(self.in_bytes, self.is_routed)]
         rows = [("module", *titles, "effective rank")]
@@ -273,9 +280,7 @@ class Plan:
         for module in self.modules:
             row = zip(cells(module, self.in_bytes, self.is_routed), shown, strict=True)
             lines.append("  ".join([f"{module.name:{width}}", *(f"{cell:>{least}}" for cell, (_, least) in row)]))
-        stored, dense, unit = self.stored_parameters, self.dense_parameters, "parameters"
-        if self.in_bytes and self.stored_bytes is not None and self.dense_bytes is not None:
-            stored, dense, unit = self.stored_bytes, self.dense_bytes, "bytes"
+        stored, dense, unit = self.stored
         kept = stored / dense if dense else 1.0
         total = "" if self.predicted_loss is None else f", predicted loss +{self.predicted_loss:.4f} nats per token"
         neurons = f"{self.neurons_left}; " if self.neurons else ""

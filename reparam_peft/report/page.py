@@ -161,8 +161,9 @@ def _page(record: Record, figures: dict[str, str]) -> str:
 
 def _summary(record: Record) -> str:
     plan = record.plan
-    dense, kept = plan.dense_parameters, plan.stored_parameters / plan.dense_parameters if plan.dense_parameters else 1.0
-    words = f"{len(plan.modules)} matrices with {dense:,} parameters; {kept:.1%} of them are stored"
+    stored, dense, unit = plan.stored
+    kept = stored / dense if dense else 1.0
+    words = f"{len(plan.modules)} matrices with {dense:,} {unit}; {kept:.1%} of them are stored"
     words += f", {len(plan.dense_modules)} matrices stay dense."
     words += f" {plan.neurons_left}." if plan.neurons else ""
     if record.excess_loss is not None:
@@ -225,6 +226,8 @@ def _cell(value: float | None) -> str:
 def _rank_and_energy(module: ModulePlan) -> tuple[str, str]:
     if module.rank is None:
         return "dense", "100.0%"
+    if module.form == "dense":
+        return f"dense, {module.bits} bits", "100.0%"
     return str(module.rank), f"{module.energy(module.rank):.1%}"
 
 

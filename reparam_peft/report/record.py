@@ -14,6 +14,7 @@ from peft import PeftModel
 
 from ..arguments import check_count, check_text, is_number
 from ..config.reparam_config import ReparamConfig
+from ..numerics.storage import AS_THE_MODEL
 from ..planning.module_plan import ModulePlan
 from ..planning.plan import Plan
 from ..runtime.files import write_whole
@@ -265,8 +266,21 @@ def _bare_plan(config: ReparamConfig, sizes: SizeReport) -> Plan:
     """Ranks and sizes as they are in a model, without predictions."""
     left = {name: (size[0], size[1]) for name, size in (config.sizes or {}).items()}
     return Plan(
-        modules=tuple(ModulePlan(m.name, m.shape, m.rank, m.stored_parameters, size=left.get(m.name)) for m in sizes.matrices),
-        keep=sizes.keep,
+        modules=tuple(
+            ModulePlan(
+                m.name,
+                m.shape,
+                m.rank,
+                m.stored_parameters,
+                size=left.get(m.name),
+                form=None if m.rank is None else config.form_pattern.get(m.name, config.form),
+                bits=config.bit_pattern.get(m.name, AS_THE_MODEL),
+                stored_bytes=m.stored_bytes,
+                dense_bytes=m.dense_bytes,
+            )
+            for m in sizes.matrices
+        ),
+        keep=config.keep if config.chooses_bits else sizes.keep,
         method=cast(str, config.method),  # an adapter's config has none of the defaults open
         allocation=cast(str, config.allocation),
         form=cast(str, config.form),
@@ -274,6 +288,8 @@ def _bare_plan(config: ReparamConfig, sizes: SizeReport) -> Plan:
         calibration_tokens=config.calibration_tokens or 0,
         gradient_tokens=config.gradient_tokens or 0,
         seed=config.seed or 0,
+        budget=config.budget or "parameters",
+        correction_bits=config.correction_bits,
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import pytest
 from support.command_line import DATA_FREE, Run, assert_error, calibrated
 
 from reparam_peft import Plan
@@ -31,6 +32,21 @@ def test_plan_prints_a_table_that_compress_carries_out(run: Run, models: Path, t
     assert set(config["dense_modules"]) == set(plan.dense_modules)
     assert (config["keep"], config["form"]) == (0.6, "factors")
     assert json.loads(result.out)["size"]["targets"]["stored_parameters"] == plan.stored_parameters
+
+
+@pytest.mark.parametrize(
+    "options", [["--keep", 0.2, "--budget", "bytes", "--bits", "8,4"], ["--form", "corrected", "--rank", 8]], ids=str
+)
+def test_a_plan_in_few_bits_is_carried_out(run: Run, models: Path, tmp_path: Path, options: list[object]) -> None:
+    file, output = tmp_path / "plan.json", tmp_path / "out"
+    arguments = [models / "llama", *calibrated(models)[:-1], "--target-modules", "q_proj,up_proj"]
+    printed = json.loads(run("plan", *arguments, *options, "--output", file, "--json").out)
+    assert all(module["bits"] in (8, 4) and module["stored_bytes"] < module["dense_bytes"] for module in printed["modules"])
+    result = run("compress", *arguments, output, "--no-evaluate", "--plan", file, "--json")
+    assert result.code == 0, result.err
+    config = json.loads((output / "adapter_config.json").read_text())
+    assert config["bit_pattern"] == Plan.load(file).bits
+    assert json.loads(result.out)["size"]["targets"]["stored_bytes"] == Plan.load(file).stored_bytes
 
 
 def test_a_plan_carries_its_method_too(run: Run, models: Path, tmp_path: Path) -> None:

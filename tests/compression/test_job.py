@@ -255,3 +255,30 @@ def test_where_targets_were_named_all_that_are_not_reached_are_listed() -> None:
 def test_where_nothing_is_reached_nothing_is_left_out() -> None:
     with pytest.raises(ValueError, match="unused: no batch reached this module"):
         compress(net(), ReparamConfig(target_modules=["unused"], unreached="dense"), ROWS, progress=False)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{"budget": "bytes", "keep": 0.13}, {"budget": "bytes", "keep": 0.3, "bits": [16, 8]}, {"form": "corrected", "r": 16}],
+    ids=str,
+)
+def test_numbers_in_few_bits_take_the_bytes_and_lose_about_what_is_planned(options: dict[str, Any], tmp_path: Path) -> None:
+    dense, small = llama(attention_bias=True), llama(attention_bias=True)
+    made = planned(dense, TEXT, target_modules="all-linear", **options)
+    made.save(tmp_path / "plan.json")
+    assert str(Plan.load(tmp_path / "plan.json")) == str(made)
+    small = compressed(small, TEXT, arguments={"plan": made}, target_modules="all-linear")
+    sizes = small.size_report().to_dict()["targets"]
+    assert sizes["stored_bytes"] == made.stored_bytes
+    assert sizes["dense_bytes"] == made.dense_bytes
+    if options.get("budget"):
+        assert made.stored_bytes <= options["keep"] * sizes["dense_bytes"]
+        assert len({*small.peft_config["default"].bit_pattern.values()} & set(options.get("bits", [8, 4]))) > 0
+    else:
+        assert set(made.ranks.values()) == {16}
+    assert made.bits == small.peft_config["default"].bit_pattern
+    with torch.no_grad():
+        outputs = [model(**TEXT[0]).logits.log_softmax(-1) for model in (dense, small)]
+    divergence = float((outputs[0].exp() * (outputs[0] - outputs[1])).sum(-1).mean())
+    assert made.predicted_loss is not None
+    assert 0.2 * made.predicted_loss < divergence < 5 * made.predicted_loss + 1e-6

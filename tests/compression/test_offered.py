@@ -16,7 +16,7 @@ CHOICES = {"target_modules": "all-linear", "budget": "bytes", "keep": 0.2}
 @pytest.mark.parametrize("name", ["floor", "ceiling"])
 def test_bounds_of_parameters_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"`{name}` bounds parameters"):
-        planned(llama(), TEXT, **CHOICES, **{name: 0.5})
+        planned(llama(), TEXT, **CHOICES, **{name: 0.2})
 
 
 def test_a_library_that_is_not_installed_is_named_first(monkeypatch: pytest.MonkeyPatch) -> None:
