@@ -18,6 +18,7 @@ from ..layers.factorized_kinds import FactorizedLinear
 from ..layers.wrapper import kind_and_layer
 from ..numerics.storage import Storage
 from ..planning.costs import Costs, MultiplyAdds, Nanoseconds
+from ..runtime.processes import fails_together, first_of
 from ..tuner.matrices import base_dtype
 from ..tuner.targets import Target
 
@@ -54,14 +55,18 @@ def costs_of(config: ReparamConfig, targets: Mapping[str, Target], rows: Mapping
         part = rows.get(name, most) / most if most else 1.0
         count = 2 ** round(math.log2(max(1.0, ROWS * part)))  # few different ones, where experts see each another number
         device = target.module.weight.device if target.module.weight is not None else torch.device("cpu")
-        dense[name], products[name] = _times(
-            target.storage.out_features,
-            target.storage.in_features,
-            config.form or "factors",
-            count,
-            base_dtype(target.module),
-            device,
-        )
+        with fails_together():
+            of_whole, by_rank = _times(
+                target.storage.out_features,
+                target.storage.in_features,
+                config.form or "factors",
+                count,
+                base_dtype(target.module),
+                device,
+            )
+        # Each process has measured other times, and all are to choose the same ranks.
+        dense[name] = round(first_of(of_whole))
+        products[name] = {rank: round(first_of(time)) for rank, time in by_rank.items()}
     return Nanoseconds(dense, products)
 
 

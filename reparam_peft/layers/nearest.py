@@ -24,7 +24,9 @@ def nearest_product(
     """The product of a matrix in a form, without a bias.
 
     In the form "corrected" Q is the matrix rounded to the nearest numbers, and A B a product for W − Q (LQER, Zhang et al.
-    2024, arXiv:2402.02446). Of a matrix that is in few bits already W − Q is zero, and so is A B.
+    2024, arXiv:2402.02446). A matrix that is in few bits already is Q itself; then A is zero, so that A B is, too, and B random
+    as in LoRA (Hu et al. 2021, arXiv:2106.09685), from torch's global generator: singular vectors of zero would be r of the
+    inputs or outputs alone.
 
     Args:
         matrix: W, shape (out, in), in the dtype that numbers of the product are given in.
@@ -40,8 +42,10 @@ def nearest_product(
     if form == "dense":
         stored = Whole(matrix.detach().clone(memory_format=torch.contiguous_format))
     elif form == "corrected":
-        Q = nearest(wide, widths["Q"])[0] if "Q" in widths else wide
-        A, B = made(wide - Q.to(wide), rank)
+        if "Q" in widths:
+            A, B = made(wide - nearest(wide, widths["Q"])[0].to(wide), rank)
+        else:
+            A, B = wide.new_zeros(len(wide), rank), torch.randn_like(wide[:1].expand(rank, -1)) / wide.shape[1] ** 0.5
         stored = Corrected(matrix.detach(), A.to(matrix.dtype), B.to(matrix.dtype))
     elif form == "pivot":
         stored = pivot(made(wide, rank), dtype=matrix.dtype)

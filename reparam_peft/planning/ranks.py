@@ -15,7 +15,7 @@ from ..numerics.decompositions import check_rank
 from ..numerics.methods import METHODS
 from ..numerics.storage import OF_THE_BASE, Storage, uniform_rank
 from .allocation import RANK_MULTIPLE, Choice, Point, allocate, points
-from .byte_options import Bytes, is_dense
+from .byte_options import Bytes
 from .costs import Costs, cost_of
 from .neurons import Allotment, GroupPoint, Losses, NeuronOption, Ranks, group_curve
 from .plan import Plan
@@ -211,8 +211,11 @@ class RankChooser:
         for consumer, options in mlps.items():
             units[consumer] = group_curve({name: curves[name] for name in options[0].storages}, options, self._curve_of_option)
         chosen = self._allocated(units)
-        if self.bytes is not None:
-            alone = {name: [point for point in curve if is_dense(point)] for name, curve in curves.items()}
+        if (of_bytes := self.bytes) is not None:
+            alone = {
+                name: curve if name in fixed else of_bytes.curve_alone(name, losses.options[name], self.keep)
+                for name, curve in curves.items()
+            }
             if all(alone.values()) and sum(curve[0].cost for curve in alone.values()) <= self.budget:
                 # What quantisation alone can do is a candidate, so that nothing predicted to be worse is ever chosen.
                 chosen = min(chosen, self._allocated(alone), key=lambda made: sum(choice.loss for choice in made.values()))

@@ -61,6 +61,8 @@ def matrix_storage(module: nn.Module, name: str, config: ReparamConfig) -> Stora
 
 def _bits(config: ReparamConfig, name: str, form: str, layer: nn.Module) -> int:
     """Of the numbers of a target's product; of a corrected one, of those of the matrix."""
+    if name in (config.dense_modules or ()):
+        return AS_THE_MODEL
     if name in config.bit_pattern:
         return config.bit_pattern[name]
     if form != "corrected":

@@ -70,6 +70,15 @@ def test_time_is_measured_once_for_each_shape(monkeypatch: pytest.MonkeyPatch, t
     assert again.peft_config["default"].budget == "latency"
 
 
+def test_all_processes_go_by_the_times_of_the_first(monkeypatch: pytest.MonkeyPatch) -> None:
+    targets = select_targets(llama(), config := ReparamConfig(target_modules=["up_proj"], form="pivot"), "default")
+    config.budget = "latency"
+    monkeypatch.setattr(measuring, "first_of", lambda time: 7.0)
+    costs = costs_of(config, targets, {})
+    (name, target), *_ = targets.items()
+    assert {costs.cost(name, target.storage, rank) for rank in (None, 1, 4, 60)} == {7}
+
+
 def test_measured_time_is_of_the_layers() -> None:
     targets = select_targets(llama(), config := ReparamConfig(target_modules=["up_proj"], form="pivot"), "default")
     config.budget = "latency"

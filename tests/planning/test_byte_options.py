@@ -91,6 +91,20 @@ def test_never_predicts_worse_than_matrices_as_they_are(keep: float, of_low_rank
     assert sum(point.loss for point in made.points.values()) <= min(alone, default=math.inf) + 1e-6
 
 
+def test_matrices_as_they_are_are_known_where_a_product_is_better() -> None:
+    of_bytes = two(1.0).bytes
+    assert of_bytes is not None
+    offered = of_bytes.options["a"]
+    values = torch.tensor([0.0 if o.rank is None else 0.5 if o is offered[0] else 1.0 for o in offered])
+    assert [point.loss for point in of_bytes.curve("a", values, 1.0)] == [0.5, 0.0]
+    alone = of_bytes.curve_alone("a", values, 1.0)
+    assert [(point.cost, point.loss) for point in alone] == [(2304, 1.0), (8192, 0.0)]
+    assert all(is_dense(point) for point in alone)
+    fixed = two(0.5, rank_pattern={"a": 16}).bytes
+    assert fixed is not None
+    assert fixed.curve_alone("a", torch.ones(len(fixed.options["a"])), 0.5) == []
+
+
 def test_what_no_gradient_reaches_stays_as_it_is_in_the_widest_numbers_that_fit() -> None:
     chooser = two(0.6)
     assert chooser.bytes is not None

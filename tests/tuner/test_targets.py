@@ -19,6 +19,18 @@ from reparam_peft import ReparamConfig
 from reparam_peft.tuner.layer import ReparamLayer
 
 
+def test_an_adapter_of_corrected_matrices_leaves_some_dense_and_is_loaded(tmp_path: Path) -> None:
+    model = get_peft_model(llama(), ReparamConfig(target_modules="all-linear", form="corrected", r=24))
+    config = model.peft_config["default"]
+    assert len(config.dense_modules) == 8, "of which numbers in few bits and a correction of this rank would save nothing"
+    assert len(config.bit_pattern) == 6
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(llama(), tmp_path)
+    assert loaded.peft_config["default"].dense_modules == config.dense_modules
+    with torch.no_grad():
+        assert torch.equal(loaded.eval()(**token_inputs()).logits, model.eval()(**token_inputs()).logits)
+
+
 def test_default_targets_are_the_projections_of_the_blocks() -> None:
     names = compress(llama()).targeted_module_names
     assert {name.rsplit(".", 1)[-1] for name in names} == {
