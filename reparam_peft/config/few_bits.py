@@ -65,8 +65,8 @@ def _check_patterns(config: Fields) -> None:
     if width is not None and (not is_int(width) or width != 8):
         raise ValueError(f"`correction_bits` is filled in by the model and must be 8 or None, got {width!r}.")
     for name, pattern, allowed in (
-        ("form_pattern", config.form_pattern, ALL_FORMS),
         ("bit_pattern", config.bit_pattern, FEW_BITS),
+        ("form_pattern", config.form_pattern, ALL_FORMS),
     ):
         if not isinstance(pattern, dict) or not all(isinstance(key, str) for key in pattern):
             raise TypeError(f"`{name}` is filled in by the model and must map names of modules, got {pattern!r:.200}.")
@@ -75,6 +75,8 @@ def _check_patterns(config: Fields) -> None:
                 raise ValueError(f"`{name}` must hold some of {allowed}, got {key!r}: {value!r}.")
             if key not in config.rank_pattern:
                 raise ValueError(f"`{name}` must hold modules of `rank_pattern`, got {key!r}.")
+            if value == "dense" and key not in config.bit_pattern:
+                raise ValueError(f"`form_pattern` must hold 'dense' of modules of `bit_pattern` only, got {key!r}.")
 
 
 def _check_excluded(config: Fields, from_file: bool) -> None:

@@ -151,6 +151,9 @@ def read_module_plan(entry: Mapping[str, Any]) -> ModulePlan:
         )
     if form is None and bits != AS_THE_MODEL:
         raise ValueError(f"{entry['name']}: `bits` {bits} need a `form`.")
+    whole, few = form == "dense" and rank is not None and entry.get("size") is None, bits != AS_THE_MODEL
+    if (few and rank is None) or (whole and rank != min(shape)) or ((whole or form == "corrected") and not few):
+        raise ValueError(f"{entry['name']}: `rank` {rank!r} and `bits` {bits} do not go with the `form` {form!r}.")
     for name in ("stored_bytes", "dense_bytes"):
         if entry.get(name) is not None and not (is_int(entry[name]) and entry[name] > 0):
             raise ValueError(f"{entry['name']}: `{name}` must be a positive int or None, got {entry[name]!r}.")

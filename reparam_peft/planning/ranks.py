@@ -34,6 +34,8 @@ def resolve_rank(config: ReparamConfig, name: str, storage: Storage, keep: float
     rank = config.module_rank(name)
     if rank is not None:
         check_rank(rank, (storage.out_features, storage.in_features))
+        if storage.form == "dense" and rank < storage.full_rank:
+            raise ValueError(f"its form is 'dense', of which the rank is {storage.full_rank}, and `rank_pattern` says {rank}.")
         if storage.form_at(rank) == "corrected" and "Q" not in storage.widths(rank) and storage.bits != OF_THE_BASE:
             raise ValueError(
                 f"its rank is in `rank_pattern`, and a matrix {storage.whole_shape} of this kind of layer is not stored in few "

@@ -137,6 +137,9 @@ def _check_codes(prefix: str, module: FactorizedModule, loaded: Mapping[str, Ten
     """Raise `ValueError` where the numbers in few bits of a module are none in a checkpoint, whose tensors have a prefix."""
     for name, piece in module.coded.items():
         try:
+            scale = piece.scheme.scale
+            if loaded[f"{prefix}{name}.{scale}"].dtype != torch.float32:  # else they would be others than were saved
+                raise ValueError(f"`{scale}` holds scales in {loaded[f'{prefix}{name}.{scale}'].dtype}, and they are float32.")
             piece.scheme.check({part: loaded[f"{prefix}{name}.{part}"] for part in piece.tensors})
         except ValueError as error:
             raise ValueError(f"{prefix.removeprefix(PREFIX)}{name}: {error} {DAMAGED[0].upper()}{DAMAGED[1:]}.") from error

@@ -32,7 +32,7 @@ def test_a_config_that_is_filled_in_is_refused() -> None:
         with_defaults(ReparamConfig(target_modules="all-linear", stored_parameters=3))
 
 
-@pytest.mark.parametrize("filled_in", [{"form_pattern": {"a": "dense"}}, {"bit_pattern": {"a": 8}}, {"correction_bits": 8}])
+@pytest.mark.parametrize("filled_in", [{"form_pattern": {"a": "factors"}}, {"bit_pattern": {"a": 8}}, {"correction_bits": 8}])
 def test_what_the_model_fills_in_of_few_bits_is_refused(filled_in: dict) -> None:
     with pytest.raises(ValueError, match="is filled in by the model"):
         with_defaults(ReparamConfig(target_modules="all-linear", rank_pattern={"a": 4}, **filled_in))

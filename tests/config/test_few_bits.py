@@ -48,3 +48,8 @@ def test_a_corrected_matrix_needs_a_rank_and_few_bits(fields: dict[str, Any], me
 def test_routes_that_do_not_know_few_bits_refuse(fields: dict[str, Any], given: str) -> None:
     with pytest.raises(ValueError, match=f"{given} has numbers stored in few bits, which `search` does not do"):
         check_one_shot(ReparamConfig(**fields), "`search`")
+
+
+def test_a_matrix_as_it_is_is_in_few_bits() -> None:
+    with pytest.raises(ValueError, match="`form_pattern` must hold 'dense' of modules of `bit_pattern` only, got 'q'"):
+        ReparamConfig(rank_pattern={"q": 4}, form_pattern={"q": "dense"})

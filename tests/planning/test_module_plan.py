@@ -27,7 +27,17 @@ def test_is_read_as_it_was_written() -> None:
 
 @pytest.mark.parametrize(
     ("field", "value"),
-    [("bits", 5), ("bits", True), ("form", "diagonal"), ("form", None), ("stored_bytes", 0), ("dense_bytes", 1.5)],
+    [
+        ("bits", 5),
+        ("bits", True),
+        ("form", "diagonal"),
+        ("form", None),
+        ("bits", 16),
+        ("rank", 3),
+        ("rank", None),
+        ("stored_bytes", 0),
+        ("dense_bytes", 1.5),
+    ],
 )
 def test_wrong_fields_are_refused(field: str, value: object) -> None:
     with pytest.raises(ValueError, match=rf"a: `?.*{field}"):

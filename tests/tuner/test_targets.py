@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 import torch
 from peft import LoraConfig, PeftConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from support.adapters import compress
 from support.model_state import assert_untouched
 from support.models import ConvNet, bert, convnet, gpt2, llama, on_meta, tied, token_inputs
@@ -29,6 +30,17 @@ def test_an_adapter_of_corrected_matrices_leaves_some_dense_and_is_loaded(tmp_pa
     assert loaded.peft_config["default"].dense_modules == config.dense_modules
     with torch.no_grad():
         assert torch.equal(loaded.eval()(**token_inputs()).logits, model.eval()(**token_inputs()).logits)
+    tensors = load_file(tmp_path / "adapter_model.safetensors")
+    save_file({k: t.half() if "absmax" in k else t for k, t in tensors.items()}, tmp_path / "adapter_model.safetensors")
+    with pytest.raises(ValueError, match=r"`weight_absmax` holds scales in torch.float16, and they are float32"):
+        PeftModel.from_pretrained(llama(), tmp_path)
+
+
+def test_a_matrix_as_it_is_has_its_full_rank() -> None:
+    name, base = "model.layers.0.self_attn.q_proj", llama()
+    patterns = {"rank_pattern": {name: 3}, "form_pattern": {name: "dense"}, "bit_pattern": {name: 8}}
+    with pytest.raises(ValueError, match="its form is 'dense', of which the rank is 64, and `rank_pattern` says 3"):
+        get_peft_model(base, ReparamConfig(target_modules=["q_proj"], **patterns))
 
 
 def test_default_targets_are_the_projections_of_the_blocks() -> None:
