@@ -24,7 +24,7 @@ def search(options: SearchOptions) -> None:
     output, wanted, text, seed = options.output.resolve(), options.wanted, options.text, options.seed
     beside = (options.run_folder, options.calibration.statistics, options.calibration.calibration, text.text)
     check_output(output, options.model, options.overwrite, *beside)
-    config = ConfigOptions(targets=options.targets, storage=options.storage, budget=BudgetOptions()).config()
+    config = ConfigOptions(budget=BudgetOptions(), targets=options.targets, storage=options.storage).config()
     source = Calibration.of(options.calibration, text.length, seed, options.run_folder)
     statistics = source.earlier(config)
     dense, tokenizer = load_dense(options.model, options.load.dtype, options.load.device)

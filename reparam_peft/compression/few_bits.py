@@ -117,11 +117,22 @@ class Matrix:
 
     def loss(self, stored: Stored) -> float:
         """What a product W' is predicted to add to the loss, nats per token: c · tr(F E G Eᵀ), E = W − W'."""
-        factors = stored if isinstance(stored, Factors) else stored.factors()
-        product = stored.W if isinstance(stored, Whole) else factors.A.float() @ factors.B.float()
-        E = (self.W - product).float()
-        F, G = self._narrow_metrics
-        return self.scale * float(((F @ E) * (E @ G)).sum(dtype=torch.float64).clamp(min=0))
+        if isinstance(stored, (Whole, Corrected)):
+            product = stored.W if isinstance(stored, Whole) else stored.Q + stored.A @ stored.B
+            E = (self.W - product).float()
+            F, G = self._narrow_metrics
+            return self.scale * float(((F @ E) * (E @ G)).sum(dtype=torch.float64).clamp(min=0))
+        # With products of a low rank only: tr(F W G Wᵀ) − 2 tr(F A B G Wᵀ) + tr(F A B G Bᵀ Aᵀ).
+        A, B = map(exact, stored if isinstance(stored, Factors) else stored.factors())
+        whole, WG = self._whole
+        FA, BG = self.fisher.times(A), self.gram.times(B.mT).mT
+        return self.scale * max(0.0, float(whole + (FA * (A @ (BG @ B.mT) - 2 * WG @ B.mT)).sum()))
+
+    @cached_property
+    def _whole(self) -> tuple[Tensor, Tensor]:
+        """tr(F W G Wᵀ), and W G."""
+        WG = self.gram.times(self.W.mT).mT
+        return (self.fisher.times(self.W) * WG).sum(), WG
 
     @property
     def scale(self) -> float:

@@ -264,10 +264,11 @@ def test_where_nothing_is_reached_nothing_is_left_out() -> None:
 )
 def test_numbers_in_few_bits_take_the_bytes_and_lose_about_what_is_planned(options: dict[str, Any], tmp_path: Path) -> None:
     dense, small = llama(attention_bias=True), llama(attention_bias=True)
-    made = planned(dense, TEXT, target_modules="all-linear", **options)
+    targets = {"target_modules": "all-linear", "rank_multiple": None}
+    made = planned(dense, TEXT, **targets, **options)
     made.save(tmp_path / "plan.json")
     assert str(Plan.load(tmp_path / "plan.json")) == str(made)
-    small = compressed(small, TEXT, arguments={"plan": made}, target_modules="all-linear")
+    small = compressed(small, TEXT, arguments={"plan": made}, **targets, keep=made.keep)
     sizes = small.size_report().to_dict()["targets"]
     assert sizes["stored_bytes"] == made.stored_bytes
     assert sizes["dense_bytes"] == made.dense_bytes
