@@ -8,6 +8,7 @@ from typing import Any
 
 from ..blockwise.anchoring import Anchoring
 from ..blockwise.refinement import Refinement
+from ..calibration.given import Objective
 from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Statistics
 from ..planning.plan import Plan
@@ -46,5 +47,14 @@ def settings_of(
         "model's config": fingerprint_of_config(job.model),
         "batches": text,
         "plan": None if plan is None else fingerprint_of_values(plan.to_dict()),
+        "objective": _name_of(job.options.objective),
         "statistics": job.batches.fingerprint() if isinstance(job.batches, Statistics) else None,
     }
+
+
+def _name_of(objective: Objective | None) -> str | None:
+    """Where a function is defined, and a class where another object is called; which is all that is known of it."""
+    if objective is None:
+        return None
+    named = objective if hasattr(objective, "__qualname__") else type(objective)
+    return f"{named.__module__}.{named.__qualname__}"

@@ -134,7 +134,7 @@ def _lowered(
     for layer in layers.values():
         layer.factorized(adapter_name).feature_mean = None  # the sizes that it is for are forgotten
     config.keep = keep
-    config.r = config.evaluation = config.smaller_keeps = config.smaller_ranks = None
+    config.r = config.budget = config.evaluation = config.smaller_keeps = config.smaller_ranks = None
     if batches is None:
         for name in (*OF_METRICS, *OF_ALLOCATION, "neurons"):
             setattr(config, name, None)

@@ -131,10 +131,14 @@ class Int8(Scheme):
             raise ValueError(f"`weight` holds numbers below {-INT8_MOST}.")
 
     def multiply(self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Multiply:
+        if dtype == torch.float16:
+            return lambda x: self.traced(x, tensors, shape)
         matrix = self.matrix(tensors, dtype)
         return lambda x: F.linear(x, matrix)
 
     def traced(self, x: Tensor, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+        if x.dtype == torch.float16:  # whose range sums of products with the whole numbers leave, before they are scaled
+            return F.linear(x, (tensors["weight"] * tensors["weight_scale"]).to(x.dtype))
         return F.linear(x, tensors["weight"].to(x.dtype)) * tensors["weight_scale"][:, 0].to(x.dtype)
 
     def matrix(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> Tensor:
@@ -196,10 +200,14 @@ class Int4(Scheme):
         return grid.levels[indices] * grid.scale
 
     def multiply(self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Multiply:
+        if dtype == torch.float64:
+            return lambda x: self.traced(x, tensors, shape)
         product, codes, state = self.imported().matmul_4bit, tensors["weight"], self._state(tensors, shape, dtype)
         return lambda x: product(x, codes, quant_state=state)
 
     def traced(self, x: Tensor, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
+        if x.dtype == torch.float64:  # which the library fills with arbitrary numbers
+            return F.linear(x, self.numbers(tensors, shape))
         numbers, dequantize = (tensors["weight"], tensors["weight_absmax"]), torch.ops.bitsandbytes.dequantize_4bit
         return F.linear(x, dequantize(*numbers, NF4_BLOCK, "nf4", list(shape), x.dtype))
 

@@ -175,10 +175,13 @@ class RunFolder:
 
     def _check_settings(self, kept: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
         for key in sorted({*kept, *wanted}):
-            if kept.get(key) != wanted.get(key):
+            before, now = kept.get(key), wanted.get(key)
+            if before != now:
+                if isinstance(before, dict) and isinstance(now, dict):
+                    before, now = _where_they_differ(before, now)
                 raise ValueError(
-                    f"`run_folder` {self.folder} holds a run with another `{key}`: {_brief(kept.get(key))}, and this one has "
-                    f"{_brief(wanted.get(key))}. Give another folder, or delete it."
+                    f"`run_folder` {self.folder} holds a run with another `{key}`: {_brief(before)}, and this one has "
+                    f"{_brief(now)}. Give another folder, or delete it."
                 )
 
 
@@ -204,6 +207,16 @@ def make_run_folder(folder: Path) -> None:
 def _digest(entry: str, tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 of a finished block: its line of the log and its tensors."""
     return fingerprint_of_values([entry, fingerprint_of_tensors(tensors)])
+
+
+def _where_they_differ(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The entries of two mappings that are not the same in both.
+
+    >>> _where_they_differ({"keep": 0.5, "r": None}, {"keep": 0.6, "r": None})
+    ({'keep': 0.5}, {'keep': 0.6})
+    """
+    differing = [key for key in sorted({*a, *b}) if key not in a or key not in b or a[key] != b[key]]
+    return {key: a[key] for key in differing if key in a}, {key: b[key] for key in differing if key in b}
 
 
 def _brief(value: Any) -> str:

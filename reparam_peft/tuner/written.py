@@ -10,7 +10,7 @@ from types import CodeType
 
 from torch import Tensor, nn
 
-_WHEN_MADE = {"__init__", "_init_weights", "reset_parameters"}  # before anything is factorised
+_WHEN_MADE = ("init", "reset_parameters")  # beginnings of the names of methods that run before anything is factorised
 _ATTRIBUTES = ("LOAD_ATTR", "LOAD_METHOD")
 
 
@@ -37,7 +37,7 @@ def _written_by(cls: type[nn.Module]) -> frozenset[str]:
     """Endings of the names of modules to whose weight the methods of a class write."""
     own = [base for base in cls.__mro__ if not base.__module__.startswith("torch.")]
     methods = [(name, inspect.unwrap(value)) for base in own for name, value in vars(base).items() if callable(value)]
-    codes = (getattr(method, "__code__", None) for name, method in methods if name not in _WHEN_MADE)
+    codes = (getattr(method, "__code__", None) for name, method in methods if not name.lstrip("_").startswith(_WHEN_MADE))
     return frozenset(ending for code in codes if isinstance(code, CodeType) for ending in _written_in(code))
 
 

@@ -17,18 +17,24 @@ from reparam_peft.compression.options import Options
 from reparam_peft.compression.run_settings import settings_of
 
 
-def settings(batches: Any = TEXT, seed: int = 0, scale: float = 1.0, **options: Any) -> dict[str, Any]:
+def settings(batches: Any = TEXT, seed: int = 0, scale: float = 1.0, objective: Any = None, **options: Any) -> dict[str, Any]:
     model = llama()
     with torch.no_grad():
         model.lm_head.weight *= scale
     config = config_of(**{"target_modules": "all-linear", **options})
-    job = Job.of_model(model, config, batches, Options(seed, progress=False))
+    job = Job.of_model(model, config, batches, Options(seed, progress=False, objective=objective))
     return settings_of(job, batches if isinstance(batches, list) else None, None)
 
 
 @pytest.mark.parametrize(
     ("changed", "key"),
-    [({"keep": 0.7}, "config"), ({"seed": 1}, "seed"), ({"scale": 2.0}, "model"), ({"batches": TEXT[:1]}, "batches")],
+    [
+        ({"keep": 0.7}, "config"),
+        ({"seed": 1}, "seed"),
+        ({"scale": 2.0}, "model"),
+        ({"batches": TEXT[:1]}, "batches"),
+        ({"objective": settings}, "objective"),
+    ],
 )
 def test_what_the_result_depends_on_changes_them(changed: dict[str, Any], key: str) -> None:
     before, after = settings(), settings(**changed)

@@ -33,7 +33,7 @@ def test_numbers_on_a_grid_are_packed_and_read_back(bits: int, shape: tuple[int,
 
 
 @WIDTHS
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
 def test_products_are_those_of_the_numbers_with_gradients_to_the_input(bits: int, dtype: torch.dtype) -> None:
     scheme, shape = SCHEME_OF[bits], (24, 64)
     W = torch.randn(shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
@@ -42,12 +42,22 @@ def test_products_are_those_of_the_numbers_with_gradients_to_the_input(bits: int
         x = torch.randn(rows, 64, dtype=dtype, requires_grad=True)
         y = scheme.multiply(tensors, shape, dtype)(x)
         assert torch.allclose(scheme.traced(x, tensors, shape).double(), y.double(), atol=8 * torch.finfo(dtype).eps * 16)
-        tolerance = 8 * torch.finfo(dtype).eps * math.sqrt(64)
+        tolerance = 8 * max(torch.finfo(dtype).eps, torch.finfo(torch.float32).eps) * math.sqrt(64)
         numbers = scheme.numbers(tensors, shape)
         assert y.dtype == dtype
         assert torch.allclose(y.double(), x.double() @ numbers.mT, atol=4 * tolerance)
         y.sum().backward()
         assert torch.allclose(x.grad.double(), numbers.sum(0).expand(rows, -1), atol=8 * tolerance)
+
+
+@WIDTHS
+def test_sums_that_fit_half_precision_do_not_overflow_before_they_are_scaled(bits: int) -> None:
+    scheme, shape = SCHEME_OF[bits], (4, 64)
+    W = torch.full(shape, 0.01, dtype=torch.float64)
+    tensors = scheme.packed(scheme.grid(W).nearest(W), scheme.grid(W))
+    x = torch.full((1, 64), 3000.0, dtype=torch.float16)
+    for y in (scheme.multiply(tensors, shape, x.dtype)(x), scheme.traced(x, tensors, shape)):
+        assert torch.allclose(y.double(), x.double() @ scheme.numbers(tensors, shape).mT, rtol=0.01)
 
 
 @WIDTHS

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from peft import get_peft_model
+from peft import PeftModel, get_peft_model
 from support.adapters import compress
 from support.model_state import assert_untouched
 from support.models import llama, token_inputs
@@ -53,6 +54,14 @@ def test_every_choice_that_a_config_takes_is_data_free_or_refused_above() -> Non
             if (name, value) not in refused:
                 rank = {"r": 2} if value == "corrected" else {}
                 get_peft_model(model, ReparamConfig(target_modules=["0"], **{name: value}, **rank))
+
+
+def test_a_matrix_may_stay_dense_beside_corrected_ones(tmp_path: Path) -> None:
+    config = ReparamConfig(target_modules=["q_proj"], form="corrected", r=2, dense_modules=["model.layers.1.self_attn.q_proj"])
+    small = get_peft_model(llama(), config)
+    assert [matrix.rank for matrix in small.size_report().matrices] == [2, None]
+    small.save_pretrained(tmp_path)
+    assert torch.equal(PeftModel.from_pretrained(llama(), tmp_path)(**token_inputs()).logits, small(**token_inputs()).logits)
 
 
 def test_factors_are_the_truncated_svd() -> None:

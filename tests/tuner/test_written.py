@@ -32,6 +32,10 @@ class Rescaled(nn.Module):
         super().__init__()
         self.blocks = nn.ModuleList(Mixer() for _ in range(2))
         self.head = nn.Linear(16, 16)
+        self.init_weights()
+
+    def init_weights(self) -> None:
+        self.head.weight.data.uniform_(-0.1, 0.1)
 
     @torch.no_grad()
     def rescale(self) -> None:
