@@ -72,9 +72,10 @@ class Factorizer:
         wide = W.to(torch.promote_types(W.dtype, torch.float32))  # rounded once, at the end
         form, scales = storage.form_at(rank), NONE
         factors: Stored
-        if storage.widths(rank):
+        if widths := storage.widths(rank):
             stored, scales = self.matrix(W, weighing).made(rank, storage)
-            matrices = {name: getattr(stored, name).to(W.device, dtype).contiguous() for name in storage.matrices(rank)}
+            dtypes = {name: torch.float32 if name in widths else dtype for name in storage.matrices(rank)}
+            matrices = {name: getattr(stored, name).to(W.device, each).contiguous() for name, each in dtypes.items()}
             if not all(matrix.isfinite().all() for matrix in matrices.values()):
                 raise ValueError(f"its numbers overflow {dtype}; scale the weight down, or convert it to a wider dtype.")
             factors = stored._replace(**matrices)

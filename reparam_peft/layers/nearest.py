@@ -52,7 +52,7 @@ def nearest_product(
     else:
         stored = made(matrix, rank)
     rounded = {name: nearest(getattr(stored, name), bits) for name, bits in widths.items()}
-    numbers = {name: number.to(matrix.dtype) for name, (number, _) in rounded.items()}
+    numbers = {name: number.float() for name, (number, _) in rounded.items()}
     return Product(stored._replace(**numbers), scales={name: scales for name, (_, scales) in rounded.items()})
 
 

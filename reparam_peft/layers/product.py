@@ -114,18 +114,18 @@ def empty_product(rank: int, storage: Storage, dtype: torch.dtype, nested: bool)
         rank: r.
         storage: shape of the matrix, form and bits of the product, whether it has a bias, and whether rows or columns are left
             out.
-        dtype: of all but the indices and the scales.
+        dtype: of all but the indices, the scales, and the numbers on their grids, which are float32.
         nested: whether lower ranks are served too, so that a bias comes with the mean of the features.
 
     >>> [tuple(tensor.shape) for tensor in empty_product(2, Storage(5, 3, "pivot", bias=True), torch.float32, nested=True)]
     [(2, 3), (3, 2), (2,), (5,), (2,)]
     """
     form, (out_features, in_features) = storage.form_at(rank), (storage.out_features, storage.in_features)
-    shapes = storage.matrices(rank)
-    tensors = [torch.empty(shape, dtype=dtype) for shape in shapes.values()]
+    shapes, widths = storage.matrices(rank), storage.widths(rank)
+    tensors = [torch.empty(shape, dtype=torch.float32 if name in widths else dtype) for name, shape in shapes.items()]
     if form == "pivot":
         tensors.append(torch.empty(rank, dtype=torch.int64))
-    for name, bits in storage.widths(rank).items():
+    for name, bits in widths.items():
         tensors.append(torch.empty(scale_shape(*shapes[name], bits), dtype=torch.float32))
     if storage.bias:
         tensors.append(torch.empty(out_features, dtype=dtype))

@@ -26,6 +26,7 @@ class Scheme(ABC):
 
     library: str
     scale: str  # name of the tensor that has the scales
+    largest: int  # number that a scale is multiplied by
 
     def imported(self) -> ModuleType:
         """The library that computes with such matrices.
@@ -73,8 +74,8 @@ class Scheme(ABC):
     def check(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise `ValueError` where tensors of the right shapes and dtypes hold what no matrix has."""
         scales = tensors[self.scale]
-        if not (scales.isfinite().all() and (scales >= 0).all()):
-            raise ValueError(f"`{self.scale}` holds scales that are negative, NaN or infinite.")
+        if not ((scales * self.largest).isfinite().all() and (scales >= 0).all()):
+            raise ValueError(f"`{self.scale}` holds scales that are negative, NaN, or too large for a number.")
 
     @abstractmethod
     def multiply(self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Multiply:
@@ -98,6 +99,7 @@ class Int8(Scheme):
 
     library = "torchao"
     scale = "weight_scale"
+    largest = INT8_MOST
 
     def empty(self, out_features: int, in_features: int) -> dict[str, Tensor]:
         with torch.device("meta"):
@@ -165,6 +167,7 @@ class Int4(Scheme):
 
     library = "bitsandbytes"
     scale = "weight_absmax"
+    largest = 1
 
     def empty(self, out_features: int, in_features: int) -> dict[str, Tensor]:
         count = out_features * in_features

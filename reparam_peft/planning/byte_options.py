@@ -71,7 +71,7 @@ def byte_options(
         multiple: what ranks are a multiple of.
         is_linear: whether the layer can hold its matrices in few bits.
         rank: of its products, where it is not to be chosen; then the matrix is not stored as it is.
-        least: bytes; of what takes less only the dearest is offered, and only where nothing else is.
+        least: bytes; of products that take less only the dearest is offered, and only where nothing else is.
 
     >>> matrix = Storage(64, 64)
     >>> for option in byte_options(matrix, 4, forms=["factors"], bits=[16, 4], multiple=24):
@@ -112,7 +112,7 @@ def byte_options(
             add(each, "corrected", widths[0], correction, min(wider, default=math.inf))
     options.sort(key=lambda option: (option.cost, option.form != "dense"))
     options = [option for i, option in enumerate(options) if not i or option.cost > options[i - 1].cost]
-    return [option for option in options if option.cost >= least] or options[-1:]
+    return [option for option in options if option.cost >= least or option.form == "dense"] or options[-1:]
 
 
 def _ranks(full: int, multiple: int, least: int) -> list[int]:

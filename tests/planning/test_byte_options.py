@@ -44,8 +44,8 @@ def test_costs_are_the_bytes_that_are_stored_and_grow() -> None:
         ({"bits": (8,), "forms": ("pivot",)}, {"dense", "pivot"}, {8}),
         ({"bits": (4,), "is_linear": False}, {"dense", "factors", "pivot"}, {16}),  # few bits cannot hold it
         ({"rank": 12}, {"factors", "pivot"}, {16, 8, 4}),
-        ({"least": 160 * 64 * 4}, {"dense"}, {16}),
-        ({"least": math.inf}, {"dense"}, {16}),
+        ({"least": 160 * 64 * 4}, {"dense"}, {16, 8, 4}),  # what is stored as it is, is always offered
+        ({"least": math.inf, "rank": 12}, {"factors"}, {16}),
     ],
 )
 def test_offers_what_is_allowed(changes: dict[str, object], forms: set[str], bits: set[int]) -> None:
