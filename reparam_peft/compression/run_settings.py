@@ -56,5 +56,5 @@ def _name_of(objective: Objective | None) -> str | None:
     """Where a function is defined, and a class where another object is called; which is all that is known of it."""
     if objective is None:
         return None
-    named = objective if hasattr(objective, "__qualname__") else type(objective)
+    named: Any = objective if hasattr(objective, "__qualname__") else type(objective)
     return f"{named.__module__}.{named.__qualname__}"

@@ -49,6 +49,14 @@ def test_experts_count_for_their_tokens_and_tables_for_none() -> None:
     assert multiply_adds(table, frozenset({"model.embed_tokens"})) <= 0.5
 
 
+def test_what_stays_dense_is_held_against_the_budget_that_is_asked_for() -> None:
+    options = {"target_modules": ["embed_tokens", "q_proj"], "dense_modules": ["model.embed_tokens"], "rank_multiple": 1}
+    plan = planned(llama(), TEXT, keep=0.4, budget="flops", **options)  # the table has 0.44 of the parameters
+    assert multiply_adds(plan, frozenset({"model.embed_tokens"})) <= 0.4
+    with pytest.raises(ValueError, match="allows 5,836 parameters"):
+        planned(llama(), TEXT, keep=0.4, **options)
+
+
 def test_time_is_measured_once_for_each_shape(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     measuring._times.cache_clear()
     seen: list[torch.Size] = []
