@@ -71,7 +71,8 @@ class OneShot:
 
     def _statistics(self, group: Sequence[str], gather: Callable[[], Statistics]) -> Statistics:
         """The statistics of a group of targets: of an earlier call, or gathered and kept."""
-        path = self.folder.path(f"statistics-{fingerprint_of_values(sorted(group))[:16]}.safetensors")
+        of_group = fingerprint_of_values([self.folder.fingerprint, sorted(group)])[:16]
+        path = self.folder.path(f"statistics-{of_group}.safetensors")
         with fails_together():
             try:
                 if path.exists():

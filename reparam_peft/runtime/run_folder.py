@@ -118,7 +118,7 @@ class RunFolder:
             if self.writes:
                 separate = {key: tensor.clone() for key, tensor in tensors.items()}  # no two share memory, as safetensors asks
                 text = json.dumps(entry)
-                metadata = {"format": FORMAT, "entry": text, "sha256": _digest(text, separate)}
+                metadata = {"format": FORMAT, "entry": text, "sha256": self._digest(text, separate)}
                 save_tensors(self._path(len(self.finished)), separate, metadata)
             self.finished.append(entry)
             self._write_log()
@@ -140,11 +140,20 @@ class RunFolder:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118
         except (SafetensorError, OSError, TypeError, KeyError):
             return None
-        return json.loads(text) if noted == _digest(text, tensors) else None
+        return json.loads(text) if noted == self._digest(text, tensors) else None
 
     def path(self, name: str) -> Path:
         """Of a file that the run keeps beside the plan and the blocks."""
         return self._kept / name
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what the run is of: files of another run are not taken for those of this one."""
+        return fingerprint_of_values(self._wanted)
+
+    def _digest(self, entry: str, tensors: Mapping[str, Tensor]) -> str:
+        """SHA-256 of a finished block: of which run it is, its line of the log, and its tensors."""
+        return fingerprint_of_values([self.fingerprint, entry, fingerprint_of_tensors(tensors)])
 
     def _path(self, position: int) -> Path:
         return self._kept / f"block-{position:04}.safetensors"
@@ -202,11 +211,6 @@ def make_run_folder(folder: Path) -> None:
         raise ValueError(f"`run_folder` {folder} holds other files and no run; give a new folder, or an empty one.")
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-
-
-def _digest(entry: str, tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 of a finished block: its line of the log and its tensors."""
-    return fingerprint_of_values([entry, fingerprint_of_tensors(tensors)])
 
 
 def _where_they_differ(a: Mapping[str, Any], b: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:

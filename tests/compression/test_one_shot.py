@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -108,3 +109,15 @@ def test_a_folder_serves_statistics_that_are_given(tmp_path: Path) -> None:
     for _ in range(2):
         assert_same_model(compressed(llama(), known, arguments={"run_folder": tmp_path}, **ALL), expected)
     assert not list(tmp_path.glob("statistics-*"))
+
+
+def test_files_of_another_run_are_not_taken(tmp_path: Path) -> None:
+    for name, seed in (("mine", 0), ("other", 1)):
+        compressed(llama(), TEXT, seed=seed, arguments={"run_folder": tmp_path / name}, **ALL)
+    expected = compressed(llama(), TEXT, **ALL)
+    (tmp_path / "mine" / "block-0000.safetensors").unlink()
+    for path in (tmp_path / "mine").glob("statistics-*"):
+        path.unlink()
+    for path in (tmp_path / "other").glob("*.safetensors"):
+        shutil.copy(path, tmp_path / "mine")
+    assert_same_model(compressed(llama(), TEXT, arguments={"run_folder": tmp_path / "mine"}, **ALL), expected)
