@@ -63,7 +63,7 @@ def _bits(config: ReparamConfig, name: str, form: str, layer: nn.Module) -> int:
     """Of the numbers of a target's product; of a corrected one, of those of the matrix."""
     if name in config.bit_pattern:
         return config.bit_pattern[name]
-    if form != "corrected":
+    if form != "corrected" or name in (config.dense_modules or ()):
         return AS_THE_MODEL
     if is_quantized(layer) and config.budget != "bytes":
         return OF_THE_BASE
