@@ -190,7 +190,7 @@ BAD_ARGUMENTS = {
     "plan and bits": (["--plan", "p.json", "--bits", "8"], "--plan holds the ranks; leave out"),
     "bits are words": (["--budget", "bytes", "--bits", "8,four"], "--bits must be whole numbers .* such as 8,4, got '8,four'"),
     "bits without effect": (["--bits", "8"], "`bits` has an effect with `budget='bytes'` or"),
-    "no such budget": (["--budget", "flops"], "`budget` must be one of 'parameters', 'bytes' or None, got 'flops'"),
+    "no such budget": (["--budget", "watts"], "`budget` must be one of 'parameters', .* or None, got 'watts'"),
     "correction without a rank": (["--form", "corrected"], "`form='corrected'` needs `r`"),
     "plan and rank": (["--plan", "p.json", "--rank", "4"], "--plan holds the ranks; leave out"),
     "plan and allocation": (["--plan", "p.json", "--allocation", "loss"], "--plan holds the ranks; leave out"),

@@ -65,7 +65,7 @@ def test_one_adapter_for_many_sizes(run: Run, models: Path, tmp_path: Path) -> N
     assert run("compress", models / "llama", tmp_path / "planned", *calibrated(models), "--plan", ranks).code == 0
     assert run("evaluate", tmp_path / "planned", *text, "--keep", 0.5).code == 0
     wrong = run("compress", models / "llama", tmp_path / "no", *calibrated(models), "--plan", ranks, "--ceiling", 0.5)
-    assert_error(wrong, "leave out --keep, --rank, --allocation, --ceiling and --neurons")
+    assert_error(wrong, "leave out --keep, --rank, --allocation, --ceiling, --neurons, --budget and --bits")
     searched = ["search", models / "llama", tmp_path / "found", *calibrated(models)[:-1], *text[:2], *sizes[2:]]
     assert run(*searched, "--max-increase", "50%", "--max-trials", 2).code == 0
     assert ReparamConfig.from_pretrained(tmp_path / "found").smaller_keeps

@@ -139,7 +139,10 @@ def test_examples_are_valid(call: Call, file: Callable[[str], Path], command: st
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("kep: 0.8", "`kep` is not a setting of `.*compress`; those are model, output, keep, rank, target_modules, "),
+        (
+            "kep: 0.8",
+            "`kep` is not a setting of `.*compress`; those are model, output, keep, rank, budget, bits, ",
+        ),
         ("speed: true", "`speed` is not a setting of"),  # of another command
         ("no-evaluate: true", "`no-evaluate` is not a setting of"),
         ("config: other.yaml", "`config` is not a setting of"),
