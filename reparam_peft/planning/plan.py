@@ -46,7 +46,7 @@ class Plan:
         ceiling: the most that was to be stored of a matrix, as a fraction; None: 1.
         neurons: the MLPs that lose neurons.
         unreached: names of modules that were left out, because no batch reached them.
-        budget: what `keep` is a fraction of: "parameters" or "bytes".
+        budget: what `keep` is a fraction of: "parameters", "bytes", "flops" or "latency".
         correction_bits: of the factors beside corrected matrices: 8; None: the dtype of the model.
     """
 

@@ -101,3 +101,10 @@ def test_caches_are_flushed_before_each_timed_call(monkeypatch: pytest.MonkeyPat
     calls = [index for index, event in enumerate(events) if event == "call"]
     assert len(calls) == 2 * (1 + 3), "a run that warms up and one that counts"
     assert all(events[index - 1] == "flush" for index in calls)
+
+
+def test_caches_are_flushed_in_either_mode() -> None:
+    speed._flush_buffer.cache_clear()
+    with torch.inference_mode():
+        speed.flush_caches(torch.device("cpu"))
+    speed.flush_caches(torch.device("cpu"))
