@@ -178,9 +178,16 @@ def without_cache(model: nn.Module, batch: Mapping[str, Any]) -> dict[str, Any]:
     config: Any = getattr(base, "config", None)
     text_config = config.get_text_config() if hasattr(config, "get_text_config") else None
     has_inner = text_config is not config or getattr(base, "base_model", base) is not base
-    caches = hands_on and has_inner and hasattr(text_config, "use_cache")
+    caches = hands_on and has_inner and hasattr(text_config, "use_cache") and not _says(base, "use_cache")
     taken = {name: value for name, value in batch.items() if name != "labels" or hands_on or name in parameters}
     return {"use_cache": False, **taken} if "use_cache" in parameters or caches else taken
+
+
+def _says(model: nn.Module, keyword: str) -> bool:
+    """Whether a model's `forward` itself calls something with this keyword, which then cannot be handed on, too."""
+    code = getattr(inspect.unwrap(model.forward), "__code__", None)
+    constants = getattr(code, "co_consts", ())  # keywords are there by themselves, or several in a tuple
+    return any(constant == keyword or (isinstance(constant, tuple) and keyword in constant) for constant in constants)
 
 
 def input_device(model: nn.Module) -> torch.device:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
 import pytest
 import torch
@@ -11,7 +12,7 @@ from accelerate.hooks import attach_align_device_hook, remove_hook_from_submodul
 from peft import get_peft_model
 from support.models import Residual, bert, convnet, gpt2, llama, masked_lm, skipping, t5
 from torch import Tensor, nn
-from transformers import MimiEncoderConfig, MimiEncoderModel
+from transformers import LlamaForCausalLM, MimiEncoderConfig, MimiEncoderModel
 
 from reparam_peft import ReparamConfig
 from reparam_peft.runtime.modules import (
@@ -98,3 +99,14 @@ def test_no_graph_is_left_in_a_model() -> None:
     copied = copy.deepcopy(model)
     assert torch.equal(copied.states[0], y)
     assert torch.equal(copied.last, y)
+
+
+def test_a_model_that_says_itself_whether_it_caches_is_not_told() -> None:
+    class Classifier(LlamaForCausalLM):
+        def forward(self, input_ids: Tensor, **kwargs: Any) -> Any:
+            return self.model(input_ids, use_cache=False, **kwargs)
+
+    batch = {"input_ids": torch.ones(1, 3, dtype=torch.int64)}
+    model = Classifier(llama().config).eval()
+    assert without_cache(model, batch).keys() == batch.keys()
+    assert model(**without_cache(model, batch)).last_hidden_state.shape[:2] == (1, 3)
