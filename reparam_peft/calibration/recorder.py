@@ -130,9 +130,8 @@ class Recorder:
         self.reads_in_pass.clear()
         self.diverged.clear()
         self.source_mask, self.target_mask = padding_masks(batch, bool(self.inside_encoder))
-        head = (
-            None if "labels" in batch or self.objective is not None else self.head
-        )  # whose loss a model computes of its logits
+        # With labels a model computes its loss of the logits itself.
+        head = None if "labels" in batch or self.objective is not None else self.head
         with torch.set_grad_enabled(self.gradients), nullcontext() if head is None else head.hold():
             try:
                 keywords = without_cache(model, batch)

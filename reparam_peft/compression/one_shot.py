@@ -8,7 +8,7 @@ from pathlib import Path
 
 from ..calibration.self_written import SelfWritten
 from ..calibration.statistics import Batches, Statistics
-from ..layers.product import Product, product_of, tensors_of
+from ..layers.product import Product, named_product, named_tensors
 from ..planning.plan import Plan
 from ..runtime.fingerprints import fingerprint_of_values
 from ..runtime.processes import fails_together
@@ -52,8 +52,8 @@ class OneShot:
         started = time.monotonic()
 
         def keep(products: dict[str, Product]) -> None:
-            tensors = {f"{name}/{i}": t for name, product in products.items() for i, t in enumerate(tensors_of(product))}
-            self.folder.finish({"factorised": list(products), "seconds": time.monotonic() - started}, tensors)
+            entry = {"factorised": list(products), "seconds": time.monotonic() - started}
+            self.folder.finish(entry, named_tensors(products))
 
         made = job.products(targets, used_up=True, keep=None if self.folder.folder is None else keep)
         return Result(plan, {name: {**restored, **made}[name] for name in targets if name in restored or name in made})
@@ -63,10 +63,9 @@ class OneShot:
         tensors, products = self.folder.tensors(position), {}
         for name in names:
             target = targets[name]
-            count = sum(key.rpartition("/")[0] == name for key in tensors)
             if target.rank is None:
                 raise ValueError(f"{name}: `run_folder` has a product of what stays dense by its plan; delete the folder.")
-            products[name] = product_of([tensors[f"{name}/{i}"] for i in range(count)], target.rank, target.storage)
+            products[name] = named_product(tensors, name, target.rank, target.storage)
         return products
 
     def _statistics(self, group: Sequence[str], gather: Callable[[], Statistics]) -> Statistics:

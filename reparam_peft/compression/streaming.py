@@ -23,7 +23,7 @@ from ..blockwise.refinement import Refinement
 from ..calibration.statistics import Statistics
 from ..config.few_bits import check_one_shot
 from ..config.reparam_config import ReparamConfig
-from ..layers.product import Product, product_of, tensors_of
+from ..layers.product import Product, named_product, named_tensors
 from ..planning.plan import Plan
 from ..runtime.blocks import block_of, find_blocks
 from ..runtime.files import follow_umask, remove_whole, take_lock, unfinished, write_whole, writing
@@ -215,18 +215,12 @@ def _data_free_products(
         if position >= len(folder.finished):
             start = time.perf_counter()
             factorized = factorize_targets(of_block, config, progress=False)
-            state = {
-                f"{name}/{i}": tensor
-                for name, target in factorized.items()
-                if target.product is not None
-                for i, tensor in enumerate(tensors_of(target.product))
-            }
-            folder.finish({"block": block, "seconds": round(time.perf_counter() - start, 2)}, state)
+            made = {name: target.product for name, target in factorized.items() if target.product is not None}
+            folder.finish({"block": block, "seconds": round(time.perf_counter() - start, 2)}, named_tensors(made))
         state = folder.tensors(position)
         for name, target in of_block.items():
             if target.rank is not None:
-                count = sum(key.rpartition("/")[0] == name for key in state)
-                products[name] = product_of([state[f"{name}/{i}"] for i in range(count)], target.rank, target.storage)
+                products[name] = named_product(state, name, target.rank, target.storage)
     return products
 
 

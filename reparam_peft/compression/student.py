@@ -11,7 +11,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from ..layers.kinds import stored_weight
-from ..layers.product import Product, product_of, tensors_of
+from ..layers.product import Product, named_product, named_tensors
 from ..runtime.modules import set_module
 from ..runtime.processes import processes
 from ..tuner.layer import ReparamLayer, reparam_layer
@@ -69,11 +69,7 @@ def changed_parameters(original: nn.Module, student: nn.Module) -> dict[str, dic
 
 def state_of(original: nn.Module, student: nn.Module) -> dict[str, Tensor]:
     """A finished block: the tensors of its products and what else has changed."""
-    products = {
-        f"product/{name}/{i}": tensor
-        for name, product in products_of(student).items()
-        for i, tensor in enumerate(tensors_of(product))
-    }
+    products = named_tensors({f"product/{name}": product for name, product in products_of(student).items()})
     changed = changed_parameters(original, student)
     return products | {f"changed/{name}/{key}": value for name, values in changed.items() for key, value in values.items()}
 
@@ -83,10 +79,10 @@ def restore(student: nn.Module, targets: Mapping[str, Target], state: Mapping[st
     for name, target in targets.items():
         if target.rank is not None:
             module = student.get_submodule(name)
-            count = sum(key.rpartition("/")[0] == f"product/{name}" for key in state)
             device = stored_weight(module).device
-            tensors = [state[f"product/{name}/{i}"].to(device) for i in range(count)]
-            set_module(student, name, factorized_layer(target, product_of(tensors, target.rank, target.storage), module))
+            tensors = {key: tensor.to(device) for key, tensor in state.items() if key.startswith(f"product/{name}/")}
+            product = named_product(tensors, f"product/{name}", target.rank, target.storage)
+            set_module(student, name, factorized_layer(target, product, module))
     for key, value in state.items():
         part, _, place = key.partition("/")
         name, _, parameter_name = place.rpartition("/")

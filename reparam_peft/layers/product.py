@@ -107,6 +107,28 @@ def product_of(tensors: Sequence[Tensor], rank: int, storage: Storage) -> Produc
     return Product(made(*tensors[:count]), bias, feature_mean, rows, columns, scales)
 
 
+def named_tensors(products: Mapping[str, Product]) -> dict[str, Tensor]:
+    """The tensors of products by names under which a file can hold them, of which each begins with that of its product."""
+    return {f"{name}/{i}": tensor for name, product in products.items() for i, tensor in enumerate(tensors_of(product))}
+
+
+def named_product(tensors: Mapping[str, Tensor], name: str, rank: int, storage: Storage) -> Product:
+    """One of the products of `named_tensors`.
+
+    Args:
+        tensors: of any products, and others.
+        name: of the product.
+        rank: r.
+        storage: as for `product_of`.
+
+    >>> product = Product(Factors(torch.ones(3, 1), torch.ones(1, 2)))
+    >>> named_product(named_tensors({"a": product}), "a", 1, Storage(3, 2)).factors.A is product.factors.A
+    True
+    """
+    count = sum(key.rpartition("/")[0] == name for key in tensors)
+    return product_of([tensors[f"{name}/{i}"] for i in range(count)], rank, storage)
+
+
 def empty_product(rank: int, storage: Storage, dtype: torch.dtype, nested: bool) -> list[Tensor]:
     """Memory on the CPU for what `tensors_of` gives: tensors of its shapes and dtypes with arbitrary content.
 

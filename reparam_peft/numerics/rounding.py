@@ -40,10 +40,6 @@ class Grid:
         middles = (self.levels[1:] + self.levels[:-1]) / 2
         return torch.bucketize((values / self.scale).contiguous(), middles)
 
-    def columns(self, indices: Tensor | slice) -> Grid:
-        """The grid of some columns."""
-        return self if self.scale.shape[1] == 1 else Grid(self.scale[:, indices], self.levels)
-
     def nearest(self, values: Tensor) -> Tensor:
         """The numbers of the grid that are nearest to `values`, of the same shape."""
         return self.levels[self.indices(values)] * self.scale

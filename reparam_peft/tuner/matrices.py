@@ -65,7 +65,7 @@ def _bits(config: ReparamConfig, name: str, form: str, layer: nn.Module) -> int:
         return AS_THE_MODEL
     if name in config.bit_pattern:
         return config.bit_pattern[name]
-    if form != "corrected" or name in (config.dense_modules or ()):
+    if form != "corrected":
         return AS_THE_MODEL
     if is_quantized(layer) and config.budget != "bytes":
         return OF_THE_BASE

@@ -12,6 +12,7 @@ import argparse
 import re
 import tempfile
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,12 @@ def sentences(path: Path, count: int) -> list[str]:
     """The first sentences of 40 to 300 characters."""
     parts = re.split(r"(?<=[.!?])\s+", path.read_text(encoding="utf-8"))
     return [part for part in parts if 40 <= len(part) <= 300 and "\n" not in part][:count]
+
+
+def batches_of(tokenizer: Any, path: Path, count: int) -> list[dict[str, Tensor]]:
+    """The first sentences of a text in batches of 20, padded."""
+    texts = sentences(path, count)
+    return [dict(tokenizer(texts[i : i + 20], padding=True, return_tensors="pt")) for i in range(0, len(texts), 20)]
 
 
 @torch.no_grad()
@@ -60,17 +67,15 @@ def main() -> None:
     def base() -> nn.Module:
         return AutoModel.from_pretrained(options.model, dtype=torch.float32).eval()
 
-    def batches(path: Path, count: int) -> list[dict[str, Tensor]]:
-        texts = sentences(path, count)
-        return [dict(tokenizer(texts[i : i + 20], padding=True, return_tensors="pt")) for i in range(0, len(texts), 20)]
-
     def show(name: str, small: PeftModel) -> None:
         similarity = F.cosine_similarity(embed(small.eval(), test), expected).mean()
         print(f"{name}: cosine {similarity:.4f}, {small.size_report().keep:.4f} of the targeted parameters stored")
 
-    test = batches(options.test, options.sentences)
+    test = batches_of(tokenizer, options.test, options.sentences)
     expected = embed(base(), test)
-    known = calibrate(base(), ReparamConfig(target_modules="all-linear"), batches(options.calibration, 1000), progress=False)
+    known = calibrate(
+        base(), ReparamConfig(target_modules="all-linear"), batches_of(tokenizer, options.calibration, 1000), progress=False
+    )
     print(f"calibrated on {known.tokens} tokens; {len(expected)} sentences, keep {options.keep}")
     for name, fields in ROWS.items():
         config = ReparamConfig(target_modules="all-linear", keep=options.keep, **fields)

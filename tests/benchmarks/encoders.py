@@ -17,7 +17,7 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from embeddings import embed, sentences
+from embeddings import batches_of, embed
 from torch import Tensor, nn
 from transformers import AutoModel, AutoTokenizer
 
@@ -49,9 +49,10 @@ def multiplied(small: nn.Module) -> float:
     layers = {name: layer for name, layer in small.base_model.model.named_modules() if hasattr(layer, "reparam_factors")}
     stored = 0
     for matrix in matrices:
-        product = layers[matrix.name].reparam_factors["default"] if matrix.rank is not None else None
-        pieces = () if product is None else product.pieces.values()
-        stored += sum(piece.weight.numel() for piece in pieces) if product is not None else matrix.dense_parameters
+        if matrix.rank is None:
+            stored += matrix.dense_parameters
+        else:
+            stored += sum(p.weight.numel() for p in layers[matrix.name].reparam_factors["default"].pieces.values())
     return stored / dense
 
 
@@ -71,14 +72,12 @@ def main() -> None:
     def base() -> nn.Module:
         return AutoModel.from_pretrained(options.model, dtype=torch.float32).eval()
 
-    def batches(path: Path, count: int) -> list[dict[str, Tensor]]:
-        texts = sentences(path, count)
-        return [dict(tokenizer(texts[i : i + 20], padding=True, return_tensors="pt")) for i in range(0, len(texts), 20)]
-
-    dense, test = base(), batches(options.test, 200)
+    dense, test = base(), batches_of(tokenizer, options.test, 200)
     expected = embed(dense, test)
     batch = {"input_ids": torch.arange(BATCH * options.length).view(BATCH, -1) % 20_000 + 1000}
-    known = calibrate(base(), ReparamConfig(target_modules="all-linear"), batches(options.calibration, 1000), progress=False)
+    known = calibrate(
+        base(), ReparamConfig(target_modules="all-linear"), batches_of(tokenizer, options.calibration, 1000), progress=False
+    )
     print(
         f"{torch.get_num_threads()} threads, torch {torch.__version__}; {known.tokens} tokens; batch {BATCH} x {options.length}"
     )
