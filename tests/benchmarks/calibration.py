@@ -102,6 +102,8 @@ def time_passes(model: Any, modules: dict[str, Any], batches: list[dict[str, Any
         for name, run in runs.items():
             start = time.perf_counter()
             run()
+            if model.device.type != "cpu":
+                torch.accelerator.synchronize()
             if repeat:
                 seconds[name].append(time.perf_counter() - start)
     median = {name: statistics.median(values) for name, values in seconds.items()}
