@@ -263,9 +263,15 @@ def calibrate(
     They serve any `keep`, method, allocation and form.
 
     Args:
+        model: as for `compress`, as are the errors.
+        config: whose targets are looked at.
+        batches: data, read once; or "self", as for `compress`.
+        tokenizer: as for `compress`.
+        seed: as for `compress`.
+        progress: whether to show progress bars.
         first_row: number of the first row (sequence) of the batches in the whole of the data, where these are a part of it:
             with the same seed, `Statistics.merge` of the parts gives the statistics of the whole.
-        model, config, batches, tokenizer, seed, progress, objective: as for `compress`, as are the errors.
+        objective: as for `compress`.
     """
     data = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
     with unchanged(model):
