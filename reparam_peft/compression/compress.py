@@ -239,7 +239,15 @@ def plan(
 ) -> Plan:
     """The ranks that `compress` would choose, what they store and what they are predicted to cost; changes nothing.
 
-    Args, Raises: as for `compress`.
+    Args:
+        model: as for `compress`, as are the errors.
+        config: as for `compress`.
+        batches: as for `compress`.
+        tokenizer: as for `compress`.
+        seed: as for `compress`.
+        progress: whether to show progress bars.
+        max_memory: as for `compress`.
+        objective: as for `compress`.
     """
     options = Options(seed, progress, MaxMemory.of(max_memory, input_device(model)), objective)
     data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
