@@ -20,6 +20,7 @@ from ..layers.attention import close_attentions, open_attentions, open_attention
 from ..layers.experts import ViewLinear, close_experts, fused_parameters, is_open, open_experts
 from ..layers.kinds import layer_kind
 from ..layers.parameters import OpenedParameter, Reading, close_parameter, open_parameter, opened_parameters, readings_of
+from ..layers.wrapper import Wrapper
 from ..runtime.hosts import ExcludedModule
 from ..runtime.modules import is_offloaded, naming, parameter_owners
 from .attentions import outputs_of_attentions, parts_of_attentions
@@ -104,7 +105,10 @@ def _taken(config: ReparamConfig, model: nn.Module, fused: Mapping[str, nn.Modul
         return {}
     opened = opened_parameters(model)
     open_ones = {*fused, *opened}
-    names = [*(name for name, _ in model.named_parameters() if not _is_inside(name, open_ones)), *fused, *opened]
+    # By the names that they had before the layers were factorised, whose own are then gone, or those of a part.
+    weights = [f"{name}.weight" for name, module in model.named_modules() if isinstance(module, Wrapper)]
+    own = [name for name in [*(name for name, _ in model.named_parameters()), *weights] if not _is_inside(name, open_ones)]
+    names = [*own, *fused, *opened]
     if asked == ALL_EXPERTS:
         taken = dict.fromkeys(experts_of(model), "")
         if not taken:
@@ -166,6 +170,8 @@ def _is_weight_of_layer(model: nn.Module, name: str) -> bool:
     owner, _, key = name.rpartition(".")
     with suppress(TypeError, ValueError):
         module: Any = model.get_submodule(owner)
+        if key == "weight" and isinstance(module, Wrapper):
+            return True
         return key == "weight" and layer_kind(getattr(module, "base_layer", module)) is not None
     return False
 

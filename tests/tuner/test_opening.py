@@ -9,12 +9,13 @@ from typing import Any
 import pytest
 import torch
 from peft import PeftModel, get_peft_model
+from peft.utils import _get_submodules
 from support.batches import text
-from support.models import gpt_oss, llama, qwen_moe, token_inputs, xlnet
+from support.models import gpt_oss, llama, qwen_moe, siglip, token_inputs, xlnet
 from support.tolerances import assert_close, relative_error
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
-from transformers import XLNetLMHeadModel
+from transformers import AutoModel, XLNetLMHeadModel
 
 from reparam_peft import ReparamConfig, calibrate, compress, plan, search
 from reparam_peft.layers.experts import fused_parameters
@@ -303,3 +304,32 @@ def test_a_pattern_that_is_not_the_models_is_refused(tmp_path: Path) -> None:
     file.write_text(file.read_text().replace("->", "<-"))  # of a square matrix, which fits both ways
     with pytest.raises(ValueError, match=f"{expected}.* it was changed"):
         PeftModel.from_pretrained(xlnet(), tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("build", "parameters", "inside"),
+    [
+        (qwen_moe, "all-experts", "experts.down_proj.3"),
+        (gpt_oss, "all-experts", "experts.gate_up_proj.0"),
+        (xlnet, ATTENTION, "rel_attn.q.0"),
+        (siglip, None, "attention.in_proj_weight.2"),  # of `nn.MultiheadAttention`
+    ],
+)
+def test_modules_are_found_by_all_names_that_the_model_gives_them(
+    build: Any, parameters: Any, inside: str, tmp_path: Path
+) -> None:
+    config = ReparamConfig(target_modules="all-linear", target_parameters=parameters, keep=0.5, init_weights=False)
+    small = get_peft_model(build(), config)
+    small.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(build(), tmp_path / "adapter")
+    loaded.add_adapter("second", small.peft_config["default"])
+    small.base_model.to_standalone().save_pretrained(tmp_path / "standalone")
+    plain = (AutoModel if build is siglip else type(build())).from_pretrained(tmp_path / "standalone")
+    for model in (small, loaded, plain):
+        named = dict(model.named_modules())
+        assert any(name.endswith(inside) for name in named)
+        assert all(model.get_submodule(name) is module for name, module in named.items())
+        assert all(_get_submodules(model, name)[1] is module for name, module in named.items() if name)
+    merged = loaded.merge_and_unload()
+    assert all(merged.get_submodule(name) is module for name, module in merged.named_modules())
+    assert merged.state_dict().keys() == build().state_dict().keys()
