@@ -55,7 +55,8 @@ def gather_statistics(
     distribution of its last hidden state. Products are float32, sums float64. The model is run in eval mode; mode, gradients
     and hooks are put back as they were.
 
-    Memory: 4 · (2 Σ in² over distinct inputs + Σ out² over modules) bytes, and the graph of a part of a batch: batches of
+    Memory: 4 · (2 Σ in² over distinct inputs + Σ out² over modules) bytes, of which very wide outputs take 8 · out
+    (`sums.output_shape`), and the graph of a part of a batch: batches of
     token ids are run in parts of 512 tokens on a CPU, 4096 elsewhere, or one sequence; the statistics are the same.
 
     In a distributed run every process gives the same batches; process i takes every i-th, and all get the sums. An input that
@@ -116,7 +117,7 @@ def gather_statistics(
     if gradients:
         for name, module in modules.items():
             if name not in statistics.outputs:  # no gradient came back
-                statistics.outputs[name] = OutputSums.zeros(features(module)[0], _device_of_sums(module))
+                statistics.outputs[name] = OutputSums.zeros(*features(module), _device_of_sums(module))
             statistics.outputs[name].gradient_tokens = recorder.gradient_tokens
     if world > 1:
         _reduce(statistics, modules, gradients)

@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ..layers.experts import routed_rows
 from ..layers.kinds import LayerKind
-from ..layers.wrapper import kind_and_layer
+from ..layers.wrapper import features, kind_and_layer
 from ..numerics.grams import add_gram, wide_rows
 from ..numerics.metrics import exact
 from ..runtime.batches import fitting_mask, padding_masks, rows_in
@@ -272,12 +272,11 @@ class Recorder:
         """Add a gradient g at the output, which the module made of inputs with these |x|², one for each row."""
         Y = wide_rows(kind.gradient_rows(module, g), None if mask is None else mask.to(g.device))
         if name not in self.statistics.outputs:
-            self.statistics.outputs[name] = OutputSums.zeros(Y.shape[1], Y.device)
+            self.statistics.outputs[name] = OutputSums.zeros(Y.shape[1], features(self.modules[name])[1], Y.device)
         record = self.statistics.outputs[name]
-        add_gram(record.gram, Y)
+        record.add(Y)
         squares = (squares if mask is None else squares[mask]).to(Y.device).double()
         record.energies += torch.stack([squares @ _squares(Y).double(), squares.sum()])
-        record.rows += len(Y)
 
     def _at_head(
         self, name: str, head: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Tensor
@@ -306,10 +305,9 @@ class Recorder:
             of_tokens, of_rows = squares.sum(0, dtype=torch.float64), squares.sum(1).double()
             record.gram += of_tokens
             record.sum += of_tokens
-            outputs = self.statistics.outputs.setdefault(name, OutputSums.zeros(X.shape[1], X.device))
-            add_gram(outputs.gram, X)
+            outputs = self.statistics.outputs.setdefault(name, OutputSums.zeros(X.shape[1], tokens, X.device))
+            outputs.add(X)
             outputs.energies += torch.stack([of_rows @ _squares(X).double(), of_rows.sum()])
-            outputs.rows += len(X)
 
         output.register_hook(add)
         return replaced

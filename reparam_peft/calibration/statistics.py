@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from ..arguments import check_seed, check_text, is_finite
 from ..layers.kinds import is_quantized, layer_kind, stored_weight
 from ..layers.wrapper import Wrapper, features
-from ..numerics.grams import pack, packed_diagonal, unpack
+from ..numerics.grams import pack, unpack
 from ..runtime.files import save_tensors
 from ..runtime.fingerprints import fingerprint_of_tensors, fingerprint_of_values
 from ..runtime.json_files import parse_json
@@ -137,7 +137,7 @@ class Statistics:
         return centred
 
     def fisher(self, module: str) -> Tensor:
-        """F = E[g gᵀ] at a module's output, shape (out, out)."""
+        """F = E[g gᵀ] at a module's output, shape (out, out), or its diagonal (out,) where that is kept alone."""
         record = self.outputs[module]
         return record.matrix().div_(max(record.rows, 1))
 
@@ -149,7 +149,7 @@ class Statistics:
         """
         record = self.outputs[module]
         joint, squares = (float(value) for value in record.energies)
-        gradients = float(packed_diagonal(record.gram).sum())
+        gradients = float(record.diagonal().sum())
         if not (record.rows and squares > 0 and gradients > 0):
             return 0.0
         return joint / (squares * gradients / record.rows) * record.rows / max(record.gradient_tokens, 1)

@@ -11,10 +11,17 @@ import torch
 from torch import Tensor
 
 from ..arguments import is_int, is_number
-from ..numerics.grams import packed_shape, packed_size, packed_zeros, unpack
+from ..numerics.grams import add_gram, add_squares, packed_diagonal, packed_shape, packed_size, packed_zeros, unpack
 
 if TYPE_CHECKING:
     from typing_extensions import Self
+
+# Second moments of gradients at an output are kept whole where they take at most so many bytes, or at most so many times what
+# the weight takes in float32, which is where there are no more than 8 outputs for each input, as in all MLPs. Of what is wider,
+# such as heads over a vocabulary, the diagonal is kept: the squares of a matrix of low rank would be most of the memory, and
+# there the gradients of different outputs are nearly uncorrelated, E[diag(p) − p pᵀ] of probabilities p.
+WHOLE_BYTES = 2**30
+WHOLE_TIMES_WEIGHT = 8
 
 
 @dataclass(eq=False)
@@ -118,7 +125,7 @@ class OutputSums(Sums):
 
     Attributes:
         rows: number of gradients, padding left out.
-        gram: Σ g gᵀ of (out, out), packed, float64.
+        gram: Σ g gᵀ of (out, out), packed, float64; of very wide outputs (`output_shape`) its diagonal (out,).
         energies: Σ |x|² |g|² and Σ |x|², shape (2,), float64.
         gradient_tokens: labels sampled from the model in the passes that the gradients are of, one for each position that
             predicts: not the number of rows for a module that sees other rows, such as an expert or a pooler.
@@ -130,26 +137,51 @@ class OutputSums(Sums):
     gradient_tokens: int = 0
 
     @classmethod
-    def zeros(cls, size: int, device: torch.device) -> OutputSums:
-        """Sums over no gradients at an output of this size."""
-        return cls(0, packed_zeros(size, device), _zeros(device, 2))
+    def zeros(cls, out_features: int, in_features: int, device: torch.device) -> OutputSums:
+        """Sums over no gradients at the output of a module whose matrix is (out, in)."""
+        return cls(0, _zeros(device, *output_shape(out_features, in_features)), _zeros(device, 2))
+
+    def __add__(self, other: OutputSums) -> OutputSums:
+        if self.gram.ndim == other.gram.ndim:
+            return super().__add__(other)
+        return replace(self, gram=self.diagonal()) + replace(other, gram=other.diagonal())
 
     @property
     def size(self) -> int:
         """out."""
-        return packed_size(self.gram)
+        return len(self.gram) if self.gram.ndim == 1 else packed_size(self.gram)
+
+    def add(self, Y: Tensor) -> None:
+        """Add gradients (rows, out), in float32 or wider, to `gram` and `rows`, in place."""
+        (add_squares if self.gram.ndim == 1 else add_gram)(self.gram, Y)
+        self.rows += len(Y)
 
     def matrix(self) -> Tensor:
-        """Σ g gᵀ, shape (out, out): a copy."""
-        return unpack(self.gram)
+        """Σ g gᵀ, shape (out, out), or its diagonal (out,) where only that is kept: a copy."""
+        return self.gram.clone() if self.gram.ndim == 1 else unpack(self.gram)
+
+    def diagonal(self) -> Tensor:
+        """Σ g², shape (out,)."""
+        return self.gram if self.gram.ndim == 1 else packed_diagonal(self.gram)
 
     def check(self) -> None:
         super().check()
         for count in (self.rows, self.gradient_tokens):
             if not is_int(count) or count < 0:
                 raise ValueError(f"the number of gradients or labels is {count!r}")
-        packed_size(self.gram)
+        _check_shape("gram", self.gram, packed_shape(self.size) if self.gram.ndim == 2 else (self.size,))
         _check_shape("energies", self.energies, (2,))
+
+
+def output_shape(out_features: int, in_features: int) -> tuple[int, ...]:
+    """In which shape second moments of the gradients at the output of a matrix (out, in) are kept: packed, or their diagonal.
+
+    >>> output_shape(4096, 16), output_shape(30522, 768), output_shape(53248, 16384)
+    ((2048, 4097), (30522,), (26624, 53249))
+    """
+    packed = packed_shape(out_features)
+    whole = 8 * math.prod(packed)
+    return packed if whole <= max(WHOLE_BYTES, WHOLE_TIMES_WEIGHT * 4 * out_features * in_features) else (out_features,)
 
 
 def _added(one: Any, two: Any) -> Any:

@@ -121,7 +121,8 @@ class Matrix:
             product = stored.W if isinstance(stored, Whole) else stored.Q + stored.A @ stored.B
             E = (self.W - product).float()
             F, G = self._narrow_metrics
-            return self.scale * float(((F @ E) * (E @ G)).sum(dtype=torch.float64).clamp(min=0))
+            FE, EG = F[:, None] * E if F.ndim == 1 else F @ E, E * G if G.ndim == 1 else E @ G
+            return self.scale * float((FE * EG).sum(dtype=torch.float64).clamp(min=0))
         # With products of a low rank only: tr(F W G Wᵀ) − 2 tr(F A B G Wᵀ) + tr(F A B G Bᵀ Aᵀ).
         A, B = map(exact, stored if isinstance(stored, Factors) else stored.factors())
         whole, WG = self._whole
@@ -141,9 +142,8 @@ class Matrix:
 
     @cached_property
     def _narrow_metrics(self) -> tuple[Tensor, Tensor]:
-        """F and G, float32, scaled, whole."""
-        F, G = ((torch.diag(M.matrix) if M.diagonal else M.matrix).float() for M in (self.fisher, self.gram))
-        return F, G
+        """F and G, float32, scaled, whole or as diagonals."""
+        return self.fisher.matrix.float(), self.gram.matrix.float()
 
     def losses(self, options: Sequence[ByteOption], directions: Tensor) -> Tensor:
         """What options are predicted to add to the loss, shape (options,); inf where that was not computed.

@@ -12,6 +12,7 @@ import torch
 from accelerate.utils import convert_file_size_to_int
 
 from ..arguments import check_int
+from ..calibration.sums import output_shape
 from ..layers.kinds import layer_kind
 from ..layers.neuron_groups import NeuronGroup
 from ..numerics.grams import packed_shape
@@ -107,7 +108,7 @@ def passes_within(
 
 
 def _bytes_of_statistics(target: Target) -> int:
-    """Two Grams of the input, or counts for a lookup, and one of the output gradients, packed, in float64."""
+    """Two Grams of the input, or counts for a lookup, and what is kept of the output gradients, in float64."""
     size, one_hot = target.storage.in_features, layer_kind(target.module).one_hot
-    gram, fisher = (math.prod(packed_shape(features)) for features in (size, target.storage.out_features))
-    return 8 * ((size if one_hot else 2 * gram) + fisher)
+    inputs = size if one_hot else 2 * math.prod(packed_shape(size))
+    return 8 * (inputs + math.prod(output_shape(target.storage.out_features, size)))

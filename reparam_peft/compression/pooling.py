@@ -57,7 +57,7 @@ class Pooled:
         return _moved(own, self.own.input_rows(name), shared, len(shared))
 
     def fisher(self, name: str) -> Tensor:
-        """F at the expert's output, shape (out, out)."""
+        """F at the expert's output, shape (out, out) or (out,), as in `Statistics`."""
         shared = self.shared.fisher(SHARED)
         rows = self.own.output_rows(name) if name in self.own.outputs else 0
         return _moved(self.own.fisher(name), rows, shared, len(shared)) if rows else shared

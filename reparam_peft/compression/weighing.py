@@ -25,7 +25,7 @@ class Weighing:
         input: the input metric, shape (in, in) or (in,); None: the identity.
         output: the output metric, shape (out, out) or (out,); None: the identity.
         gram: G, in which losses are predicted, shape (in, in) or (in,).
-        fisher: F, in which losses are predicted, shape (out, out); None without gradients.
+        fisher: F, in which losses are predicted, shape (out, out) or (out,); None without gradients.
         loss_scale: what a predicted loss is multiplied by to be in nats per token.
         mean: E[x], shape (in,).
     """

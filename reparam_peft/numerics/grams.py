@@ -139,6 +139,11 @@ def add_gram(total: Tensor, X: Tensor, sums: Tensor | None = None, weights: Tens
             _add_block(total, rows, terms)
 
 
+def add_squares(total: Tensor, X: Tensor) -> None:
+    """Add Σ x², the diagonal of Σ x xᵀ, to a total (in,), float64, in place; without a wider copy of the rows."""
+    total += torch.linalg.vector_norm(X, dim=0, dtype=torch.float64).square()
+
+
 def cross_product(Y: Tensor, X: Tensor) -> Tensor:
     """Σ y xᵀ over rows, in the dtype of the rows and at its full precision."""
     with _full_precision(X.device):

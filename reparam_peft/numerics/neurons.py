@@ -75,7 +75,7 @@ def eliminate(
     Args:
         weight: W of the layer that reads the neurons, shape (out, d).
         gram: C = E[h hᵀ], or the covariance where a bias is moved; shape (d, d), positive semidefinite.
-        fisher: F, of the gradients at the output of W, shape (out, out), positive semidefinite.
+        fisher: F, of the gradients at the output of W, shape (out, out) or (out,), positive semidefinite.
         least: the smallest number of neurons that is to stay, in [1, d].
         block: how many neurons are left out at a time; None: `AT_A_TIME` of them.
         spectra_at: numbers of neurons, falling, each at least `least`, of which spectra are wanted.

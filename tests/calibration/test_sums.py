@@ -11,12 +11,13 @@ from support.processes import run_in_processes
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from reparam_peft.calibration import sums
 from reparam_peft.calibration.gather import gather_statistics
-from reparam_peft.calibration.sums import InputSums, OutputSums, WeightedSums
+from reparam_peft.calibration.sums import InputSums, OutputSums, WeightedSums, output_shape
 from reparam_peft.numerics.grams import pack
 
 CPU = torch.device("cpu")
-INPUT, OUTPUT, WEIGHTED = InputSums.zeros(3, CPU, False), OutputSums.zeros(2, CPU), WeightedSums.zeros(3, CPU)
+INPUT, OUTPUT, WEIGHTED = InputSums.zeros(3, CPU, False), OutputSums.zeros(2, 3, CPU), WeightedSums.zeros(3, CPU)
 
 
 def sums_of(X: Tensor, weights: Tensor | None = None) -> InputSums:
@@ -61,7 +62,25 @@ def test_matrices_are_those_that_are_packed() -> None:
     diagonal = InputSums.zeros(5, CPU, one_hot=True)
     assert diagonal.matrix().shape == (5,)
     assert diagonal.size == sums_of(X).size == 5
-    assert OutputSums.zeros(4, CPU).size == 4
+    assert OutputSums.zeros(4, 3, CPU).size == 4
+
+
+def test_of_very_wide_outputs_the_diagonal_is_kept_and_added_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    Y = torch.randn(7, 12)
+    whole = OutputSums.zeros(12, 2, CPU)
+    monkeypatch.setattr(sums, "WHOLE_BYTES", 8 * 12 * 13 // 2 - 1)
+    assert output_shape(12, 2) == (12,)
+    assert output_shape(12, 4) == whole.gram.shape  # which is in proportion to the weight
+    one, two = OutputSums.zeros(12, 2, CPU), OutputSums.zeros(12, 2, CPU)
+    whole.add(Y)
+    one.add(Y[:4])
+    two.add(Y[4:])
+    expected = Y.double().square().sum(0)
+    for added in (one + two, one + replace(two, gram=pack(two.matrix().diag())), whole):
+        added.check()
+        assert (added.rows, added.size) == (7, 12)
+        torch.testing.assert_close(added.diagonal(), expected)
+    assert (one + two).matrix().shape == (12,)
 
 
 @pytest.mark.parametrize(
@@ -78,7 +97,7 @@ def test_matrices_are_those_that_are_packed() -> None:
         replace(OUTPUT, rows=-1),
         replace(OUTPUT, gradient_tokens=True),
         replace(OUTPUT, energies=torch.zeros(3, dtype=torch.float64)),
-        replace(OUTPUT, gram=torch.zeros(2, dtype=torch.float64)),
+        replace(OUTPUT, gram=torch.zeros(2, 2, dtype=torch.float64)),
     ],
 )
 def test_what_does_not_fit_is_told(record: InputSums | OutputSums) -> None:

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from peft import get_peft_model
-from support.compressing import IMAGES, TEXT, batches_of, compressed, layers, output_errors, planned, scale_of
+from support.compressing import IMAGES, TEXT, batches_of, compressed, config_of, layers, output_errors, planned, scale_of
 from support.models import CASES, Case, bert, convnet, gpt2, llama, token_inputs
 from support.tolerances import assert_close, relative_error
 
-from reparam_peft import ReparamConfig, calibrate
+from reparam_peft import Refinement, ReparamConfig, Statistics, calibrate
+from reparam_peft.calibration import sums
+from reparam_peft.compression.weighing import Weigher
 from reparam_peft.layers.kinds import layer_kind
+from reparam_peft.numerics.decompositions import factorize
 
 
 def test_whitened_is_the_optimum_and_the_autoencoder_reaches_it(case: Case) -> None:
@@ -95,3 +99,40 @@ def test_every_ingredient_lowers_the_predicted_loss(case: Case) -> None:
     assert allocated < pivoted or case.kind == "Conv2d"
     if case.kind in ("Linear", "Conv1D"):
         assert two_sided < plain
+
+
+def test_outputs_too_wide_for_a_whole_metric_are_weighed_by_its_diagonal(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    model, config = (
+        llama(num_hidden_layers=1),
+        {"target_modules": ["mlp.up_proj", "mlp.down_proj", "lm_head"], "neurons": False},
+    )
+    whole = calibrate(model, ReparamConfig(**config), TEXT, progress=False)
+    monkeypatch.setattr(sums, "WHOLE_BYTES", 8 * 70 * 71 // 2)
+    monkeypatch.setattr(sums, "WHOLE_TIMES_WEIGHT", 1)
+    statistics = calibrate(model, ReparamConfig(**config), TEXT, progress=False)
+    for name, record in statistics.outputs.items():
+        expected = whole.fisher(name)
+        assert_close(statistics.fisher(name), expected if "down_proj" in name else expected.diagonal(), torch.float32)
+        assert statistics.loss_scale(name) == pytest.approx(whole.loss_scale(name))
+        assert record.gram.nbytes <= sums.WHOLE_BYTES
+    statistics.save(tmp_path / "statistics.safetensors")
+    loaded = Statistics.load(tmp_path / "statistics.safetensors")
+    assert loaded.merge(whole).fisher("lm_head").shape == whole.merge(loaded).fisher("lm_head").shape == (100,)
+    expected = compressed(llama(num_hidden_layers=1), loaded, **config)
+    name = "model.layers.0.mlp.up_proj"
+    product = layers(expected)[name].factorized("default").factors
+    weighing = Weigher.of(config_of(**config, method="whitened")).weighing(name, loaded, moves_bias=False)
+    best = factorize(model.get_submodule(name).weight.detach(), len(product.B), weighing.input, weighing.output)
+    assert relative_error(product.A @ product.B, best.A @ best.B) < 1e-4
+    short = Refinement(epochs=1, batch_size=4, autocast=None)
+    for arguments, more in (
+        ({"max_memory": 230_000}, {}), ({"sequential": True}, {}), ({"refine": short}, {}), ({}, {"budget": "bytes"}),
+    ):  # fmt: skip
+        options = {**config, **more}
+        small = compressed(llama(num_hidden_layers=1), TEXT, arguments=arguments, **options)
+        assert small(**token_inputs()).logits.isfinite().all()
+        assert "budget" in more or small.size_report().keep <= 0.5
+        if "max_memory" in arguments:
+            assert_close(small(**token_inputs()).logits, expected(**token_inputs()).logits)
