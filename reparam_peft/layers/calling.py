@@ -17,8 +17,13 @@ def call(module: nn.Module, *inputs: Tensor | None) -> Tensor:
     """
     if torch.compiler.is_compiling():
         return cast(Tensor, module(*inputs))
+    return cast(Tensor, module(*inputs) if is_seen(module) else module.forward(*inputs))
+
+
+def is_seen(module: nn.Module) -> bool:
+    """Whether somebody is to see calls of a module: by hooks, on the module or on all modules, or by compiling it."""
     own = module.__dict__
-    is_seen = (
+    return bool(
         own["_forward_hooks"]
         or own["_forward_pre_hooks"]
         or own["_backward_hooks"]
@@ -26,4 +31,3 @@ def call(module: nn.Module, *inputs: Tensor | None) -> Tensor:
         or own.get("_compiled_call_impl")
         or _has_any_global_hook()
     )
-    return cast(Tensor, module(*inputs) if is_seen else module.forward(*inputs))

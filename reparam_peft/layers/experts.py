@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.modules import replace_forward, restore_forward
+from .grouped_experts import computes_together, parts_of, product, with_neurons
 from .neuron_groups import NeuronGroup, Producer
 
 # Names of transformers' experts interface: what reads the hidden states, with a gate and without, and what writes them.
@@ -142,7 +143,11 @@ def neurons_of_experts(model: nn.Module) -> Iterator[NeuronGroup]:
 
 def _layout(experts: nn.Module, reader: Any, writer: Any) -> str | None:
     """Which rows of the reader make a neuron, found by trying; None where they are not the reader's alone."""
-    neurons, rows = writer.in_features, reader.out_features
+    return _layout_of(experts, reader.out_features, writer.in_features)
+
+
+def _layout_of(experts: Any, rows: int, neurons: int) -> str | None:
+    """The same of an expert whose reader has so many rows."""
     if not _has_gate(experts):
         return "rows" if rows == neurons else None
     if rows != 2 * neurons:
@@ -152,7 +157,7 @@ def _layout(experts: nn.Module, reader: Any, writer: Any) -> str | None:
     for layout, makes_first in layouts.items():
         other = made.clone()
         other[:, list(makes_first)] += 1
-        before, after = (experts._apply_gate(tensor) for tensor in (made, other))  # type: ignore[operator]
+        before, after = (experts._apply_gate(tensor) for tensor in (made, other))
         changed = (before != after).flatten().nonzero().flatten().tolist()
         if changed == [0] and before.shape == (1, neurons):
             return layout
@@ -176,10 +181,16 @@ def _compute(self: Any, hidden_states: Tensor, *routing: Any, **named_routing: A
     order = flat.argsort(stable=True)  # by expert, then by token
     numbers = torch.bincount(flat.clamp(max=experts), minlength=experts + 1)[:experts].tolist()
     weights_in_order = weights.flatten()[order]
+    computed = [expert for expert, number in enumerate(numbers) if number or _trains(self, reader, expert)]
+    total = sum(numbers)
+    together = order[:total] // chosen.shape[-1]
+    y = _grouped(self, reader, computed, [numbers[expert] for expert in computed], hidden_states, together)
+    if y is not None:
+        y = self.post_expert_norm(y) if getattr(self, "has_post_expert_norm", False) else y
+        return result.index_add_(0, together, (y * weights_in_order[:total, None]).to(result.dtype))
     start = 0
-    for expert, number in enumerate(numbers):
-        if number == 0 and not _trains(self, reader, expert):
-            continue
+    for expert in computed:
+        number = numbers[expert]
         tokens = order[start : start + number] // chosen.shape[-1]
         token = _routed.set(RoutedRows(tokens, count))
         try:
@@ -193,6 +204,38 @@ def _compute(self: Any, hidden_states: Tensor, *routing: Any, **named_routing: A
         result.index_add_(0, tokens, y.to(result.dtype))
         start += number
     return result
+
+
+def _grouped(
+    experts: Any, reader: str, computed: list[int], counts: list[int], hidden_states: Tensor, tokens: Tensor
+) -> Tensor | None:
+    """What some experts make of rows, one expert after the other, computed together; None where each must be called.
+
+    Args:
+        experts: some of whose parameters are opened.
+        reader: name of the parameter that reads the hidden states.
+        computed: numbers of experts.
+        counts: how many rows each of them has.
+        hidden_states: (tokens, hidden).
+        tokens: which of them the rows are.
+    """
+    implementation = getattr(getattr(experts, "config", None), "_experts_implementation", None)
+    are_open = is_open(experts, reader) and is_open(experts, WRITER)
+    if not len(tokens) or not are_open or not computes_together(hidden_states, implementation):
+        return None
+    layers = [[_kept(experts, key)[expert] for expert in computed] for key in (reader, WRITER)]
+    readers, writers = (parts_of(some, hidden_states) for some in layers)
+    if readers is None or writers is None:
+        return None
+    neurons = [part.B.shape[1] for part in writers]
+    if len(set(neurons)) > 1:
+        layout = _layout_of(experts, readers[0].out_features, neurons[0])
+        if layout is None:
+            return None
+        readers = with_neurons(readers, max(neurons), layout)
+    made = product(hidden_states[tokens], readers, counts)
+    made = experts._apply_gate(made) if _has_gate(experts) else experts.act_fn(made)
+    return product(made, writers, counts)
 
 
 def _trains(experts: nn.Module, reader: str, expert: int) -> bool:

@@ -22,6 +22,10 @@ class Wrapper(nn.Module, ABC):
         """The matrix (out, in) that the layer computes with."""
 
     @abstractmethod
+    def computing(self) -> nn.Module | None:
+        """The module that a call hands its input to, if it does nothing else: the base layer or a product, or None."""
+
+    @abstractmethod
     def computed_size(self) -> tuple[int, int] | None:
         """(out, in) of what is left of that matrix, where rows or columns are left out; None: all of it."""
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
 def combined(products: list[Tensor], base: Callable[[], Tensor]) -> Tensor:
@@ -17,3 +18,11 @@ def combined(products: list[Tensor], base: Callable[[], Tensor]) -> Tensor:
         return products[0]
     original = base()
     return sum((product - original for product in products), start=original)
+
+
+def alone(layer: Any) -> nn.Module | None:
+    """What computes in a layer of ours, where it is one module: the base layer, or the product of one adapter that is there."""
+    if layer.merged or layer.disable_adapters:
+        return None if layer.merged and layer.disable_adapters else layer.base_layer
+    active = [name for name in layer.active_adapters if name in layer.reparam_factors]
+    return layer.factorized(active[0]) if len(active) == 1 and not layer.arrivals.awaited else None

@@ -23,7 +23,7 @@ from ..layers.quantized_bases import dequantized
 from ..layers.wrapper import Wrapper
 from ..numerics.storage import Storage
 from .arrivals import Arrivals
-from .combining import combined
+from .combining import alone, combined
 
 BROKEN = "NaNs detected in the merged weights. The adapter {} seems to be broken"  # PEFT's words, which its users match
 W_IS_GONE = "the original weight was dropped when it was factorised"
@@ -114,6 +114,9 @@ class ReparamLayer(Wrapper, BaseTunerLayer):
         active = [name for name in self.active_adapters if name in self.reparam_factors]
         self.check_active(active)
         return combined([self.dense_matrix(name) for name in active], self._base_matrix)
+
+    def computing(self) -> nn.Module | None:
+        return alone(self)
 
     def computed_size(self) -> tuple[int, int] | None:
         """(out, in) of what is left of the matrix in the active adapter, where rows or columns are left out; None: all."""

@@ -1,10 +1,12 @@
 """Time of a layer of experts, factorised, beside the dense module of transformers.
 
     python tests/benchmarks/expert_speed.py [--shapes 128x768x2048x8 8x14336x4096x2] [--tokens 512 1] [--keep 0.5] [--rounds 7]
+        [--device cpu] [--dtype float32]
 
 A shape is experts x neurons x hidden size x experts of each token. Weights are random, factors of plain form at one share of
-each matrix. The dense module computes in transformers' `eager` and `grouped_mm` ways, the factorised one in its own. Medians of
-alternating rounds in one process; prints a Markdown table of ratios, dense by factorised: above 1 is faster.
+each matrix. The dense module computes in transformers' `eager` and `grouped_mm` ways; the factorised one by its loop over experts
+and, on whatever device it is, together. Medians of alternating rounds in one process; prints a Markdown table of ratios, dense by
+factorised: above 1 is faster; and how much memory a pass together takes beside the parameters for the copies of factors.
 """
 
 from __future__ import annotations
@@ -23,8 +25,10 @@ from transformers import MixtralConfig
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
 
 from reparam_peft import ReparamConfig
+from reparam_peft.layers import grouped_experts
 
 WAYS = ("eager", "grouped_mm")
+FACTORISED = {"loop": "eager", "together": "grouped_mm"}
 
 
 class Layer(nn.Module):
@@ -45,9 +49,14 @@ def main() -> None:
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1])
     parser.add_argument("--keep", type=float, default=0.5)
     parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--dtype", default="float32")
     options = parser.parse_args()
-    print(f"{torch.get_num_threads()} threads, keep {options.keep:g}, float32\n")
-    print(f"| experts x neurons x hidden x active | tokens | {' | '.join(f'against {way}' for way in WAYS)} |\n{'| --- ' * 4}|")
+    grouped_experts.DEVICES = grouped_experts.DEVICES | {torch.device(options.device).type}
+    print(f"{torch.get_num_threads()} threads, keep {options.keep:g}, {options.dtype}, {options.device}\n")
+    ratios_of = [(way, by) for by in FACTORISED for way in WAYS]
+    heads = " | ".join(f"{by} against {way}" for way, by in ratios_of)
+    print(f"| experts x neurons x hidden x active | tokens | {heads} | copies |\n{'| --- ' * (len(ratios_of) + 3)}|")
     for shape in options.shapes:
         experts, neurons, hidden, active = map(int, shape.split("x"))
         sizes = {"hidden_size": hidden, "intermediate_size": neurons, "num_local_experts": experts}
@@ -55,13 +64,17 @@ def main() -> None:
         dense = Layer(config).eval()
         for parameter in dense.parameters():
             nn.init.normal_(parameter, std=0.02)
+        dense = dense.to(options.device, getattr(torch, options.dtype))
         small = get_peft_model(copy.deepcopy(dense), _config(options.keep)).eval()
+        factors = sum(p.nbytes for name, p in small.named_parameters() if "reparam_factors" in name)
         for tokens in options.tokens:
-            inputs = _inputs(tokens, hidden, experts, active)
+            inputs = tuple(tensor.to(dense.experts.down_proj.device) for tensor in _inputs(tokens, hidden, experts, active))
+            inputs = (inputs[0].to(dense.experts.down_proj.dtype), *inputs[1:])
             with torch.no_grad():
                 times = _times(dense, small, inputs, options.rounds)
-            ratios = [f"{times[way] / times['factorised']:.2f}" for way in WAYS]
-            print(f"| {shape} | {tokens} | {' | '.join(ratios)} |", flush=True)
+            ratios = [f"{times[way] / times[by]:.2f}" for way, by in ratios_of]
+            reached = len(inputs[1].unique()) / experts
+            print(f"| {shape} | {tokens} | {' | '.join(ratios)} | {reached * factors / 2**20:.0f} MiB |", flush=True)
 
 
 def _config(keep: float) -> ReparamConfig:
@@ -76,14 +89,18 @@ def _inputs(tokens: int, hidden: int, experts: int, active: int) -> tuple[Tensor
 def _times(dense: Any, small: Any, inputs: tuple[Tensor, ...], rounds: int) -> dict[str, float]:
     """Seconds of each way, medians."""
 
-    def of_dense(way: str) -> Callable[[], Tensor]:
+    def by(layer: Any, way: str) -> Callable[[], Tensor]:
         def run() -> Tensor:
-            dense.experts.config._experts_implementation = way
-            return dense(*inputs)
+            layer.experts.config._experts_implementation = way
+            made: Tensor = layer(*inputs)
+            if made.is_cuda:
+                torch.cuda.synchronize()
+            return made
 
         return run
 
-    ways = {**{way: of_dense(way) for way in WAYS}, "factorised": lambda: small(*inputs)}
+    base = small.get_base_model()
+    ways = {**{way: by(dense, way) for way in WAYS}, **{name: by(base, way) for name, way in FACTORISED.items()}}
     seconds: dict[str, list[float]] = {name: [] for name in ways}
     for _ in range(rounds + 1):
         for name, run in ways.items():
