@@ -25,6 +25,7 @@ from .sums import InputSums, OutputSums, Sums, WeightedSums
 
 FORMAT = "reparam_peft statistics 2"
 WITH_WHOLE_MATRICES = "reparam_peft statistics 1"  # an earlier format, whose Gram matrices are whole
+LEAST_VARIANCE = 1e-11  # of the mean square; numbers of float32 that should be the same differ by up to 1e-14 of it
 ROUNDING = 2**-8  # of a number to bfloat16, relative, at most
 
 # Parts of the file, each of which holds one field of every record under the record's name.
@@ -106,12 +107,7 @@ class Statistics:
 
     def covariance(self, module: str) -> Tensor:
         """E[(x − E[x]) (x − E[x])ᵀ] of a module's input, shape (in, in)."""
-        mean = self.mean(module)
-        gram = self.gram(module)
-        covariance = gram - torch.outer(mean, mean)
-        # Of constant channels only rounding is left, which may be negative.
-        covariance.diagonal().clamp_(min=1e-14 * gram.diagonal())
-        return covariance
+        return covariance(self.gram(module), self.mean(module))
 
     def moments(self, module: str, centred: bool) -> Moments:
         """Moments of a module's input, with its covariance if `centred`, else with E[x xᵀ]."""
@@ -133,8 +129,7 @@ class Statistics:
             return gram
         cross = torch.outer(weighted.sum / weighted.weight, centre)
         centred = gram - cross - cross.mT + torch.outer(centre, centre)
-        centred.diagonal().clamp_(min=0)
-        return centred
+        return _above_rounding(centred, gram)
 
     def fisher(self, module: str) -> Tensor:
         """F = E[g gᵀ] at a module's output, shape (out, out), or its diagonal (out,) where that is kept alone."""
@@ -303,6 +298,20 @@ class Statistics:
         for name, record in records:
             with naming(name):
                 record.check()
+
+
+def covariance(gram: Tensor, mean: Tensor) -> Tensor:
+    """E[(x − m) (x − m)ᵀ], positive definite, of E[x xᵀ] (in, in) and the mean m = E[x] (in,)."""
+    return _above_rounding(gram - torch.outer(mean, mean), gram)
+
+
+def _above_rounding(centred: Tensor, gram: Tensor) -> Tensor:
+    """A difference from a Gram matrix, in place, with as much more variance as rounding could hide.
+
+    Of an input that never varies rounding alone would be left, whose inverse makes products of arbitrary size.
+    """
+    centred.diagonal().clamp_(min=0).add_(LEAST_VARIANCE * gram.diagonal().mean())
+    return centred
 
 
 def _packed(key: str, tensor: Tensor) -> Tensor:

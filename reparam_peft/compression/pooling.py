@@ -6,10 +6,9 @@ from collections import defaultdict
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 
-import torch
 from torch import Tensor
 
-from ..calibration.statistics import Moments, Statistics
+from ..calibration.statistics import Moments, Statistics, covariance
 from ..config.reparam_config import ReparamConfig
 from ..layers.parameters import Reading
 from ..numerics.storage import Storage
@@ -43,9 +42,7 @@ class Pooled:
             rows = own.rows
             gram, mean = (_moved(one, rows, other, weight) for one, other in ((own.gram, gram), (own.mean, mean)))
         if centred:
-            centred_gram = gram - torch.outer(mean, mean)
-            centred_gram.diagonal().clamp_(min=1e-14 * gram.diagonal())
-            gram = centred_gram
+            gram = covariance(gram, mean)
         return Moments(gram, mean, rows + min(weight, shared.rows))
 
     def weighted_gram(self, name: str, centre: Tensor | None = None) -> Tensor | None:

@@ -4,9 +4,9 @@
         [--device cpu] [--dtype float32]
 
 A shape is experts x neurons x hidden size x experts of each token. Weights are random, factors of plain form at one share of
-each matrix. The dense module computes in transformers' `eager` and `grouped_mm` ways; the factorised one by its loop over experts
-and, on whatever device it is, together. Medians of alternating rounds in one process; prints a Markdown table of ratios, dense by
-factorised: above 1 is faster; and how much memory a pass together takes beside the parameters for the copies of factors.
+each matrix. The dense module computes in transformers' `eager` and `grouped_mm` ways; the factorised one by its loop over
+experts and, on whatever device it is, together. Medians of alternating rounds in one process; prints a Markdown table of
+ratios, dense by factorised, above 1 is faster, and how much the copies of factors take in a pass together.
 """
 
 from __future__ import annotations

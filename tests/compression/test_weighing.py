@@ -9,7 +9,7 @@ import pytest
 import torch
 from peft import get_peft_model
 from support.compressing import IMAGES, TEXT, batches_of, compressed, config_of, layers, output_errors, planned, scale_of
-from support.models import CASES, Case, bert, convnet, gpt2, llama, token_inputs
+from support.models import CASES, Case, bert, convnet, gpt2, llama, net, token_inputs
 from support.tolerances import assert_close, relative_error
 
 from reparam_peft import Refinement, ReparamConfig, Statistics, calibrate
@@ -136,3 +136,13 @@ def test_outputs_too_wide_for_a_whole_metric_are_weighed_by_its_diagonal(
         assert "budget" in more or small.size_report().keep <= 0.5
         if "max_memory" in arguments:
             assert_close(small(**token_inputs()).logits, expected(**token_inputs()).logits)
+
+
+def test_of_an_input_that_never_varies_products_stay_of_the_size_of_the_weight() -> None:
+    x = torch.sin(torch.arange(20.0))
+    model, targets = net(), ["first", "second"]
+    sizes = {name: float(model.get_submodule(name).weight.norm()) for name in targets}
+    small = compressed(model, [{"x": x.repeat(rows, 1)} for rows in (50, 30)], target_modules=targets)
+    for name, layer in layers(small).items():
+        assert layer.dense_matrix("default").norm() < 2 * sizes[name], name
+    assert_close(small(x[None]), net()(x[None]), torch.bfloat16)
