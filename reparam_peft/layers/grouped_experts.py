@@ -135,11 +135,11 @@ def _in_groups(x: Tensor, parts: Sequence[Parts], counts: Sequence[int]) -> Tens
     if len(set(whole)) > 1:
         rows = torch.tensor(whole, device=x.device).repeat_interleave(torch.tensor(counts, device=x.device))
         order = rows.int().argsort(stable=True)
-        groups = [[i for i, is_whole in enumerate(whole) if is_whole == kind] for kind in (False, True)]
-        sizes = [sum(counts[i] for i in group) for group in groups]
+        alike = [[i for i, is_whole in enumerate(whole) if is_whole == kind] for kind in (False, True)]
+        sizes = [sum(counts[i] for i in group) for group in alike]
         made = [
             _in_groups(some, [parts[i] for i in group], [counts[i] for i in group])
-            for some, group in zip(x[order].split(sizes), groups, strict=True)
+            for some, group in zip(x[order].split(sizes), alike, strict=True)
         ]
         return torch.cat(made)[order.argsort()]
     outputs = parts[0].out_features
