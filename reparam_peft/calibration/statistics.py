@@ -25,7 +25,7 @@ from .sums import InputSums, OutputSums, Sums, WeightedSums
 
 FORMAT = "reparam_peft statistics 2"
 WITH_WHOLE_MATRICES = "reparam_peft statistics 1"  # an earlier format, whose Gram matrices are whole
-LEAST_VARIANCE = 1e-11  # of the mean square; numbers of float32 that should be the same differ by up to 1e-14 of it
+LEAST_VARIANCE = 1e-12  # of the mean square; numbers of float32 that should be the same differ by up to 1e-14 of it
 ROUNDING = 2**-8  # of a number to bfloat16, relative, at most
 
 # Parts of the file, each of which holds one field of every record under the record's name.
@@ -306,11 +306,14 @@ def covariance(gram: Tensor, mean: Tensor) -> Tensor:
 
 
 def _above_rounding(centred: Tensor, gram: Tensor) -> Tensor:
-    """A difference from a Gram matrix, in place, with as much more variance as rounding could hide.
+    """A difference from a Gram matrix, in place; where nothing but rounding is left of it, nearly a multiple of the identity.
 
-    Of an input that never varies rounding alone would be left, whose inverse makes products of arbitrary size.
+    Of an input that never varies the inverse of rounding would make products of arbitrary size.
     """
-    centred.diagonal().clamp_(min=0).add_(LEAST_VARIANCE * gram.diagonal().mean())
+    centred.diagonal().clamp_(min=1e-14 * gram.diagonal())  # constant channels, whose variance may be negative
+    least = LEAST_VARIANCE * gram.diagonal().mean()
+    if centred.diagonal().mean() < least:
+        centred.diagonal().add_(least)
     return centred
 
 
