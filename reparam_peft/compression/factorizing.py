@@ -10,7 +10,7 @@ from torch import Tensor
 from ..config.reparam_config import ReparamConfig
 from ..layers.product import NONE, Product, Stored
 from ..numerics.decompositions import Factors, Whole, direction_losses, narrowed, random_factors
-from ..numerics.methods import Method, method_of
+from ..numerics.methods import Method, closed_form, method_of
 from ..numerics.metrics import exact
 from ..numerics.pivoting import pivot
 from ..numerics.storage import Storage
@@ -38,11 +38,19 @@ class Factorizer:
         """The factorizer that a config asks for, whose method is resolved."""
         return cls(method_of(config.method), from_random=not config.init_weights, nested=is_nested(config))
 
-    def losses(self, W: Tensor, weighing: Weighing) -> Tensor:
-        """What each direction is predicted to cost, in nats per token, shape (min(out, in),)."""
+    def losses(self, W: Tensor, weighing: Weighing, matrix: Matrix | None = None) -> Tensor:
+        """What each direction is predicted to cost, in nats per token, shape (min(out, in),).
+
+        Args:
+            W: the matrix (out, in).
+            weighing: what errors are weighed by.
+            matrix: what `matrix` returns of them, whose decomposition may tell it.
+        """
         if weighing.fisher is None:
             raise ValueError("losses are predicted by gradients, which these statistics do not hold.")
-        q = direction_losses(W, weighing.gram, weighing.fisher, weighing.input, weighing.output) * weighing.loss_scale
+        q = None if matrix is None else matrix.directions
+        if q is None:
+            q = direction_losses(W, weighing.gram, weighing.fisher, weighing.input, weighing.output) * weighing.loss_scale
         if not q.isfinite().all():
             raise ValueError(
                 "what its directions cost is too large for a number; look for outliers in its weights, inputs and gradients, "
@@ -94,6 +102,9 @@ class Factorizer:
 
     def matrix(self, W: Tensor, weighing: Weighing) -> Matrix:
         """A matrix, to be stored in few bits."""
+        is_best = self.method.function is closed_form and weighing.input is weighing.gram and weighing.output is weighing.fisher
+        if is_best and weighing.fisher is not None:
+            return Matrix(W, weighing)
 
         def factorize(matrix: Tensor, rank: int) -> Factors:
             return self.method.function(matrix, rank, weighing.input, weighing.output, None)

@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from ..layers.product import Stored
 from ..layers.schemes import SCHEME_OF
-from ..numerics.decompositions import Corrected, Factors, Whole, leading_factors
+from ..numerics.decompositions import Corrected, Factors, Whole, leading_factors, nested_factors
 from ..numerics.metrics import Metric, exact
 from ..numerics.pivoting import pivot
 from ..numerics.rounding import Feedback, Rounded, rounded, rounded_factors, rounded_product
@@ -26,6 +26,8 @@ from .weighing import Weighing
 SURE = 0.02
 OFF_BETWEEN, OFF_BESIDE = 0.1, 0.3  # parts of itself that it may be off by, between two ranks and beside one
 WORTH_COMPUTING = 0.05  # by how much of itself a loss is expected below what is known already, at the same bytes
+
+Factorize: TypeAlias = Callable[[Tensor, int], Factors]
 
 
 class InFewBits(NamedTuple):
@@ -46,11 +48,11 @@ class Matrix:
     Args:
         W: the matrix, any floating dtype.
         weighing: with its metrics.
-        factorize: (matrix, rank) → factors.
+        factorize: (matrix, rank) → factors; None: the best ones in the metrics that losses are predicted in.
         nested: whether factors of a rank are the first columns and rows of those of a higher one.
     """
 
-    def __init__(self, W: Tensor, weighing: Weighing, factorize: Callable[[Tensor, int], Factors], nested: bool = True) -> None:
+    def __init__(self, W: Tensor, weighing: Weighing, factorize: Factorize | None = None, nested: bool = True) -> None:
         self.W, self.weighing = exact(W), weighing
         self.factorize, self.nested = factorize, nested
         self._dense: dict[int, Rounded] = {}
@@ -93,10 +95,19 @@ class Matrix:
 
     def factors(self, rank: int) -> Factors:
         """Factors of the matrix."""
-        made = self._factors
+        made = self._best[0] if self.factorize is None else self._factors
         if made is None or len(made.B) < rank or (not self.nested and len(made.B) > rank):
-            made = self._factors = self.factorize(self.W, rank)
+            made = self._factors = cast(Factorize, self.factorize)(self.W, rank)
         return Factors(made.A[:, :rank], made.B[:rank])
+
+    @cached_property
+    def _best(self) -> tuple[Factors, Tensor]:
+        return nested_factors(self.W, self.gram, self.fisher)
+
+    @property
+    def directions(self) -> Tensor | None:
+        """What each direction is predicted to cost, as `direction_losses`, where the decomposition at hand tells it."""
+        return None if self.factorize is not None else self._best[1] * (self.weighing.loss_scale / 2)
 
     def correction(self, rank: int, bits: int) -> Factors:
         """Factors of what rounding the matrix to some bits leaves."""
@@ -119,22 +130,16 @@ class Matrix:
 
     def loss(self, stored: Stored) -> float:
         """What a product W' is predicted to add to the loss, nats per token: c · tr(F E G Eᵀ), E = W − W'."""
-        if isinstance(stored, (Whole, Corrected)):
-            product = stored.W if isinstance(stored, Whole) else stored.Q + stored.A @ stored.B
-            E = (self.W - product).float()
-            F, G = self._narrow_metrics
-            return self.scale * float(((F @ E) * (E @ G)).sum(dtype=torch.float64).clamp(min=0))
-        # With products of a low rank only: tr(F W G Wᵀ) − 2 tr(F A B G Wᵀ) + tr(F A B G Bᵀ Aᵀ).
-        A, B = map(exact, stored if isinstance(stored, Factors) else stored.factors())
-        whole, WG = self._whole
-        FA, BG = self.fisher.times(A), self.gram.times(B.mT).mT
-        return self.scale * max(0.0, float(whole + (FA * (A @ (BG @ B.mT) - 2 * WG @ B.mT)).sum()))
-
-    @cached_property
-    def _whole(self) -> tuple[Tensor, Tensor]:
-        """tr(F W G Wᵀ), and W G."""
-        WG = self.gram.times(self.W.mT).mT
-        return (self.fisher.times(self.W) * WG).sum(), WG
+        if isinstance(stored, Whole):
+            product = stored.W
+        elif isinstance(stored, Corrected):
+            product = stored.Q + stored.A @ stored.B
+        else:
+            A, B = stored if isinstance(stored, Factors) else stored.factors()
+            product = A.float() @ B.float()
+        E = (self.W - product).float()
+        F, G = self._narrow_metrics
+        return self.scale * float(((F @ E) * (E @ G)).sum(dtype=torch.float64).clamp(min=0))
 
     @property
     def scale(self) -> float:

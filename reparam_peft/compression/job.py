@@ -186,8 +186,7 @@ class Job:
 
     def plan(self) -> Plan:
         """The ranks that the config and the statistics lead to."""
-        losses = self.losses()
-        return self.plan_with(self.chooser, losses)
+        return self.plan_with(self.chooser, self.losses())
 
     def losses(self) -> Losses:
         """What each direction of each target is predicted to cost, and numbers of neurons; empty without gradients."""
@@ -198,10 +197,11 @@ class Job:
 
         def compute(name: str) -> list[Tensor]:
             W, weighing = self.matrix_of(name), self.weighing(name)
-            directions = self.factorizer.losses(W, weighing)
             if name not in options:
-                return [directions]
-            return [directions, self.factorizer.matrix(W, weighing).losses(options[name], directions)]
+                return [self.factorizer.losses(W, weighing)]
+            matrix = self.factorizer.matrix(W, weighing)
+            directions = self.factorizer.losses(W, weighing, matrix)
+            return [directions, matrix.losses(options[name], directions)]
 
         def room(name: str) -> list[Tensor]:
             sizes = [self.targets[name].storage.full_rank, *([len(options[name])] if name in options else [])]

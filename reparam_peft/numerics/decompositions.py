@@ -139,7 +139,7 @@ def factorize(weight: Tensor, rank: int, gram: Tensor | None = None, output_gram
         return Whole(weight.detach().clone(memory_format=torch.contiguous_format)).factors()
     stored = _empty_factors(weight, rank)
     if gram is not None or output_gram is not None:
-        A, B = _nested_factors(weight, *metrics)
+        (A, B), _ = nested_factors(weight, *metrics)
         return _round_into(stored, A[:, :rank], B[:rank])
     wide = weight.detach() if out_features <= in_features else weight.detach().mT
     basis = _leading_left_singular_vectors(wide, rank)
@@ -181,7 +181,7 @@ def direction_losses(
         W, largest = scaled(weight)
         energies = torch.linalg.eigvalsh(_square_of_directions(W, *measured))
         return energies.flip(0).clamp(min=0) * (largest**2 * measured[0].scale * measured[1].scale / 2)
-    A, B = _nested_factors(weight, *weighing(weight, input_metric, output_metric))
+    (A, B), _ = nested_factors(weight, *weighing(weight, input_metric, output_metric))
     return measured[1].norms(A) * measured[0].norms(B.mT) / 2
 
 
@@ -260,23 +260,35 @@ def weighing(weight: Tensor, gram: Tensor | None, output_gram: Tensor | None) ->
     return checked("gram", gram, in_features), checked("output_gram", output_gram, out_features)
 
 
-def _nested_factors(weight: Tensor, gram: Metric, output_gram: Metric) -> tuple[Tensor, Tensor]:
-    """A (out, k) and B (k, in), k = min(out, in), float64: their first r columns and rows are the best factors of rank r."""
+def nested_factors(weight: Tensor, gram: Metric, output_gram: Metric) -> tuple[Factors, Tensor]:
+    """Factors of full rank k = min(out, in), float64, whose first r columns and rows are the best ones of rank r; and their σ².
+
+    Args:
+        weight: W, shape (out, in), finite, any floating dtype.
+        gram: G of the inputs.
+        output_gram: F of the outputs.
+
+    Returns:
+        A (out, k) and B (k, in); and the squares of the singular values of F^½ W G^½, shape (k,), falling, in the metrics' own
+        scale.
+    """
     W, largest = scaled(weight)
     if W.shape[0] > W.shape[1] and not gram.diagonal and gram.is_definite:
-        return _nested_factors_of_tall(W, largest, gram, output_gram)
-    whitened = output_gram.whiten(W)
-    U = _left_singular_vectors(whitened, gram)
-    return output_gram.unwhiten(U), U.mT @ whitened * largest
+        (A, B), squares = _nested_factors_of_tall(W, gram, output_gram)
+    else:
+        whitened = output_gram.whiten(W)
+        U, squares = _left_singular_vectors(whitened, gram)
+        A, B = output_gram.unwhiten(U), U.mT @ whitened
+    return Factors(A, B * largest), squares.clamp(min=0) * (largest**2 * gram.scale * output_gram.scale)
 
 
-def _nested_factors_of_tall(W: Tensor, largest: float, gram: Metric, output_gram: Metric) -> tuple[Tensor, Tensor]:
+def _nested_factors_of_tall(W: Tensor, gram: Metric, output_gram: Metric) -> tuple[Factors, Tensor]:
     """The same from right singular vectors, B = Σ Vᵀ S⁻¹ and A = W G Bᵀ Σ⁻², which needs no root of F, the larger metric."""
     values, V = torch.linalg.eigh(_square_of_directions(W, gram, output_gram))
     sigma = values.flip(0).clamp(min=0).sqrt()
     sigma = sigma.clamp(min=ABSENT * sigma[0]).clamp(min=torch.finfo(sigma.dtype).tiny)
     B = gram.unwhiten(V.flip(1)).mT
-    return W @ gram.times(B.mT) / sigma, sigma[:, None] * B * largest
+    return Factors(W @ gram.times(B.mT) / sigma, sigma[:, None] * B), values.flip(0)
 
 
 def leading_factors(weight: Tensor, rank: int, gram: Metric, output_gram: Metric) -> Factors:
@@ -291,15 +303,15 @@ def leading_factors(weight: Tensor, rank: int, gram: Metric, output_gram: Metric
         gram: G of the inputs.
         output_gram: F of the outputs.
     """
-    whitened = output_gram.whiten(weight)
-    M = gram.whiten(whitened.mT).mT.float()
+    whitened = output_gram.whiten_narrow(weight)
+    M = gram.whiten_narrow(whitened.mT).mT
     generator = torch.Generator().manual_seed(0)
     subspace = torch.randn(M.shape[1], min(rank + OVERSAMPLED, *M.shape), generator=generator).to(M.device)
     for _ in range(ITERATIONS):
         subspace = M.mT @ torch.linalg.qr(M @ subspace).Q
     Q = torch.linalg.qr(M @ subspace).Q
-    U = (Q @ torch.linalg.svd(Q.mT @ M, full_matrices=False).U[:, :rank]).double()
-    return Factors(output_gram.unwhiten(U), U.mT @ whitened)
+    U = Q @ torch.linalg.svd(Q.mT @ M, full_matrices=False).U[:, :rank]
+    return Factors(output_gram.unwhiten(U.double()), (U.mT @ whitened).double())
 
 
 def _square_of_directions(W: Tensor, gram: Metric, output_gram: Metric) -> Tensor:
@@ -326,12 +338,12 @@ def _square_of_whitened(whitened: Tensor, gram: Metric) -> tuple[Tensor | None, 
     return None, (square + square.mT) / 2
 
 
-def _left_singular_vectors(whitened: Tensor, gram: Metric) -> Tensor:
-    """Left singular vectors (out, k) of M = Tᵀ W S, k = min(out, in), the largest singular value first; as above."""
+def _left_singular_vectors(whitened: Tensor, gram: Metric) -> tuple[Tensor, Tensor]:
+    """Left singular vectors (out, k) of M = Tᵀ W S, k = min(out, in), the largest singular value first; and σ². As above."""
     M, square = _square_of_whitened(whitened, gram)
-    vectors = torch.linalg.eigh(square).eigenvectors.flip(1)
+    squares, vectors = (part.flip(-1) for part in torch.linalg.eigh(square))
     # M v_i = σ_i u_i. QR, largest first, makes them orthonormal also where σ_i is lost in rounding.
-    return vectors if M is None else torch.linalg.qr(M @ vectors).Q
+    return vectors if M is None else torch.linalg.qr(M @ vectors).Q, squares
 
 
 def scaled(weight: Tensor) -> tuple[Tensor, float]:

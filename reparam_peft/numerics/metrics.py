@@ -42,6 +42,11 @@ class Metric:
         """Tᵀ X with T Tᵀ = M."""
         return self.root[:, None] * X if self.diagonal else self.root.mT @ X
 
+    def whiten_narrow(self, X: Tensor) -> Tensor:
+        """`whiten` in float32, for what is not needed more exactly."""
+        root, X = self.root.float(), X.float()
+        return root[:, None] * X if self.diagonal else root.mT @ X
+
     def unwhiten(self, X: Tensor) -> Tensor:
         """(Tᵀ)⁺ X, the pseudo-inverse of `whiten`."""
         if self.diagonal:

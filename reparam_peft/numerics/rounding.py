@@ -83,7 +83,7 @@ class Feedback:
         if self.gram.ndim == 2 and self.gram.diagonal().any():
             self.order = self.gram.diagonal().argsort(descending=True)
             root = _inverse_root(self.gram[self.order][:, self.order])
-            self.passes_on = (root / root.diagonal()[:, None]).float()
+            self.passes_on = root / root.diagonal()[:, None]
 
 
 def rounded(weight: Tensor, grid: Grid, gram: Tensor | Feedback) -> Rounded:
@@ -135,11 +135,12 @@ def rounded(weight: Tensor, grid: Grid, gram: Tensor | Feedback) -> Rounded:
 
 
 def _inverse_root(gram: Tensor) -> Tensor:
-    """The upper triangular U with Uᵀ U = (G + damping)⁻¹."""
+    """The upper triangular U with Uᵀ U = (G + damping)⁻¹, float32."""
     damped = gram.clone()
     damped.diagonal().add_(DAMPING * gram.diagonal().mean())
     # With rows and columns in the reverse order L Lᵀ = G is R Rᵀ = G with an upper triangular R, and U is its inverse.
-    return _inverse_of_upper(torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1))
+    R = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    return _inverse_of_upper((R / R.diagonal().amax()).float())  # of any scale
 
 
 def _inverse_of_upper(R: Tensor) -> Tensor:

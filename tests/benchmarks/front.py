@@ -3,13 +3,13 @@
     python tests/benchmarks/front.py MODEL STATISTICS TEST … [--keep 0.5 0.4 …] [--rows joint …] [--windows 8] [--encoder]
         [--calibration FILE] [--minutes 10] [--folder FOLDER] [--layers 10 26]
 
-STATISTICS is a file that `reparam compress --statistics` or `Statistics.save` wrote, of all linear layers; where there is none,
-it is written, of 48 windows or 1,000 sentences of `--calibration`. A TEST is a text file, or `reference`: Python's language
-reference. Sizes are bytes of the targets over what they take in bfloat16, whichever dtype the model is loaded in. Each line is a
-method at a size: the bytes of the targets over bfloat16, the predicted loss in nats per token, the bytes of the standalone file,
-and the perplexity on the first windows of each TEST with its excess over the dense model in nats per token. With `--encoder`
-these are the mean cosine similarity of 200 sentence embeddings to the dense model's, and what it lacks of 1. `healed` trains the
-norms of the joint model, which is all that is not in few bits, for `--minutes` on text of `--calibration`.
+STATISTICS is a file that `reparam compress --statistics` or `Statistics.save` wrote, of all linear layers; where there is
+none, it is written, of 48 windows or 1,000 sentences of `--calibration`. A TEST is a text file, or `reference`: Python's
+language reference. Sizes are bytes of the targets over what they take in bfloat16, whichever dtype the model has. Each line is
+a method at a size: the bytes of the targets over bfloat16, the predicted loss in nats per token, the bytes of the standalone
+file, and the perplexity on the first windows of each TEST with its excess over the dense model in nats per token. With
+`--encoder` these are the mean cosine similarity of 200 sentence embeddings to the dense model's, and what it lacks of 1.
+`healed` trains the norms of the joint model, which is all that is not in few bits, for `--minutes` on text of `--calibration`.
 
 FOLDER keeps plans and figures (`figures.json`): what is there already is not made again. `front_picture.py` draws it. With
 `--layers` only matrices of these layers are taken, and only losses predicted: that is quick.
