@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import fields
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -18,7 +18,7 @@ from ..arguments import check_seed
 from ..layers.kinds import stored_weight
 from ..layers.wrapper import features, kind_and_layer
 from ..numerics.metrics import device_of_sums
-from ..runtime.batches import parts_of_tokens, rows_in
+from ..runtime.batches import Batch, parts_of_tokens, rows_in
 from ..runtime.memory import return_freed
 from ..runtime.modules import evaluating, frozen, input_device, leaving_no_graph, uncompiled
 from ..runtime.processes import check_whole, fails_together, processes
@@ -33,6 +33,39 @@ TOKENS_AT_A_TIME = {"cpu": 512}
 MOST_TOKENS = 4096  # on all others
 
 logger = logging.getLogger(__name__)
+
+
+class Part(NamedTuple):
+    """What goes through the model at a time.
+
+    Attributes:
+        batch: keywords.
+        index: number of the batch that it is a part of.
+        first_row: number of its first row (sequence) in the whole of the data.
+    """
+
+    batch: Batch
+    index: int
+    first_row: int
+
+
+def parts_of(batches: Iterable[Any], device: torch.device, first_row: int = 0) -> Iterator[Part]:
+    """Batches in parts of as many tokens as a device is kept busy by.
+
+    Raises:
+        ValueError: there are no batches, or one is no mapping.
+    """
+    index = -1
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"`batches` must hold mappings of keyword arguments, got a {type(batch).__name__} as batch {index}."
+            )
+        for part in parts_of_tokens(batch, TOKENS_AT_A_TIME.get(device.type, MOST_TOKENS)):
+            yield Part(part, index, first_row)
+            first_row += rows_in(part)
+    if index < 0:
+        raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
 
 
 def gather_statistics(
@@ -95,32 +128,33 @@ def gather_statistics(
     batches = written(batches)
     return_freed()
     device = input_device(model)
-    count = 0
     with fails_together(), evaluating(model), frozen(model), uncompiled(model), leaving_no_graph(model), ExitStack() as stack:
         recorder = Recorder(statistics, modules, gradients, heads, objective)
         stack.enter_context(recorder.hooks(model, set(starts) - set(modules.values())))
         bar = tqdm(batches, desc="Calibrating", unit="batch", delay=1, disable=None if progress and rank == 0 else True)
-        for index, batch in enumerate(bar):
-            count += 1
-            if not isinstance(batch, Mapping):
-                raise ValueError(
-                    f"`batches` must hold mappings of keyword arguments, got a {type(batch).__name__} as batch {index}."
-                )
-            for part in parts_of_tokens(batch, TOKENS_AT_A_TIME.get(device.type, MOST_TOKENS)):
-                if index % world == rank:
-                    recorder.run(model, send_to_device(dict(part), device), index, first_row, seed)
-                first_row += rows_in(part)
-        if count == 0:
-            raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
-    logger.info("calibrated %d modules on %d batches", len(modules), count)
-    if gradients:
+        for part in parts_of(bar, device, first_row):
+            if part.index % world == rank:
+                recorder.run(model, send_to_device(dict(part.batch), device), part.index, part.first_row, seed)
+    logger.info("calibrated %d modules", len(modules))
+    finish(statistics, modules, recorder.gradient_tokens if gradients else None)
+    return statistics
+
+
+def finish(statistics: Statistics, modules: Mapping[str, nn.Module], gradient_tokens: int | None) -> None:
+    """Complete the statistics that a process has gathered, in place; in a distributed run they become those of all processes.
+
+    Args:
+        statistics: of these modules, as far as batches have reached them.
+        modules: by name.
+        gradient_tokens: labels that this process has sampled; None: statistics are without gradients.
+    """
+    if gradient_tokens is not None:
         for name, module in modules.items():
             if name not in statistics.outputs:  # no gradient came back
                 statistics.outputs[name] = OutputSums.zeros(features(module)[0], _device_of_sums(module))
-            statistics.outputs[name].gradient_tokens = recorder.gradient_tokens
-    if world > 1:
-        _reduce(statistics, modules, gradients)
-    return statistics
+            statistics.outputs[name].gradient_tokens = gradient_tokens
+    if processes()[0] > 1:
+        _reduce(statistics, modules, gradient_tokens is not None)
 
 
 def _device_of_sums(module: nn.Module) -> torch.device:

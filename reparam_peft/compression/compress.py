@@ -11,6 +11,7 @@ from peft import get_peft_model
 from torch import nn
 
 from ..blockwise.anchoring import Anchoring
+from ..blockwise.gathering import BlockwiseGatherer
 from ..blockwise.refinement import Refinement
 from ..calibration.gather import gather_statistics
 from ..calibration.given import Objective
@@ -194,7 +195,9 @@ def compress_blocks(
                 f"{quantized}: `sequential` and `refine` need weights that can be changed, and these are quantised. Load the "
                 "base model in full precision, or leave both out."
             )
-        with uncompiled(model):
+        with uncompiled(model), BlockwiseGatherer(blocks, steps.offload_folder) as gatherer:
+            if options.max_memory is not None and options.max_memory.by_block:
+                job.gather = gatherer.gather
             result = BlockByBlock(job, blocks, batches, steps, plan).result(adapter_name)
         with fails_together():
             return _install(model, job, result, adapter_name, autocast_adapter_dtype)

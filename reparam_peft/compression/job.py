@@ -102,8 +102,8 @@ class Job:
         self._at_hand: tuple[list[str], Statistics] | None = None
         self._whole_group = {name: group for group in map(tuple, self.passes) for name in group}
         self.kept_statistics: Callable[[Sequence[str], Callable[[], Statistics]], Statistics] | None = None
-        self.leaves_unreached = leaves_unreached
-        self.offered = offered
+        self.gather: Callable[..., Statistics] = gather_statistics
+        self.leaves_unreached, self.offered = leaves_unreached, offered
         self.unreached: list[str] = []  # targets that were left out
         self.neurons = Neurons(
             mlps, self.storages, matrix_of, self.weighing, self.factorizer, self.share_out, self.weigher.as_predicted
@@ -394,7 +394,7 @@ class Job:
             statistics = self.batches
         else:
             gather = partial(
-                gather_statistics,
+                self.gather,
                 self.model,
                 modules,
                 self.batches,

@@ -30,10 +30,12 @@ class MaxMemory:
     Attributes:
         bytes: at most so many.
         is_asked_for: whether the user named them; else a target that takes more has a pass of its own.
+        by_block: whether statistics are gathered for one block at a time, from the last to the first, however few they are.
     """
 
     bytes: int
     is_asked_for: bool
+    by_block: bool = False
 
     @classmethod
     def of(cls, asked_for: int | str | None, device: torch.device) -> MaxMemory:
@@ -70,7 +72,9 @@ def passes_within(
     mlps: Sequence[NeuronGroup],
     parameters: Collection[str] = (),
 ) -> list[list[str]]:
-    """Targets in order, in groups whose statistics take at most so many bytes even where they share no inputs.
+    """Targets in groups whose statistics take at most so many bytes even where they share no inputs.
+
+    They are in order, or by block in that of a backward pass: targets outside of blocks, and the blocks from the last on.
 
     Modules that read the neurons of an MLP come before those that make them, whose rows they choose; experts of a layer, whose
     parameters are named, are together.
@@ -84,19 +88,22 @@ def passes_within(
     for name in dict.fromkeys([*consumers, *targets]):
         layer = name.rpartition(".")[0]  # whose experts share statistics
         units.setdefault(block_of(name, blocks) or (layer if layer in parameters else name), []).append(name)
+    if max_memory.by_block:
+        within = [unit for unit in units if unit in blocks]
+        units = {unit: units[unit] for unit in (*(unit for unit in units if unit not in within), *reversed(within))}
     passes: list[list[str]] = [[]]
     left = limit
-    for names in units.values():
+    for unit, names in units.items():
         needed = sum(_bytes_of_statistics(targets[name]) for name in names)
         if needed > limit and max_memory.is_asked_for:
             which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             raise ValueError(f"{which}: its statistics take {needed:,} bytes, and `max_memory` is {limit:,}; raise it.")
-        if needed > left and passes[-1]:
+        if (needed > left or (max_memory.by_block and unit in blocks)) and passes[-1]:
             passes.append([])
             left = limit
         passes[-1] += names
         left -= needed
-    if len(passes) > 1:
+    if len(passes) > 1 and not max_memory.by_block:
         sizes = [sum(_bytes_of_statistics(targets[name]) for name in names) for names in passes]
         logger.info(
             "Statistics of %d targets take at most %s bytes, of which %s may be held at a time: the data are read for %d "

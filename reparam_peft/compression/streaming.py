@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -125,7 +126,8 @@ def compress_checkpoint(
                 run_folder=run,
                 mapped=True,
             )
-            options = Options(seed, progress, MaxMemory.of(max_memory, input_device(model)))
+            memory = replace(MaxMemory.of(max_memory, input_device(model)), by_block=True)
+            options = Options(seed, progress, memory)
             small = compress_blocks(model, config, batches, steps, options, plan, statistics, autocast_adapter_dtype=False)
         report = small.size_report()
         is_made = os.path.lexists(destination)

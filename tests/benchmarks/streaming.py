@@ -1,11 +1,12 @@
 """Peak anonymous memory and time of `compress_checkpoint`, beside the route through memory, each in a process of its own.
 
-    python tests/benchmarks/streaming.py MODEL [--keep 0.8] [--synthetic LAYERS]
+    python tests/benchmarks/streaming.py MODEL [--keep 0.8] [--synthetic LAYERS] [--calibrated HOW] [--windows 8]
 
 MODEL is a folder with safetensors, or `demo`. `--synthetic` writes a Llama-shaped bf16 checkpoint of that many layers of 100
-million parameters in place of it, and runs the streamed route only. Anonymous memory is what the system cannot drop: pages of
-mapped files, such as the weights of the source, are not part of it. Prints a Markdown table, that memory over time, and what
-each block took.
+million parameters in place of it, with spectra that decay, and runs the streamed route only. `--calibrated` is `one-shot`,
+`sequential` or `refined`: the streamed route alone, with so many windows of 512 random tokens, activations on disk, and an end
+after `--blocks` blocks. Anonymous memory is what the system cannot drop: pages of mapped files, such as the weights of the
+source, are not part of it. Prints a Markdown table, that memory over time, and what each block took.
 """
 
 from __future__ import annotations
@@ -22,6 +23,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reparam_peft.cli.demo import demo_folder
@@ -37,6 +39,29 @@ def told(self, entry, tensors):
     finish(self, entry, tensors)
 RunFolder.finish = told
 compress_checkpoint(source, out, ReparamConfig(target_modules="all-linear", keep=keep), progress=False)
+""",
+    "calibrated": """
+import time
+import torch
+from reparam_peft import ReparamConfig, compress_checkpoint
+from reparam_peft.compression.job import Job
+from reparam_peft.runtime.run_folder import RunFolder
+finish, plan, start = RunFolder.finish, Job.plan, time.perf_counter()
+def planned(self):
+    made = plan(self)
+    print("planned:", round(time.perf_counter() - start, 1), flush=True)
+    return made
+def told(self, entry, tensors):
+    print(entry["seconds"], flush=True)
+    finish(self, entry, tensors)
+    if len(self.finished) == blocks:
+        raise SystemExit(0)
+RunFolder.finish, Job.plan = told, planned
+tokens = torch.randint(0, 32000, (windows, 1, 512), generator=torch.Generator().manual_seed(0))
+compress_checkpoint(
+    source, out, ReparamConfig(target_modules="all-linear", keep=keep), [{"input_ids": ids} for ids in tokens],
+    sequential=how != "one-shot", refine=how == "refined", progress=False, offload_folder=str(out) + "-activations",
+    max_memory=max_memory)
 """,
     "in memory": """
 from peft import get_peft_model
@@ -76,6 +101,15 @@ def watched(code: str, **values: object) -> tuple[list[tuple[float, float]], flo
     return memory, time.perf_counter() - start, printed
 
 
+def decaying(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Random numbers whose rows and columns become smaller as 1/√i, in random order, with a root mean square of 0.02."""
+    tensor = torch.randn(shape, generator=generator)
+    for dim, size in enumerate(shape if tensor.ndim == 2 else ()):
+        scales = torch.arange(1, size + 1).rsqrt()[torch.randperm(size, generator=generator)]
+        tensor *= (scales / scales.square().mean().sqrt()).unsqueeze(1 - dim)
+    return tensor.mul_(0.02) if tensor.ndim == 2 else torch.ones(shape)
+
+
 def synthetic(folder: Path, layers: int) -> None:
     """A checkpoint with shards of one layer, written without holding more than that."""
     sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8}
@@ -92,7 +126,7 @@ def synthetic(folder: Path, layers: int) -> None:
     for number, part in enumerate(parts.values()):
         file = f"model-{number + 1:05}-of-{len(parts):05}.safetensors"
         generator = torch.Generator().manual_seed(number)
-        tensors = {name: torch.randn(shape, generator=generator).mul_(0.02).bfloat16() for name, shape in part.items()}
+        tensors = {name: decaying(shape, generator).bfloat16() for name, shape in part.items()}
         save_file(tensors, folder / file, {"format": "pt"})
         index |= dict.fromkeys(part, file)
     listing = {"metadata": {}, "weight_map": index}
@@ -105,27 +139,36 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--synthetic", type=int, metavar="LAYERS")
+    parser.add_argument("--calibrated", choices=["one-shot", "sequential", "refined"])
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=-1)
+    parser.add_argument("--max-memory")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         source = demo_folder() if options.model == "demo" else Path(options.model)
-        routes = list(ROUTES)
+        routes = ["import only", "streamed", "in memory"]
         if options.synthetic:
             source, routes = work / "dense", routes[:2]
             synthetic(source, options.synthetic)
+        if options.calibrated:
+            routes = ["import only", "calibrated"]
         size = sum(path.stat().st_size for path in Path(source).glob("*.safetensors")) / 1e6
         print(f"dense: {size:.0f} MB, {torch.get_num_threads()} threads")
         print("\n| route | peak anonymous MB | seconds |\n| --- | --- | --- |")
         for route in routes:
             out = work / route.replace(" ", "-")
-            both, seconds, printed = watched(ROUTES[route], source=source, out=out, keep=options.keep)
+            both, seconds, printed = watched(
+                ROUTES[route], source=source, out=out, keep=options.keep, how=options.calibrated, windows=options.windows,
+                blocks=options.blocks, max_memory=options.max_memory,
+            )  # fmt: skip
             memory = [anonymous for anonymous, _ in both]
             print(f"| {route} | {max(memory):.0f} | {seconds:.1f} |", flush=True)
-            if route == "streamed":
+            if route != "import only" and route != "in memory":
                 step = len(memory) // 20 + 1
                 curve = [round(max(memory[i : i + step])) for i in range(0, len(memory), step)]
                 blocks = printed.split()
-        print(f"\nstreamed, MB over time: {curve}\nseconds per block: {', '.join(blocks)}")
+        print(f"\nMB over time: {curve}\nseconds per block: {', '.join(blocks)}")
         if "in memory" in routes:
             files = [(work / route / "model.safetensors").read_bytes() for route in ("streamed", "in-memory")]
             print(f"\nthe same bytes: {files[0] == files[1]}")
