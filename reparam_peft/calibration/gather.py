@@ -148,11 +148,11 @@ def finish(statistics: Statistics, modules: Mapping[str, nn.Module], gradient_to
         modules: by name.
         gradient_tokens: labels that this process has sampled; None: statistics are without gradients.
     """
-    if gradient_tokens is not None:
-        for name, module in modules.items():
+    with fails_together():
+        for name, module in modules.items() if gradient_tokens is not None else ():
             if name not in statistics.outputs:  # no gradient came back
                 statistics.outputs[name] = OutputSums.zeros(features(module)[0], _device_of_sums(module))
-            statistics.outputs[name].gradient_tokens = gradient_tokens
+            statistics.outputs[name].gradient_tokens = gradient_tokens or 0
     if processes()[0] > 1:
         _reduce(statistics, modules, gradient_tokens is not None)
 
@@ -169,18 +169,25 @@ def _reduce(statistics: Statistics, modules: Mapping[str, nn.Module], gradients:
     """
     device = stored_weight(next(iter(modules.values()))).device
     statistics.reads = _agreed_reads(statistics.reads, list(modules), device)
+    with fails_together():
+        for name in dict.fromkeys(statistics.reads.values()):
+            statistics.inputs[name] = _whole_record(statistics.inputs.get(name), modules[name], gradients)
     for name in dict.fromkeys(statistics.reads.values()):
-        module = modules[name]
-        size, one_hot, where = features(module)[1], kind_and_layer(module)[0].one_hot, _device_of_sums(module)
-        record = statistics.inputs.get(name) or InputSums.zeros(size, where, one_hot)
-        if gradients and not one_hot and record.weighted is None:
-            record.weighted = WeightedSums.zeros(size, where)
+        record = statistics.inputs[name]
         _all_reduce(record, device)
         if record.weighted is not None and not record.weighted.weight > 0:
             record.weighted = None
-        statistics.inputs[name] = record
     for name in modules if gradients else ():
         _all_reduce(statistics.outputs[name], device)
+
+
+def _whole_record(record: InputSums | None, module: nn.Module, gradients: bool) -> InputSums:
+    """The record of an input with zeros for what this process has not seen, in place."""
+    size, one_hot, where = features(module)[1], kind_and_layer(module)[0].one_hot, _device_of_sums(module)
+    record = record or InputSums.zeros(size, where, one_hot)
+    if gradients and not one_hot and record.weighted is None:
+        record.weighted = WeightedSums.zeros(size, where)
+    return record
 
 
 def _agreed_reads(reads: Mapping[str, str], names: list[str], device: torch.device) -> dict[str, str]:

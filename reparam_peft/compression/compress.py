@@ -25,7 +25,7 @@ from ..planning.plan import Plan
 from ..runtime.blocks import find_blocks
 from ..runtime.memory import return_freed
 from ..runtime.modules import input_device, uncompiled
-from ..runtime.processes import fails_together
+from ..runtime.processes import fails_together, tells_of_errors
 from ..runtime.restoring import unchanged, unchanged_on_error
 from ..tuner.compressed_model import CompressedModel
 from ..tuner.data_free import installing
@@ -39,6 +39,7 @@ from .passes import MaxMemory
 OptionsOfStep = TypeVar("OptionsOfStep", Anchoring, Refinement)
 
 
+@tells_of_errors()
 def compress(
     model: nn.Module,
     config: ReparamConfig,
@@ -229,6 +230,7 @@ def _install(
     return cast(CompressedModel, compressed)
 
 
+@tells_of_errors()
 def plan(
     model: nn.Module,
     config: ReparamConfig,
@@ -250,6 +252,7 @@ def plan(
         return Job.of_model(model, config, data, options).plan()
 
 
+@tells_of_errors()
 def calibrate(
     model: nn.Module,
     config: ReparamConfig,
