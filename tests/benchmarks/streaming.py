@@ -3,10 +3,11 @@
     python tests/benchmarks/streaming.py MODEL [--keep 0.8] [--synthetic LAYERS] [--calibrated HOW] [--windows 8]
 
 MODEL is a folder with safetensors, or `demo`. `--synthetic` writes a Llama-shaped bf16 checkpoint of that many layers of 100
-million parameters in place of it, with spectra that decay, and runs the streamed route only. `--calibrated` is `one-shot`,
+million parameters, or of other `--hidden` sizes, in place of it, with spectra that decay, and runs the streamed route only. `--calibrated` is `one-shot`,
 `sequential` or `refined`: the streamed route alone, with so many windows of 512 random tokens, activations on disk, and an end
 after `--blocks` blocks. Anonymous memory is what the system cannot drop: pages of mapped files, such as the weights of the
-source, are not part of it. Prints a Markdown table, that memory over time, and what each block took.
+source, are not part of it. Prints a Markdown table, that memory over time, and the seconds of each block, which are the
+processor's where it is calibrated.
 """
 
 from __future__ import annotations
@@ -46,14 +47,17 @@ import torch
 from reparam_peft import ReparamConfig, compress_checkpoint
 from reparam_peft.compression.job import Job
 from reparam_peft.runtime.run_folder import RunFolder
-finish, plan, start = RunFolder.finish, Job.plan, time.perf_counter()
+finish, plan, times = RunFolder.finish, Job.plan, [time.process_time()]
+def spent():
+    times.append(time.process_time())
+    return round(times[-1] - times[-2], 1)
 def planned(self):
     made = plan(self)
-    print("planned:", round(time.perf_counter() - start, 1), flush=True)
+    print("planning", spent(), flush=True)
     return made
 def told(self, entry, tensors):
-    print(entry["seconds"], flush=True)
     finish(self, entry, tensors)
+    print(spent(), flush=True)
     if len(self.finished) == blocks:
         raise SystemExit(0)
 RunFolder.finish, Job.plan = told, planned
@@ -110,9 +114,10 @@ def decaying(shape: torch.Size, generator: torch.Generator) -> Tensor:
     return tensor.mul_(0.02) if tensor.ndim == 2 else torch.ones(shape)
 
 
-def synthetic(folder: Path, layers: int) -> None:
+def synthetic(folder: Path, layers: int, hidden: int) -> None:
     """A checkpoint with shards of one layer, written without holding more than that."""
-    sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8}
+    sizes = {"hidden_size": hidden, "intermediate_size": hidden * 8 // 3, "num_attention_heads": hidden // 128}
+    sizes["num_key_value_heads"] = hidden // 384
     config = LlamaConfig(
         **sizes, num_hidden_layers=layers, vocab_size=32000, dtype="bfloat16", architectures=["LlamaForCausalLM"]
     )
@@ -139,6 +144,7 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--synthetic", type=int, metavar="LAYERS")
+    parser.add_argument("--hidden", type=int, default=3072, help="of the synthetic model, a multiple of 384")
     parser.add_argument("--calibrated", choices=["one-shot", "sequential", "refined"])
     parser.add_argument("--windows", type=int, default=8)
     parser.add_argument("--blocks", type=int, default=-1)
@@ -150,7 +156,7 @@ def main() -> None:
         routes = ["import only", "streamed", "in memory"]
         if options.synthetic:
             source, routes = work / "dense", routes[:2]
-            synthetic(source, options.synthetic)
+            synthetic(source, options.synthetic, options.hidden)
         if options.calibrated:
             routes = ["import only", "calibrated"]
         size = sum(path.stat().st_size for path in Path(source).glob("*.safetensors")) / 1e6
