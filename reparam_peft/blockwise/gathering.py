@@ -78,7 +78,7 @@ class BlockwiseGatherer:
         """The statistics of some modules; model, batches and options are the same in every call.
 
         Args:
-            modules: of one block, or of none.
+            modules: of one block, or any others, which are gathered by passes over the whole model.
             model, batches, gradients, seed, progress, starts, heads, objective: as for `gather_statistics`.
 
         Raises:
@@ -86,12 +86,12 @@ class BlockwiseGatherer:
         """
         starts = list(starts)
         names = {block_of(name, self.blocks) for name in modules}
-        if self.tape is None:
+        (block,) = names if len(names) == 1 and not heads else (None,)  # heads are outside of the block of their embedding
+        if block is not None and self.tape is None:
             with fails_together(), calibrating(model):
                 self.tape = Tape(model, self.blocks, batches, self.store, gradients, seed, starts, objective, progress)
         tape = self.tape
-        (block,) = names if len(names) == 1 else (None,)
-        if block is None or block not in tape.replay.order or heads:
+        if tape is None or block is None or block not in tape.replay.order:
             return gather_statistics(
                 model, modules, batches, gradients=gradients, seed=seed, progress=progress, starts=starts, heads=heads,
                 objective=objective,

@@ -6,7 +6,7 @@ import logging
 import math
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import convert_file_size_to_int
@@ -30,12 +30,12 @@ class MaxMemory:
     Attributes:
         bytes: at most so many.
         is_asked_for: whether the user named them; else a target that takes more has a pass of its own.
-        by_block: whether statistics are gathered for one block at a time, from the last to the first, however few they are.
+        by_block: when each block is in a group of its own, from the last to the first: where they do not fit together, or else.
     """
 
     bytes: int
     is_asked_for: bool
-    by_block: bool = False
+    by_block: Literal["never", "if needed", "always"] = "never"
 
     @classmethod
     def of(cls, asked_for: int | str | None, device: torch.device) -> MaxMemory:
@@ -88,22 +88,24 @@ def passes_within(
     for name in dict.fromkeys([*consumers, *targets]):
         layer = name.rpartition(".")[0]  # whose experts share statistics
         units.setdefault(block_of(name, blocks) or (layer if layer in parameters else name), []).append(name)
-    if max_memory.by_block:
+    needs = {unit: sum(_bytes_of_statistics(targets[name]) for name in names) for unit, names in units.items()}
+    apart = {"never": False, "if needed": sum(needs.values()) > limit, "always": True}[max_memory.by_block]
+    if apart:
         within = [unit for unit in units if unit in blocks]
         units = {unit: units[unit] for unit in (*(unit for unit in units if unit not in within), *reversed(within))}
     passes: list[list[str]] = [[]]
     left = limit
     for unit, names in units.items():
-        needed = sum(_bytes_of_statistics(targets[name]) for name in names)
+        needed = needs[unit]
         if needed > limit and max_memory.is_asked_for:
             which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             raise ValueError(f"{which}: its statistics take {needed:,} bytes, and `max_memory` is {limit:,}; raise it.")
-        if (needed > left or (max_memory.by_block and unit in blocks)) and passes[-1]:
+        if (needed > left or (apart and unit in blocks)) and passes[-1]:
             passes.append([])
             left = limit
         passes[-1] += names
         left -= needed
-    if len(passes) > 1 and not max_memory.by_block:
+    if len(passes) > 1 and not apart:
         sizes = [sum(_bytes_of_statistics(targets[name]) for name in names) for names in passes]
         logger.info(
             "Statistics of %d targets take at most %s bytes, of which %s may be held at a time: the data are read for %d "

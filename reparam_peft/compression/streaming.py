@@ -126,7 +126,7 @@ def compress_checkpoint(
                 run_folder=run,
                 mapped=True,
             )
-            memory = replace(MaxMemory.of(max_memory, input_device(model)), by_block=True)
+            memory = replace(MaxMemory.of(max_memory, input_device(model)), by_block="always")
             options = Options(seed, progress, memory)
             small = compress_blocks(model, config, batches, steps, options, plan, statistics, autocast_adapter_dtype=False)
         report = small.size_report()
