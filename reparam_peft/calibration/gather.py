@@ -19,6 +19,7 @@ from ..layers.kinds import stored_weight
 from ..layers.wrapper import features, kind_and_layer
 from ..numerics.metrics import device_of_sums
 from ..runtime.batches import Batch, parts_of_tokens, rows_in
+from ..runtime.devices import fast_products
 from ..runtime.memory import return_freed
 from ..runtime.modules import evaluating, frozen, input_device, leaving_no_graph, uncompiled
 from ..runtime.processes import check_whole, fails_together, processes
@@ -130,6 +131,7 @@ def gather_statistics(
     device = input_device(model)
     with fails_together(), evaluating(model), frozen(model), uncompiled(model), leaving_no_graph(model), ExitStack() as stack:
         recorder = Recorder(statistics, modules, gradients, heads, objective)
+        stack.enter_context(fast_products())
         stack.enter_context(recorder.hooks(model, set(starts) - set(modules.values())))
         bar = tqdm(batches, desc="Calibrating", unit="batch", delay=1, disable=None if progress and rank == 0 else True)
         for part in parts_of(bar, device, first_row):

@@ -24,6 +24,7 @@ from ..layers.kinds import is_quantized
 from ..numerics.methods import names_of_methods
 from ..planning.plan import Plan
 from ..runtime.blocks import find_blocks
+from ..runtime.devices import fast_products
 from ..runtime.memory import return_freed
 from ..runtime.modules import input_device, uncompiled
 from ..runtime.processes import fails_together, tells_of_errors
@@ -200,7 +201,7 @@ def compress_blocks(
                 f"{quantized}: `sequential` and `refine` need weights that can be changed, and these are quantised. Load the "
                 "base model in full precision, or leave both out."
             )
-        with uncompiled(model), BlockwiseGatherer(blocks, steps.offload_folder) as gatherer:
+        with uncompiled(model), fast_products(), BlockwiseGatherer(blocks, steps.offload_folder) as gatherer:
             job.gather = gatherer.gather
             result = BlockByBlock(job, blocks, batches, steps, plan).result(adapter_name)
         with fails_together():

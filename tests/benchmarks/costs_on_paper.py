@@ -241,7 +241,9 @@ def factorising(model: Model, keep: float = 0.5) -> Operations:
 def one_shot(model: Model, tokens: int, length: int, passes: int) -> Operations:
     """`compress`: so many passes over the data forward and backward, of which each target is part of two, or of one."""
     both = forward(model, tokens, length) * 2
-    return (both * passes + sums(model, tokens) * (1 if passes == 1 else 2) + planning(model) + factorising(model)) * model.layers
+    return (
+        both * passes + sums(model, tokens) * (1 if passes == 1 else 2) + planning(model) + factorising(model)
+    ) * model.layers
 
 
 def by_block(model: Model, tokens: int, length: int) -> Operations:

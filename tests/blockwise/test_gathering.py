@@ -39,5 +39,10 @@ def check(model: nn.Module, modules: dict[str, nn.Module], backwards: bool, fold
 @pytest.mark.parametrize("make", [llama, gpt2, bert, t5, qwen_moe], ids=lambda make: make.__name__)
 def test_as_of_the_whole_model(make: Callable[[], nn.Module], tmp_path: Path) -> None:
     model = make()  # of T5's what all blocks read of its encoder is left out: each knows the gradients through itself
-    check(model, linear_layers(model, *(["lm_head", "EncDecAttention.k", "EncDecAttention.v"] if make is t5 else [])), backwards=make is not gpt2, folder=tmp_path if make is llama else None)
+    check(
+        model,
+        linear_layers(model, *(["lm_head", "EncDecAttention.k", "EncDecAttention.v"] if make is t5 else [])),
+        backwards=make is not gpt2,
+        folder=tmp_path if make is llama else None,
+    )
     assert not list(tmp_path.iterdir())
