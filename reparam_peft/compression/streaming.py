@@ -65,8 +65,9 @@ def compress_checkpoint(
     """Compress a checkpoint into a standalone one, block by block, with little memory.
 
     The dense weights stay in the files of the source, which the system maps and reads as they are needed; factors go to disk
-    as soon as they exist. Without batches, memory holds one block; with them also the statistics and two streams of
-    activations, for which see `max_memory` and `offload_folder`.
+    as soon as they exist. Memory holds one block; with batches also its statistics, which are gathered by passes over one block
+    at a time, forward and backward, and activations: two streams, what each block gives, and the gradients there, which
+    `offload_folder` keeps on disk. Targets outside of blocks are calibrated by passes over the whole model.
 
     A run that was killed goes on after its last finished block when it is called again with the same arguments, and ends with
     the same bytes. Finished blocks are in `.<name of destination>.run` beside the destination, which appears when all is done.

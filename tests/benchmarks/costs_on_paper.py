@@ -247,7 +247,7 @@ def one_shot(model: Model, tokens: int, length: int, passes: int) -> Operations:
 
 
 def by_block(model: Model, tokens: int, length: int) -> Operations:
-    """`compress_checkpoint`, sequential: calibration block by block, and two streams through each block.
+    """`compress` with `sequential`: calibration block by block, and two streams through each block.
 
     Of a block: a pass to keep its output, two with a graph, for planning and for factorising, then one of each stream for each
     of four groups of matrices and for the neurons, and for the outputs.
@@ -299,11 +299,11 @@ def main() -> None:
             workers = devices if copies else 1
             held = (weights + min(limit, model.layers * statistics(model)) + working) / share
             shot = one_shot(model, tokens, options.length, passes).seconds / 3600 / workers
-            block = (by_block(model, tokens, options.length)).seconds / 3600 / (1 if not copies else workers)
+            block = by_block(model, tokens, options.length).seconds / 3600 / workers
             of_blocks = (weights + statistics(model) + working) / share
             print(
-                f"| {name} | {devices}{'' if copies or devices == 1 else ', split'} | {held / GB:.0f} | {passes} | {shot:.1f} | "
-                f"{of_blocks / GB:.0f} | {block:.1f} |"
+                f"| {name} | {devices}{'' if copies or devices == 1 else ', split'} | {held / GB:.0f} | {passes} | {shot:.2f} | "
+                f"{of_blocks / GB:.0f} | {block:.2f} |"
             )
 
 
