@@ -2,9 +2,9 @@
 
     python tests/benchmarks/costs_on_paper.py [--sequences 128] [--length 2048]
 
-Prints the Markdown tables of docs/costs.md. Operations are counted by formulas, which tests/test_costs_on_paper.py holds against
-what is counted and measured on tiny models; hours are operations divided by the rates in `RATES`, which are assumed. Nothing
-here was run on a GPU.
+Prints the Markdown tables of docs/costs.md. Operations are counted by formulas, which tests/test_costs_on_paper.py holds
+against what is counted and measured on tiny models; hours are operations divided by the rates in `RATES`, which are assumed.
+Nothing here was run on a GPU.
 """
 
 from __future__ import annotations
@@ -301,10 +301,8 @@ def main() -> None:
             shot = one_shot(model, tokens, options.length, passes).seconds / 3600 / workers
             block = by_block(model, tokens, options.length).seconds / 3600 / workers
             of_blocks = (weights + statistics(model) + working) / share
-            print(
-                f"| {name} | {devices}{'' if copies or devices == 1 else ', split'} | {held / GB:.0f} | {passes} | {shot:.2f} | "
-                f"{of_blocks / GB:.0f} | {block:.2f} |"
-            )
+            where = f"{devices}" if copies else f"{devices}, split"
+            print(f"| {name} | {where} | {held / GB:.0f} | {passes} | {shot:.2f} | {of_blocks / GB:.0f} | {block:.2f} |")
 
 
 if __name__ == "__main__":

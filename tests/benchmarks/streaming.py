@@ -3,11 +3,11 @@
     python tests/benchmarks/streaming.py MODEL [--keep 0.8] [--synthetic LAYERS] [--calibrated HOW] [--windows 8]
 
 MODEL is a folder with safetensors, or `demo`. `--synthetic` writes a Llama-shaped bf16 checkpoint of that many layers of 100
-million parameters, or of other `--hidden` sizes, in place of it, with spectra that decay, and runs the streamed route only. `--calibrated` is `one-shot`,
-`sequential` or `refined`: the streamed route alone, with so many windows of 512 random tokens, activations on disk, and an end
-after `--blocks` blocks. Anonymous memory is what the system cannot drop: pages of mapped files, such as the weights of the
-source, are not part of it. Prints a Markdown table, that memory over time, and the seconds of each block, which are the
-processor's where it is calibrated.
+million parameters, or of other `--hidden` sizes, in place of it, with spectra that decay, and runs the streamed route only.
+`--calibrated` is `one-shot`, `sequential` or `refined`: the streamed route alone, with so many windows of 512 random tokens,
+activations on disk, and an end after `--blocks` blocks. Anonymous memory is what the system cannot drop: pages of mapped files,
+such as the weights of the source, are not part of it. Prints a Markdown table, that memory over time, and the seconds of each
+block, which are the processor's where it is calibrated.
 """
 
 from __future__ import annotations

@@ -7,13 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from support.batches import text
 from support.gathering import assert_same, linear_layers
 from support.models import bert, gpt2, llama, qwen_moe, t5
 from torch import nn
 
-from reparam_peft import Statistics
 from reparam_peft.blockwise.gathering import BlockwiseGatherer
 from reparam_peft.calibration.gather import gather_statistics
 from reparam_peft.runtime.blocks import block_of, find_blocks

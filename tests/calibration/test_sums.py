@@ -127,8 +127,8 @@ def gather(model: nn.Module) -> dict[str, Tensor]:
 def by_block() -> dict[str, Tensor]:
     """All sums of the last block of a Llama, run block by block on three batches."""
     model = llama()
-    modules = {name: module for name, module in model.model.layers[1].named_modules(prefix="model.layers.1")}
-    modules = {name: module for name, module in modules.items() if isinstance(module, nn.Linear)}
+    named = model.model.layers[1].named_modules(prefix="model.layers.1")
+    modules = {name: module for name, module in named if isinstance(module, nn.Linear)}
     with BlockwiseGatherer(find_blocks(model)) as gatherer:
         batches = [text([8, 5], 8, seed=seed) for seed in range(3)]
         return named_sums(gatherer.gather(model, modules, batches, starts=modules.values(), progress=False))

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-
 import torch.nn.functional as F
 
 from reparam_peft.runtime.devices import computes_bfloat16, fast_products
