@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 
@@ -39,12 +40,13 @@ def fails_together() -> Iterator[None]:
     Raises:
         RuntimeError: in the processes that did not fail themselves.
     """
+    failed = True
     try:
         yield
-    except BaseException as error:
-        if not _is_told(error):
-            _tell(error)
-        raise
+        failed = False
+    finally:
+        if failed:
+            _tell(sys.exc_info()[1])
     _hear()
 
 
@@ -55,13 +57,14 @@ def tells_of_errors() -> Iterator[None]:
 
     All processes enter it together. What they exchange in other ways must follow the end of a `fails_together` at once.
     """
+    failed = True
     try:
         yield
-    except BaseException as error:
-        if not _is_told(error):
+        failed = False
+    finally:
+        if failed:
             with suppress(RuntimeError):  # of processes that have gone
-                _tell(error)
-        raise
+                _tell(sys.exc_info()[1])
 
 
 def _is_told(error: BaseException | None) -> bool:
@@ -69,9 +72,9 @@ def _is_told(error: BaseException | None) -> bool:
     return error is not None and (getattr(error, TOLD, False) or _is_told(error.__cause__))
 
 
-def _tell(error: BaseException) -> None:
-    """Let the others know that this process has failed."""
-    if processes()[0] > 1:
+def _tell(error: BaseException | None) -> None:
+    """Let the others know that this process has failed, unless they know it."""
+    if processes()[0] > 1 and not _is_told(error):
         setattr(error, TOLD, True)
         _any_failed(True)
 
