@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
-from typing import Any, NamedTuple
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -36,7 +36,8 @@ MOST_TOKENS = 4096  # on all others
 logger = logging.getLogger(__name__)
 
 
-class Part(NamedTuple):
+@dataclass(frozen=True)
+class Part:
     """What goes through the model at a time.
 
     Attributes:

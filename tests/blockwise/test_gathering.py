@@ -20,7 +20,7 @@ TEXTS = [text([20, 9, 20, 5], 20, seed=seed) for seed in range(2)]
 BATCHES = [{**batch, "decoder_input_ids": batch["input_ids"]} for batch in TEXTS]
 
 
-def check(model: nn.Module, modules: dict[str, nn.Module], backwards: bool, folder: Path | None = None) -> None:
+def check(model: Any, modules: dict[str, nn.Module], backwards: bool, folder: Path | None = None) -> None:
     """Hold the statistics of each block, gathered in this order, against those of the whole model."""
     batches = BATCHES if hasattr(model, "get_decoder") and model.config.is_encoder_decoder else TEXTS
     blocks = find_blocks(model)

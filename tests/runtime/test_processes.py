@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -46,7 +47,9 @@ def room(name: str) -> list[Tensor]:
     return [torch.empty(len(name)), torch.tensor(-1)]
 
 
-def share(names: list[str], compute=compute, parts=room) -> dict[str, list[Tensor]]:
+def share(
+    names: list[str], compute: Callable[[str], list[Tensor]] = compute, parts: Callable[[str], list[Tensor]] = room
+) -> dict[str, list[Tensor]]:
     return share_out(names, "Counting", compute, parts, lambda name: torch.device("cpu"), progress=False)
 
 
