@@ -82,7 +82,8 @@ def compress(
         progress: whether to show progress bars.
         plan: the ranks, from `reparam_peft.plan`, which then holds what the config leaves open; None: chosen here.
         max_memory: bytes that statistics may take at a time, also as text such as "1GB"; where all of them take more, they are
-            gathered in groups of modules, in two passes over the data for each group but one. None: half of what is free on
+            gathered in groups of modules, in a pass over the data for each; from planning to factorising those of the others
+            wait in the system's temporary folder, or, where it has no room, are gathered again. None: half of what is free on
             the device of the model, and never less than one module needs.
         adapter_name: name of the adapter.
         sequential: factorise each matrix for the inputs that it gets from the compressed part before it, anchored to the

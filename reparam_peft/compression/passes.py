@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -87,7 +88,7 @@ def passes_within(
     passes: list[list[str]] = [[]]
     left = limit
     for names in units.values():
-        needed = sum(_bytes_of_statistics(targets[name]) for name in names)
+        needed = bytes_of_statistics(targets, names)
         if needed > limit and max_memory.is_asked_for:
             which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             raise ValueError(f"{which}: its statistics take {needed:,} bytes, and `max_memory` is {limit:,}; raise it.")
@@ -97,16 +98,28 @@ def passes_within(
         passes[-1] += names
         left -= needed
     if len(passes) > 1:
-        sizes = [sum(_bytes_of_statistics(targets[name]) for name in names) for names in passes]
+        sizes = [bytes_of_statistics(targets, names) for names in passes]
         logger.info(
             "Statistics of %d targets take at most %s bytes, of which %s may be held at a time: the data are read for %d "
-            "groups of targets to plan, and for %d again to factorise.",
+            "groups of targets to plan, and for %d again to factorise, where their statistics cannot wait on disk.",
             len(targets), f"{sum(sizes):,}", f"{limit:,}", len(passes), len(passes) - 1,
         )  # fmt: skip
     return passes
 
 
-def _bytes_of_statistics(target: Target) -> int:
+def room_beside(passes: Sequence[Sequence[str]], targets: Mapping[str, Target], max_memory: MaxMemory | None) -> int:
+    """Bytes that are left beside the statistics of any group of targets; what there is to hold, where all is allowed."""
+    if max_memory is None:
+        return sys.maxsize
+    return max(0, max_memory.bytes - max((bytes_of_statistics(targets, names) for names in passes), default=0))
+
+
+def bytes_of_statistics(targets: Mapping[str, Target], names: Iterable[str] | None = None) -> int:
+    """Bytes that statistics of targets take, or of those of some names, at most: where they share no inputs."""
+    return sum(_bytes_of_target(targets[name]) for name in (targets if names is None else names))
+
+
+def _bytes_of_target(target: Target) -> int:
     """Two Grams of the input, or counts for a lookup, and one of the output gradients, packed, in float64."""
     size, one_hot = target.storage.in_features, layer_kind(target.module).one_hot
     gram, fisher = (math.prod(packed_shape(features)) for features in (size, target.storage.out_features))
