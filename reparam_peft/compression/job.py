@@ -284,12 +284,12 @@ class Job:
         left = self.neurons.left({name: target.storage for name, target in targets.items()})
 
         def compute(name: str) -> list[Tensor]:
-            W, bias, weighing = self.matrix_of(name), self.bias_of(name), self.weighing(name)
+            W, bias, part, found = self.matrix_of(name), self.bias_of(name), parts.get(name, Part()), self.found.take(name)
+            outputs = found is None or found.needs_output_gram or not part.is_whole
+            weighing = self.weighing(name, outputs=outputs)
             output_mean = None if bias is None else mean_output(W, bias, weighing.mean)
-            part = parts.get(name, Part())
             mean = None if output_mean is None else part.of_outputs(output_mean)
             matrix = part.matrix(W, weighing.gram)
-            found = self.found.take(name)
             made = self.factorizer.product_of_part(part, targets[name], matrix, part.weighing(weighing), mean, found)
             if used_up:
                 self._forget(name)
@@ -318,16 +318,19 @@ class Job:
         if not isinstance(self.batches, Statistics) and not self.pool.shares(name):
             self.statistics_of(name).forget(name)
 
-    def weighing(self, name: str, moments: Moments | None = None, columns: Tensor | None = None) -> Weighing:
+    def weighing(
+        self, name: str, moments: Moments | None = None, columns: Tensor | None = None, outputs: bool = True
+    ) -> Weighing:
         """What a target's factorisation weighs errors by; with `moments`, of these in place of the inputs calibration saw.
 
         Args:
             name: of the target.
             moments: of the inputs.
             columns: indices of the inputs that are left, whose moments these are; None: all.
+            outputs: whether the metric of outputs is wanted.
         """
         statistics = self.pool.pooled(name, self.statistics_of(name))
-        return self.weigher.weighing(name, statistics, self.targets[name].storage.bias, moments, columns)
+        return self.weigher.weighing(name, statistics, self.targets[name].storage.bias, moments, columns, outputs)
 
     def statistics_of(self, name: str) -> Statistics:
         """The statistics of the group that a target is in. Processes gather them together, where they are not at hand."""

@@ -97,12 +97,12 @@ def passes_within(
             left = limit
         passes[-1] += names
         left -= needed
+    sizes = [bytes_of_statistics(targets, names) for names in passes]
+    logger.info("Statistics of %d targets take at most %s bytes.", len(targets), f"{sum(sizes):,}")
     if len(passes) > 1:
-        sizes = [bytes_of_statistics(targets, names) for names in passes]
         logger.info(
-            "Statistics of %d targets take at most %s bytes, of which %s may be held at a time: the data are read for %d "
-            "groups of targets to plan, and for %d again to factorise, where their statistics cannot wait on disk.",
-            len(targets), f"{sum(sizes):,}", f"{limit:,}", len(passes), len(passes) - 1,
+            "%s bytes of them may be held at a time: the data are read for %d groups of targets to plan, and for %d again to "
+            "factorise, where their statistics cannot wait on disk.", f"{limit:,}", len(passes), len(passes) - 1,
         )  # fmt: skip
     return passes
 

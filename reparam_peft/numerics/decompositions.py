@@ -54,11 +54,13 @@ class Directions(NamedTuple):
         values: σ², the squared singular values of F^½ W G^½, falling, shape (k,), k = min(out, in), float64, but for `unit`.
         vectors: its singular vectors, shape (k, k), in the dtype of W or float32: left ones, or right ones where W is tall.
         unit: what values are multiplied by to be in the scale of W, G and F.
+        needs_output_gram: whether factors are made with F, too; else without, so that it need not be at hand.
     """
 
     values: Tensor
     vectors: Tensor
     unit: float
+    needs_output_gram: bool = True
 
     @property
     def losses(self) -> Tensor:
@@ -141,7 +143,8 @@ def factorize(
         rank: r, with 1 ≤ r ≤ min(out, in).
         gram: G = XᵀX, shape (in, in), or a diagonal, shape (in,); positive semidefinite, of any scale. None: the identity.
         output_gram: F = E[g gᵀ] of the gradients at the outputs, shape (out, out) or (out,); likewise.
-        directions: what `find_directions` finds with this weight and these metrics; None: they are found here.
+        directions: what `find_directions` finds with this weight and these metrics, of which `output_gram` may be left out
+            where they say so; None: they are found here.
 
     Returns:
         `Factors(A, B)`, shapes (out, r) and (r, in), contiguous, with the dtype and device of `weight`.
@@ -310,7 +313,13 @@ def _find_directions(weight: Tensor, gram: Metric, output_gram: Metric) -> Direc
     W, largest = scaled(weight)
     values, vectors = torch.linalg.eigh(_square_of_directions(W, gram, output_gram))
     rounded = vectors.flip(1).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
-    return Directions(values.flip(0).clamp(min=0), rounded, largest**2 * gram.scale * output_gram.scale)
+    unit = largest**2 * gram.scale * output_gram.scale
+    return Directions(values.flip(0).clamp(min=0), rounded, unit, not _is_of_inputs(W, gram))
+
+
+def _is_of_inputs(W: Tensor, gram: Metric) -> bool:
+    """Whether factors are made from right singular vectors, B = Σ Vᵀ S⁻¹ and A = W G Bᵀ Σ⁻², for which G must be definite."""
+    return W.shape[0] > W.shape[1] and not gram.diagonal and gram.is_definite
 
 
 def _nested_factors(
@@ -322,8 +331,7 @@ def _nested_factors(
     if len(W) <= W.shape[1]:
         whitened = output_gram.whiten(W)
         return output_gram.unwhiten(vectors), vectors.mT @ whitened * largest
-    if not gram.diagonal and gram.is_definite:
-        # From right singular vectors, B = Σ Vᵀ S⁻¹ and A = W G Bᵀ Σ⁻² need no root of F, the larger metric.
+    if _is_of_inputs(W, gram):
         sigma = directions.values.sqrt()
         sigma = sigma.clamp(min=ABSENT * sigma[0]).clamp(min=torch.finfo(sigma.dtype).tiny)[:rank]
         B = gram.unwhiten(vectors).mT
