@@ -12,6 +12,7 @@ from ..calibration.statistics import Batches, Statistics
 from ..layers.product import Product, named_product, named_tensors
 from ..planning.plan import Plan
 from ..runtime.fingerprints import fingerprint_of_values
+from ..runtime.memory import return_freed
 from ..runtime.processes import fails_together
 from ..runtime.run_folder import RunFolder
 from ..tuner.targets import Target, check_targets
@@ -61,6 +62,7 @@ class OneShot:
             entry = {"factorised": list(products), "seconds": time.monotonic() - started}
             self.folder.finish(entry, named_tensors(products))
 
+        return_freed()  # what planning took and has given back lies in holes
         made = job.products(targets, used_up=True, keep=None if self.folder.folder is None else keep)
         return Result(plan, {name: {**restored, **made}[name] for name in targets if name in restored or name in made})
 
