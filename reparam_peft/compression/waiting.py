@@ -19,13 +19,13 @@ Keep: TypeAlias = Callable[[Sequence[str], Callable[[], Statistics]], Statistics
 
 
 @contextmanager
-def waiting(groups: Sequence[Sequence[str]], size: int) -> Iterator[Keep | None]:
+def waiting(passes: Sequence[Sequence[str]], size: int) -> Iterator[Keep | None]:
     """Within this block statistics that were gathered once are read from a temporary folder, those of the last group but.
 
     A second pass over the data takes as long as all the rest. The folder is the system's (`TMPDIR`).
 
     Args:
-        groups: names of targets, in the order in which their statistics are gathered.
+        passes: names of targets, in the order in which their statistics are gathered.
         size: bytes that all of them take, at most.
 
     Yields:
@@ -35,7 +35,7 @@ def waiting(groups: Sequence[Sequence[str]], size: int) -> Iterator[Keep | None]
     if processes()[0] > 1 or shutil.disk_usage(tempfile.gettempdir()).free < 2 * size:
         yield None
         return
-    numbers = {tuple(group): number for number, group in enumerate(groups)}
+    numbers = {tuple(group): number for number, group in enumerate(passes)}
     with tempfile.TemporaryDirectory(prefix="reparam-") as folder:
 
         def keep(group: Sequence[str], gather: Callable[[], Statistics]) -> Statistics:
