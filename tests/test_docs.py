@@ -91,14 +91,11 @@ def test_api_page_has_public_name_and_its_parameters(name: str) -> None:
     text = (ROOT / "docs" / "api.md").read_text(encoding="utf-8")
     section = re.search(rf"^### `{name}`$(.*?)(?=^##? |^### |\Z)", text, re.DOTALL | re.MULTILINE)
     assert section, f"docs/api.md has no section on {name}"
+    made_of_docstrings = f"\n::: reparam_peft.{name}\n" in section[1]
+    assert made_of_docstrings or name in ("ReparamConfig", "ReparamModel")  # which have much that is PEFT's
     value = getattr(reparam_peft, name)
     if inspect.isfunction(value):
-        assert {p for p in inspect.signature(value).parameters if f"- `{p}`: " not in section[1]} == set()
-    elif name != "ReparamConfig" and value.__module__.startswith("reparam_peft."):
-        properties = {key for key, member in vars(value).items() if isinstance(member, property) and not key.startswith("_")}
-        members = properties | {key for key in vars(value) if key == "to_dict"}
-        members |= set(getattr(value, "__dataclass_fields__", ())) | set(getattr(value, "_fields", ()))
-        assert {member for member in members if not re.search(rf"\b{member}\b", section[1])} == set()
+        assert [p for p in inspect.signature(value).parameters if f"\n    {p}: " not in inspect.getdoc(value)] == []
 
 
 def command_options() -> Iterator[tuple[str, str]]:
@@ -185,15 +182,15 @@ def test_site_builds(tmp_path: Path) -> None:
     assert [page for page in pages if not (tmp_path / "site" / page / "index.html").is_file()] == []
 
 
-@pytest.mark.parametrize("link", ["missing.md", "quickstart.md#missing"])
-def test_site_with_a_broken_link_does_not_build(link: str, tmp_path: Path) -> None:
+def test_site_with_broken_links_does_not_build(tmp_path: Path) -> None:
     shutil.copytree(ROOT / "docs", tmp_path / "docs")
     shutil.copy(ROOT / "mkdocs.yml", tmp_path)
     with open(tmp_path / "docs" / "index.md", "a", encoding="utf-8") as page:
-        page.write(f"\n[A page]({link})\n")
+        page.write("\n[A page](missing.md)\n[A heading](quickstart.md#not-there)\n")
     result = build_site(tmp_path / "mkdocs.yml", tmp_path / "site")
     assert result.returncode != 0
-    assert link.rpartition("#")[2] in result.stderr
+    assert "missing.md" in result.stderr
+    assert "not-there" in result.stderr
 
 
 def public_objects() -> Iterator[tuple[str, Any, type | None]]:

@@ -86,7 +86,8 @@ def compress(
         progress: whether to show progress bars.
         plan: the ranks, from `reparam_peft.plan`, which then holds what the config leaves open; None: chosen here.
         max_memory: bytes that statistics may take at a time, also as text such as "1GB"; where all of them take more, they are
-            gathered in groups of modules, in two passes over the data for each group but one; with `sequential` or `refine`
+            gathered in groups of modules, in a pass over the data for each; from planning to factorising those of the others
+            wait in the system's temporary folder, or, where it has no room, are gathered again; with `sequential` or `refine`
             block by block, in three passes forward and two backward in all, for which outputs of all blocks, and gradients
             there, are kept. None: half of what is free on the device of the model, and never less than one module needs.
         adapter_name: name of the adapter.
@@ -248,7 +249,15 @@ def plan(
 ) -> Plan:
     """The ranks that `compress` would choose, what they store and what they are predicted to cost; changes nothing.
 
-    Args, Raises: as for `compress`.
+    Args:
+        model: as for `compress`, as are the errors.
+        config: as for `compress`.
+        batches: as for `compress`.
+        tokenizer: as for `compress`.
+        seed: as for `compress`.
+        progress: whether to show progress bars.
+        max_memory: as for `compress`.
+        objective: as for `compress`.
     """
     options = Options(seed, progress, MaxMemory.of(max_memory, input_device(model)), objective)
     data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
@@ -273,9 +282,15 @@ def calibrate(
     They serve any `keep`, method, allocation and form.
 
     Args:
+        model: as for `compress`, as are the errors.
+        config: whose targets are looked at.
+        batches: data, read once; or "self", as for `compress`.
+        tokenizer: as for `compress`.
+        seed: as for `compress`.
+        progress: whether to show progress bars.
         first_row: number of the first row (sequence) of the batches in the whole of the data, where these are a part of it:
             with the same seed, `Statistics.merge` of the parts gives the statistics of the whole.
-        model, config, batches, tokenizer, seed, progress, objective: as for `compress`, as are the errors.
+        objective: as for `compress`.
     """
     data = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
     with unchanged(model):

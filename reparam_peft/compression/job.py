@@ -37,6 +37,7 @@ from ..tuner.tying import heads_of
 from .choices import with_defaults
 from .costs import costs_of
 from .factorizing import Factorizer
+from .found import Found
 from .mlps import check_alike, find_mlps
 from .neurons import Neurons
 from .offered import offered
@@ -89,7 +90,7 @@ class Job:
         self.modules = {name: target.module for name, target in targets.items()} if modules is None else dict(modules)
         self.storages = {name: target.storage for name, target in targets.items()}
         self.weigher, self.factorizer = Weigher.of(config), Factorizer.of(config)
-        self.pool = Pool(self.storages, config)
+        self.pool, self.found = Pool(self.storages, config), Found(self.factorizer)
         self.passes = [list(group) for group in passes]
         check_whole(batches)
         # Batches are read once for each group.
@@ -198,7 +199,7 @@ class Job:
 
         def compute(name: str) -> list[Tensor]:
             W, weighing = self.matrix_of(name), self.weighing(name)
-            directions = self.factorizer.losses(W, weighing)
+            directions = self.found.losses(name, W, weighing)
             if name not in options:
                 return [directions]
             return [directions, self.factorizer.matrix(W, weighing).losses(options[name], directions)]
@@ -283,15 +284,16 @@ class Job:
         left = self.neurons.left({name: target.storage for name, target in targets.items()})
 
         def compute(name: str) -> list[Tensor]:
-            W, bias, weighing = self.matrix_of(name), self.bias_of(name), self.weighing(name)
+            W, bias, part, found = self.matrix_of(name), self.bias_of(name), parts.get(name, Part()), self.found.take(name)
+            outputs = found is None or found.needs_output_gram or not part.is_whole
+            weighing = self.weighing(name, outputs=outputs)
             output_mean = None if bias is None else mean_output(W, bias, weighing.mean)
-            part = parts.get(name, Part())
             mean = None if output_mean is None else part.of_outputs(output_mean)
             matrix = part.matrix(W, weighing.gram)
-            made = tensors_of(self.product(targets[name], matrix, part.weighing(weighing), mean, part))
+            made = self.factorizer.product_of_part(part, targets[name], matrix, part.weighing(weighing), mean, found)
             if used_up:
                 self._forget(name)
-            return made
+            return tensors_of(made)
 
         def room(name: str) -> list[Tensor]:
             target = targets[name]
@@ -316,31 +318,19 @@ class Job:
         if not isinstance(self.batches, Statistics) and not self.pool.shares(name):
             self.statistics_of(name).forget(name)
 
-    def product(self, target: Target, W: Tensor, weighing: Weighing, output_mean: Tensor | None, part: Part) -> Product:
-        """The product of what is left of a target's matrix.
-
-        Args:
-            target: with its rank and storage.
-            W: what is left of the matrix.
-            weighing: of what is left.
-            output_mean: mean of the outputs that are left, that the bias is to preserve; None where it is not moved.
-            part: what is left.
-        """
-        if target.rank is None:
-            raise ValueError("a target that stays dense has no product.")
-        made = self.factorizer.product(W, target.rank, base_dtype(target.module), weighing, output_mean, target.storage)
-        return made._replace(rows=part.rows, columns=part.columns)
-
-    def weighing(self, name: str, moments: Moments | None = None, columns: Tensor | None = None) -> Weighing:
+    def weighing(
+        self, name: str, moments: Moments | None = None, columns: Tensor | None = None, outputs: bool = True
+    ) -> Weighing:
         """What a target's factorisation weighs errors by; with `moments`, of these in place of the inputs calibration saw.
 
         Args:
             name: of the target.
             moments: of the inputs.
             columns: indices of the inputs that are left, whose moments these are; None: all.
+            outputs: whether the metric of outputs is wanted.
         """
         statistics = self.pool.pooled(name, self.statistics_of(name))
-        return self.weigher.weighing(name, statistics, self.targets[name].storage.bias, moments, columns)
+        return self.weigher.weighing(name, statistics, self.targets[name].storage.bias, moments, columns, outputs)
 
     def statistics_of(self, name: str) -> Statistics:
         """The statistics of the group that a target is in. Processes gather them together, where they are not at hand."""

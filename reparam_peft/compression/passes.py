@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -88,7 +89,7 @@ def passes_within(
     for name in dict.fromkeys([*consumers, *targets]):
         layer = name.rpartition(".")[0]  # whose experts share statistics
         units.setdefault(block_of(name, blocks) or (layer if layer in parameters else name), []).append(name)
-    needs = {unit: sum(_bytes_of_statistics(targets[name]) for name in names) for unit, names in units.items()}
+    needs = {unit: bytes_of_statistics(targets, names) for unit, names in units.items()}
     apart = {"never": False, "if needed": sum(needs.values()) > limit, "always": True}[max_memory.by_block]
     if apart:
         within = [unit for unit in units if unit in blocks]
@@ -105,17 +106,29 @@ def passes_within(
             left = limit
         passes[-1] += names
         left -= needed
+    sizes = [bytes_of_statistics(targets, names) for names in passes]
+    logger.info("Statistics of %d targets take at most %s bytes.", len(targets), f"{sum(sizes):,}")
     if len(passes) > 1 and not apart:
-        sizes = [sum(_bytes_of_statistics(targets[name]) for name in names) for names in passes]
         logger.info(
-            "Statistics of %d targets take at most %s bytes, of which %s may be held at a time: the data are read for %d "
-            "groups of targets to plan, and for %d again to factorise.",
-            len(targets), f"{sum(sizes):,}", f"{limit:,}", len(passes), len(passes) - 1,
+            "%s bytes of them may be held at a time: the data are read for %d groups of targets to plan, and for %d again to "
+            "factorise, where their statistics cannot wait on disk.", f"{limit:,}", len(passes), len(passes) - 1,
         )  # fmt: skip
     return passes
 
 
-def _bytes_of_statistics(target: Target) -> int:
+def room_beside(passes: Sequence[Sequence[str]], targets: Mapping[str, Target], max_memory: MaxMemory | None) -> int:
+    """Bytes that are left beside the statistics of any group of targets; what there is to hold, where all is allowed."""
+    if max_memory is None:
+        return sys.maxsize
+    return max(0, max_memory.bytes - max((bytes_of_statistics(targets, names) for names in passes), default=0))
+
+
+def bytes_of_statistics(targets: Mapping[str, Target], names: Iterable[str] | None = None) -> int:
+    """Bytes that statistics of targets take, or of those of some names, at most: where they share no inputs."""
+    return sum(_bytes_of_target(targets[name]) for name in (targets if names is None else names))
+
+
+def _bytes_of_target(target: Target) -> int:
     """Two Grams of the input, or counts for a lookup, and one of the output gradients, packed, in float64."""
     size, one_hot = target.storage.in_features, layer_kind(target.module).one_hot
     gram, fisher = (math.prod(packed_shape(features)) for features in (size, target.storage.out_features))

@@ -80,8 +80,15 @@ def compress_checkpoint(
         destination: a folder that does not exist yet, outside of the source.
         config: what to compress, and to which size. Without batches, what `get_peft_model` takes.
         batches: keyword batches, for everything that is calibrated; None: the truncated SVD.
-        plan, statistics, sequential, refine, max_memory, offload_folder, seed, progress: as for `compress`; with batches only.
+        plan: the ranks; with batches only, as all that follows but the last two.
+        statistics: of an earlier run; None: gathered from the batches.
+        sequential: fit each matrix to what the earlier ones became: True, False, or an `Anchoring`.
+        refine: train each block: True, False, or a `Refinement`.
+        max_memory: bytes that statistics may take at a time, as for `compress`.
+        offload_folder: folder for activations; None: in memory.
+        seed: of the labels sampled for gradients.
         revision: of the Hub id.
+        progress: whether to show progress bars.
 
     Returns:
         The sizes before and after.

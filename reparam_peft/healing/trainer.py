@@ -95,7 +95,7 @@ class HealingTrainer(Trainer):
 
     Args:
         model: a `PeftModel` that `compress` or `get_peft_model` made.
-        args, *trainer_args, **trainer_kwargs: as for `Trainer`.
+        args: as for `Trainer`, as are those that are not named here.
         teacher: the dense model; None: the model itself with its adapter disabled, for which it was made with
             `keep_base=True`. In a distributed run each process holds it whole.
         distillation: α in [0, 1].
@@ -286,7 +286,8 @@ class HealingTrainer(Trainer):
         Args:
             resume_from_checkpoint: as for `Trainer`. One that is not whole, since a run was killed while it wrote it, is passed
                 over with a warning, for the last whole one beside it.
-            *args, **kwargs: as for `Trainer`.
+            args: as for `Trainer`.
+            kwargs: as for `Trainer`.
 
         Raises:
             ValueError: the checkpoint is of another training, or none is whole; or another training saves to the same folder.

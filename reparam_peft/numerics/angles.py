@@ -9,9 +9,13 @@ from .metrics import exact
 
 
 def principal_angles(first: Tensor, second: Tensor) -> Tensor:
-    """Angles between the row spaces of two matrices (r, in) and (s, in), ascending, in radians; shape (min(r, s),), float64.
+    """Angles between the row spaces of two matrices, ascending, in radians; shape (min(r, s),), float64.
 
     Zeros for a direction that both have; π/2 for one that is orthogonal to all of the other space.
+
+    Args:
+        first: shape (r, in).
+        second: shape (s, in).
 
     Raises:
         ValueError: the matrices are not of the same width.

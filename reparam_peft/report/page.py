@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import base64
-import html
 import importlib.util
 import io
 import math
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +19,26 @@ from .plots import plot_angles, plot_blocks, plot_effective_ranks, plot_losses, 
 from .record import Record
 
 INDEX = "index.html"
+TEMPLATE = "page.html.jinja"
 GENERATOR = '<meta name="generator" content="reparam_peft">'  # by which a report is known
-STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #222; max-width: 70rem; margin: 2rem auto; padding: 0 1rem; }
-h1, h2 { line-height: 1.2; } h2 { margin-top: 2.5rem; border-bottom: 1px solid #ddd; }
-table { border-collapse: collapse; margin: 1rem 0; font-size: .9rem; }
-th, td { padding: .25rem .6rem; border-bottom: 1px solid #ddd; text-align: left; vertical-align: top; }
-td { overflow-wrap: anywhere; } thead th { background: #f4f4f4; position: sticky; top: 0; }
-figure { margin: 1rem 0; } img { max-width: 100%; height: auto; } figcaption, p.note { color: #555; font-size: .9rem; }
-.samples td { width: 33%; white-space: pre-wrap; } .wide { overflow-x: auto; }
-"""
+
+
+@dataclass(frozen=True)
+class Picture:
+    """A picture of a report.
+
+    Attributes:
+        caption: what it shows.
+        png: the file.
+    """
+
+    caption: str
+    png: bytes
+
+    @property
+    def data(self) -> str:
+        """The file as text, for a page that holds it."""
+        return base64.b64encode(self.png).decode()
 
 
 def write_report(record: Record, folder: str | Path) -> Path:
@@ -50,14 +60,13 @@ def write_report(record: Record, folder: str | Path) -> Path:
     """
     folder = Path(folder)
     check_report_folder(folder)
-    drawn = [(name, caption, _png(draw)) for name, caption, draw in _pictures(record)]
-    pictures = {name: data for name, _, data in drawn}
-    page = _page(record, {name: _figure(name, data, caption) for name, caption, data in drawn})
+    pictures = {name: Picture(caption, _png(draw)) for name, caption, draw in _pictures(record)}
+    page = _page(record, pictures)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         write_whole(folder / INDEX, page)  # first: by it the folder is known, whenever this is killed
-        for name, data in pictures.items():
-            write_whole(folder / f"{name}.png", data)
+        for name, picture in pictures.items():
+            write_whole(folder / f"{name}.png", picture.png)
         for path in folder.glob("*.png"):
             if path.stem not in pictures and path.stem in _NAMES:
                 path.unlink()
@@ -114,48 +123,28 @@ def _pictures(record: Record) -> Iterator[tuple[str, str, Callable[[], Any]]]:
         yield "angles", caption, lambda: plot_angles(record.angles)
 
 
-def _page(record: Record, figures: dict[str, str]) -> str:
-    def picture(*names: str) -> str:
-        return "".join(figures.get(name, "") for name in names)
+def _page(record: Record, figures: Mapping[str, Picture]) -> str:
+    import jinja2  # with the report only, which few commands write
+    from markupsafe import Markup
 
+    templates = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, undefined=jinja2.StrictUndefined
+    )
     plan = record.plan
-    parts = [
-        f"<h1>{_text(record.model or 'Low-rank reparameterisation')}</h1>",
-        f"<p>{_text(_summary(record))}</p>",
-        "<h2>What was done</h2>",
-        html_table([("setting", "value"), *_settings(record)]),
-        "<h2>Size, quality, speed</h2>",
-        html_table([("", "dense", "compressed", "compressed / dense"), *_figures(record)]),
-    ]
-    if record.search is not None:
-        parts += ["<h2>Search</h2>", picture("search"), html_table(record.search.rows(), record.search.request)]
-    if "ranks" in figures:
-        parts += ["<h2>Ranks</h2>", picture("ranks")]
-    if "predictions" in figures:
-        parts += ["<h2>Predicted and measured loss</h2>", picture("predictions")]
-    if record.blocks:
-        parts += ["<h2>Block by block</h2>", picture("blocks")]
-    if record.losses:
-        parts += ["<h2>Healing</h2>", picture("training")]
-    parts.append("<h2>What the matrices look like</h2>")
-    if _has_spectra(plan):
-        hardest = [(m.name, f"{m.effective_rank:.0f} of {min(m.shape)}", *_rank_and_energy(m)) for m in plan.resistant(10)]
-        head = ("resists compression most", "effective rank", "rank", "energy kept")
-        parts += [picture("spectra", "effective_ranks"), html_table([head, *hardest])]
-    else:
-        parts.append('<p class="note">No spectra: the ranks were not chosen with statistics of gradients.</p>')
-    parts.append(picture("angles"))
-    if record.samples:
-        rows = [("text", "dense", "compressed"), *((s["prompt"], s["dense"], s["compressed"]) for s in record.samples)]
-        parts += ["<h2>Samples</h2>", f'<div class="samples">{html_table(rows)}</div>']
-    parts += ["<h2>Every matrix</h2>", f'<details><summary>{len(plan.modules)} matrices</summary><div class="wide">']
-    parts += [plan._repr_html_(), "</div></details>"]
-    body = "\n".join(parts)
-    title = _text(f"{record.model or 'model'}, compressed")
-    return (
-        f'<!DOCTYPE html>\n<html lang="en"><head><meta charset="utf-8">{GENERATOR}'
-        f'<meta name="viewport" content="width=device-width">'
-        f"<title>{title}</title><style>{STYLE}</style></head><body>\n{body}\n</body></html>\n"
+    hardest = plan.resistant(10) if _has_spectra(plan) else []
+    return templates.get_template(TEMPLATE).render(
+        generator=Markup(GENERATOR),
+        figures=figures,
+        model=record.model,
+        summary=_summary(record),
+        settings=list(_settings(record)),
+        measures=list(_figures(record)),
+        search=record.search,
+        plan=plan,
+        hardest=[(m.name, f"{m.effective_rank:.0f} of {min(m.shape)}", *_rank_and_energy(m)) for m in hardest],
+        samples=[(sample["prompt"], sample["dense"], sample["compressed"]) for sample in record.samples],
+        table=lambda rows, caption="": Markup(html_table(rows, caption)),
+        every_matrix=Markup(plan._repr_html_()),
     )
 
 
@@ -245,15 +234,3 @@ def _png(draw: Callable[[], Any]) -> bytes:
         figure.savefig(buffer, format="png", dpi=110)
     pyplot.close(figure)
     return buffer.getvalue()
-
-
-def _figure(name: str, data: bytes, caption: str) -> str:
-    source = base64.b64encode(data).decode()
-    return (
-        f'<figure><img alt="{_text(caption)}" src="data:image/png;base64,{source}">'
-        f"<figcaption>{_text(caption)} ({name}.png)</figcaption></figure>"
-    )
-
-
-def _text(words: str) -> str:
-    return html.escape(str(words))

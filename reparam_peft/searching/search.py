@@ -77,7 +77,8 @@ def search(
         build: whether to compress the model to the chosen size.
         run_folder: folder for the statistics and for `log.jsonl` with each trial. A search that was killed goes on after its
             last trial when it is called again with the same arguments; a `metric` that is a function should be the same one.
-        seed, progress: as for `compress`.
+        seed: as for `compress`.
+        progress: whether to show progress bars.
 
     Returns:
         All trials, the chosen one, and the compressed model.

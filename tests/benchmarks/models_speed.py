@@ -1,13 +1,14 @@
 """Speed of whole models in each form, beside the dense one: prefill, and decoding of one sequence and of a batch.
 
     python tests/benchmarks/models_speed.py [--shapes small wide] [--forms factors pivot] [--threads 1 2] [--dtypes float32]
-        [--keep 0.6] [--multiple 8] [--prompt 256] [--batches 1 8] [--repeats 7] [--adapter] [--compile]
+        [--keep 0.6] [--multiple 8] [--prompt 256] [--batches 1 8] [--repeats 7] [--adapter] [--compile [MODE]] [--device cuda]
 
 Llamas of random weights with a small vocabulary, so that their blocks are what takes the time; `small` has the shapes of
 SmolLM2-135M. All linear layers of the blocks keep the same share of their numbers, or a little less, since ranks are multiples
 of 8, as those that `compress` chooses: as plain factors, in the pivot form with pivots spread over the outputs, or, as
 `neurons`, in pivot form but for the MLPs, which keep that share of their neurons and stay matrices. `--adapter` adds the pivot
-form inside of PEFT's wrappers, `--compile` blocks compiled by `torch.compile`.
+form inside of PEFT's wrappers, `--compile` blocks compiled by `torch.compile` in a mode of it, such as `reduce-overhead`, which
+uses CUDA graphs.
 
 A step of decoding follows a cached prompt of 32 tokens. Weights come from memory, since a model is larger than the caches and
 reads all of itself in each run. The models of a row take turns in one process; printed are ratios of medians to the dense
@@ -69,8 +70,13 @@ def main() -> None:
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--adapter", action="store_true")
-    parser.add_argument("--compile", action="store_true")
-    options = parser.parse_args()
+    parser.add_argument("--compile", nargs="?", const="default", metavar="MODE")
+    parser.add_argument("--device", default="cpu")
+    print_tables(parser.parse_args())
+
+
+def print_tables(options: argparse.Namespace) -> None:
+    """Print one table of all shapes, data types and numbers of threads."""
     print(f"torch {torch.__version__}, keep {options.keep:g}; dense / form, above 1 is faster\n")
     works = [f"prefill of {options.prompt}", *(f"decode, batch of {batch}" for batch in options.batches)]
     print("| shape | dtype | threads | model | time | " + " | ".join(works) + " |\n" + "| --- " * (5 + len(works)) + "|")
@@ -79,14 +85,14 @@ def main() -> None:
             models = models_of(shape, options, getattr(torch, dtype))
             for threads in options.threads:
                 torch.set_num_threads(threads)
-                print_rows(f"{shape} | {dtype} | {threads}", models, options, with_cpu=threads == 1)
+                print_rows(f"{shape} | {dtype} | {threads}", models, options, with_cpu=threads == 1 and options.device == "cpu")
             del models
 
 
 def models_of(shape: str, options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """Models by what they are called in the table, the dense one first."""
     sizes = SHAPES[shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
-    dense = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes)).to(dtype).eval()
+    dense = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes)).to(options.device, dtype).eval()
     models: dict[str, Any] = {"dense": dense}
     for form in options.forms:
         layers = layers_of(dense, form, options)
@@ -98,7 +104,9 @@ def models_of(shape: str, options: argparse.Namespace, dtype: torch.dtype) -> di
         models["pivot, as an adapter"] = get_peft_model(copy.deepcopy(dense), config).eval()
         spread_pivots(models["pivot, as an adapter"])
     if options.compile:
-        models |= {f"{name}, compiled": compiled(model) for name, model in models.items() if "adapter" not in name}
+        models |= {
+            f"{name}, compiled": compiled(model, options.compile) for name, model in models.items() if "adapter" not in name
+        }
     return models
 
 
@@ -125,12 +133,13 @@ def aligned(number: float, multiple: int) -> int:
     return int(number) // multiple * multiple
 
 
-def compiled(model: Any) -> Any:
+def compiled(model: Any, mode: str) -> Any:
     """The same model, sharing its tensors, with blocks that `torch.compile` has compiled."""
+    torch._dynamo.config.recompile_limit = 1000  # a block is compiled anew for its number, by which it knows its cache
     memo: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
     model = copy.deepcopy(model, memo)
     for block in model.model.layers:
-        block.compile()
+        block.compile(mode=mode)
     return model
 
 
@@ -143,7 +152,7 @@ def spread_pivots(model: Any) -> None:
 
 def print_rows(head: str, models: dict[str, Any], options: argparse.Namespace, with_cpu: bool) -> None:
     """Time all models at all work in turn, and print their ratios to the dense one."""
-    works = [prefill(options.prompt), *(decode(batch) for batch in options.batches)]
+    works = [prefill(options.prompt, options.device), *(decode(batch, options.device) for batch in options.batches)]
     clocks = {"wall": time.perf_counter} | ({"cpu": time.process_time} if with_cpu else {})
     figures: dict[str, tuple[str, Callable[[list[float]], float]]] = {clock: (clock, statistics.median) for clock in clocks}
     figures |= {"least": ("cpu", min)} if with_cpu else {}
@@ -151,7 +160,7 @@ def print_rows(head: str, models: dict[str, Any], options: argparse.Namespace, w
     with torch.inference_mode():
         for prepare in works:
             steps = {name: prepare(model) for name, model in models.items()}
-            seconds = timed(steps, options.repeats, clocks)
+            seconds = timed(steps, options.repeats, clocks, options.device)
             for figure, (clock, typical) in figures.items():
                 times = {name: typical(seconds[clock, name]) for name in models}
                 for name, of_model in times.items():
@@ -164,15 +173,16 @@ def print_rows(head: str, models: dict[str, Any], options: argparse.Namespace, w
             print(f"| {head} | {name} | {clock} | {' | '.join(columns[clock, name])} |", flush=True)
 
 
-def prefill(tokens: int) -> Callable[[Any], Step]:
+def prefill(tokens: int, device: str) -> Callable[[Any], Step]:
     """What makes a step of a model that reads a prompt."""
-    ids = torch.arange(tokens)[None]
+    ids = torch.arange(tokens, device=device)[None]
     return lambda model: lambda: model(input_ids=ids, use_cache=False)
 
 
-def decode(batch: int) -> Callable[[Any], Step]:
+def decode(batch: int, device: str) -> Callable[[Any], Step]:
     """What makes a step of a model that decodes a token of each of several sequences after a cached prompt."""
-    prompt, token = torch.arange(batch * CACHED).view(batch, -1), torch.ones(batch, 1, dtype=torch.long)
+    prompt = torch.arange(batch * CACHED, device=device).view(batch, -1)
+    token = torch.ones(batch, 1, dtype=torch.long, device=device)
 
     def prepare(model: Any) -> Step:
         cache = DynamicCache()
@@ -188,13 +198,17 @@ def decode(batch: int) -> Callable[[Any], Step]:
     return prepare
 
 
-def timed(steps: dict[str, Step], repeats: int, clocks: dict[str, Callable[[], float]]) -> dict[tuple[str, str], list[float]]:
+def timed(
+    steps: dict[str, Step], repeats: int, clocks: dict[str, Callable[[], float]], device: str
+) -> dict[tuple[str, str], list[float]]:
     """Seconds by each clock of each step; steps take turns, and the first turn warms up."""
     seconds: dict[tuple[str, str], list[float]] = {(clock, name): [] for clock in clocks for name in steps}
     for repeat in range(repeats + 1):
         for name, step in steps.items():
             starts = {clock: read() for clock, read in clocks.items()}
             step()
+            if device != "cpu":
+                torch.accelerator.synchronize()
             for clock, read in clocks.items():
                 if repeat:
                     seconds[clock, name].append(read() - starts[clock])
