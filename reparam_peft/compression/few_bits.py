@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple, TypeAlias, cast
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
 
 from ..layers.product import Stored
 from ..layers.schemes import SCHEME_OF
-from ..numerics.decompositions import Corrected, Factors, Whole, leading_factors, nested_factors
+from ..numerics.decompositions import Corrected, Factors, Whole, leading_factors
 from ..numerics.metrics import Metric, exact
 from ..numerics.pivoting import pivot
 from ..numerics.rounding import Feedback, Rounded, rounded, rounded_factors, rounded_product
@@ -48,11 +48,11 @@ class Matrix:
     Args:
         W: the matrix, any floating dtype.
         weighing: with its metrics.
-        factorize: (matrix, rank) → factors; None: the best ones in the metrics that losses are predicted in.
+        factorize: (matrix, rank) → factors.
         nested: whether factors of a rank are the first columns and rows of those of a higher one.
     """
 
-    def __init__(self, W: Tensor, weighing: Weighing, factorize: Factorize | None = None, nested: bool = True) -> None:
+    def __init__(self, W: Tensor, weighing: Weighing, factorize: Factorize, nested: bool = True) -> None:
         self.W, self.weighing = exact(W), weighing
         self.factorize, self.nested = factorize, nested
         self._dense: dict[int, Rounded] = {}
@@ -95,19 +95,10 @@ class Matrix:
 
     def factors(self, rank: int) -> Factors:
         """Factors of the matrix."""
-        made = self._best[0] if self.factorize is None else self._factors
+        made = self._factors
         if made is None or len(made.B) < rank or (not self.nested and len(made.B) > rank):
-            made = self._factors = cast(Factorize, self.factorize)(self.W, rank)
+            made = self._factors = self.factorize(self.W, rank)
         return Factors(made.A[:, :rank], made.B[:rank])
-
-    @cached_property
-    def _best(self) -> tuple[Factors, Tensor]:
-        return nested_factors(self.W, self.gram, self.fisher)
-
-    @property
-    def directions(self) -> Tensor | None:
-        """What each direction is predicted to cost, as `direction_losses`, where the decomposition at hand tells it."""
-        return None if self.factorize is not None else self._best[1] * (self.weighing.loss_scale / 2)
 
     def correction(self, rank: int, bits: int) -> Factors:
         """Factors of what rounding the matrix to some bits leaves."""
