@@ -187,7 +187,8 @@ class Job:
 
     def plan(self) -> Plan:
         """The ranks that the config and the statistics lead to."""
-        return self.plan_with(self.chooser, self.losses())
+        losses = self.losses()  # first: it tells which targets no batch reached, which the chooser leaves out
+        return self.plan_with(self.chooser, losses)
 
     def losses(self) -> Losses:
         """What each direction of each target is predicted to cost, and numbers of neurons; empty without gradients."""

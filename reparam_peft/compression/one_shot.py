@@ -45,8 +45,7 @@ class OneShot:
                 plan = Plan.load(self.folder.plan)
                 job.resume(plan, [name for entry in self.folder.finished for name in entry["factorised"]])
         if plan is None:
-            # Matrices in few bits are made in another way.
-            job.found.room = 0 if job.offered is not None else room_beside(job.passes, job.targets, job.options.max_memory)
+            job.found.room = room_beside(job.passes, job.targets, job.options.max_memory)
             plan = job.plan()
         with fails_together():
             targets = job.ranked(plan)
