@@ -62,6 +62,10 @@ class Activations:
         self.files[key] = path
         self.kept[key] = ([None if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
 
+    def holds(self, key: tuple[Any, ...]) -> bool:
+        """Whether something is kept under a key."""
+        return key in self.kept
+
     def get(self, key: tuple[Any, ...]) -> Any:
         """What was kept under a key, in tensors that may be changed.
 

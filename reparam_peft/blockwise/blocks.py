@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import Any, TypeAlias
 
 import torch
@@ -64,13 +64,14 @@ class Replay:
             for earlier in range(len(self.order))
         }
 
-    def inputs(self, position: int, batch: int, outputs: Mapping[int, Any]) -> Call:
+    def inputs(self, position: int, batch: int, outputs: Mapping[int, Any], gradients: bool = False) -> Call:
         """Arguments that a block is called with.
 
         Args:
             position: of the block in `order`.
             batch: number of the batch.
             outputs: outputs of all earlier blocks, or `hollowed` ones of those that this one does not depend on.
+            gradients: whether gradients flow from the arguments to the outputs.
 
         Returns:
             Positional and keyword arguments.
@@ -79,10 +80,9 @@ class Replay:
             ValueError: the model does not accept the batch, or the block is not reached.
         """
         if self.changes_in_place:
-            outputs = {j: _cloned(outputs[j]) for j in range(position)}
-        with ExitStack() as stack, torch.no_grad():
-            for earlier in range(position):
-                stack.enter_context(forward_as(self.blocks[self.order[earlier]], _player(outputs[earlier])))
+            outputs = {j: _cloned(outputs[j], detach=not gradients) for j in range(position)}
+        with ExitStack() as stack, torch.set_grad_enabled(gradients):
+            stack.enter_context(self.playing(outputs))
             stack.enter_context(forward_as(self.blocks[self.order[position]], _reach))
             stack.enter_context(evaluating(self.model))
             try:
@@ -90,6 +90,14 @@ class Replay:
             except _Reached as reached:
                 return reached.call
         raise ValueError(f"{self.order[position]}: batch {batch} does not reach this block, as the first batch did.")
+
+    @contextmanager
+    def playing(self, outputs: Mapping[int, Any]) -> Iterator[None]:
+        """Within this block blocks give these outputs, by their positions, in place of what they would compute."""
+        with ExitStack() as stack:
+            for position, output in outputs.items():
+                stack.enter_context(forward_as(self.blocks[self.order[position]], _player(output)))
+            yield
 
     def _run(self, batch: int) -> Any:
         try:
@@ -193,8 +201,8 @@ def _bound(hook: Callable[..., None], name: str) -> Callable[..., None]:
     return lambda *args: hook(name, *args)
 
 
-def _cloned(tree: Any) -> Any:
-    return tree_map(lambda leaf: leaf.detach().clone() if isinstance(leaf, Tensor) else leaf, tree)
+def _cloned(tree: Any, detach: bool = True) -> Any:
+    return tree_map(lambda leaf: (leaf.detach() if detach else leaf).clone() if isinstance(leaf, Tensor) else leaf, tree)
 
 
 def _holds_nan(tree: Any) -> bool:

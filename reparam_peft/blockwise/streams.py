@@ -45,12 +45,18 @@ class Stream:
         """Numbers of the batches."""
         return range(len(self.replay.batches))
 
-    def call(self, position: int, batch: int) -> Call:
-        """What the block at a position is called with."""
-        needed = self.replay.depends[position]
-        outputs = {j: self.output(j, batch) if j in needed else self.hollow[j, batch] for j in range(position)}
+    def call(self, position: int, batch: int, played: Mapping[int, Any] | None = None) -> Call:
+        """What the block at a position is called with.
+
+        Args:
+            position: of the block.
+            batch: number of the batch.
+            played: outputs of the blocks that this one depends on, to which gradients flow; None: those that are kept.
+        """
+        given = {j: self.output(j, batch) for j in self.replay.depends[position]} if played is None else played
+        outputs = {j: given[j] if j in given else self.hollow[j, batch] for j in range(position)}
         with replaced(self.replay.model, self.outside):
-            call = self.replay.inputs(position, batch, outputs)
+            call = self.replay.inputs(position, batch, outputs, gradients=played is not None)
         return call if self.device is None else send_to_device(call, self.device)
 
     def output(self, position: int, batch: int) -> Any:

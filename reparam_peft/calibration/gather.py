@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import fields
+from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
@@ -18,7 +18,8 @@ from ..arguments import check_seed
 from ..layers.kinds import stored_weight
 from ..layers.wrapper import features, kind_and_layer
 from ..numerics.metrics import device_of_sums
-from ..runtime.batches import parts_of_tokens, rows_in
+from ..runtime.batches import Batch, parts_of_tokens, rows_in
+from ..runtime.devices import fast_products
 from ..runtime.memory import return_freed
 from ..runtime.modules import evaluating, frozen, input_device, leaving_no_graph, uncompiled
 from ..runtime.processes import check_whole, fails_together, processes
@@ -33,6 +34,40 @@ TOKENS_AT_A_TIME = {"cpu": 512}
 MOST_TOKENS = 4096  # on all others
 
 logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Part:
+    """What goes through the model at a time.
+
+    Attributes:
+        batch: keywords.
+        index: number of the batch that it is a part of.
+        first_row: number of its first row (sequence) in the whole of the data.
+    """
+
+    batch: Batch
+    index: int
+    first_row: int
+
+
+def parts_of(batches: Iterable[Any], device: torch.device, first_row: int = 0) -> Iterator[Part]:
+    """Batches in parts of as many tokens as a device is kept busy by.
+
+    Raises:
+        ValueError: there are no batches, or one is no mapping.
+    """
+    index = -1
+    for index, batch in enumerate(batches):
+        if not isinstance(batch, Mapping):
+            raise ValueError(
+                f"`batches` must hold mappings of keyword arguments, got a {type(batch).__name__} as batch {index}."
+            )
+        for part in parts_of_tokens(batch, TOKENS_AT_A_TIME.get(device.type, MOST_TOKENS)):
+            yield Part(part, index, first_row)
+            first_row += rows_in(part)
+    if index < 0:
+        raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
 
 
 def gather_statistics(
@@ -96,32 +131,34 @@ def gather_statistics(
     batches = written(batches)
     return_freed()
     device = input_device(model)
-    count = 0
     with fails_together(), evaluating(model), frozen(model), uncompiled(model), leaving_no_graph(model), ExitStack() as stack:
         recorder = Recorder(statistics, modules, gradients, heads, objective)
+        stack.enter_context(fast_products())
         stack.enter_context(recorder.hooks(model, set(starts) - set(modules.values())))
         bar = tqdm(batches, desc="Calibrating", unit="batch", delay=1, disable=None if progress and rank == 0 else True)
-        for index, batch in enumerate(bar):
-            count += 1
-            if not isinstance(batch, Mapping):
-                raise ValueError(
-                    f"`batches` must hold mappings of keyword arguments, got a {type(batch).__name__} as batch {index}."
-                )
-            for part in parts_of_tokens(batch, TOKENS_AT_A_TIME.get(device.type, MOST_TOKENS)):
-                if index % world == rank:
-                    recorder.run(model, send_to_device(dict(part), device), index, first_row, seed)
-                first_row += rows_in(part)
-        if count == 0:
-            raise ValueError("`batches` must hold at least one batch, got none; a generator can be read only once.")
-    logger.info("calibrated %d modules on %d batches", len(modules), count)
-    if gradients:
-        for name, module in modules.items():
+        for part in parts_of(bar, device, first_row):
+            if part.index % world == rank:
+                recorder.run(model, send_to_device(dict(part.batch), device), part.index, part.first_row, seed)
+    logger.info("calibrated %d modules", len(modules))
+    finish(statistics, modules, recorder.gradient_tokens if gradients else None)
+    return statistics
+
+
+def finish(statistics: Statistics, modules: Mapping[str, nn.Module], gradient_tokens: int | None) -> None:
+    """Complete the statistics that a process has gathered, in place; in a distributed run they become those of all processes.
+
+    Args:
+        statistics: of these modules, as far as batches have reached them.
+        modules: by name.
+        gradient_tokens: labels that this process has sampled; None: statistics are without gradients.
+    """
+    with fails_together():
+        for name, module in modules.items() if gradient_tokens is not None else ():
             if name not in statistics.outputs:  # no gradient came back
                 statistics.outputs[name] = OutputSums.zeros(*features(module), _device_of_sums(module))
-            statistics.outputs[name].gradient_tokens = recorder.gradient_tokens
-    if world > 1:
-        _reduce(statistics, modules, gradients)
-    return statistics
+            statistics.outputs[name].gradient_tokens = gradient_tokens or 0
+    if processes()[0] > 1:
+        _reduce(statistics, modules, gradient_tokens is not None)
 
 
 def _device_of_sums(module: nn.Module) -> torch.device:
@@ -136,18 +173,25 @@ def _reduce(statistics: Statistics, modules: Mapping[str, nn.Module], gradients:
     """
     device = stored_weight(next(iter(modules.values()))).device
     statistics.reads = _agreed_reads(statistics.reads, list(modules), device)
+    with fails_together():
+        for name in dict.fromkeys(statistics.reads.values()):
+            statistics.inputs[name] = _whole_record(statistics.inputs.get(name), modules[name], gradients)
     for name in dict.fromkeys(statistics.reads.values()):
-        module = modules[name]
-        size, one_hot, where = features(module)[1], kind_and_layer(module)[0].one_hot, _device_of_sums(module)
-        record = statistics.inputs.get(name) or InputSums.zeros(size, where, one_hot)
-        if gradients and not one_hot and record.weighted is None:
-            record.weighted = WeightedSums.zeros(size, where)
+        record = statistics.inputs[name]
         _all_reduce(record, device)
         if record.weighted is not None and not record.weighted.weight > 0:
             record.weighted = None
-        statistics.inputs[name] = record
     for name in modules if gradients else ():
         _all_reduce(statistics.outputs[name], device)
+
+
+def _whole_record(record: InputSums | None, module: nn.Module, gradients: bool) -> InputSums:
+    """The record of an input with zeros for what this process has not seen, in place."""
+    size, one_hot, where = features(module)[1], kind_and_layer(module)[0].one_hot, _device_of_sums(module)
+    record = record or InputSums.zeros(size, where, one_hot)
+    if gradients and not one_hot and record.weighted is None:
+        record.weighted = WeightedSums.zeros(size, where)
+    return record
 
 
 def _agreed_reads(reads: Mapping[str, str], names: list[str], device: torch.device) -> dict[str, str]:

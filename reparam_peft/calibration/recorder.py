@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import weakref
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import partial
@@ -116,7 +116,17 @@ class Recorder:
 
         The first is run again where it shows that modules share no inputs after all, or that logits cannot be held back.
         """
-        while not self._pass(model, batch, index, first_row, seed) or self.diverged:
+        self.run_as(batch, index, lambda: self._pass(model, batch, index, first_row, seed))
+
+    def run_as(self, batch: Mapping[str, Any], index: int, run: Callable[[], bool]) -> None:
+        """One batch of the model, or of a part of it, which `run` takes forward and, for gradients, backward.
+
+        Args:
+            batch: keywords of the model, which say what is padding.
+            index: its number, for messages.
+            run: returns whether its pass counts; one that does not leaves sums behind, and is done again.
+        """
+        while not self._counts(batch, index, run) or self.diverged:
             self.alone |= self.diverged
             for sums in (self.statistics.inputs, self.statistics.outputs, self.statistics.reads):
                 sums.clear()
@@ -124,12 +134,29 @@ class Recorder:
         self.is_first = False
         return_freed()  # what is left of the graph, between sums and pieces of other sizes, is a fifth of the next one's memory
 
-    def _pass(self, model: nn.Module, batch: dict[str, Any], index: int, first_row: int, seed: int) -> bool:
-        """One pass; whether it counts. One that does not leaves sums behind that are to be thrown away."""
+    def _counts(self, batch: Mapping[str, Any], index: int, run: Callable[[], bool]) -> bool:
+        """One pass, and whether it counts. One that does not leaves sums behind that are to be thrown away."""
         self.inputs_read.clear()
         self.reads_in_pass.clear()
         self.diverged.clear()
         self.source_mask, self.target_mask = padding_masks(batch, bool(self.inside_encoder))
+        if not run():
+            return False
+        for name, leader in self.statistics.reads.items():
+            if self.reads_in_pass[name] != self.reads_in_pass[leader]:
+                self._part(name, leader)
+        for name, of_input in self.statistics.inputs.items():
+            if not torch.isfinite(of_input.sum).all():
+                raise ValueError(
+                    f"{name}: its inputs hold NaN or infinite values in batch {index}; repair the model or its data."
+                )
+        for name, of_output in self.statistics.outputs.items():
+            if not torch.isfinite(of_output.energies).all():
+                raise ValueError(f"{name}: the gradients at its output are NaN or infinite in batch {index}.")
+        return True
+
+    def _pass(self, model: nn.Module, batch: dict[str, Any], index: int, first_row: int, seed: int) -> bool:
+        """A pass of the whole model, and whether it counts."""
         # With labels a model computes its loss of the logits itself.
         head = None if "labels" in batch or self.objective is not None else self.head
         with torch.set_grad_enabled(self.gradients), nullcontext() if head is None else head.hold():
@@ -158,17 +185,6 @@ class Recorder:
             self.gradient_tokens += gradient_tokens
             if objective.requires_grad:
                 objective.backward()
-        for name, leader in self.statistics.reads.items():
-            if self.reads_in_pass[name] != self.reads_in_pass[leader]:
-                self._part(name, leader)
-        for name, of_input in self.statistics.inputs.items():
-            if not torch.isfinite(of_input.sum).all():
-                raise ValueError(
-                    f"{name}: its inputs hold NaN or infinite values in batch {index}; repair the model or its data."
-                )
-        for name, of_output in self.statistics.outputs.items():
-            if not torch.isfinite(of_output.energies).all():
-                raise ValueError(f"{name}: the gradients at its output are NaN or infinite in batch {index}.")
         return True
 
     def _objective(

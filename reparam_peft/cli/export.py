@@ -23,8 +23,8 @@ def export(options: ExportOptions) -> None:
     check_output(output, options.model, options.overwrite)
     quantize, quantize_tables = options.quantize, options.quantize_tables
     quantizes = quantize is not None or quantize_tables is not None
-    if options.self_contained and (to is not Kind.standalone or quantizes):
-        raise CliError("--self-contained is for standalone checkpoints that are not quantised; leave one of the two out.")
+    if options.self_contained and (to is not Kind.standalone or quantize_tables is not None):
+        raise CliError("--self-contained is for standalone checkpoints without quantised tables; leave one of the two out.")
     if quantizes and to is not Kind.standalone:
         option = "--quantize" if quantize else "--quantize-tables"
         raise CliError(f"{option} is for standalone checkpoints; leave it out.")

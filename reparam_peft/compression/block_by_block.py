@@ -328,7 +328,7 @@ class BlockByBlock:
         if target.rank is not None:
             mean = None if output_mean is None else part.of_outputs(output_mean)
             left = part.matrix(W, weighing.gram)
-            product = self.job.product(target, left, part.weighing(weighing), mean, narrowed.part)
+            product = self.job.factorizer.product_of_part(narrowed.part, target, left, part.weighing(weighing), mean)
             set_module(student, relative, factorized_layer(target, product, module))
             return
         weight = module.get_parameter("weight")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar, cast
 
@@ -11,6 +12,7 @@ from peft import get_peft_model
 from torch import nn
 
 from ..blockwise.anchoring import Anchoring
+from ..blockwise.gathering import BlockwiseGatherer
 from ..blockwise.refinement import Refinement
 from ..calibration.gather import gather_statistics
 from ..calibration.given import Objective
@@ -22,9 +24,10 @@ from ..layers.kinds import is_quantized
 from ..numerics.methods import names_of_methods
 from ..planning.plan import Plan
 from ..runtime.blocks import find_blocks
+from ..runtime.devices import fast_products
 from ..runtime.memory import return_freed
 from ..runtime.modules import input_device, uncompiled
-from ..runtime.processes import fails_together
+from ..runtime.processes import fails_together, tells_of_errors
 from ..runtime.restoring import unchanged, unchanged_on_error
 from ..tuner.compressed_model import CompressedModel
 from ..tuner.data_free import installing
@@ -38,6 +41,7 @@ from .passes import MaxMemory
 OptionsOfStep = TypeVar("OptionsOfStep", Anchoring, Refinement)
 
 
+@tells_of_errors()
 def compress(
     model: nn.Module,
     config: ReparamConfig,
@@ -82,15 +86,17 @@ def compress(
         progress: whether to show progress bars.
         plan: the ranks, from `reparam_peft.plan`, which then holds what the config leaves open; None: chosen here.
         max_memory: bytes that statistics may take at a time, also as text such as "1GB"; where all of them take more, they are
-            gathered in groups of modules, in two passes over the data for each group but one. None: half of what is free on
-            the device of the model, and never less than one module needs.
+            gathered in groups of modules, in a pass over the data for each; from planning to factorising those of the others
+            wait in the system's temporary folder, or, where it has no room, are gathered again; with `sequential` or `refine`
+            block by block, in three passes forward and two backward in all, for which outputs of all blocks, and gradients
+            there, are kept. None: half of what is free on the device of the model, and never less than one module needs.
         adapter_name: name of the adapter.
         sequential: factorise each matrix for the inputs that it gets from the compressed part before it, anchored to the
             original's activations; True, or an `Anchoring` that says how far. Needs a calibrated method.
         refine: train each block to reproduce the original block's output; True, or a `Refinement` that says how.
         statistics: of an earlier run, where `batches` are for `sequential` or `refine`; None: gathered from `batches`.
         offload_folder: folder in which activations are kept during the run; None: in memory, two streams of
-            (tokens, hidden size).
+            (tokens, hidden size), or for statistics gathered block by block two such tensors for each block.
         run_folder: folder for what is finished: the statistics, the plan, and the products; with `sequential` or `refine` the
             plan, each block, and `log.jsonl` with its errors. A run that was killed goes on after that, with the same result,
             when it is called again with the same arguments. Text that the model has written is kept there, too.
@@ -127,6 +133,8 @@ def compress(
     options = Options(seed, progress, MaxMemory.of(max_memory, input_device(model)), objective)
     data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress, folder=run_folder)
     if steps.anchoring is not None or steps.refinement is not None:
+        if options.max_memory is not None:
+            options = replace(options, max_memory=replace(options.max_memory, by_block="if needed"))
         return compress_blocks(model, config, data, steps, options, plan, statistics, adapter_name)
     without_blocks = {"statistics": statistics, "offload_folder": offload_folder, "device": device}
     for name, value in without_blocks.items():
@@ -194,7 +202,8 @@ def compress_blocks(
                 f"{quantized}: `sequential` and `refine` need weights that can be changed, and these are quantised. Load the "
                 "base model in full precision, or leave both out."
             )
-        with uncompiled(model):
+        with uncompiled(model), fast_products(), BlockwiseGatherer(blocks, steps.offload_folder) as gatherer:
+            job.gather = gatherer.gather
             result = BlockByBlock(job, blocks, batches, steps, plan).result(adapter_name)
         with fails_together():
             return _install(model, job, result, adapter_name, autocast_adapter_dtype)
@@ -226,6 +235,7 @@ def _install(
     return cast(CompressedModel, compressed)
 
 
+@tells_of_errors()
 def plan(
     model: nn.Module,
     config: ReparamConfig,
@@ -255,6 +265,7 @@ def plan(
         return Job.of_model(model, config, data, options).plan()
 
 
+@tells_of_errors()
 def calibrate(
     model: nn.Module,
     config: ReparamConfig,

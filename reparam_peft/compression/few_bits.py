@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import cached_property
-from typing import NamedTuple
+from typing import NamedTuple, TypeAlias
 
 import torch
 from torch import Tensor
@@ -21,9 +21,13 @@ from ..planning.allocation import Point, lower_hull
 from ..planning.byte_options import ByteOption
 from .weighing import Weighing
 
-# Of what rounding was seen to add to the loss of a product, the part that it is expected to add at the next rank.
-OF_THE_EXCESS = 0.8
+# What rounding adds to the loss of a product changes little from rank to rank, and is taken from computed ones of the same form
+# and width where it can be off by no more than this part of the loss.
+SURE = 0.02
+OFF_BETWEEN, OFF_BESIDE = 0.1, 0.3  # parts of itself that it may be off by, between two ranks and beside one
 WORTH_COMPUTING = 0.05  # by how much of itself a loss is expected below what is known already, at the same bytes
+
+Factorize: TypeAlias = Callable[[Tensor, int], Factors]
 
 
 class InFewBits(NamedTuple):
@@ -48,7 +52,7 @@ class Matrix:
         nested: whether factors of a rank are the first columns and rows of those of a higher one.
     """
 
-    def __init__(self, W: Tensor, weighing: Weighing, factorize: Callable[[Tensor, int], Factors], nested: bool = True) -> None:
+    def __init__(self, W: Tensor, weighing: Weighing, factorize: Factorize, nested: bool = True) -> None:
         self.W, self.weighing = exact(W), weighing
         self.factorize, self.nested = factorize, nested
         self._dense: dict[int, Rounded] = {}
@@ -117,23 +121,17 @@ class Matrix:
 
     def loss(self, stored: Stored) -> float:
         """What a product W' is predicted to add to the loss, nats per token: c · tr(F E G Eᵀ), E = W − W'."""
-        if isinstance(stored, (Whole, Corrected)):
-            product = stored.W if isinstance(stored, Whole) else stored.Q + stored.A @ stored.B
-            E = (self.W - product).float()
-            F, G = self._narrow_metrics
-            FE, EG = F[:, None] * E if F.ndim == 1 else F @ E, E * G if G.ndim == 1 else E @ G
-            return self.scale * float((FE * EG).sum(dtype=torch.float64).clamp(min=0))
-        # With products of a low rank only: tr(F W G Wᵀ) − 2 tr(F A B G Wᵀ) + tr(F A B G Bᵀ Aᵀ).
-        A, B = map(exact, stored if isinstance(stored, Factors) else stored.factors())
-        whole, WG = self._whole
-        FA, BG = self.fisher.times(A), self.gram.times(B.mT).mT
-        return self.scale * max(0.0, float(whole + (FA * (A @ (BG @ B.mT) - 2 * WG @ B.mT)).sum()))
-
-    @cached_property
-    def _whole(self) -> tuple[Tensor, Tensor]:
-        """tr(F W G Wᵀ), and W G."""
-        WG = self.gram.times(self.W.mT).mT
-        return (self.fisher.times(self.W) * WG).sum(), WG
+        if isinstance(stored, Whole):
+            product = stored.W
+        elif isinstance(stored, Corrected):
+            product = stored.Q + stored.A @ stored.B
+        else:
+            A, B = stored if isinstance(stored, Factors) else stored.factors()
+            product = A.float() @ B.float()
+        E = (self.W - product).float()
+        F, G = self._narrow_metrics
+        FE, EG = F[:, None] * E if F.ndim == 1 else F @ E, E * G if G.ndim == 1 else E @ G
+        return self.scale * float((FE * EG).sum(dtype=torch.float64).clamp(min=0))
 
     @property
     def scale(self) -> float:
@@ -146,11 +144,11 @@ class Matrix:
         return self.fisher.matrix.float(), self.gram.matrix.float()
 
     def losses(self, options: Sequence[ByteOption], directions: Tensor) -> Tensor:
-        """What options are predicted to add to the loss, shape (options,); inf where that was not computed.
+        """What options are predicted to add to the loss, shape (options,); inf where it is not known.
 
-        Computed are the matrix as it is in each width, and what may lie on the lower convex hull: the loss of the directions
-        that a product leaves out is a bound, of which a part of what rounding added at the nearest rank that is known is
-        expected to come on top.
+        Computed are the matrix as it is in each width, and of products what may lie on the lower convex hull, unless it is
+        known well enough: the loss of the directions that a product leaves out is a bound, on top of which comes what rounding
+        adds in the same form and width at ranks that are computed.
 
         Args:
             options: the cheapest first.
@@ -170,17 +168,16 @@ class Matrix:
         if highest and self.nested:
             self.factors(highest)  # of which all others are parts
         while True:
-            expected = _expected(options, known, bounds)
+            expected, off = _expected(options, known, bounds)
             points = [Point(option.rank, option.cost, loss) for option, loss in zip(options, expected, strict=True)]
             gains = {index: _between(options, known, index) - expected[index] for index, _ in lower_hull(points)}
-            worth = {i: gain for i, gain in gains.items() if i not in known and gain > WORTH_COMPUTING * expected[i]}
+            is_known = [by <= SURE * loss for by, loss in zip(off, expected, strict=True)]
+            worth = {i: gain for i, gain in gains.items() if not is_known[i] and gain > WORTH_COMPUTING * expected[i]}
             if not worth:
                 break
             compute(max(worth, key=worth.__getitem__))
-        losses = torch.full((len(options),), torch.inf, dtype=torch.float64)
-        for index, loss in known.items():
-            losses[index] = loss
-        return losses
+        losses = [loss if sure else math.inf for loss, sure in zip(expected, is_known, strict=True)]
+        return torch.tensor(losses, dtype=torch.float64)
 
     def _bounds(self, options: Sequence[ByteOption], directions: Tensor) -> list[float]:
         """What options lose at least, without what rounding their factors adds."""
@@ -195,19 +192,38 @@ class Matrix:
         return [(left if o.form == "corrected" else tails)[o.rank or 0] if o.form != "dense" else 0.0 for o in options]
 
 
-def _expected(options: Sequence[ByteOption], known: Mapping[int, float], bounds: Sequence[float]) -> list[float]:
-    """What options lose: as computed, or the bound and a part of what rounding added in the same form at the nearest rank."""
+def _expected(
+    options: Sequence[ByteOption], known: Mapping[int, float], bounds: Sequence[float]
+) -> tuple[list[float], list[float]]:
+    """What options lose, and by how much that may be off.
+
+    As computed; or the bound and what rounding added in the same form and bits, between two ranks by their distance, or at the
+    nearest; or the bound alone.
+    """
     added: dict[tuple[str, int], list[tuple[int, float]]] = {}
     for index, loss in known.items():
         option = options[index]
-        added.setdefault((option.form, option.bits), []).append((option.rank or 0, loss - bounds[index]))
-    expected = []
+        added.setdefault((option.form, option.bits), []).append((option.rank or 0, max(loss - bounds[index], 0.0)))
+    expected, off = [], []
     for index, option in enumerate(options):
-        seen = added.get((option.form, option.bits), [(0, 0.0)])
-        rank = option.rank or 0
-        excess = min(seen, key=lambda entry: abs(entry[0] - rank))[1]
-        expected.append(known.get(index, bounds[index] + OF_THE_EXCESS * max(excess, 0.0)))
-    return expected
+        seen, rank = added.get((option.form, option.bits)), option.rank or 0
+        if index in known:
+            expected.append(known[index])
+            off.append(0.0)
+        elif seen is None:
+            expected.append(bounds[index])
+            off.append(math.inf)
+        else:
+            below = max((entry for entry in seen if entry[0] <= rank), default=None)
+            above = min((entry for entry in seen if entry[0] > rank), default=None)
+            if below is not None and above is not None:
+                part = (rank - below[0]) / (above[0] - below[0])
+                excess, share = (1 - part) * below[1] + part * above[1], OFF_BETWEEN
+            else:
+                excess, share = (below or above or (0, 0.0))[1], OFF_BESIDE
+            expected.append(bounds[index] + excess)
+            off.append(share * excess)
+    return expected, off
 
 
 def _between(options: Sequence[ByteOption], known: Mapping[int, float], index: int) -> float:

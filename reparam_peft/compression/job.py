@@ -37,6 +37,7 @@ from ..tuner.tying import heads_of
 from .choices import with_defaults
 from .costs import costs_of
 from .factorizing import Factorizer
+from .found import Found
 from .mlps import check_alike, find_mlps
 from .neurons import Neurons
 from .offered import offered
@@ -89,7 +90,7 @@ class Job:
         self.modules = {name: target.module for name, target in targets.items()} if modules is None else dict(modules)
         self.storages = {name: target.storage for name, target in targets.items()}
         self.weigher, self.factorizer = Weigher.of(config), Factorizer.of(config)
-        self.pool = Pool(self.storages, config)
+        self.pool, self.found = Pool(self.storages, config), Found(self.factorizer)
         self.passes = [list(group) for group in passes]
         check_whole(batches)
         # Batches are read once for each group.
@@ -102,8 +103,8 @@ class Job:
         self._at_hand: tuple[list[str], Statistics] | None = None
         self._whole_group = {name: group for group in map(tuple, self.passes) for name in group}
         self.kept_statistics: Callable[[Sequence[str], Callable[[], Statistics]], Statistics] | None = None
-        self.leaves_unreached = leaves_unreached
-        self.offered = offered
+        self.gather: Callable[..., Statistics] = gather_statistics
+        self.leaves_unreached, self.offered = leaves_unreached, offered
         self.unreached: list[str] = []  # targets that were left out
         self.neurons = Neurons(
             mlps, self.storages, matrix_of, self.weighing, self.factorizer, self.share_out, self.weigher.as_predicted
@@ -186,7 +187,7 @@ class Job:
 
     def plan(self) -> Plan:
         """The ranks that the config and the statistics lead to."""
-        losses = self.losses()
+        losses = self.losses()  # first: it tells which targets no batch reached, which the chooser leaves out
         return self.plan_with(self.chooser, losses)
 
     def losses(self) -> Losses:
@@ -198,10 +199,11 @@ class Job:
 
         def compute(name: str) -> list[Tensor]:
             W, weighing = self.matrix_of(name), self.weighing(name)
-            directions = self.factorizer.losses(W, weighing)
             if name not in options:
-                return [directions]
-            return [directions, self.factorizer.matrix(W, weighing).losses(options[name], directions)]
+                return [self.found.losses(name, W, weighing)]
+            directions = self.found.directions(name, W, weighing)
+            losses = self.factorizer.losses(W, weighing, directions)
+            return [losses, self.factorizer.matrix(W, weighing, directions).losses(options[name], losses)]
 
         def room(name: str) -> list[Tensor]:
             sizes = [self.targets[name].storage.full_rank, *([len(options[name])] if name in options else [])]
@@ -283,15 +285,18 @@ class Job:
         left = self.neurons.left({name: target.storage for name, target in targets.items()})
 
         def compute(name: str) -> list[Tensor]:
-            W, bias, weighing = self.matrix_of(name), self.bias_of(name), self.weighing(name)
+            W, bias, part, found = self.matrix_of(name), self.bias_of(name), parts.get(name, Part()), self.found.take(name)
+            target = targets[name]
+            in_few_bits = target.rank is not None and bool(target.storage.widths(target.rank))
+            outputs = found is None or found.needs_output_gram or not part.is_whole or in_few_bits
+            weighing = self.weighing(name, outputs=outputs)
             output_mean = None if bias is None else mean_output(W, bias, weighing.mean)
-            part = parts.get(name, Part())
             mean = None if output_mean is None else part.of_outputs(output_mean)
             matrix = part.matrix(W, weighing.gram)
-            made = tensors_of(self.product(targets[name], matrix, part.weighing(weighing), mean, part))
+            made = self.factorizer.product_of_part(part, target, matrix, part.weighing(weighing), mean, found)
             if used_up:
                 self._forget(name)
-            return made
+            return tensors_of(made)
 
         def room(name: str) -> list[Tensor]:
             target = targets[name]
@@ -316,31 +321,19 @@ class Job:
         if not isinstance(self.batches, Statistics) and not self.pool.shares(name):
             self.statistics_of(name).forget(name)
 
-    def product(self, target: Target, W: Tensor, weighing: Weighing, output_mean: Tensor | None, part: Part) -> Product:
-        """The product of what is left of a target's matrix.
-
-        Args:
-            target: with its rank and storage.
-            W: what is left of the matrix.
-            weighing: of what is left.
-            output_mean: mean of the outputs that are left, that the bias is to preserve; None where it is not moved.
-            part: what is left.
-        """
-        if target.rank is None:
-            raise ValueError("a target that stays dense has no product.")
-        made = self.factorizer.product(W, target.rank, base_dtype(target.module), weighing, output_mean, target.storage)
-        return made._replace(rows=part.rows, columns=part.columns)
-
-    def weighing(self, name: str, moments: Moments | None = None, columns: Tensor | None = None) -> Weighing:
+    def weighing(
+        self, name: str, moments: Moments | None = None, columns: Tensor | None = None, outputs: bool = True
+    ) -> Weighing:
         """What a target's factorisation weighs errors by; with `moments`, of these in place of the inputs calibration saw.
 
         Args:
             name: of the target.
             moments: of the inputs.
             columns: indices of the inputs that are left, whose moments these are; None: all.
+            outputs: whether the metric of outputs is wanted.
         """
         statistics = self.pool.pooled(name, self.statistics_of(name))
-        return self.weigher.weighing(name, statistics, self.targets[name].storage.bias, moments, columns)
+        return self.weigher.weighing(name, statistics, self.targets[name].storage.bias, moments, columns, outputs)
 
     def statistics_of(self, name: str) -> Statistics:
         """The statistics of the group that a target is in. Processes gather them together, where they are not at hand."""
@@ -394,7 +387,7 @@ class Job:
             statistics = self.batches
         else:
             gather = partial(
-                gather_statistics,
+                self.gather,
                 self.model,
                 modules,
                 self.batches,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 
 from ..calibration.self_written import SelfWritten
@@ -11,12 +12,15 @@ from ..calibration.statistics import Batches, Statistics
 from ..layers.product import Product, named_product, named_tensors
 from ..planning.plan import Plan
 from ..runtime.fingerprints import fingerprint_of_values
+from ..runtime.memory import return_freed
 from ..runtime.processes import fails_together
 from ..runtime.run_folder import RunFolder
 from ..tuner.targets import Target, check_targets
 from .block_by_block import Result
 from .job import Job
+from .passes import bytes_of_statistics, room_beside
 from .run_settings import settings_of
+from .waiting import waiting
 
 
 class OneShot:
@@ -40,7 +44,9 @@ class OneShot:
             if self.folder.plan is not None:
                 plan = Plan.load(self.folder.plan)
                 job.resume(plan, [name for entry in self.folder.finished for name in entry["factorised"]])
-        plan = job.plan() if plan is None else plan
+        if plan is None:
+            job.found.room = room_beside(job.passes, job.targets, job.options.max_memory)
+            plan = job.plan()
         with fails_together():
             targets = job.ranked(plan)
             check_targets(targets, job.config, job.model, adapter_name, loading=False)
@@ -55,6 +61,7 @@ class OneShot:
             entry = {"factorised": list(products), "seconds": time.monotonic() - started}
             self.folder.finish(entry, named_tensors(products))
 
+        return_freed()  # what planning took and has given back lies in holes
         made = job.products(targets, used_up=True, keep=None if self.folder.folder is None else keep)
         return Result(plan, {name: {**restored, **made}[name] for name in targets if name in restored or name in made})
 
@@ -100,5 +107,8 @@ def one_shot(job: Job, plan: Plan | None, batches: Batches, run_folder: str | Pa
         if run_folder is not None:
             read = batches if isinstance(batches, SelfWritten) else None if isinstance(batches, Statistics) else list(batches)
             settings = settings_of(job, read, plan)
-    with RunFolder(run_folder, settings) as folder:
-        return OneShot(job, plan, folder).result(adapter_name)
+    with RunFolder(run_folder, settings) as folder, ExitStack() as stack:
+        run = OneShot(job, plan, folder)
+        if folder.folder is None and plan is None and len(job.passes) > 1:
+            job.kept_statistics = stack.enter_context(waiting(job.passes, bytes_of_statistics(job.targets)))
+        return run.result(adapter_name)

@@ -26,6 +26,11 @@ class Part:
     rows: Tensor | None = None
     columns: Tensor | None = None
 
+    @property
+    def is_whole(self) -> bool:
+        """Whether all of the matrix is left."""
+        return self.rows is None and self.columns is None
+
     def matrix(self, W: Tensor, gram: Tensor) -> Tensor:
         """The rows that are left of W (out, in), or its columns refitted to the inputs that are left, of Gram matrix G."""
         if self.columns is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Collection, Mapping, Sequence
+import sys
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from accelerate.utils import convert_file_size_to_int
@@ -31,10 +32,12 @@ class MaxMemory:
     Attributes:
         bytes: at most so many.
         is_asked_for: whether the user named them; else a target that takes more has a pass of its own.
+        by_block: when each block is in a group of its own, from the last to the first: where they do not fit together, or else.
     """
 
     bytes: int
     is_asked_for: bool
+    by_block: Literal["never", "if needed", "always"] = "never"
 
     @classmethod
     def of(cls, asked_for: int | str | None, device: torch.device) -> MaxMemory:
@@ -71,7 +74,9 @@ def passes_within(
     mlps: Sequence[NeuronGroup],
     parameters: Collection[str] = (),
 ) -> list[list[str]]:
-    """Targets in order, in groups whose statistics take at most so many bytes even where they share no inputs.
+    """Targets in groups whose statistics take at most so many bytes even where they share no inputs.
+
+    They are in order, or by block in that of a backward pass: targets outside of blocks, and the blocks from the last on.
 
     Modules that read the neurons of an MLP come before those that make them, whose rows they choose; experts of a layer, whose
     parameters are named, are together.
@@ -85,29 +90,46 @@ def passes_within(
     for name in dict.fromkeys([*consumers, *targets]):
         layer = name.rpartition(".")[0]  # whose experts share statistics
         units.setdefault(block_of(name, blocks) or (layer if layer in parameters else name), []).append(name)
+    needs = {unit: bytes_of_statistics(targets, names) for unit, names in units.items()}
+    apart = {"never": False, "if needed": sum(needs.values()) > limit, "always": True}[max_memory.by_block]
+    if apart:
+        within = [unit for unit in units if unit in blocks]
+        units = {unit: units[unit] for unit in (*(unit for unit in units if unit not in within), *reversed(within))}
     passes: list[list[str]] = [[]]
     left = limit
-    for names in units.values():
-        needed = sum(_bytes_of_statistics(targets[name]) for name in names)
+    for unit, names in units.items():
+        needed = needs[unit]
         if needed > limit and max_memory.is_asked_for:
             which = names[0] if len(names) == 1 else f"{names[0]} to {names[-1]}"
             raise ValueError(f"{which}: its statistics take {needed:,} bytes, and `max_memory` is {limit:,}; raise it.")
-        if needed > left and passes[-1]:
+        if (needed > left or (apart and unit in blocks)) and passes[-1]:
             passes.append([])
             left = limit
         passes[-1] += names
         left -= needed
-    if len(passes) > 1:
-        sizes = [sum(_bytes_of_statistics(targets[name]) for name in names) for names in passes]
+    sizes = [bytes_of_statistics(targets, names) for names in passes]
+    logger.info("Statistics of %d targets take at most %s bytes.", len(targets), f"{sum(sizes):,}")
+    if len(passes) > 1 and not apart:
         logger.info(
-            "Statistics of %d targets take at most %s bytes, of which %s may be held at a time: the data are read for %d "
-            "groups of targets to plan, and for %d again to factorise.",
-            len(targets), f"{sum(sizes):,}", f"{limit:,}", len(passes), len(passes) - 1,
+            "%s bytes of them may be held at a time: the data are read for %d groups of targets to plan, and for %d again to "
+            "factorise, where their statistics cannot wait on disk.", f"{limit:,}", len(passes), len(passes) - 1,
         )  # fmt: skip
     return passes
 
 
-def _bytes_of_statistics(target: Target) -> int:
+def room_beside(passes: Sequence[Sequence[str]], targets: Mapping[str, Target], max_memory: MaxMemory | None) -> int:
+    """Bytes that are left beside the statistics of any group of targets; what there is to hold, where all is allowed."""
+    if max_memory is None:
+        return sys.maxsize
+    return max(0, max_memory.bytes - max((bytes_of_statistics(targets, names) for names in passes), default=0))
+
+
+def bytes_of_statistics(targets: Mapping[str, Target], names: Iterable[str] | None = None) -> int:
+    """Bytes that statistics of targets take, or of those of some names, at most: where they share no inputs."""
+    return sum(_bytes_of_target(targets[name]) for name in (targets if names is None else names))
+
+
+def _bytes_of_target(target: Target) -> int:
     """Two Grams of the input, or counts for a lookup, and what is kept of the output gradients, in float64."""
     size, one_hot = target.storage.in_features, layer_kind(target.module).one_hot
     inputs = size if one_hot else 2 * math.prod(packed_shape(size))

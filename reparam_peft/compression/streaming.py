@@ -7,6 +7,7 @@ import json
 import os
 import time
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -64,8 +65,9 @@ def compress_checkpoint(
     """Compress a checkpoint into a standalone one, block by block, with little memory.
 
     The dense weights stay in the files of the source, which the system maps and reads as they are needed; factors go to disk
-    as soon as they exist. Without batches, memory holds one block; with them also the statistics and two streams of
-    activations, for which see `max_memory` and `offload_folder`.
+    as soon as they exist. Memory holds one block; with batches also its statistics, which are gathered by passes over one block
+    at a time, forward and backward, and activations: two streams, what each block gives, and the gradients there, which
+    `offload_folder` keeps on disk. Targets outside of blocks are calibrated by passes over the whole model.
 
     A run that was killed goes on after its last finished block when it is called again with the same arguments, and ends with
     the same bytes. Finished blocks are in `.<name of destination>.run` beside the destination, which appears when all is done.
@@ -132,7 +134,8 @@ def compress_checkpoint(
                 run_folder=run,
                 mapped=True,
             )
-            options = Options(seed, progress, MaxMemory.of(max_memory, input_device(model)))
+            memory = replace(MaxMemory.of(max_memory, input_device(model)), by_block="always")
+            options = Options(seed, progress, memory)
             small = compress_blocks(model, config, batches, steps, options, plan, statistics, autocast_adapter_dtype=False)
         report = small.size_report()
         is_made = os.path.lexists(destination)

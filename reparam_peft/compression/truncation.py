@@ -6,6 +6,7 @@ import copy
 import heapq
 import math
 from collections.abc import Mapping
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from typing import Any, cast
 
@@ -26,6 +27,7 @@ from ..numerics.metrics import exact
 from ..numerics.storage import Storage
 from ..planning.ranks import RankChooser, parameter_budget
 from ..runtime.modules import naming
+from ..runtime.processes import tells_of_errors
 from ..runtime.restoring import unchanged_on_error
 from ..tuner.compressed_model import CompressedModel
 from ..tuner.layer import ReparamLayer
@@ -90,7 +92,8 @@ def retruncate(
     tuner, adapter_name = check_model(model, keep, adapter_name, batches is not None)
     options = Options(seed=seed, progress=progress)
     data = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
-    with unchanged_on_error(model, model.peft_config.values()):
+    # Without data each process does everything, even where it alone is asked.
+    with unchanged_on_error(model, model.peft_config.values()), nullcontext() if data is None else tells_of_errors():
         return _lowered(model, tuner, keep, data, adapter_name, options)
 
 

@@ -83,6 +83,7 @@ class Weigher:
         moves_bias: bool,
         moments: Moments | None = None,
         columns: Tensor | None = None,
+        outputs: bool = True,
     ) -> Weighing:
         """What a module's factorisation weighs errors by.
 
@@ -92,6 +93,7 @@ class Weigher:
             moves_bias: whether a bias makes up for the mean error, so that only the variance of the inputs counts.
             moments: of inputs in place of those that calibration saw.
             columns: indices of the inputs that `moments` are of; None: all.
+            outputs: whether the metric of outputs is wanted; else there is none.
         """
         mean_seen = statistics.mean(name)
         if moments is None:
@@ -105,7 +107,7 @@ class Weigher:
             if weighted is not None and weighted.trace() > 0:
                 gram = weighted.mul_(SENSITIVE * (gram.trace() / weighted.trace())).add_(gram, alpha=1 - SENSITIVE)
         gram = self.shrunk(replace(moments, gram=gram))
-        fisher = self._shrunk_fisher(name, statistics) if self.gradients else None
+        fisher = self._shrunk_fisher(name, statistics) if self.gradients and outputs else None
         input_metric = {"gram": gram, "diagonal": diagonal(gram).sqrt(), "none": None}[self.input_metric]
         output_metric = None
         if self.output_metric != "none" and fisher is not None and diagonal(fisher).any():

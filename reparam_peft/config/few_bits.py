@@ -6,6 +6,8 @@ from ..arguments import check_choice, is_int
 from ..numerics.storage import ALL_FORMS, FEW_BITS, WIDTHS
 from .fields import BUDGETS, Fields
 
+CORRECTION_WIDTHS = {8, 16}  # that factors beside a matrix in few bits may have
+
 
 def check_few_bits(config: Fields, from_file: bool) -> None:
     """Raise `TypeError` or `ValueError` where one of these fields is wrong, has no effect, or excludes another.
@@ -15,6 +17,7 @@ def check_few_bits(config: Fields, from_file: bool) -> None:
         from_file: whether it is of a checkpoint, in which fields stand as they were resolved.
     """
     check_choice("budget", config.budget, BUDGETS, optional=True)
+    check_choice("healed_for", config.healed_for, ("int8", "int4"), optional=True)
     _check_bits(config)
     _check_patterns(config)
     if config.budget not in (None, "parameters"):
@@ -58,6 +61,11 @@ def _check_bits(config: Fields) -> None:
         raise ValueError("`bits` has an effect with `budget='bytes'` or `form='corrected'` only; leave it out.")
     if config.form == "corrected" and config.least_bits not in FEW_BITS:
         raise ValueError(f"`form='corrected'` needs one of {FEW_BITS} among `bits`, got {bits!r}.")
+    if config.form == "corrected" and config.budget == "bytes" and not {*bits} & CORRECTION_WIDTHS:
+        raise ValueError(
+            "`form='corrected'` with `budget='bytes'` needs 8 or 16 among `bits`, for the factors beside a matrix, got "
+            f"{bits!r}."
+        )
 
 
 def _check_patterns(config: Fields) -> None:

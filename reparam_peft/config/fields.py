@@ -76,8 +76,9 @@ class Fields(PeftConfig):
         default=None,
         metadata={
             "help": "Which widths numbers may have, of 16 (the model's dtype), 8 (torchao's int8) and 4 (bitsandbytes' NF4), "
-            "with `budget='bytes'`; with `form='corrected'` and `r` the least of them is that of the matrices that are "
-            "corrected. None: all."
+            "with `budget='bytes'`, where factors beside a corrected matrix have 8, or 16 where 8 is not allowed. With "
+            "`form='corrected'` and `r` the least of them is that of the matrices, whose corrections have the model's dtype. "
+            "None: all."
         },
     )
     method: MethodName | None = field(
@@ -243,6 +244,10 @@ class Fields(PeftConfig):
     correction_bits: int | None = field(
         default=None,
         metadata={"help": "Filled in: 8, where the factors beside corrected matrices are in 8 bits. None: the model's dtype."},
+    )
+    healed_for: str | None = field(
+        default=None,
+        metadata={"help": "Filled in: for which `quantize` of `HealingTrainer` the factors were last trained. None: for none."},
     )
     smaller_keeps: list[float] | None = field(
         default=None,

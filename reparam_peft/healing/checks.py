@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,12 +13,16 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from ..arguments import is_finite, is_int
+from ..arguments import ReparamWarning, is_finite, is_int
 from ..tuner.layer import reparam_layers
 from ..tuner.model import ReparamModel
 from .trained import norms_of, routers_of
 
 TRAINS = ("factors", "norms", "biases")  # by default
+IN_FEW_BITS = (
+    "all factors are stored in few bits, which do not train: compress with `form='corrected', r=...`, whose corrections do, or "
+    "heal factors in the model's dtype with `quantize`, and store them in few bits by `to_standalone(quantize=...)`"
+)
 ROUTERS = "routers"
 
 
@@ -100,6 +105,12 @@ def check_trained(model: PeftModel, trains: Sequence[str]) -> None:
     saved_whole = any(isinstance(m, ModulesToSaveWrapper) and adapter in m.modules_to_save for m in model.modules())
     stored = {name == "bias" for _, layer in reparam_layers(model) for name, _ in layer.factorized(adapter).named_parameters()}
     has = {"factors": False in stored, "biases": True in stored, "norms": bool(norms_of(model)), ROUTERS: True}
+    coded = any(layer.factorized(adapter).coded for _, layer in reparam_layers(model))
+    if "factors" in trains and coded and not has["factors"]:
+        others = [part for part in trains if has[part]] + ["modules_to_save"] * saved_whole
+        if not others:
+            raise ValueError(f"`trains` names nothing that can be trained: {IN_FEW_BITS}.")
+        warnings.warn(f"Only {', '.join(others)} are trained: {IN_FEW_BITS}.", ReparamWarning, stacklevel=4)
     if not (saved_whole or any(has[part] for part in trains)):
         raise ValueError(f"`trains` must name something that the model has, got {list(trains)!r}; add 'factors'.")
 

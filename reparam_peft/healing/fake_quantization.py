@@ -95,6 +95,11 @@ def round_factors(model: PeftModel, quantize: str, statistics: Statistics) -> No
             rounding(name, module, SCHEMES[quantize])
 
 
+def note_quantize(model: PeftModel, quantize: str | None) -> None:
+    """Note in the config of the active adapter for which numbers its factors are trained."""
+    config_of(model, model.active_adapter).healed_for = quantize
+
+
 def check_quantize(model: PeftModel, quantize: Any, statistics: Statistics | None, lora: Any) -> None:
     """Raise unless factors can be trained to be stored in few bits.
 

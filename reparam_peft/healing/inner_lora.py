@@ -10,9 +10,11 @@ from peft import LoraConfig, PeftModel
 from peft.tuners.lora import Linear as LoraLinear
 from torch import Tensor, nn
 
+from ..layers.coded import CodedLinear
 from ..layers.factorized import weight_of
 from ..runtime.restoring import unchanged_on_error
 from ..tuner.layer import reparam_layers
+from .checks import IN_FEW_BITS
 
 LORA = "healing"  # name of the adapter within the factors
 HONOURED = {"r", "lora_alpha", "lora_dropout", "use_rslora", "init_lora_weights", "task_type", "inference_mode"}
@@ -91,4 +93,6 @@ def check_lora(model: PeftModel, lora: Any) -> None:
     if ignored:
         raise ValueError(f"`lora` must be a plain LoRA, in which `{ignored[0]}` has no effect; leave it out.")
     if not _inner(model, nn.Linear):
+        if _inner(model, CodedLinear):
+            raise ValueError(f"`lora` is merged into factors when it is trained, and {IN_FEW_BITS}.")
         raise ValueError("`lora` needs factors that are linear layers, and the model has none; train the factors themselves.")

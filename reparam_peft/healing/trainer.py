@@ -47,7 +47,7 @@ from .checks import (
 )
 from .clock import ENDLESS, TICKS, Clock, ClockProgress
 from .counting import Counts, counted, masks, with_labels
-from .fake_quantization import check_quantize, check_whole, computing_in_few_bits, round_factors
+from .fake_quantization import check_quantize, check_whole, computing_in_few_bits, note_quantize, round_factors
 from .inner_lora import adapted, check_lora, merged
 from .losses import Taught, hidden_states_of, mixed
 from .teacher_cache import TeacherCache
@@ -305,6 +305,7 @@ class HealingTrainer(Trainer):
                 checkpoint = self._whole(resume_from_checkpoint)
             if self.quantize is not None and self.statistics is not None and checkpoint is None and not self.state.global_step:
                 round_factors(self.student, self.quantize, self.statistics)
+            note_quantize(self.student, self.quantize)
             if self.lora is not None:
                 # Each run trains a LoRA of its own: an optimizer and a wrapper of an earlier run would hold one that is gone.
                 self.optimizer = self.lr_scheduler = None

@@ -57,7 +57,9 @@ def computes_together(x: Tensor, implementation: str | None) -> bool:
     """
     if implementation in LOOPS or x.device.type not in DEVICES or not hasattr(F, "grouped_mm"):
         return False
-    # As transformers asks; the function takes part in no autocast, and takes no float64.
+    # As transformers asks; the function takes part in no autocast, takes no float64, and is compiled for bfloat16 alone.
+    if torch.compiler.is_compiling() and x.dtype != torch.bfloat16:
+        return False
     is_able = x.device.type != "cuda" or torch.cuda.get_device_capability(x.device) >= (8, 0)
     return is_able and x.dtype != torch.float64 and not torch.is_autocast_enabled(x.device.type)
 

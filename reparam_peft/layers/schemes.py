@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from ..numerics.rounding import Grid
 from ..numerics.storage import NF4_BLOCK
+from .factor_linear import FactorLinear
 
 Multiply: TypeAlias = Callable[[Tensor], Tensor]
 INT8_MOST = 127
@@ -151,6 +152,7 @@ class Int8(Scheme):
 
     def linear(self, plain: nn.Linear, tensors: dict[str, Tensor], dtype: torch.dtype) -> nn.Linear:
         plain.weight = nn.Parameter(self.matrix(tensors, dtype), requires_grad=False)
+        plain.__class__ = Int8Linear
         return plain
 
     def tensors(self, linear: nn.Module) -> dict[str, Tensor]:
@@ -160,6 +162,17 @@ class Int8(Scheme):
     def _classes(self) -> Any:
         self.imported()
         return importlib.import_module("torchao.quantization")
+
+
+class Int8Linear(FactorLinear):
+    """A linear layer whose weight is torchao's int8, and whose sums stay within the range of float16."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dtype == torch.float16:
+            scheme = SCHEMES["int8"]
+            y = scheme.traced(x, scheme.tensors(self), (self.out_features, self.in_features))
+            return y if self.bias is None else y + self.bias
+        return super().forward(x)
 
 
 class Int4(Scheme):

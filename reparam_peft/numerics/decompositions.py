@@ -47,6 +47,27 @@ class Whole(NamedTuple):
         return Factors(identity, self.W) if out_features <= in_features else Factors(self.W, identity)
 
 
+class Directions(NamedTuple):
+    """What the best factors of a matrix of any rank are made of, in a metric G of its inputs and one F of its outputs.
+
+    Attributes:
+        values: σ², the squared singular values of F^½ W G^½, falling, shape (k,), k = min(out, in), float64, but for `unit`.
+        vectors: its singular vectors, shape (k, k), in the dtype of W or float32: left ones, or right ones where W is tall.
+        unit: what values are multiplied by to be in the scale of W, G and F.
+        needs_output_gram: whether factors are made with F, too; else without, so that it need not be at hand.
+    """
+
+    values: Tensor
+    vectors: Tensor
+    unit: float
+    needs_output_gram: bool = True
+
+    @property
+    def losses(self) -> Tensor:
+        """½ σ², as by `direction_losses`, shape (k,)."""
+        return self.values * (self.unit / 2)
+
+
 class Corrected(NamedTuple):
     """A matrix in few bits and a product beside it that makes up for what the rounding lost: Q + A B.
 
@@ -86,7 +107,13 @@ def check_matrix(weight: Tensor) -> None:
         raise ValueError("`weight` contains NaN or infinite values; repair or exclude it.")
 
 
-def factorize(weight: Tensor, rank: int, gram: Tensor | None = None, output_gram: Tensor | None = None) -> Factors:
+def factorize(
+    weight: Tensor,
+    rank: int,
+    gram: Tensor | None = None,
+    output_gram: Tensor | None = None,
+    directions: Directions | None = None,
+) -> Factors:
     """Rank-`rank` factors with the least error: of the weight or, with metrics, of the outputs on the calibration rows.
 
     Without metrics minimises ‖W − A B‖_F (Eckart & Young 1936): A = U_r, the leading left singular vectors, and B = U_rᵀ W.
@@ -101,9 +128,10 @@ def factorize(weight: Tensor, rank: int, gram: Tensor | None = None, output_gram
 
     At full rank one factor is the identity and the other is W: the original matrix to the last bit.
 
-    Accuracy: with metrics, all is float64. Without, U_r comes from `eigh` of the Gram matrix of the smaller side n,
-    accumulated in float64. A Gram squares the condition number: directions whose singular value is below about 1e-7 σ₁ are
-    not resolved. Therefore
+    Accuracy: with metrics, all is float64, and singular vectors are rounded to the dtype of `weight`, to float32 at least: with
+    `directions`, that are known, the factors are the same to the last bit. Without metrics, U_r comes from `eigh` of the Gram
+    matrix of the smaller side n, accumulated in float64. A Gram squares the condition number: directions whose singular value
+    is below about 1e-7 σ₁ are not resolved. Therefore
     (1) `eigh` runs in float32, at half the cost, where the discarded energy Σ_{i>r} σ_i² is at least 3e-4 · n · σ₁²;
     (2) otherwise in float64, where it is at least 6e-13 · n · σ₁²;
     (3) otherwise, for matrices that are nearly of rank `rank`, `torch.linalg.svd` runs in float64.
@@ -115,6 +143,8 @@ def factorize(weight: Tensor, rank: int, gram: Tensor | None = None, output_gram
         rank: r, with 1 ≤ r ≤ min(out, in).
         gram: G = XᵀX, shape (in, in), or a diagonal, shape (in,); positive semidefinite, of any scale. None: the identity.
         output_gram: F = E[g gᵀ] of the gradients at the outputs, shape (out, out) or (out,); likewise.
+        directions: what `find_directions` finds with this weight and these metrics, of which `output_gram` may be left out
+            where they say so; None: they are found here.
 
     Returns:
         `Factors(A, B)`, shapes (out, r) and (r, in), contiguous, with the dtype and device of `weight`.
@@ -139,13 +169,31 @@ def factorize(weight: Tensor, rank: int, gram: Tensor | None = None, output_gram
         return Whole(weight.detach().clone(memory_format=torch.contiguous_format)).factors()
     stored = _empty_factors(weight, rank)
     if gram is not None or output_gram is not None:
-        A, B = _nested_factors(weight, *metrics)
-        return _round_into(stored, A[:, :rank], B[:rank])
+        found = _find_directions(weight, *metrics) if directions is None else directions
+        return _round_into(stored, *_nested_factors(weight, *metrics, found, rank))
     wide = weight.detach() if out_features <= in_features else weight.detach().mT
     basis = _leading_left_singular_vectors(wide, rank)
     projected = basis.mT @ wide.to(basis)
     A, B = (basis, projected) if out_features <= in_features else (projected.mT, basis.mT)
     return _round_into(stored, A, B)
+
+
+def find_directions(weight: Tensor, gram: Tensor, output_gram: Tensor) -> Directions:
+    """The directions of a matrix in metrics: they tell what each rank costs, and spare `factorize` most of its work.
+
+    Args:
+        weight: W, shape (out, in).
+        gram: G, shape (in, in) or (in,).
+        output_gram: F, shape (out, out) or (out,).
+
+    Raises:
+        ValueError, TypeError: as for `factorize`.
+
+    >>> find_directions(torch.eye(2), torch.tensor([1.0, 4.0]), torch.ones(2)).losses
+    tensor([2.0000, 0.5000], dtype=torch.float64)
+    """
+    check_matrix(weight)
+    return _find_directions(weight, *weighing(weight, gram, output_gram))
 
 
 def direction_losses(
@@ -181,7 +229,8 @@ def direction_losses(
         W, largest = scaled(weight)
         energies = torch.linalg.eigvalsh(_square_of_directions(W, *measured))
         return energies.flip(0).clamp(min=0) * (largest**2 * measured[0].scale * measured[1].scale / 2)
-    A, B = _nested_factors(weight, *weighing(weight, input_metric, output_metric))
+    metrics = weighing(weight, input_metric, output_metric)
+    A, B = _nested_factors(weight, *metrics, _find_directions(weight, *metrics), min(weight.shape))
     return measured[1].norms(A) * measured[0].norms(B.mT) / 2
 
 
@@ -260,23 +309,37 @@ def weighing(weight: Tensor, gram: Tensor | None, output_gram: Tensor | None) ->
     return checked("gram", gram, in_features), checked("output_gram", output_gram, out_features)
 
 
-def _nested_factors(weight: Tensor, gram: Metric, output_gram: Metric) -> tuple[Tensor, Tensor]:
-    """A (out, k) and B (k, in), k = min(out, in), float64: their first r columns and rows are the best factors of rank r."""
+def _find_directions(weight: Tensor, gram: Metric, output_gram: Metric) -> Directions:
     W, largest = scaled(weight)
-    if W.shape[0] > W.shape[1] and not gram.diagonal and gram.is_definite:
-        return _nested_factors_of_tall(W, largest, gram, output_gram)
+    values, vectors = torch.linalg.eigh(_square_of_directions(W, gram, output_gram))
+    rounded = vectors.flip(1).to(weight.device, torch.promote_types(weight.dtype, torch.float32))
+    unit = largest**2 * gram.scale * output_gram.scale
+    return Directions(values.flip(0).clamp(min=0), rounded, unit, not _is_of_inputs(W, gram))
+
+
+def _is_of_inputs(W: Tensor, gram: Metric) -> bool:
+    """Whether factors are made from right singular vectors, B = Σ Vᵀ S⁻¹ and A = W G Bᵀ Σ⁻², for which G must be definite."""
+    return W.shape[0] > W.shape[1] and not gram.diagonal and gram.is_definite
+
+
+def _nested_factors(
+    weight: Tensor, gram: Metric, output_gram: Metric, directions: Directions, rank: int
+) -> tuple[Tensor, Tensor]:
+    """A (out, r) and B (r, in), float64, the best factors of rank r and the first columns and rows of those of higher ranks."""
+    W, largest = scaled(weight)
+    vectors = exact(directions.vectors[:, :rank])
+    if len(W) <= W.shape[1]:
+        whitened = output_gram.whiten(W)
+        return output_gram.unwhiten(vectors), vectors.mT @ whitened * largest
+    if _is_of_inputs(W, gram):
+        sigma = directions.values.sqrt()
+        sigma = sigma.clamp(min=ABSENT * sigma[0]).clamp(min=torch.finfo(sigma.dtype).tiny)[:rank]
+        B = gram.unwhiten(vectors).mT
+        return W @ gram.times(B.mT) / sigma, sigma[:, None] * B * largest
+    # M v_i = σ_i u_i. QR, largest first, makes them orthonormal also where σ_i is lost in rounding.
     whitened = output_gram.whiten(W)
-    U = _left_singular_vectors(whitened, gram)
+    U = torch.linalg.qr(gram.whiten(whitened.mT).mT @ vectors).Q
     return output_gram.unwhiten(U), U.mT @ whitened * largest
-
-
-def _nested_factors_of_tall(W: Tensor, largest: float, gram: Metric, output_gram: Metric) -> tuple[Tensor, Tensor]:
-    """The same from right singular vectors, B = Σ Vᵀ S⁻¹ and A = W G Bᵀ Σ⁻², which needs no root of F, the larger metric."""
-    values, V = torch.linalg.eigh(_square_of_directions(W, gram, output_gram))
-    sigma = values.flip(0).clamp(min=0).sqrt()
-    sigma = sigma.clamp(min=ABSENT * sigma[0]).clamp(min=torch.finfo(sigma.dtype).tiny)
-    B = gram.unwhiten(V.flip(1)).mT
-    return W @ gram.times(B.mT) / sigma, sigma[:, None] * B * largest
 
 
 def leading_factors(weight: Tensor, rank: int, gram: Metric, output_gram: Metric) -> Factors:
@@ -291,55 +354,31 @@ def leading_factors(weight: Tensor, rank: int, gram: Metric, output_gram: Metric
         gram: G of the inputs.
         output_gram: F of the outputs.
     """
-    whitened = output_gram.whiten(weight)
-    M = gram.whiten(whitened.mT).mT.float()
+    whitened = output_gram.whiten_narrow(weight)
+    M = gram.whiten_narrow(whitened.mT).mT
     generator = torch.Generator().manual_seed(0)
     subspace = torch.randn(M.shape[1], min(rank + OVERSAMPLED, *M.shape), generator=generator).to(M.device)
     for _ in range(ITERATIONS):
         subspace = M.mT @ torch.linalg.qr(M @ subspace).Q
     Q = torch.linalg.qr(M @ subspace).Q
-    U = (Q @ torch.linalg.svd(Q.mT @ M, full_matrices=False).U[:, :rank]).double()
-    return Factors(output_gram.unwhiten(U), U.mT @ whitened)
+    U = Q @ torch.linalg.svd(Q.mT @ M, full_matrices=False).U[:, :rank]
+    return Factors(output_gram.unwhiten(U.double()), (U.mT @ whitened).double())
 
 
 def _square_of_directions(W: Tensor, gram: Metric, output_gram: Metric) -> Tensor:
-    """With M = Tᵀ W S the smaller of Mᵀ M and M Mᵀ, whose eigenvalues are σ²; for tall W without a root of F."""
+    """With M = Tᵀ W S the smaller of Mᵀ M and M Mᵀ, whose eigenvalues are σ²; it needs no root of the larger metric."""
     if W.shape[0] <= W.shape[1]:
-        return _square_of_whitened(output_gram.whiten(W), gram)[1]
-    square = gram.whiten(gram.whiten(W.mT @ output_gram.times(W)).mT)
+        return gram.quadratic(output_gram.whiten(W).mT)
+    square = gram.whiten(gram.whiten(output_gram.quadratic(W)).mT)
     return (square + square.mT) / 2
-
-
-def _square_of_whitened(whitened: Tensor, gram: Metric) -> tuple[Tensor | None, Tensor]:
-    """With M = Tᵀ W S the smaller of Mᵀ M and M Mᵀ, whose eigenvalues are σ²; before it M, where it was formed: for tall W.
-
-    Args:
-        whitened: Tᵀ W, shape (out, in).
-        gram: G = S Sᵀ.
-    """
-    if whitened.shape[0] > whitened.shape[1]:
-        M = gram.whiten(whitened.mT).mT
-        square = M.mT @ M
-        return M, (square + square.mT) / 2
-    # M Mᵀ = (Tᵀ W) G (Tᵀ W)ᵀ needs no root of G.
-    square = whitened @ gram.times(whitened.mT)
-    return None, (square + square.mT) / 2
-
-
-def _left_singular_vectors(whitened: Tensor, gram: Metric) -> Tensor:
-    """Left singular vectors (out, k) of M = Tᵀ W S, k = min(out, in), the largest singular value first; as above."""
-    M, square = _square_of_whitened(whitened, gram)
-    vectors = torch.linalg.eigh(square).eigenvectors.flip(1)
-    # M v_i = σ_i u_i. QR, largest first, makes them orthonormal also where σ_i is lost in rounding.
-    return vectors if M is None else torch.linalg.qr(M @ vectors).Q
 
 
 def scaled(weight: Tensor) -> tuple[Tensor, float]:
     """`weight` in float64 with a largest entry of 1, which keeps products of very large weights finite; and that entry."""
     W = weight.detach().to(device_of_sums(weight.device), torch.float64, copy=True)
-    largest = torch.linalg.vector_norm(W, torch.inf).clamp(min=torch.finfo(torch.float64).tiny)
-    W /= largest
-    return W, float(largest)
+    low, high = (float(value) for value in W.aminmax())
+    largest = max(-low, high, torch.finfo(torch.float64).tiny)
+    return W.div_(largest), largest
 
 
 def _leading_left_singular_vectors(wide: Tensor, rank: int) -> Tensor:

@@ -13,6 +13,7 @@ from torch import Tensor
 from .metrics import device_of_sums
 
 BLOCK = 256  # at most so many rows of a Gram matrix are computed at a time, of which the lower triangle is left out
+PIECE = 32  # rows of float32 that are added to float64 at a time, so that what is converted stays in the processor's cache
 
 
 def wide_rows(X: Tensor, mask: Tensor | None) -> Tensor:
@@ -53,8 +54,9 @@ def packed_zeros(size: int, device: torch.device) -> Tensor:
 def pack(matrix: Tensor) -> Tensor:
     """A symmetric matrix (n, n), packed."""
     packed = matrix.new_zeros(packed_shape(len(matrix)))
+    _, half = _layout(len(matrix))
     for rows in _blocks(len(matrix)):
-        _add_block(packed, rows, matrix[rows, rows.start :])
+        _add_block(packed, rows, matrix[rows, rows.start :] if rows.start < half else matrix[rows.start :, rows])
     return packed
 
 
@@ -97,18 +99,29 @@ def _blocks(size: int) -> Iterator[slice]:
 
 
 def _add_block(packed: Tensor, rows: slice, block: Tensor) -> None:
-    """Add some rows of a symmetric matrix, from the diagonal on, to one that is packed."""
+    """Add some rows of a symmetric matrix, from the diagonal on, to one that is packed; those below the middle transposed.
+
+    Args:
+        packed: changed in place.
+        rows: as of `_blocks`.
+        block: shape (rows, n − first row); transposed where the rows are below the middle.
+    """
     shift, half = _layout(packed_size(packed))
     count = rows.stop - rows.start
-    square, rest = block[:, :count].triu(), block[:, count:]
     if rows.start < half:
-        packed[rows, rows.start + shift : rows.stop + shift] += square
-        packed[rows, rows.stop + shift :] += rest
+        _add(packed[rows, rows.start + shift : rows.stop + shift], block[:, :count].triu())
+        _add(packed[rows, rows.stop + shift :], block[:, count:])
         return
     columns = slice(rows.start - half, rows.stop - half)
     first = 1 - shift
-    packed[columns.start + first : columns.stop + first, columns] += square.mT
-    packed[columns.stop + first :, columns] += rest.mT
+    _add(packed[columns.start + first : columns.stop + first, columns], block[:count].tril())
+    _add(packed[columns.stop + first :, columns], block[count:])
+
+
+def _add(total: Tensor, summand: Tensor) -> None:
+    """Add to float64, in place, piece by piece."""
+    for start in range(0, len(total), PIECE):
+        total[start : start + PIECE] += summand[start : start + PIECE]
 
 
 def add_gram(total: Tensor, X: Tensor, sums: Tensor | None = None, weights: Tensor | None = None) -> None:
@@ -132,11 +145,13 @@ def add_gram(total: Tensor, X: Tensor, sums: Tensor | None = None, weights: Tens
         X = X - centre
     if weights is not None:
         X = X * weights.sqrt().to(X)[:, None]
+    _, half = _layout(X.shape[1])
     for rows in _blocks(X.shape[1]):
-        _add_block(total, rows, cross_product(X[:, rows], X[:, rows.start :]))
+        some, others = X[:, rows], X[:, rows.start :]
+        _add_block(total, rows, cross_product(some, others) if rows.start < half else cross_product(others, some))
         if sums is not None:
             terms = torch.outer(c[rows], whole * c[rows.start :] + s[rows.start :]) + torch.outer(s[rows], c[rows.start :])
-            _add_block(total, rows, terms)
+            _add_block(total, rows, terms if rows.start < half else terms.mT)
 
 
 def add_squares(total: Tensor, X: Tensor) -> None:

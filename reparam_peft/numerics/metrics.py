@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from functools import cached_property
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 # Below this, relative to the largest, a direction of a metric counts as absent: its root is inverted on the others only.
 ABSENT = 1e-7
+BLOCK = 192  # rows of a triangular or symmetric matrix that are multiplied at a time, without what lies left of them
 
 
 class Metric:
@@ -34,13 +36,34 @@ class Metric:
         """M X, for X of shape (n, k)."""
         return self.matrix[:, None] * X if self.diagonal else self.matrix @ X
 
+    def quadratic(self, X: Tensor) -> Tensor:
+        """Xᵀ M X, for X of shape (n, k), shape (k, k), symmetric to the last bit; of a whole metric half is multiplied."""
+        if self.diagonal:
+            half = self.matrix[:, None] / 2 * X
+        else:
+            half = torch.empty_like(X)
+            for rows in _blocks(len(X)):
+                block, right = self.matrix[rows, rows], self.matrix[rows, rows.stop :]
+                torch.addmm(block @ X[rows], right, X[rows.stop :], beta=0.5, out=half[rows])
+        product = X.mT @ half
+        return product + product.mT
+
     def norms(self, X: Tensor) -> Tensor:
         """xᵀ M x of each column of X (n, k), shape (k,), in the metric's own scale."""
         return (self.times(X) * X).sum(0).clamp(min=0) * self.scale
 
     def whiten(self, X: Tensor) -> Tensor:
         """Tᵀ X with T Tᵀ = M."""
-        return self.root[:, None] * X if self.diagonal else self.root.mT @ X
+        if self.diagonal:
+            return self.root[:, None] * X
+        if self._cholesky is None:
+            return self.root.mT @ X
+        return torch.cat([self.root[rows.start :, rows].mT @ X[rows.start :] for rows in _blocks(len(X))])
+
+    def whiten_narrow(self, X: Tensor) -> Tensor:
+        """`whiten` in float32, for what is not needed more exactly."""
+        root, X = self.root.float(), X.float()
+        return root[:, None] * X if self.diagonal else root.mT @ X
 
     def unwhiten(self, X: Tensor) -> Tensor:
         """(Tᵀ)⁺ X, the pseudo-inverse of `whiten`."""
@@ -88,6 +111,11 @@ class Metric:
         """Square roots of the eigenvalues, and the eigenvectors."""
         eigenvalues, Q = torch.linalg.eigh(self.matrix)
         return eigenvalues.clamp(min=0).sqrt(), Q
+
+
+def _blocks(size: int) -> Iterator[slice]:
+    """The rows of a matrix, in blocks."""
+    yield from (slice(start, min(start + BLOCK, size)) for start in range(0, size, BLOCK))
 
 
 def solve(metric: Tensor, right: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from .decompositions import Factors
 from .metrics import Metric, check_metric, exact
 
 LARGEST_COEFFICIENT = 1.1  # where the exchange of rows stops; closer to 1 takes more exchanges and gains nothing
+INDEPENDENT = 1e-5  # of a column's largest number: what others must leave of it
 MOST_EXCHANGES = 10  # per row kept; about a tenth is the rule
 
 
@@ -39,9 +40,10 @@ class PivotFactors(NamedTuple):
 def pivot(factors: Factors, gram: Tensor | None = None, dtype: torch.dtype | None = None) -> PivotFactors:
     """The product A B in pivot form: r (out + in − r) numbers in place of r (out + in), without loss.
 
-    The form is that of PIFA (Zhao et al. 2025, arXiv:2501.19090). The rows are chosen by LU with partial pivoting of an
-    orthonormal basis of A's columns, then exchanged until no coefficient exceeds 1.1 in size (maxvol, Goreinov et al. 2010),
-    so that rounding errors of P are not amplified. Where P is rounded to half precision, K is fitted anew to the rounded rows:
+    The form is that of PIFA (Zhao et al. 2025, arXiv:2501.19090). The rows are chosen by LU with partial pivoting of A, or of
+    an orthonormal basis of its columns where these are nearly dependent, then exchanged until no coefficient exceeds 1.1 in
+    size (maxvol, Goreinov et al. 2010), so that rounding errors of P are not amplified. Where P is rounded to half precision, K
+    is fitted anew to the rounded rows:
     it minimises ‖(W'_rest − K P) G^½‖, with a ridge of the size of the rounding.
 
     Args:
@@ -65,7 +67,7 @@ def pivot(factors: Factors, gram: Tensor | None = None, dtype: torch.dtype | Non
     dtype = dtype or factors.B.dtype
     device = factors.B.device
     A, B = exact(factors.A), exact(factors.B)
-    pivots, K = _choose_rows(torch.linalg.qr(A).Q)
+    pivots, K = _choose_rows(A)
     P = (A[pivots] @ B).to(dtype)
     if dtype.itemsize < 4:
         K = _refit(K, P.double(), A[other_rows(pivots, len(A))] @ B, gram, torch.finfo(dtype).eps)
@@ -82,20 +84,25 @@ def other_rows(pivots: Tensor, out_features: int) -> Tensor:
     return others.nonzero()[:, 0]
 
 
-def _choose_rows(Q: Tensor) -> tuple[Tensor, Tensor]:
-    """Rows of an orthonormal basis (out, r) that span it well, ascending, and the coefficients (out − r, r) of the others."""
-    rank = Q.shape[1]
-    LU, swaps = torch.linalg.lu_factor(Q)
-    rows = list(range(len(Q)))
+def _choose_rows(A: Tensor) -> tuple[Tensor, Tensor]:
+    """Rows of a matrix (out, r) that span its rows well, ascending, and the coefficients (out − r, r) of the others in them."""
+    rank = A.shape[1]
+    LU, swaps, failed = torch.linalg.lu_factor_ex(A)
+    # What is left of a column when its turn comes: where it is next to nothing, it is rounding of what was taken away.
+    if failed or not (LU.diagonal().abs() > INDEPENDENT * torch.maximum(A.amax(0), -A.amin(0))).all():
+        LU, swaps = torch.linalg.lu_factor(torch.linalg.qr(A).Q)
+    rows = list(range(len(A)))
     for i, j in enumerate(swaps.tolist()):  # a permutation matrix would take out² numbers
         rows[i], rows[j - 1] = rows[j - 1], rows[i]
     K = torch.linalg.solve_triangular(LU[:rank], LU[rank:], upper=False, left=False, unitriangular=True).contiguous()
-    chosen, others = (torch.tensor(part, dtype=torch.int64, device=Q.device) for part in (rows[:rank], rows[rank:]))
+    chosen, others = (torch.tensor(part, dtype=torch.int64, device=A.device) for part in (rows[:rank], rows[rank:]))
+    sizes = torch.empty_like(K)
     for _ in range(MOST_EXCHANGES * rank if len(K) else 0):
-        size, index = K.abs().flatten().max(0)
-        if size <= LARGEST_COEFFICIENT:
+        of_rows = torch.abs(K, out=sizes).amax(1)  # many times as fast as to look for the largest of all at once
+        i = int(of_rows.argmax())
+        if of_rows[i] <= LARGEST_COEFFICIENT:
             break
-        i, j = divmod(int(index), rank)
+        j = int(sizes[i].argmax())
         # Row i of the others takes the place of pivot j: a rank-one update of K, and the volume grows by |K_ij|.
         column, row, element = K[:, j].clone(), K[i].clone(), K[i, j].clone()
         column[i] += 1

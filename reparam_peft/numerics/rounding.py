@@ -83,7 +83,7 @@ class Feedback:
         if self.gram.ndim == 2 and self.gram.diagonal().any():
             self.order = self.gram.diagonal().argsort(descending=True)
             root = _inverse_root(self.gram[self.order][:, self.order])
-            self.passes_on = (root / root.diagonal()[:, None]).float()
+            self.passes_on = root / root.diagonal()[:, None]
 
 
 def rounded(weight: Tensor, grid: Grid, gram: Tensor | Feedback) -> Rounded:
@@ -119,24 +119,28 @@ def rounded(weight: Tensor, grid: Grid, gram: Tensor | Feedback) -> Rounded:
     levels = grid.levels.float()
     middles = (levels[1:] + levels[:-1]) / 2
     indices = torch.empty(rows.shape, dtype=torch.int32, device=rows.device)
+    exact_row, in_steps, levels_of_row = (torch.empty_like(rows[0]) for _ in range(3))
     for start in range(0, len(rows), COLUMNS):
-        end = min(start + COLUMNS, len(rows))
-        owed, gets = torch.empty_like(rows[start:end]), feedback.passes_on[start:end, start:end].mT.contiguous()
-        for i, (row, steps) in enumerate(zip(rows[start:end], scales[start:end], strict=True)):
-            exact_row = torch.addmv(row, owed[:i].mT, gets[i, :i], alpha=-1) if i else row
-            torch.bucketize(exact_row / steps, middles, out_int32=True, out=indices[start + i])
-            torch.addcmul(exact_row, levels.index_select(0, indices[start + i]), steps, value=-1, out=owed[i])
-        rows[end:].addmm_(feedback.passes_on[start:end, end:].mT, owed, alpha=-1)
+        block = slice(start, start + COLUMNS)
+        owed, gets = torch.zeros_like(rows[block]), feedback.passes_on[block, block].mT.contiguous()
+        passed_on = owed.mT  # zero for those columns of the block that are not rounded yet
+        for row, steps, index, owes, parts in zip(rows[block], scales[block], indices[block], owed, gets, strict=True):
+            torch.addmv(row, passed_on, parts, alpha=-1, out=exact_row)
+            torch.bucketize(torch.div(exact_row, steps, out=in_steps), middles, out_int32=True, out=index)
+            torch.index_select(levels, 0, index, out=levels_of_row)
+            torch.addcmul(exact_row, levels_of_row, steps, value=-1, out=owes)
+        rows[block.stop :].addmm_(feedback.passes_on[block, block.stop :].mT, owed, alpha=-1)
     numbers = grid.levels[indices[feedback.order.argsort()].mT.long()] * grid.scale
     return Rounded(numbers, grid)
 
 
 def _inverse_root(gram: Tensor) -> Tensor:
-    """The upper triangular U with Uᵀ U = (G + damping)⁻¹."""
+    """The upper triangular U with Uᵀ U = (G + damping)⁻¹, float32."""
     damped = gram.clone()
     damped.diagonal().add_(DAMPING * gram.diagonal().mean())
     # With rows and columns in the reverse order L Lᵀ = G is R Rᵀ = G with an upper triangular R, and U is its inverse.
-    return _inverse_of_upper(torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1))
+    R = torch.linalg.cholesky(damped.flip(0, 1)).flip(0, 1)
+    return _inverse_of_upper((R / R.diagonal().amax()).float())  # of any scale
 
 
 def _inverse_of_upper(R: Tensor) -> Tensor:

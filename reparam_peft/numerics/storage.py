@@ -153,14 +153,12 @@ class Storage:
         {'P': (2, 20), 'K': (8, 2)}
         """
         A, B, W = (self.out_features, rank), (rank, self.in_features), (self.out_features, self.in_features)
-        matrices: dict[str, dict[str, tuple[int, int]]] = {
-            "factors": {"A": A, "B": B},
-            "pivot": {"P": B, "K": (self.out_features - rank, rank)},
-            "dense": {"W": W},
-            "corrected": {"Q": W, "A": A, "B": B},
-        }
-        names = matrices[self.form_at(rank)]
-        return {name: shape for name, shape in names.items() if name != "Q" or self.bits != OF_THE_BASE}
+        form = self.form_at(rank)
+        if form == "pivot":
+            return {"P": B, "K": (self.out_features - rank, rank)}
+        if form == "dense":
+            return {"W": W}
+        return {"Q": W, "A": A, "B": B} if form == "corrected" and self.bits != OF_THE_BASE else {"A": A, "B": B}
 
     def widths(self, rank: int) -> dict[str, int]:
         """The bits of those matrices whose numbers are stored in few bits, by the same names.

@@ -69,12 +69,14 @@ def points(
     cost = storage.stored if cost is None else cost
     tails = [*losses.flip(0).cumsum(0).flip(0).tolist(), 0.0]
     full = len(losses) if storage.is_narrow else None
+    least, most, of_whole = floor * storage.dense, ceiling * storage.dense, cost(full)
     for step in (multiple, 1):
-        ranks = [r for r in range(step, len(tails), step) if r != full and cost(r) < cost(full)]
-        within = [r for r in ranks if floor * storage.dense <= storage.parameters(r) <= ceiling * storage.dense]
+        costs = ((rank, cost(rank)) for rank in range(step, len(tails), step) if rank != full)
+        cheaper = [(rank, takes) for rank, takes in costs if takes < of_whole]
+        within = [(rank, takes) for rank, takes in cheaper if least <= storage.parameters(rank) <= most]
         if within:
             break
-    curve = _rising([Point(rank, cost(rank), tails[rank]) for rank in within])
+    curve = _rising([Point(rank, takes, tails[rank]) for rank, takes in within])
     if full is not None:
         fits = floor * storage.dense <= storage.stored(full) <= ceiling * storage.dense
         return [*curve, Point(full, cost(full), 0.0)] if fits else curve

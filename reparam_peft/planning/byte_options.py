@@ -61,7 +61,8 @@ def byte_options(
     """What a matrix can be stored as, the cheapest first.
 
     As it is in each of the widths; as a product in each of them, at ranks that save bytes against that; and in the least of
-    them with a correction, up to what the next wider one takes. Ranks grow by a constant factor.
+    them with a correction in 8 bits, or else in the dtype of the model, where one of these is allowed, up to what the next
+    wider width takes. Ranks grow by a constant factor.
 
     Args:
         storage: the matrix, and whether a bias is moved with its product.
@@ -105,9 +106,10 @@ def byte_options(
                 for each in ranks:
                     if not few or each * LEAST_PIVOT_RANK >= full:
                         add(each, form, width, most=most)
-    if "corrected" in forms and widths[0] != AS_THE_MODEL and (rank is None or len(forms) == 1):
+    correction_widths = {CORRECTION_BITS, AS_THE_MODEL} & {*widths}
+    if "corrected" in forms and widths[0] != AS_THE_MODEL and correction_widths and (rank is None or len(forms) == 1):
         wider = [option.cost for option in options if option.form == "dense" and option.bits > widths[0]]
-        correction = CORRECTION_BITS if CORRECTION_BITS in widths else AS_THE_MODEL
+        correction = min(correction_widths)
         for each in _ranks(max(1, full // MOST_CORRECTED), multiple, 1) if rank is None else ranks:
             add(each, "corrected", widths[0], correction, min(wider, default=math.inf))
     options.sort(key=lambda option: (option.cost, option.form != "dense"))

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import torch
 import torch.distributed as dist
@@ -12,6 +13,8 @@ from torch import Tensor
 from tqdm.auto import tqdm
 
 from .modules import naming
+
+TOLD = "reparam_peft_told"  # attribute of errors that all processes know of
 
 
 def processes() -> tuple[int, int]:
@@ -42,17 +45,63 @@ def fails_together() -> Iterator[None]:
         yield
         failed = False
     finally:
-        if processes()[0] > 1:
-            flag = torch.tensor(int(failed), device=_device_of_messages())
-            dist.all_reduce(flag, dist.ReduceOp.MAX)
-            if flag and not failed:
-                raise RuntimeError("another process of this run failed; its own message says why.")
+        if failed:
+            _tell(sys.exc_info()[1])
+    _hear()
+
+
+@contextmanager
+def tells_of_errors() -> Iterator[None]:
+    """Where this block fails in one process of a distributed run, wherever that is, the others fail when they next exchange
+    something, by the functions of this file.
+
+    All processes enter it together. What they exchange in other ways must follow the end of a `fails_together` at once.
+    """
+    failed = True
+    try:
+        yield
+        failed = False
+    finally:
+        if failed:
+            with suppress(RuntimeError):  # of processes that have gone
+                _tell(sys.exc_info()[1])
+
+
+def _is_told(error: BaseException | None) -> bool:
+    """Whether all processes know of an error, or of the one that it was raised from."""
+    return error is not None and (getattr(error, TOLD, False) or _is_told(error.__cause__))
+
+
+def _tell(error: BaseException | None) -> None:
+    """Let the others know that this process has failed, unless they know it."""
+    if processes()[0] > 1 and not _is_told(error):
+        setattr(error, TOLD, True)
+        _any_failed(True)
+
+
+def _hear() -> None:
+    """Let the others know that this process has not failed, and raise `RuntimeError` where one of them has."""
+    if processes()[0] > 1 and _any_failed(False):
+        error = RuntimeError("another process of this run failed; its own message says why.")
+        setattr(error, TOLD, True)
+        raise error
+
+
+def _any_failed(failed: bool) -> bool:
+    flag = torch.tensor(int(failed), device=_device_of_messages())
+    dist.all_reduce(flag, dist.ReduceOp.MAX)
+    return bool(flag)
 
 
 def first_of(value: float) -> float:
-    """A number that every process of a distributed run has computed, as the first one has it."""
+    """A number that every process of a distributed run has computed, as the first one has it.
+
+    Raises:
+        RuntimeError: another process failed.
+    """
     if processes()[0] == 1:
         return value
+    _hear()
     number = torch.tensor(value, dtype=torch.float64, device=_device_of_messages())
     dist.broadcast(number, 0)
     return number.item()
@@ -75,7 +124,7 @@ def share_out(
     """What `compute` makes of each name; in a distributed run, each is computed by one process and handed to all.
 
     Of n processes, process i takes every n-th name from the i-th on. Matrices cost more to factorise than to send, so that the
-    work divides by n. One result at a time is broadcast, by the process that has it, into memory that the others make.
+    work divides by n. One result at a time is broadcast, by the process that has it, into memory that the others have made.
 
     Args:
         names: the same in every process, in the same order.
@@ -101,9 +150,11 @@ def share_out(
         for name in bar:
             with naming(name):
                 results[name] = compute(name)
+        for name in names if world > 1 else ():
+            with naming(name):
+                device = device_of(name)
+                results[name] = [part.to(device) for part in results.get(name) or parts(name)]
     for index, name in enumerate(names if world > 1 else ()):
-        device = device_of(name)
-        results[name] = [part.to(device) for part in results.get(name) or parts(name)]
         for tensor in results[name]:
             dist.broadcast(tensor, index % world)
     return {name: results[name] for name in names}

@@ -21,7 +21,7 @@ from ..config.reparam_config import ReparamConfig
 from ..evaluation.measures import Measure
 from ..planning.plan import Plan
 from ..runtime.fingerprints import fingerprint_of_batches, fingerprint_of_config, fingerprint_of_model, fingerprint_of_values
-from ..runtime.processes import check_whole, fails_together
+from ..runtime.processes import check_whole, fails_together, tells_of_errors
 from ..runtime.restoring import Snapshot
 from ..runtime.run_folder import RunFolder, json_able
 from .family import Family
@@ -33,6 +33,7 @@ logger = logging.getLogger(__name__)
 STATISTICS = "statistics.safetensors"
 
 
+@tells_of_errors()
 def search(
     model: nn.Module,
     config: ReparamConfig,

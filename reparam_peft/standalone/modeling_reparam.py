@@ -18,6 +18,15 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
 
+AS_THE_MODEL, LEAST_INPUTS, NF4_BLOCK = 16, 16, 64
+SMALLEST_SCALE = 1e-30  # which whole numbers that were cast from scales are below
+NF4 = (  # the levels of 4-bit NormalFloat, arXiv:2305.14314, appendix E
+    *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453),
+    *(-0.28444138169288635, -0.18477343022823334, -0.09105003625154495, 0.0),
+    *(0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224),
+    *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
+)
+
 WITHOUT_NUMBERS = [getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad")]
 
 OTHER_NAMES = (
@@ -53,6 +62,58 @@ class Factor(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         weight = self._parameters.get("weight")
         return super().forward(x) if weight is None else nn.functional.linear(x, weight, self._parameters.get("bias"))
+
+
+class Coded(nn.Module):
+    """A linear layer in 8 bits (int8, a scale for each row) or 4 (NF4, one for each 64 numbers), decoded as it runs.
+
+    Scales are float32, held as the whole numbers of the same bits, so that no cast of the model rounds them.
+    """
+
+    def __init__(self, in_features: int, out_features: int, bits: int) -> None:
+        super().__init__()
+        self.in_features, self.out_features, self.bits, count = in_features, out_features, bits, in_features * out_features
+        shape, dtype = ((out_features, in_features), torch.int8) if bits == 8 else (((count + 1) // 2, 1), torch.uint8)
+        self.scale, scales = ("weight_scale", (out_features, 1)) if bits == 8 else ("weight_absmax", (-(-count // NF4_BLOCK),))
+        self.register_buffer("weight", torch.zeros(shape, dtype=dtype))
+        self.register_buffer(self.scale, torch.zeros(scales, dtype=torch.int32))
+
+    @property
+    def scales(self) -> Tensor:
+        return self._buffers[self.scale].view(torch.float32)
+
+    def matrix(self, dtype: torch.dtype) -> Tensor:
+        """W (out, in)."""
+        if self.bits == 8:
+            return (self.weight * self.scales).to(dtype)
+        count = self.out_features * self.in_features
+        codes = torch.cat([self.weight >> 4, self.weight & 15], 1).flatten()[:count].int()
+        levels = torch.tensor(NF4, device=codes.device)[codes] * self.scales.repeat_interleave(NF4_BLOCK)[:count]
+        return levels.view(self.out_features, self.in_features).to(dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.bits == 8 and x.dtype in (torch.float32, torch.bfloat16):  # as torchao; sums may leave the range of float16
+            return nn.functional.linear(x, self.weight.to(x.dtype)) * self.scales[:, 0].to(x.dtype)
+        return nn.functional.linear(x, self.matrix(x.dtype))
+
+    def check(self, name: str) -> None:
+        """Raise `ValueError` where a file held what no matrix has."""
+        if not (self.scales.isfinite() & (self.scales >= SMALLEST_SCALE)).all():
+            raise ValueError(f"{name}: the checkpoint holds scales that are not positive, NaN or infinite; it is damaged.")
+
+
+def linear(in_features: int, out_features: int, bits: int) -> nn.Module:
+    """A linear layer without bias; in few bits, where rows are long enough for scales of their own."""
+    if bits == AS_THE_MODEL or in_features < LEAST_INPUTS:
+        return Factor(in_features, out_features, bias=False)
+    return Coded(in_features, out_features, bits)
+
+
+def matrix_of(layer: nn.Module, dtype: torch.dtype) -> Tensor:
+    """(out, in) of a linear layer or a convolution without its geometry, (features, tokens) of an embedding."""
+    if isinstance(layer, Coded):
+        return layer.matrix(dtype)
+    return layer.weight.mT if isinstance(layer, nn.Embedding) else layer.weight.flatten(1)
 
 
 class Pivot(nn.Module):
@@ -93,10 +154,24 @@ class Stretching(nn.Module):
 
 
 class Factorized(nn.Module):
-    """The layer of a matrix W ≈ A B: x → A (B x) + b; of a narrow one, of `size` (out, in), the form may be "dense": B is W."""
+    """The layer of a matrix W ≈ A B: x → A (B x) + b; of W itself in the form "dense": B is W; "corrected": of Q + A B.
 
-    def __init__(self, layer: nn.Module, rank: int, form: str, bias: bool, size: tuple[int, int] | None = None) -> None:
+    Matrices of linear layers are in `bits`, those beside Q in `correction_bits`; 16: in the dtype of the model. Of a narrow
+    matrix `size` says (out, in).
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        rank: int,
+        form: str,
+        bias: bool,
+        size: tuple[int, int] | None = None,
+        bits: int = AS_THE_MODEL,
+        correction_bits: int = AS_THE_MODEL,
+    ) -> None:
         super().__init__()
+        of_factors = correction_bits if form == "corrected" else bits
         convolution, dim, self.scale, self.groups = None, -1, 1.0, 1
         self.is_split = False  # among processes, by outputs: set by the model
         self.shape, self.is_transposed, self.is_loaded = layer.weight.shape, isinstance(layer, (Conv1D, nn.Embedding)), False
@@ -121,14 +196,16 @@ class Factorized(nn.Module):
         else:
             whole = (layer.nf, layer.nx) if isinstance(layer, Conv1D) else (layer.out_features, layer.in_features)
             out_features, in_features = size or whole
-            self.B = Factor(in_features, out_features if form == "dense" else rank, bias=False)
+            self.B = linear(in_features, out_features if form == "dense" else rank, of_factors)
+            if form == "corrected":
+                self.Q = linear(in_features, out_features, bits)
             # Which rows and columns of W are left: without meaning here, where the model computes with these alone.
             for name, left, features in (("kept_rows", out_features, whole[0]), ("kept_columns", in_features, whole[1])):
                 if left < features:
                     self.register_buffer(name, torch.zeros((features + 7) // 8, dtype=torch.uint8))
 
         def expand(rows: int) -> nn.Module:
-            return convolution(rank, rows, 1, bias=False) if convolution else Factor(rank, rows, bias=False)
+            return convolution(rank, rows, 1, bias=False) if convolution else linear(rank, rows, of_factors)
 
         if form == "dense":
             self.A = nn.Identity()
@@ -155,17 +232,19 @@ class Factorized(nn.Module):
         return weight
 
     def train(self, mode: bool = True) -> Factorized:
-        self.is_loaded = self.is_loaded or not any(parameter.is_meta for parameter in self.parameters())
+        self.is_loaded = self.is_loaded or not any(tensor.is_meta for tensor in (*self.parameters(), *self.buffers()))
         return super().train(mode)  # every loader ends with `eval()`
 
     def product(self) -> Tensor:
         """A B in the shape of the weight; of what is left, where neurons were left out."""
-        B = self.B.weight.mT if isinstance(self.B, nn.Embedding) else self.B.weight.flatten(1)
+        B = matrix_of(self.B, self._buffers["weight"].dtype)
         if isinstance(self.B, Stretching):
             return self.A(B).unflatten(1, (-1, self.shape[2])).transpose(0, 1)
         if isinstance(self.B, (nn.Conv1d, nn.Conv2d)):
             return self.A(B.view(*B.shape, *[1] * (len(self.shape) - 3))).reshape(self.shape)
         matrix = self.A(B.mT)  # (in, out)
+        if "Q" in self._modules:
+            matrix = matrix_of(self.Q, matrix.dtype).mT + matrix
         return matrix if self.is_transposed else matrix.mT
 
     def grouped(self, x: Tensor) -> Tensor:
@@ -179,8 +258,10 @@ class Factorized(nn.Module):
         """How a server splits the linear layers in here among processes, if the dense layer were split in this style.
 
         By outputs ("colwise"): A is split, B is not; of a pivot form neither, but its outputs are. By inputs ("rowwise"): B is
-        split, A is not.
+        split, A is not. What is in few bits is not split.
         """
+        if any(isinstance(module, Coded) for module in self.modules()):
+            return {}
         self.is_split = style == "colwise"
         if isinstance(self.A, nn.Identity):
             return {"B": style}
@@ -195,6 +276,8 @@ class Factorized(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         modules = self._modules
         y = call(modules["A"], call(modules["B"], x)) if self.groups == 1 else self.grouped(x)
+        if "Q" in modules:
+            y = call(modules["Q"], x) + y
         if isinstance(modules["A"], Pivot):
             y = self.of_this_process(y, -1)
         if self.bias is not None:
@@ -235,6 +318,9 @@ class WithFactors:
         for name in sorted(info["missing_keys"]):
             if is_base or name.startswith(f"{model.base_model_prefix}."):  # others are of another head
                 raise ValueError(f"{name}: the checkpoint lacks this tensor; {OTHER_NAMES}.")
+        for name, module in model.named_modules():
+            if isinstance(module, Coded):
+                module.check(name)
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:
@@ -259,7 +345,8 @@ class WithFactors:
                     continue
                 # Where new parameters go, and where buffers, is up to the caller: vLLM puts parameters alone on meta.
                 size = (how["out"], how["in"]) if "out" in how else None
-                module = Factorized(layer, how["rank"], how["form"], how["bias"], size).to(layer.weight.dtype)
+                bits = (how.get("bits", AS_THE_MODEL), how.get("correction_bits", AS_THE_MODEL))
+                module = Factorized(layer, how["rank"], how["form"], how["bias"], size, *bits).to(layer.weight.dtype)
                 setattr(self.get_submodule(parent), child, module)
                 style = plan.get(re.sub(r"\b\d+\b", "*", name))
                 if style is not None and isinstance(layer, nn.Linear):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Mapping
 from itertools import chain
 from typing import Any
@@ -13,6 +14,7 @@ from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from ..arguments import ReparamWarning
 from ..calibration.statistics import Statistics
 from ..config.fields import Fields
 from ..layers.factorized import FactorizedModule
@@ -64,6 +66,14 @@ def standalone_model(
     check_tables(quantize_tables)
     if statistics is not None and quantize is None:
         raise ValueError("`statistics` have an effect with `quantize` only; give both or neither.")
+    made_with = _config_of_active(model, configs or {})
+    if statistics is not None and made_with is not None and made_with.healed_for is not None:
+        warnings.warn(
+            f"The factors were healed with `quantize={made_with.healed_for!r}`, for each number rounded to the nearest, which "
+            "`statistics` undo, at a loss; leave them out.",
+            ReparamWarning,
+            stacklevel=4,
+        )
     if not isinstance(model, PreTrainedModel):
         raise TypeError(f"a standalone model is a transformers model, and a {type(model).__name__} is none; keep the adapter.")
     # A copy of everything but the tensors, with PEFT's modules replaced wherever they stand; tied parameters stay tied.
@@ -91,7 +101,7 @@ def standalone_model(
     plain.config.quantization_config = CheckpointConfig(
         layers, quantization=quantize, parameters=patterns, tables=tables, tied=forget_tied(plain)
     )
-    plain.config.quantization_config.made_with = copy.copy(_config_of_active(model, configs or {}))
+    plain.config.quantization_config.made_with = copy.copy(made_with)
     plain.hf_quantizer = CheckpointLoader(plain.config.quantization_config)
     if quantize is not None:
         rounding = None if statistics is None else CalibratedRounding(statistics)

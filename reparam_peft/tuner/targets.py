@@ -229,8 +229,8 @@ def _check_weight(module: nn.Module, name: str, loading: bool) -> None:
     if is_offloaded(module):
         raise ValueError(
             "accelerate moves the weight of this layer to where it computes at each pass (it is offloaded), and would move one "
-            "that is gone. Load the model without offloading, or take the hooks away first: "
-            "`accelerate.hooks.remove_hook_from_submodules(model)`."
+            "that is gone. Load the model without offloading; or take the hooks away first: "
+            "`accelerate.hooks.remove_hook_from_submodules(model)`; or leave it in its files: `compress_checkpoint`."
         )
     if module.weight.device.type == "meta" and not loading:
         raise ValueError(

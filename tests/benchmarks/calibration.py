@@ -1,4 +1,4 @@
-"""What calibration costs: time as ratios to bare passes over the same tokens in the same run, and memory.
+"""What calibration costs: processor time as ratios to bare passes over the same tokens in the same run, and memory.
 
     python tests/benchmarks/calibration.py MODEL CALIBRATION [--windows 8] [--repeats 3]
     python tests/benchmarks/calibration.py 512x8 [--windows 8] [--repeats 0]
@@ -17,6 +17,7 @@ import re
 import statistics
 import time
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -100,20 +101,25 @@ def time_passes(model: Any, modules: dict[str, Any], batches: list[dict[str, Any
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
-            start = time.perf_counter()
+            start = time.process_time()
             run()
             if model.device.type != "cpu":
                 torch.accelerator.synchronize()
             if repeat:
-                seconds[name].append(time.perf_counter() - start)
-    median = {name: statistics.median(values) for name, values in seconds.items()}
+                seconds[name].append(time.process_time() - start)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    print(f"{torch.get_num_threads()} threads, {tokens} tokens, median of {repeats}")
-    for name, value in median.items():
+    print(f"{torch.get_num_threads()} threads, {tokens} tokens, processor time, median of {repeats}")
+    for name, values in seconds.items():
+        value = statistics.median(values)
         print(f"{name}: {value:.1f} s, {tokens / value:.0f} tokens/s")
-    bare, inputs, both, everything = median.values()
-    print(f"input statistics: {inputs / bare:.2f} × a bare forward pass")
-    print(f"all statistics: {everything / both:.2f} × a bare forward and backward pass")
+
+    def ratio(one: str, other: str) -> float:
+        """The median of the ratios within one round."""
+        return statistics.median(a / b for a, b in zip(seconds[one], seconds[other], strict=True))
+
+    inputs, everything = (ratio(with_statistics, bare) for bare, with_statistics in pairwise(runs) if "statistics" not in bare)
+    print(f"input statistics: {inputs:.2f} × a bare forward pass")
+    print(f"all statistics: {everything:.2f} × a bare forward and backward pass")
 
 
 if __name__ == "__main__":

@@ -1,62 +1,125 @@
-"""What bytes buy: quantisation alone, low rank in 8 bits, and both shared out together.
+"""What bytes buy: quantisation alone, low rank in 8 bits, both shared out together, and healed.
 
-    python tests/benchmarks/front.py MODEL STATISTICS TEST … [--keep 0.5 0.4 …] [--windows 8] [--layers 10 26] [--plot FILE]
+    python tests/benchmarks/front.py MODEL STATISTICS TEST … [--keep 0.5 0.4 …] [--rows joint …] [--windows 8] [--encoder]
+        [--calibration FILE] [--minutes 10] [--folder FOLDER] [--layers 10 26]
 
-STATISTICS is a file that `reparam compress --statistics` or `Statistics.save` wrote, of all linear layers. Sizes are bytes of
-the targets over what they take in bfloat16, whichever dtype the model is loaded in. Each line is a method at a size: the
-bytes of the targets over bfloat16, the predicted loss in nats per token, and, unless `--layers` names some, the bytes of the
-standalone file, and the perplexity on the first windows of each TEST with its excess over the dense model in nats per token.
+STATISTICS is a file that `reparam compress --statistics` or `Statistics.save` wrote, of all linear layers; where there is
+none, it is written, of 48 windows or 1,000 sentences of `--calibration`. A TEST is a text file, or `reference`: Python's
+language reference. Sizes are bytes of the targets over what they take in bfloat16, whichever dtype the model has. Each line is
+a method at a size: the bytes of the targets over bfloat16, the predicted loss in nats per token, the bytes of the standalone
+file, and the perplexity on the first windows of each TEST with its excess over the dense model in nats per token. With
+`--encoder` these are the mean cosine similarity of 200 sentence embeddings to the dense model's, and what it lacks of 1.
+`healed` trains the norms of the joint model, which is all that is not in few bits, for `--minutes` on text of `--calibration`.
 
-With `--layers` only matrices of these layers are taken, and only losses predicted: that is quick. `--plot` draws excess loss on
-the first TEST, or predicted loss, over bytes.
+FOLDER keeps plans and figures (`figures.json`): what is there already is not made again. `front_picture.py` draws it. With
+`--layers` only matrices of these layers are taken, and only losses predicted: that is quick.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
 import math
+import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any, NamedTuple
 
 import torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
+import torch.nn.functional as F
+from embeddings import batches_of, embed
+from torch import nn
+from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from reparam_peft import Plan, ReparamConfig, Statistics, compress, perplexity
+from reparam_peft import HealingTrainer, Plan, ReparamConfig, Statistics, calibrate, compress, perplexity, text_batches
+from reparam_peft.cli.demo import reference_text
 from reparam_peft.compression.job import Job
 from reparam_peft.compression.options import Options
-from reparam_peft.evaluation.text import text_batches
 from reparam_peft.layers.schemes import SCHEME_OF
 from reparam_peft.numerics.decompositions import Whole
 from reparam_peft.planning.neurons import Losses
 from reparam_peft.planning.ranks import RankChooser
 
-BF16 = 2
+BF16, LENGTH, CALIBRATED, SENTENCES = 2, 512, 48, 200
+ROWS = ("nearest", "alone", "bits", "low rank", "joint", "healed")
 
 
 class Row(NamedTuple):
-    """One method at one size: numbers and bytes of the targets, the predicted loss, and the plan; None for nearest numbers."""
+    """One method at one size: numbers and bytes of the targets, the predicted loss, and how the model is made."""
 
     method: str
     numbers: int
     bytes: int
     predicted: float
-    plan: Plan | None = None
+    plan: Plan | None = None  # None: each number of the `matrices` in `bits`, the nearest
+    bits: int = 0
+    matrices: Sequence[str] = ()
+    healed: bool = False
+
+
+class Bench:
+    """The model, and how good what is made of it is."""
+
+    def __init__(self, arguments: argparse.Namespace) -> None:
+        self.path, self.encoder = arguments.model, arguments.encoder
+        self.tokenizer = AutoTokenizer.from_pretrained(self.path)
+        self.tests: dict[str, Any] = {}
+        for name in arguments.tests if arguments.layers is None else ():
+            if self.encoder:
+                self.tests[Path(name).stem] = batches_of(self.tokenizer, Path(name), SENTENCES)
+            else:
+                text = reference_text() if name == "reference" else Path(name).read_text(encoding="utf-8")
+                batches = text_batches(self.tokenizer, text, length=LENGTH, batch_size=1, limit=arguments.windows)
+                self.tests[Path(name).stem] = batches
+
+    def base(self) -> Any:
+        """The dense model."""
+        kind = AutoModel if self.encoder else AutoModelForCausalLM
+        return kind.from_pretrained(self.path, dtype=torch.float32).eval()
+
+    def calibration(self, path: Path, start: int, end: int | None) -> list[Any]:
+        """Batches of a text."""
+        if self.encoder:
+            return batches_of(self.tokenizer, path, 1000)
+        text = path.read_text(encoding="utf-8")
+        return text_batches(self.tokenizer, text, length=LENGTH, batch_size=1, limit=end)[start:]
+
+    @cached_property
+    def dense(self) -> dict[str, Any]:
+        """Perplexities or embeddings of the dense model."""
+        model = self.base()
+        return {name: embed(model, test) if self.encoder else perplexity(model, test) for name, test in self.tests.items()}
+
+    def measured(self, model: nn.Module) -> dict[str, tuple[float, float]]:
+        """Of each test the perplexity, or cosine, and the excess."""
+        figures = {}
+        for name, test in self.tests.items():
+            if self.encoder:
+                cosine = float(F.cosine_similarity(embed(model, test), self.dense[name]).mean())
+                figures[name] = (cosine, 1 - cosine)
+            else:
+                value = perplexity(model, test)
+                figures[name] = (value, math.log(value / self.dense[name]))
+        return figures
 
 
 class Curves:
     """A model whose matrices have their options and losses computed once, for all sizes."""
 
-    def __init__(self, path: str, config: ReparamConfig, statistics: Statistics) -> None:
-        self.model = AutoModelForCausalLM.from_pretrained(path)
-        start = time.process_time()
-        self.job = Job.of_model(self.model, config, statistics, Options(0, progress=False))
-        self.losses = self.job.losses()
+    def __init__(self, model: nn.Module, config: ReparamConfig, statistics: Statistics) -> None:
+        self.job = Job.of_model(model, config, statistics, Options(0, progress=False))
         self.numbers = sum(storage.dense for storage in self.job.storages.values())
-        print(f"planning with {config.bits} bits: {time.process_time() - start:.0f} processor seconds", flush=True)
+
+    @cached_property
+    def losses(self) -> Losses:
+        """What options are predicted to lose."""
+        start = time.process_time()
+        losses = self.job.losses()
+        print(f"planning with {self.job.config.bits} bits: {time.process_time() - start:.0f} processor seconds", flush=True)
+        return losses
 
     def plan(self, keep: float, dense_only: bool = False) -> Plan | None:
         """The plan at a size, with matrices as they are only; None where nothing is as small."""
@@ -79,36 +142,52 @@ class Curves:
             matrix = self.job.factorizer.matrix(W, self.job.weighing(name))
             loss += matrix.loss(Whole(SCHEME_OF[bits].grid(W).nearest(W)))
             stored += replace(target.storage, form="dense", bits=bits).bytes(min(W.shape), BF16)
-        return Row(f"nearest int{bits}", self.numbers, int(stored), loss)
+        return Row(f"nearest int{bits}", self.numbers, int(stored), loss, bits=bits, matrices=list(self.job.targets))
 
-    def alone(self, bits: int) -> Row:
-        """All matrices as they are in one width, rounded with statistics."""
-        loss, stored = 0.0, 0
-        for name, options in self.job.offered.options.items():
-            index = next(i for i, option in enumerate(options) if option.form == "dense" and option.bits == bits)
-            loss, stored = loss + float(self.losses.options[name][index]), stored + options[index].cost
-        return Row(f"GPTQ {bits} bits", self.numbers, stored, loss)
+    def alone(self, bits: int) -> int:
+        """Bytes of all matrices as they are in one width."""
+        return sum(
+            next(option.cost for option in options if option.form == "dense" and option.bits == bits)
+            for options in self.job.offered.options.values()
+        )
 
 
-def rows(path: str, config: ReparamConfig, statistics: Statistics, sizes: list[float]) -> Iterator[Row]:
+def rows(bench: Bench, config: ReparamConfig, statistics: Statistics, arguments: argparse.Namespace) -> Iterator[Row]:
     """Every method at every size that it can be stored at."""
-    curves = Curves(path, config, statistics)
-    itemsize = next(curves.model.parameters()).element_size()
-    low_rank = Curves(path, replace_config(config, bits=(8,), form="pivot"), statistics)
+    model = bench.base()
+    itemsize = next(model.parameters()).element_size()
+    curves = Curves(model, config, statistics)
+    low_rank = Curves(model, replace_config(config, bits=(8,), form="pivot"), statistics)
+
+    def planned(method: str, made: Curves, keep: float, dense_only: bool = False) -> Plan | None:
+        file = None if arguments.folder is None else arguments.folder / f"{method}.json"
+        if file is not None and file.exists():
+            return Plan.load(file)
+        plan = made.plan(keep, dense_only)
+        if plan is not None and file is not None:
+            plan.save(file)
+        return plan
+
     for bits in (8, 4):
-        yield curves.nearest(bits)
-        row = curves.alone(bits)
-        yield row._replace(plan=curves.plan(row.bytes / (curves.numbers * itemsize), dense_only=True))
-    for size in sizes:
+        if "nearest" in arguments.rows:
+            yield curves.nearest(bits)
+        if "alone" in arguments.rows:
+            method, stored = f"GPTQ {bits} bits", curves.alone(bits)
+            plan = planned(method, curves, stored / (curves.numbers * itemsize), dense_only=True)
+            yield Row(method, curves.numbers, plan.stored_bytes, plan.predicted_loss, plan)
+    for size in arguments.keep:
         keep = size * BF16 / itemsize
-        plans = {
-            "bits, no low rank": curves.plan(keep, dense_only=True),
-            "low rank, int8": low_rank.plan(keep),
-            "joint": curves.plan(keep),
-        }
-        for method, plan in plans.items():
+        for method, made in (("bits", curves), ("low rank", low_rank), ("joint", curves)):
+            healed = method == "joint" and "healed" in arguments.rows
+            if method not in arguments.rows and not healed:
+                continue
+            plan = planned(f"{method} at {size:g}", made, keep, method == "bits")
             if plan is not None:
-                yield Row(f"{method} at {size:g}", curves.numbers, plan.stored_bytes, plan.predicted_loss, plan)
+                row = Row(f"{method} at {size:g}", curves.numbers, plan.stored_bytes, plan.predicted_loss, plan)
+                if method in arguments.rows:
+                    yield row
+                if healed:
+                    yield row._replace(method=f"healed at {size:g}", healed=True)
 
 
 def replace_config(config: ReparamConfig, **changes: Any) -> ReparamConfig:
@@ -117,35 +196,49 @@ def replace_config(config: ReparamConfig, **changes: Any) -> ReparamConfig:
     return ReparamConfig(**{**words, **changes})
 
 
-def measure(path: str, row: Row, statistics: Statistics, tests: dict[str, Any]) -> tuple[int, dict[str, float]]:
-    """Bytes of the standalone file, and perplexities."""
-    plan = row.plan
-    config = ReparamConfig(target_modules=[module.name for module in plan.modules])
-    small = compress(AutoModelForCausalLM.from_pretrained(path), config, statistics, plan=plan, progress=False)
-    standalone = small.to_standalone().eval()
-    with TemporaryDirectory() as folder:
-        standalone.save_pretrained(folder)
-        size = sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
-    return size, {name: perplexity(standalone, test) for name, test in tests.items()}
+def model_of(bench: Bench, row: Row, statistics: Statistics, arguments: argparse.Namespace) -> nn.Module:
+    """The plain model of a row."""
+    if row.plan is None:
+        model = bench.base()
+        for name in row.matrices:
+            weight = model.get_submodule(name).weight
+            weight.data = SCHEME_OF[row.bits].grid(weight.data.double()).nearest(weight.data.double()).to(weight.dtype)
+        return model
+    config = ReparamConfig(target_modules=[module.name for module in row.plan.modules])
+    small = compress(bench.base(), config, statistics, plan=row.plan, progress=False)
+    if row.healed:
+        heal(bench, small, arguments)
+    return small.to_standalone().eval()
 
 
-def draw(points: list[tuple[str, float, float]], label: str, path: Path) -> None:
-    """Loss over bytes, a line for each method."""
-    import matplotlib
+def heal(bench: Bench, small: Any, arguments: argparse.Namespace) -> None:
+    """Train the norms for so many minutes, on windows that no statistics were taken of."""
+    windows = bench.calibration(arguments.calibration, CALIBRATED, None)
+    with tempfile.TemporaryDirectory() as folder:
+        settings = TrainingArguments(
+            folder,
+            per_device_train_batch_size=1,
+            learning_rate=arguments.learning_rate,
+            lr_scheduler_type="cosine",
+            warmup_steps=0.1,
+            use_cpu=True,
+            save_strategy="no",
+            report_to="none",
+            disable_tqdm=True,
+        )
+        examples = [{key: value[0] for key, value in window.items()} for window in windows]
+        trainer = HealingTrainer(
+            small, settings, train_dataset=examples, teacher=bench.base(), minutes=arguments.minutes, trains=["norms"]
+        )
+        trainer.train()
+    print(f"healed in {trainer.state.global_step} steps of {LENGTH} tokens, {arguments.minutes:g} minutes", flush=True)
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
 
-    figure, axes = pyplot.subplots(figsize=(7, 4.5))
-    methods: dict[str, list[tuple[float, float]]] = {}
-    for method, size, loss in points:
-        methods.setdefault(method.rpartition(" at ")[0] or method, []).append((size, loss))
-    for method, values in methods.items():
-        axes.plot(*zip(*sorted(values), strict=True), marker="o", label=method)
-    axes.set(xlabel="bytes of the targets over bfloat16", ylabel=label, yscale="log")
-    axes.legend()
-    figure.tight_layout()
-    figure.savefig(path)
+def file_size(model: Any) -> int:
+    """Bytes of the weights that `save_pretrained` writes."""
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(folder)
+        return sum(file.stat().st_size for file in Path(folder).glob("*.safetensors"))
 
 
 def main() -> None:
@@ -153,43 +246,50 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("model")
     parser.add_argument("statistics", type=Path)
-    parser.add_argument("tests", type=Path, nargs="+")
-    parser.add_argument("--keep", type=float, nargs="+", default=[0.5, 0.4, 0.3, 0.285, 0.25, 0.2])
+    parser.add_argument("tests", nargs="+")
+    parser.add_argument("--keep", type=float, nargs="*", default=[0.5, 0.4, 0.3, 0.285, 0.25, 0.2])
+    parser.add_argument("--rows", nargs="+", choices=ROWS, default=list(ROWS[:-1]))
     parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--encoder", action="store_true")
+    parser.add_argument("--calibration", type=Path)
+    parser.add_argument("--minutes", type=float, default=10)
+    parser.add_argument("--learning-rate", type=float, default=1e-3)
+    parser.add_argument("--folder", type=Path)
     parser.add_argument("--layers", nargs="+")
-    parser.add_argument("--plot", type=Path)
     arguments = parser.parse_args()
-    path, statistics = arguments.model, Statistics.load(arguments.statistics)
-    itemsize = next(AutoModelForCausalLM.from_pretrained(path).parameters()).element_size()
+    bench = Bench(arguments)
     targets = "all-linear" if arguments.layers is None else rf".*\.(?:{'|'.join(arguments.layers)})\..*_proj"
-    least = min(arguments.keep) * BF16 / itemsize
+    if not arguments.statistics.exists():
+        known = bench.calibration(arguments.calibration, 0, CALIBRATED)
+        calibrate(bench.base(), ReparamConfig(target_modules=targets), known, progress=False).save(arguments.statistics)
+    statistics = Statistics.load(arguments.statistics)
+    itemsize = next(bench.base().parameters()).element_size()
+    least = min([*arguments.keep, 1.0]) * BF16 / itemsize
     config = ReparamConfig(target_modules=targets, budget="bytes", keep=least)
-    tests: dict[str, Any] = {}
-    if arguments.layers is None:
-        tokenizer = AutoTokenizer.from_pretrained(path)
-        for file in arguments.tests:
-            text = file.read_text(encoding="utf-8")
-            tests[file.stem] = text_batches(tokenizer, text, batch_size=1, limit=arguments.windows)
-    dense = {name: perplexity(AutoModelForCausalLM.from_pretrained(path).eval(), test) for name, test in tests.items()}
-    print("dense:", {name: round(value, 4) for name, value in dense.items()}, flush=True)
-    heads = [f"{name} perplexity | {name} excess" for name in tests]
-    columns = " | ".join(["method", "bytes over bf16", "predicted", *(["file"] if tests else []), *heads])
+    figures: list[dict[str, Any]] = []
+    if arguments.folder is not None:
+        arguments.folder.mkdir(parents=True, exist_ok=True)
+        if (arguments.folder / "figures.json").exists():
+            figures = json.loads((arguments.folder / "figures.json").read_text(encoding="utf-8"))
+    if not bench.encoder:
+        print("dense:", {name: round(value, 4) for name, value in bench.dense.items()}, flush=True)
+    heads = " | ".join(f"{name} | excess" for name in bench.tests)
+    columns = " | ".join(["method", "bytes over bf16", "predicted", "file", heads])
     print(f"| {columns} |\n|{'---|' * (columns.count('|') + 1)}", flush=True)
-    points = []
-    for row in rows(path, config, statistics, arguments.keep):
-        fraction = row.bytes / (BF16 * row.numbers)
-        cells, excess = [], math.nan
-        if tests and row.plan is not None:
-            size, values = measure(path, row, statistics, tests)
-            cells.append(f"{size:,}")
-            for name, value in values.items():
-                cells += [f"{value:.3f}", f"{math.log(value / dense[name]):.4f}"]
-            excess = math.log(values[next(iter(tests))] / dense[next(iter(tests))])
-        print(f"| {' | '.join([row.method, f'{fraction:.4f}', f'{row.predicted:.5f}', *cells])} |", flush=True)
-        points.append((row.method, fraction, excess if tests else row.predicted))
-    if arguments.plot is not None:
-        kept = [point for point in points if all(map(math.isfinite, point[1:]))]
-        draw(kept, "excess loss, nats per token" if tests else "predicted loss, nats per token", arguments.plot)
+    for row in rows(bench, config, statistics, arguments):
+        if any(entry["method"] == row.method for entry in figures):
+            continue
+        entry: dict[str, Any] = {"method": row.method, "bytes": row.bytes / (BF16 * row.numbers), "predicted": row.predicted}
+        if bench.tests:
+            model = model_of(bench, row, statistics, arguments)
+            entry["file"] = None if row.plan is None else file_size(model)
+            entry["tests"] = bench.measured(model)
+        figures.append(entry)
+        cells = [row.method, f"{entry['bytes']:.4f}", f"{row.predicted:.5f}", f"{entry.get('file') or 0:,}"]
+        cells += [f"{value:.4f} | {excess:.4f}" for value, excess in entry.get("tests", {}).values()]
+        print(f"| {' | '.join(cells)} |", flush=True)
+        if arguments.folder is not None:
+            (arguments.folder / "figures.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

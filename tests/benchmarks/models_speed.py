@@ -6,7 +6,8 @@
 Llamas of random weights with a small vocabulary, so that their blocks are what takes the time; `small` has the shapes of
 SmolLM2-135M. All linear layers of the blocks keep the same share of their numbers, or a little less, since ranks are multiples
 of 8, as those that `compress` chooses: as plain factors, in the pivot form with pivots spread over the outputs, or, as
-`neurons`, in pivot form but for the MLPs, which keep that share of their neurons and stay matrices. `--adapter` adds the pivot
+`neurons`, in pivot form but for the MLPs, which keep that share of their neurons and stay matrices. `dense-8`, `factors-4` and
+so on have numbers in 8 or 4 bits, `corrected-4` whole matrices in 4 with a correction in 8 beside. `--adapter` adds the pivot
 form inside of PEFT's wrappers, `--compile` blocks compiled by `torch.compile` in a mode of it, such as `reduce-overhead`, which
 uses CUDA graphs.
 
@@ -53,6 +54,7 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
 }
 CACHED = 32  # tokens before the one that is decoded
+CORRECTED = 16  # rank of a correction
 Step = Callable[[], object]
 
 
@@ -61,7 +63,7 @@ def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--layers", type=int, help="of each model, in place of 30 and 6")
-    parser.add_argument("--forms", nargs="+", choices=("factors", "pivot", "neurons"), default=["factors", "pivot"])
+    parser.add_argument("--forms", nargs="+", default=["factors", "pivot"], help="factors, pivot, neurons; or in bits: pivot-4")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
     parser.add_argument("--keep", type=float, default=0.6)
@@ -111,20 +113,27 @@ def models_of(shape: str, options: argparse.Namespace, dtype: torch.dtype) -> di
 
 
 def layers_of(dense: Any, form: str, options: argparse.Namespace) -> dict[str, dict[str, Any]]:
-    """What `config.json` says of a model that keeps a share of each matrix: in a form, or, of MLPs, "neurons" as they are."""
+    """What `config.json` says of a model that keeps a share of each matrix: in a form, or, of MLPs, "neurons" as they are.
+
+    With bits behind it, numbers are in 8 or 4; "dense-4" and "corrected-4" are whole matrices, the latter with a correction.
+    """
     layers = {}
     for name, module in dense.named_modules():
         if not isinstance(module, torch.nn.Linear) or name == "lm_head":
             continue
         rows, columns = module.weight.shape
+        kind, _, bits = form.partition("-")
         if form == "neurons" and ".mlp." in name:
             left = [aligned(options.keep * features, options.multiple) for features in (rows, columns)]
             rows, columns = (rows, left[1]) if name.endswith("down_proj") else (left[0], columns)
             layers[name] = {"rank": min(rows, columns), "form": "dense", "bias": False, "out": rows, "in": columns}
         else:
-            stored = "factors" if form == "factors" else "pivot"
-            rank = aligned(Storage(rows, columns, stored).largest_rank(options.keep * rows * columns), options.multiple)
-            layers[name] = {"rank": rank, "form": stored, "bias": False}
+            stored = "pivot" if kind == "neurons" else kind
+            rank = {"dense": min(rows, columns), "corrected": CORRECTED}.get(stored)
+            if rank is None:
+                rank = aligned(Storage(rows, columns, stored).largest_rank(options.keep * rows * columns), options.multiple)
+            layers[name] = {"rank": rank, "form": stored, "bias": False} | ({"bits": int(bits)} if bits else {})
+            layers[name] |= {"correction_bits": 8} if stored == "corrected" else {}
     return layers
 
 

@@ -1,11 +1,13 @@
 """Peak anonymous memory and time of `compress_checkpoint`, beside the route through memory, each in a process of its own.
 
-    python tests/benchmarks/streaming.py MODEL [--keep 0.8] [--synthetic LAYERS]
+    python tests/benchmarks/streaming.py MODEL [--keep 0.8] [--synthetic LAYERS] [--calibrated HOW] [--windows 8]
 
 MODEL is a folder with safetensors, or `demo`. `--synthetic` writes a Llama-shaped bf16 checkpoint of that many layers of 100
-million parameters in place of it, and runs the streamed route only. Anonymous memory is what the system cannot drop: pages of
-mapped files, such as the weights of the source, are not part of it. Prints a Markdown table, that memory over time, and what
-each block took.
+million parameters, or of other `--hidden` sizes, in place of it, with spectra that decay, and runs the streamed route only.
+`--calibrated` is `one-shot`, `sequential` or `refined`: the streamed route alone, with so many windows of 512 random tokens,
+activations on disk, and an end after `--blocks` blocks. Anonymous memory is what the system cannot drop: pages of mapped files,
+such as the weights of the source, are not part of it. Prints a Markdown table, that memory over time, and the seconds of each
+block, which are the processor's where it is calibrated.
 """
 
 from __future__ import annotations
@@ -22,6 +24,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from reparam_peft.cli.demo import demo_folder
@@ -37,6 +40,32 @@ def told(self, entry, tensors):
     finish(self, entry, tensors)
 RunFolder.finish = told
 compress_checkpoint(source, out, ReparamConfig(target_modules="all-linear", keep=keep), progress=False)
+""",
+    "calibrated": """
+import time
+import torch
+from reparam_peft import ReparamConfig, compress_checkpoint
+from reparam_peft.compression.job import Job
+from reparam_peft.runtime.run_folder import RunFolder
+finish, plan, times = RunFolder.finish, Job.plan, [time.process_time()]
+def spent():
+    times.append(time.process_time())
+    return round(times[-1] - times[-2], 1)
+def planned(self):
+    made = plan(self)
+    print("planning", spent(), flush=True)
+    return made
+def told(self, entry, tensors):
+    finish(self, entry, tensors)
+    print(spent(), flush=True)
+    if len(self.finished) == blocks:
+        raise SystemExit(0)
+RunFolder.finish, Job.plan = told, planned
+tokens = torch.randint(0, 32000, (windows, 1, 512), generator=torch.Generator().manual_seed(0))
+compress_checkpoint(
+    source, out, ReparamConfig(target_modules="all-linear", keep=keep), [{"input_ids": ids} for ids in tokens],
+    sequential=how != "one-shot", refine=how == "refined", progress=False, offload_folder=str(out) + "-activations",
+    max_memory=max_memory)
 """,
     "in memory": """
 from peft import get_peft_model
@@ -76,9 +105,19 @@ def watched(code: str, **values: object) -> tuple[list[tuple[float, float]], flo
     return memory, time.perf_counter() - start, printed
 
 
-def synthetic(folder: Path, layers: int) -> None:
+def decaying(shape: torch.Size, generator: torch.Generator) -> Tensor:
+    """Random numbers whose rows and columns become smaller as 1/√i, in random order, with a root mean square of 0.02."""
+    tensor = torch.randn(shape, generator=generator)
+    for dim, size in enumerate(shape if tensor.ndim == 2 else ()):
+        scales = torch.arange(1, size + 1).rsqrt()[torch.randperm(size, generator=generator)]
+        tensor *= (scales / scales.square().mean().sqrt()).unsqueeze(1 - dim)
+    return tensor.mul_(0.02) if tensor.ndim == 2 else torch.ones(shape)
+
+
+def synthetic(folder: Path, layers: int, hidden: int) -> None:
     """A checkpoint with shards of one layer, written without holding more than that."""
-    sizes = {"hidden_size": 3072, "intermediate_size": 8192, "num_attention_heads": 24, "num_key_value_heads": 8}
+    sizes = {"hidden_size": hidden, "intermediate_size": hidden * 8 // 3, "num_attention_heads": hidden // 128}
+    sizes["num_key_value_heads"] = hidden // 384
     config = LlamaConfig(
         **sizes, num_hidden_layers=layers, vocab_size=32000, dtype="bfloat16", architectures=["LlamaForCausalLM"]
     )
@@ -92,7 +131,7 @@ def synthetic(folder: Path, layers: int) -> None:
     for number, part in enumerate(parts.values()):
         file = f"model-{number + 1:05}-of-{len(parts):05}.safetensors"
         generator = torch.Generator().manual_seed(number)
-        tensors = {name: torch.randn(shape, generator=generator).mul_(0.02).bfloat16() for name, shape in part.items()}
+        tensors = {name: decaying(shape, generator).bfloat16() for name, shape in part.items()}
         save_file(tensors, folder / file, {"format": "pt"})
         index |= dict.fromkeys(part, file)
     listing = {"metadata": {}, "weight_map": index}
@@ -105,27 +144,37 @@ def main() -> None:
     parser.add_argument("model")
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--synthetic", type=int, metavar="LAYERS")
+    parser.add_argument("--hidden", type=int, default=3072, help="of the synthetic model, a multiple of 384")
+    parser.add_argument("--calibrated", choices=["one-shot", "sequential", "refined"])
+    parser.add_argument("--windows", type=int, default=8)
+    parser.add_argument("--blocks", type=int, default=-1)
+    parser.add_argument("--max-memory")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         source = demo_folder() if options.model == "demo" else Path(options.model)
-        routes = list(ROUTES)
+        routes = ["import only", "streamed", "in memory"]
         if options.synthetic:
             source, routes = work / "dense", routes[:2]
-            synthetic(source, options.synthetic)
+            synthetic(source, options.synthetic, options.hidden)
+        if options.calibrated:
+            routes = ["import only", "calibrated"]
         size = sum(path.stat().st_size for path in Path(source).glob("*.safetensors")) / 1e6
         print(f"dense: {size:.0f} MB, {torch.get_num_threads()} threads")
         print("\n| route | peak anonymous MB | seconds |\n| --- | --- | --- |")
         for route in routes:
             out = work / route.replace(" ", "-")
-            both, seconds, printed = watched(ROUTES[route], source=source, out=out, keep=options.keep)
+            both, seconds, printed = watched(
+                ROUTES[route], source=source, out=out, keep=options.keep, how=options.calibrated, windows=options.windows,
+                blocks=options.blocks, max_memory=options.max_memory,
+            )  # fmt: skip
             memory = [anonymous for anonymous, _ in both]
             print(f"| {route} | {max(memory):.0f} | {seconds:.1f} |", flush=True)
-            if route == "streamed":
+            if route != "import only" and route != "in memory":
                 step = len(memory) // 20 + 1
                 curve = [round(max(memory[i : i + step])) for i in range(0, len(memory), step)]
                 blocks = printed.split()
-        print(f"\nstreamed, MB over time: {curve}\nseconds per block: {', '.join(blocks)}")
+        print(f"\nMB over time: {curve}\nseconds per block: {', '.join(blocks)}")
         if "in memory" in routes:
             files = [(work / route / "model.safetensors").read_bytes() for route in ("streamed", "in-memory")]
             print(f"\nthe same bytes: {files[0] == files[1]}")

@@ -4,17 +4,24 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
+from unittest.mock import patch
 
 import pytest
 import torch
+from support.batches import text
+from support.models import llama
 from support.processes import run_in_processes
 from torch import Tensor, nn
 from torch import distributed as dist
 
+from reparam_peft import Statistics
+from reparam_peft.blockwise.gathering import BlockwiseGatherer
 from reparam_peft.calibration import sums
 from reparam_peft.calibration.gather import gather_statistics
 from reparam_peft.calibration.sums import InputSums, OutputSums, WeightedSums, output_shape
 from reparam_peft.numerics.grams import pack
+from reparam_peft.runtime.blocks import find_blocks
 
 CPU = torch.device("cpu")
 INPUT, OUTPUT, WEIGHTED = InputSums.zeros(3, CPU, False), OutputSums.zeros(2, 3, CPU), WeightedSums.zeros(3, CPU)
@@ -133,7 +140,20 @@ def gather(model: nn.Module) -> dict[str, Tensor]:
     for index, batch in enumerate(batches):
         batch["x"][0, 0] = (-1.0) ** index
     modules = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    statistics = gather_statistics(model, modules, batches, progress=False)
+    return named_sums(gather_statistics(model, modules, batches, progress=False))
+
+
+def by_block() -> dict[str, Tensor]:
+    """All sums of the last block of a Llama, run block by block on three batches."""
+    model = llama()
+    named = model.model.layers[1].named_modules(prefix="model.layers.1")
+    modules = {name: module for name, module in named if isinstance(module, nn.Linear)}
+    with BlockwiseGatherer(find_blocks(model)) as gatherer:
+        batches = [text([8, 5], 8, seed=seed) for seed in range(3)]
+        return named_sums(gatherer.gather(model, modules, batches, starts=modules.values(), progress=False))
+
+
+def named_sums(statistics: Statistics) -> dict[str, Tensor]:
     records = {**{f"in {k}": v for k, v in statistics.inputs.items()}, **{f"out {k}": v for k, v in statistics.outputs.items()}}
     numbers = {f"{name} rows": torch.tensor(record.rows) for name, record in records.items()}
     tokens = {f"{name} tokens": torch.tensor(record.gradient_tokens) for name, record in statistics.outputs.items()}
@@ -143,7 +163,18 @@ def gather(model: nn.Module) -> dict[str, Tensor]:
 def run_process(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    torch.save(gather(Routed()), f"{folder}/{rank}")
+    reduced, all_reduce = [], dist.all_reduce
+
+    def counted(tensor: Tensor, *args: Any) -> None:
+        reduced.append(tensor.data_ptr())
+        all_reduce(tensor, *args)
+
+    with patch.object(dist, "all_reduce", counted):
+        sums = gather(Routed())
+    grams = [tensor.data_ptr() for name, tensor in sums.items() if name.endswith("gram")]
+    assert set(grams) <= set(reduced), "in place, without a second copy"
+    torch.save(sums, f"{folder}/{rank}")
+    torch.save(by_block(), f"{folder}/by block {rank}")
     dist.destroy_process_group()
 
 
@@ -152,8 +183,10 @@ def test_a_process_without_a_record_takes_part_with_zeros(tmp_path: Path) -> Non
     expected = gather(Routed())
     assert "in experts.0 gram" in expected
     assert "in experts.2 gram" not in expected
+    one_by_one = by_block()
     for rank in (0, 1):
-        got = torch.load(tmp_path / str(rank))
-        assert got.keys() == expected.keys()
-        for key, tensor in got.items():
-            torch.testing.assert_close(tensor, expected[key])
+        for file, sums in ((str(rank), expected), (f"by block {rank}", one_by_one)):
+            got = torch.load(tmp_path / file)
+            assert got.keys() == sums.keys()
+            for key, tensor in got.items():
+                torch.testing.assert_close(tensor, sums[key])

@@ -63,7 +63,8 @@ def test_export_quantises(run: Run, models: Path, tmp_path: Path) -> None:
     assert_error(
         run("export", tmp_path / "small", out, "--quantize-tables", "int8", "--to", "dense"), "--quantize-tables is for"
     )
-    assert_error(run("export", tmp_path / "small", out, "--quantize", "int8", "--self-contained"), "not quantised")
+    tables = ("--quantize-tables", "int8", "--self-contained")
+    assert_error(run("export", tmp_path / "small", out, *tables), "without quantised tables")
     assert_error(run("export", tmp_path / "small", out, "--statistics", tmp_path / "none"), "--statistics is for --quantize")
     missing = ("--quantize", "int4", "--statistics", tmp_path / "none")
     assert_error(run("export", tmp_path / "small", out, *missing), "none")

@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from accelerate import cpu_offload, dispatch_model
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.batches import Batch, images, pairs, read
@@ -471,6 +472,29 @@ def test_an_error_while_layers_are_put_in_place_undoes_all(ways: dict[str, Any],
     assert not hasattr(model, "peft_config")
     monkeypatch.undo()
     assert all(module.training for module in compress(model, config_of(**Q), TEXT, progress=False, **ways).modules())
+
+
+# Models that accelerate spreads over devices, here with its hooks and on its disk
+
+
+@pytest.mark.parametrize(
+    "ways", [{}, {"sequential": True, "refine": Refinement(epochs=1, batch_size=2)}], ids=["one-shot", "both"]
+)
+def test_models_spread_over_devices_are_compressed_as_others(ways: dict[str, Any], tmp_path: Path) -> None:
+    places = {"model.embed_tokens": "disk", "lm_head": "disk", "model.norm": "cpu", "model.rotary_emb": "cpu"}
+    spread = dispatch_model(llama(), {**places, "model.layers": "cpu"}, main_device="cpu", offload_dir=tmp_path)
+    one, two = (compress(model, config_of(**ALL), TEXT[:1], progress=False, **ways) for model in (spread, llama()))
+    with torch.no_grad():
+        assert torch.equal(one.eval()(**TEXT[0]).logits, two.eval()(**TEXT[0]).logits)
+    one.save_pretrained(tmp_path / "adapter")
+    assert load_file(tmp_path / "adapter/adapter_model.safetensors").keys()
+
+
+def test_layers_that_are_offloaded_are_refused_before_anything_is_read() -> None:
+    model = cpu_offload(llama(), execution_device=torch.device("cpu"))
+    for what in (compress, plan, calibrate):
+        with pytest.raises(ValueError, match=r"it is offloaded.*`compress_checkpoint`"):
+            what(model, config_of(**Q), (no_text() for _ in range(1)), progress=False)
 
 
 # Text that the model writes itself

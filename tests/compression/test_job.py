@@ -98,7 +98,7 @@ def test_several_passes_give_what_one_gives(
     handle = model.register_forward_hook(lambda *_: calls.append(1))
     parts = compressed(model, iter(batches), target_modules=targets, arguments={"max_memory": memory})
     handle.remove()
-    assert len(calls) >= 3 * len(batches), "those of the last group are at hand when it is factorised"
+    assert len(calls) >= 2 * len(batches), "several groups"
     assert_same_model(parts, whole, tolerance=1e-6)
     one = {k: v for k, v in vars(whole.peft_config["default"]).items() if k not in ("predicted_loss",)}
     assert {k: v for k, v in vars(parts.peft_config["default"]).items() if k not in ("predicted_loss",)} == one
@@ -269,6 +269,9 @@ def test_numbers_in_few_bits_take_the_bytes_and_lose_about_what_is_planned(optio
     made.save(tmp_path / "plan.json")
     assert str(Plan.load(tmp_path / "plan.json")) == str(made)
     small = compressed(small, TEXT, arguments={"plan": made}, **targets, keep=made.keep)
+    at_once = compressed(llama(attention_bias=True), TEXT, **targets, **options)
+    for name, tensor in at_once.state_dict().items():  # what planning found serves factorising, and changes nothing
+        torch.testing.assert_close(tensor, small.state_dict()[name], msg=name)
     sizes = small.size_report().to_dict()["targets"]
     assert sizes["stored_bytes"] == made.stored_bytes
     assert sizes["dense_bytes"] == made.dense_bytes

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from support.models import qwen_moe
+from support.compressing import TEXT
+from support.models import bert, llama, qwen_moe
 from torch import nn
 
-from reparam_peft import ReparamConfig
-from reparam_peft.compression.passes import MaxMemory, passes_within
+from reparam_peft import ReparamConfig, calibrate
+from reparam_peft.compression.passes import MaxMemory, bytes_of_statistics, passes_within, room_beside
 from reparam_peft.layers.neuron_groups import NeuronGroup, Producer
 from reparam_peft.tuner.selection import select_targets
 from reparam_peft.tuner.targets import Target
@@ -40,10 +42,24 @@ def test_where_nobody_asked_a_target_that_takes_more_has_a_pass_of_its_own() -> 
 def test_groups_are_told(caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level("INFO", "reparam_peft"):
         passes_within(squares(5), asked_for(5 * LINEAR), [], [])
-        assert not caplog.messages, "one pass is nothing to tell"
+        assert caplog.messages == ["Statistics of 5 targets take at most 63,360 bytes."]
         passes_within(squares(5), asked_for(2 * LINEAR), [], [])
-    assert "5 targets take at most 63,360 bytes, of which 25,344 may be held at a time" in caplog.text
+    assert "25,344 bytes of them may be held at a time" in caplog.text
     assert "for 3 groups of targets to plan, and for 2 again to factorise" in caplog.text
+
+
+@pytest.mark.parametrize("build", [llama, bert])
+def test_what_statistics_take_is_foreseen(build: Callable[[], nn.Module]) -> None:
+    config, model = ReparamConfig(target_modules="all-linear", neurons=False), build()
+    taken = calibrate(model, config, TEXT, progress=False).nbytes
+    assert taken <= bytes_of_statistics(select_targets(model, config, "default")) <= 1.2 * taken
+
+
+def test_what_is_left_beside_the_largest_group() -> None:
+    targets, passes = squares(5), [["0", "1"], ["2"]]
+    assert room_beside(passes, targets, asked_for(3 * LINEAR)) == LINEAR
+    assert room_beside(passes, targets, asked_for(LINEAR)) == 0
+    assert room_beside(passes, targets, None) > 2**40
 
 
 @pytest.mark.parametrize(("given", "number"), [(5, 5), ("1GB", 10**9), ("0.5MiB", 2**19)])

@@ -23,7 +23,9 @@ from support.tolerances import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 
 from reparam_peft import ReparamConfig, compress, compress_checkpoint
+from reparam_peft.blockwise.gathering import BlockwiseGatherer
 from reparam_peft.compression import streaming
+from reparam_peft.runtime.blocks import block_of
 
 CONFIG: dict[str, Any] = {"target_modules": "all-linear", "keep": 0.6}
 BATCHES = [{"input_ids": torch.randint(3, 100, (2, 16), generator=torch.Generator().manual_seed(i))} for i in range(4)]
@@ -51,10 +53,19 @@ def test_the_same_bytes_as_in_memory(make: Any, form: str, tmp_path: Path) -> No
     assert sorted(path.name for path in tmp_path.iterdir()) == ["dense", "memory", "small"]
 
 
-@pytest.mark.parametrize("options", [{}, {"refine": True}], ids=["sequential", "refined"])
-def test_calibrated(options: dict[str, Any], tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "options",
+    [{"sequential": False}, {"sequential": True}, {"sequential": True, "refine": True}],
+    ids=["one-shot", "sequential", "refined"],
+)
+def test_calibrated(options: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    gathered = []
+    gather = BlockwiseGatherer.gather
+    monkeypatch.setattr(BlockwiseGatherer, "gather", lambda *args, **kw: gathered.append([*args[2]]) or gather(*args, **kw))
     compress_checkpoint(source(tmp_path), tmp_path / "small", ReparamConfig(**CONFIG), BATCHES, progress=False, **options)
-    expected = compress(llama(), ReparamConfig(**CONFIG), BATCHES, sequential=True, progress=False, **options).eval()
+    assert all(len({block_of(name, ["model.layers.0", "model.layers.1"]) for name in names}) == 1 for names in gathered)
+    assert len(gathered) == 3, "to plan from the last block to the first, whose statistics are at hand then; the last again"
+    expected = compress(llama(), ReparamConfig(**CONFIG), BATCHES, progress=False, **options).eval()
     assert_close(logits(AutoModelForCausalLM.from_pretrained(tmp_path / "small")), logits(expected))
 
 

@@ -128,6 +128,7 @@ BAD_VALUES: list[tuple[str, Any, type[Exception], str]] = [
         )
         for value in (-1, 1.5, True, "1")
     ),
+    ("healed_for", "int2", ValueError, "`healed_for` must be one of 'int8', 'int4' or None, got 'int2'"),
     ("evaluation", [1.0], TypeError, "`evaluation` must be a dict of names to finite numbers, got"),
     ("evaluation", {"perplexity": "20"}, TypeError, "`evaluation` must be a dict of names to finite numbers, got"),
     *(

@@ -28,6 +28,7 @@ def test_a_budget_of_parameters_is_what_none_means() -> None:
         ({"keep": 0.5}, "so that `keep` says nothing"),
         ({"r": "full"}, "needs `r`, the rank of the correction, got 'full'"),
         ({"r": 8, "bits": [16]}, r"`form='corrected'` needs one of \(8, 4\) among `bits`"),
+        ({"keep": 0.3, "budget": "bytes", "bits": [4]}, "needs 8 or 16 among `bits`, for the factors beside a matrix"),
         ({"r": 8, "init_weights": False}, "`init_weights=False` has no meaning with `form='corrected'`"),
         ({"r": 8, "neurons": True}, "`neurons=True` and `form='corrected'` cannot be used together"),
     ],

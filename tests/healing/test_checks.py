@@ -10,7 +10,8 @@ from peft import LoraConfig, get_peft_model
 from support.healing import BERT, ROWS, arguments, small, trainer
 from support.models import classifier, llama
 
-from reparam_peft import HealingTrainer
+from reparam_peft import HealingTrainer, ReparamConfig
+from reparam_peft.arguments import ReparamWarning
 
 
 @pytest.mark.parametrize(
@@ -84,3 +85,19 @@ def test_outputs_without_logits_need_hidden(tmp_path: Path) -> None:
     made = trainer(tmp_path, small(lambda: classifier().bert, **BERT), teacher=classifier().bert)
     with pytest.raises(ValueError, match="have no `logits` to distil; give `hidden` > 0"):
         made.train()
+
+
+def test_numbers_in_few_bits_do_not_train(tmp_path: Path) -> None:
+    names = [f"model.layers.{i}.self_attn.q_proj" for i in range(2)]
+    patterns = {"rank_pattern": 64, "form_pattern": "dense", "bit_pattern": 8}
+    fields: dict[str, Any] = {field: dict.fromkeys(names, value) for field, value in patterns.items()}
+
+    def model() -> Any:
+        return get_peft_model(llama(), ReparamConfig(target_modules=["q_proj"], **fields)).eval()
+
+    with pytest.raises(ValueError, match=r"names nothing that can be trained: all factors are stored in few bits.*'corrected'"):
+        trainer(tmp_path, model(), trains=["factors"])
+    with pytest.raises(ValueError, match=r"`lora` is merged into factors .*, and all factors are stored in few bits"):
+        trainer(tmp_path, model(), lora=LoraConfig(r=2))
+    with pytest.warns(ReparamWarning, match="Only norms are trained: all factors are stored in few bits"):
+        trainer(tmp_path, model())

@@ -16,6 +16,7 @@ from support.narrow import narrowed
 from torch import Tensor, nn
 
 from reparam_peft import HealingTrainer, ReparamConfig, calibrate, compress
+from reparam_peft.arguments import ReparamWarning
 from reparam_peft.healing.fake_quantization import NUMBERS, computing_in_few_bits, stored_numbers
 from reparam_peft.layers.factorized import FactorizedModule, numbers_of, weight_of
 from reparam_peft.layers.schemes import SCHEMES
@@ -188,6 +189,9 @@ def test_statistics_give_a_better_start_once(tmp_path: Path) -> None:
     assert errors[0] < 0.8 * errors[1]
     made.train()
     assert all(torch.equal(p, start[name]) for name, p in factors(model).items()), "not rounded again"
+    assert model.peft_config["default"].healed_for == "int4"
+    with pytest.warns(ReparamWarning, match=r"The factors were healed with `quantize='int4'`.* which `statistics` undo"):
+        model.to_standalone(quantize="int4", statistics=statistics)
 
 
 def test_statistics_that_have_no_use_are_refused(tmp_path: Path) -> None:

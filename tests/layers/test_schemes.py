@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 
 from reparam_peft.layers.schemes import SCHEME_OF, check_scheme
 from reparam_peft.numerics.storage import matrix_bytes, scale_shape
@@ -56,7 +57,8 @@ def test_sums_that_fit_half_precision_do_not_overflow_before_they_are_scaled(bit
     W = torch.full(shape, 0.01, dtype=torch.float64)
     tensors = scheme.packed(scheme.grid(W).nearest(W), scheme.grid(W))
     x = torch.full((1, 64), 3000.0, dtype=torch.float16)
-    for y in (scheme.multiply(tensors, shape, x.dtype)(x), scheme.traced(x, tensors, shape)):
+    layer = scheme.linear(nn.Linear(64, 4, bias=False), tensors, x.dtype)
+    for y in (scheme.multiply(tensors, shape, x.dtype)(x), scheme.traced(x, tensors, shape), layer(x)):
         assert torch.allclose(y.double(), x.double() @ scheme.numbers(tensors, shape).mT, rtol=0.01)
 
 

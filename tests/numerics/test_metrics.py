@@ -45,6 +45,19 @@ def test_is_the_matrix_over_its_scale(matrix: Tensor) -> None:
     assert_close(metric.norms(X), (X.mT @ M @ X).diagonal())
 
 
+@pytest.mark.parametrize("size", [3, 200, 384])
+@pytest.mark.parametrize("kind", ["full", "diagonal", "singular"])
+def test_products_by_blocks_are_whole_products(kind: str, size: int) -> None:
+    rows = torch.randn(size // 2 if kind == "singular" else 2 * size, size, generator=torch.Generator().manual_seed(0)).double()
+    matrix = rows.square().mean(0) if kind == "diagonal" else rows.mT @ rows
+    metric, X = Metric(matrix), some_columns(size)
+    quadratic = metric.quadratic(X)
+    assert_close(quadratic, X.mT @ metric.times(X))
+    assert torch.equal(quadratic, quadratic.mT)
+    root = torch.diag(metric.root) if kind == "diagonal" else metric.root
+    assert_close(metric.whiten(X), root.mT @ X)
+
+
 @PROPERTY
 @given(sized_metrics())
 def test_the_root_is_a_root(matrix: Tensor) -> None:

@@ -42,6 +42,7 @@ def test_costs_are_the_bytes_that_are_stored_and_grow() -> None:
     [
         ({"bits": (16, 8)}, {"dense", "factors", "pivot", "corrected"}, {16, 8}),
         ({"bits": (8,), "forms": ("pivot",)}, {"dense", "pivot"}, {8}),
+        ({"bits": (4,)}, {"dense", "factors", "pivot"}, {4}),  # no width that a correction may have
         ({"bits": (4,), "is_linear": False}, {"dense", "factors", "pivot"}, {16}),  # few bits cannot hold it
         ({"rank": 12}, {"factors", "pivot"}, {16, 8, 4}),
         ({"least": 160 * 64 * 4}, {"dense"}, {16, 8, 4}),  # what is stored as it is, is always offered

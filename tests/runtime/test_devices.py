@@ -1,9 +1,12 @@
+"""What devices compute fast, and what is done where one does not."""
+
 from __future__ import annotations
 
 import pytest
 import torch
+import torch.nn.functional as F
 
-from reparam_peft.runtime.devices import computes_bfloat16
+from reparam_peft.runtime.devices import computes_bfloat16, fast_products
 
 
 @pytest.mark.parametrize("supported", [True, False])
@@ -14,3 +17,23 @@ def test_a_processor_is_asked_for_its_instructions(supported: bool, monkeypatch:
 
 def test_other_devices_than_cuda_and_cpu_are_trusted() -> None:
     assert computes_bfloat16(torch.device("mps"))
+
+
+@pytest.mark.parametrize("supported", [True, False])
+def test_products_that_are_emulated_are_computed_in_float32(supported: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: supported)
+    x, W, b = (torch.randn(shape, generator=torch.Generator().manual_seed(0)) for shape in ((4, 64), (8, 64), (8,)))
+    seen = []
+    half = x.bfloat16().requires_grad_()
+    half.register_hook(lambda gradient: seen.append(gradient.dtype))
+    with fast_products():
+        outputs = [F.linear(half, W.bfloat16(), bias=b.bfloat16()), half @ W.bfloat16().mT + b.bfloat16()]
+        assert (x @ W.mT).dtype == torch.float32
+    expected = F.linear(half.float(), W.bfloat16().float(), b.bfloat16().float())
+    for output in outputs:
+        assert output.dtype == torch.bfloat16
+        torch.testing.assert_close(output.float(), expected, rtol=2e-2, atol=2e-2)
+        output.sum().backward()
+    assert seen == [torch.bfloat16] * 2
+    if not supported:
+        assert torch.equal(outputs[0], expected.bfloat16()), "rounded once"

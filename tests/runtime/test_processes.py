@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
@@ -42,10 +43,13 @@ def compute(name: str) -> list[Tensor]:
     return [torch.full((len(name),), float(len(name))), torch.tensor(dist.get_rank() if dist.is_initialized() else 0)]
 
 
-def share(names: list[str], compute=compute) -> dict[str, list[Tensor]]:
-    def parts(name: str) -> list[Tensor]:
-        return [torch.empty(len(name)), torch.tensor(-1)]
+def room(name: str) -> list[Tensor]:
+    return [torch.empty(len(name)), torch.tensor(-1)]
 
+
+def share(
+    names: list[str], compute: Callable[[str], list[Tensor]] = compute, parts: Callable[[str], list[Tensor]] = room
+) -> dict[str, list[Tensor]]:
     return share_out(names, "Counting", compute, parts, lambda name: torch.device("cpu"), progress=False)
 
 
@@ -59,6 +63,8 @@ def run_sharing_process(rank: int, folder: str) -> None:
     torch.save(share(NAMES), f"{folder}/{rank}")
     with pytest.raises(ValueError if rank == 0 else RuntimeError, match="one: it cannot" if rank == 0 else "another process"):
         share(["one"], failing)
+    with pytest.raises(ValueError if rank == 1 else RuntimeError, match="one: it cannot" if rank == 1 else "another process"):
+        share(["one"], parts=failing)  # of which the second process has no result of its own
     dist.destroy_process_group()
 
 
@@ -84,9 +90,12 @@ def test_an_error_has_the_name() -> None:
 
 
 FAILING = {
+    "memory is looked at": (0, "reparam_peft.compression.passes.free_memory"),
     "targets are looked for": (1, "reparam_peft.compression.job.select_targets"),
     "targets are checked": (1, "reparam_peft.compression.block_by_block.check_targets"),
     "the run folder is opened": (0, "reparam_peft.runtime.run_folder.lock_folder"),
+    "neurons are weighed": (0, "reparam_peft.compression.neurons.Neurons.offered"),
+    "ranks are chosen": (1, "reparam_peft.compression.job.make_plan"),
     "inputs are replayed": (1, "reparam_peft.compression.block_by_block.Replay"),
     "a block is factorised": (1, "reparam_peft.compression.block_by_block.BlockByBlock._factorize"),
     "a block is refined": (0, "reparam_peft.compression.block_by_block.refine_block"),

@@ -15,10 +15,11 @@ import torch
 import transformers
 from accelerate import init_empty_weights
 from safetensors.torch import load_file, save_file
+from support.few_bits import FEW_BITS
 from support.models import bert, gpt2, llama, t5, token_inputs, vit
 from support.narrow import narrowed
 from support.processes import run_stock
-from support.standalone import IDS, NARROW, STOCK, small
+from support.standalone import IDS, NARROW, STOCK, logits, small
 from torch import nn
 from transformers import PreTrainedModel
 
@@ -199,6 +200,43 @@ def test_a_model_that_reads_weights_itself(tmp_path: Path) -> None:
         weight = read.backbone.layers[0].mixer.dt_proj.weight
         assert weight.dtype == torch.float32
         torch.testing.assert_close(weight + 0, plain.backbone.layers[0].mixer.dt_proj.weight + 0)
+
+
+@pytest.mark.filterwarnings("ignore:.*reads this weight itself")
+@pytest.mark.parametrize(("form", "quantize"), [(FEW_BITS, None), (FEW_BITS, "int8"), ("pivot", "int4")])
+def test_few_bits_are_decoded_to_the_same_numbers(form: str, quantize: str | None, tmp_path: Path) -> None:
+    plain = small(form).to_standalone(quantize=quantize)
+    save_self_contained(plain, tmp_path)
+    plain.save_pretrained(tmp_path / "standalone")
+    sizes = [(tmp_path / name / "model.safetensors").stat().st_size for name in (".", "standalone")]
+    assert sizes[0] == pytest.approx(sizes[1], rel=0.02)
+    read = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    assert torch.equal(logits(read), logits(plain))
+    for (name, weight), expected in zip(_products(read), _products(plain), strict=True):
+        torch.testing.assert_close(weight + 0, expected[1] + 0, msg=name)
+    read.save_pretrained(tmp_path / "again")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert torch.equal(logits(again.half().float()), logits(read.half().float()))  # scales are not rounded
+    assert torch.equal(again.model.layers[0].self_attn.q_proj.B.scales, read.model.layers[0].self_attn.q_proj.B.scales)
+    half = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True, dtype=torch.float16)
+    assert (logits(half).float() - logits(plain)).abs().max() < 2e-3
+
+
+def _products(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
+    """The matrices of its linear layers, as a model that reads them gets them."""
+    return [(name, module.weight) for name, module in model.named_modules() if name.endswith("_proj")]
+
+
+def test_damaged_numbers_in_few_bits_are_refused(tmp_path: Path) -> None:
+    save_self_contained(small(FEW_BITS).to_standalone(), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    scale = next(name for name in state if name.endswith("weight_absmax"))
+    negative, as_floats = torch.full_like(state[scale], -1), state[scale].view(torch.float32)
+    for message, changed in (("scales that are", negative), ("scales that are", as_floats), ("lacks this tensor", None)):
+        kept = {name: tensor for name, tensor in (state | {scale: changed}).items() if tensor is not None}
+        save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
+        with pytest.raises(ValueError, match=message):
+            transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
 
 
 def test_a_tensor_of_the_base_model_that_is_missing_is_told(tmp_path: Path) -> None:

@@ -1,0 +1,69 @@
+"""Statistics of groups wait on disk, so that nothing is gathered twice, and are gathered again where they cannot."""
+
+from __future__ import annotations
+
+import shutil
+import tempfile
+from collections import namedtuple
+from pathlib import Path
+
+import pytest
+from support.compressing import TEXT, compressed
+from support.model_state import assert_same_model
+from support.models import llama
+
+from reparam_peft import Statistics
+from reparam_peft.compression import job
+from reparam_peft.compression.waiting import waiting
+
+GROUPS = [["a"], ["b", "c"]]
+
+
+def test_those_of_the_last_group_do_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gathered: list[str] = []
+
+    def gather() -> Statistics:
+        gathered.append("")
+        return Statistics(seed=len(gathered))
+
+    with waiting(GROUPS, 10) as keep:
+        assert keep is not None
+        seeds = [keep(group, gather).seed for group in [*GROUPS, *GROUPS]]
+        assert len(list(tmp_path.rglob("*.safetensors"))) == 1
+    assert seeds == [1, 2, 1, 3]
+    assert not list(tmp_path.iterdir())
+
+
+def test_without_room_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(19))
+    with waiting(GROUPS, 10) as keep:
+        assert keep is None
+
+
+def test_statistics_that_cannot_be_written_are_gathered_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(Statistics, "save", fails)
+    gathered = iter(range(1, 9))
+    with waiting(GROUPS, 10) as keep:
+        assert keep is not None
+        assert [keep(GROUPS[0], lambda: Statistics(seed=next(gathered))).seed for _ in range(2)] == [1, 2]
+
+
+def test_the_same_bits_and_one_pass_for_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
+    real, sizes = job.gather_statistics, list[int]()
+
+    def gather(model: object, modules: dict[str, object], *args: object, **options: object) -> Statistics:
+        sizes.append(len(modules))
+        return real(model, modules, *args, **options)
+
+    options = {"target_modules": "all-linear", "keep": 0.4}
+    whole = compressed(llama(), TEXT, **options)
+    monkeypatch.setattr(job, "gather_statistics", gather)
+    parts = compressed(llama(), TEXT, arguments={"max_memory": 400_000}, **options)
+    assert len(sizes) > 1
+    assert sum(sizes) == len(whole.peft_config["default"].rank_pattern) + len(whole.peft_config["default"].dense_modules)
+    assert_same_model(parts, whole, tolerance=1e-6)
