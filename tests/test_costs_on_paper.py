@@ -118,7 +118,7 @@ def test_operations_of_factorising(shape: tuple[int, int]) -> None:
     rank, least, spectra = 20, size // 4, [size * 7 // 8, size * 5 // 8]
     assert counted(lambda: direction_losses(W, G, F, G, F)) == pytest.approx(paper.spectrum(out, size).products, rel=0.02)
     made = counted(lambda: pivot(factorize(W, rank, G, F), G, torch.float32))
-    assert made == pytest.approx(paper.product(out, size, rank).products, rel=0.15)
+    assert made == pytest.approx(paper.product(out, size, rank).products, rel=0.05)
     chosen = counted(lambda: eliminate(W, G, F, least, block=1, spectra_at=spectra))
     assert chosen == pytest.approx(paper.elimination(out, size, least, spectra).products, rel=0.15)
 

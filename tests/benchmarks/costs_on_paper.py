@@ -205,10 +205,11 @@ def spectrum(out: int, size: int) -> Operations:
 
 
 def product(out: int, size: int, rank: int) -> Operations:
-    """The factors of a matrix in pivot form: the same with eigenvectors, and a QR and an LU decomposition of them."""
-    small, large = sorted((out, size))
-    products = 2 * large**2 * small + 6 * large * small**2 + (2 * small**3 if out > size else 0) + 2 * out * size * rank / 2
-    return Operations(products=products, decompositions=(9 + 1 / 3) * small**3 + large * small**2 + 4 * out * rank**2)
+    """The factors of a matrix in pivot form: the same with eigenvectors, products for the rank, and an LU decomposition."""
+    small = min(out, size)
+    whitened = 2 * size**2 * rank if out > size else 2 * out**2 * size
+    products = spectrum(out, size).products + whitened + 2 * out * size * rank + out * rank**2
+    return Operations(products=products, decompositions=(9 + 1 / 3) * small**3 + 4 * out * rank**2)
 
 
 def elimination(out: int, size: int, least: int, spectra: Sequence[int] = ()) -> Operations:
@@ -238,12 +239,10 @@ def factorising(model: Model, keep: float = 0.5) -> Operations:
     return total
 
 
-def one_shot(model: Model, tokens: int, length: int, passes: int) -> Operations:
-    """`compress`: so many passes over the data forward and backward, of which each target is part of two, or of one."""
+def one_shot(model: Model, tokens: int, length: int, passes: int, times: int = 1) -> Operations:
+    """`compress`: so many passes over the data forward and backward, in which each target is gathered once, or more times."""
     both = forward(model, tokens, length) * 2
-    return (
-        both * passes + sums(model, tokens) * (1 if passes == 1 else 2) + planning(model) + factorising(model)
-    ) * model.layers
+    return (both * passes + sums(model, tokens) * times + planning(model) + factorising(model)) * model.layers
 
 
 def by_block(model: Model, tokens: int, length: int) -> Operations:
@@ -294,11 +293,13 @@ def main() -> None:
             free = DEVICE - weights if copies else devices * DEVICE - weights
             limit = max(free / 2, statistics(model))
             count = groups(model, limit)
-            passes = 1 if count == 1 else 2 * count - 1
             share = 1 if copies else devices  # of memory
             workers = devices if copies else 1
+            # In one process the statistics of other groups wait on disk until they serve factorising.
+            waits = workers == 1 or count == 1
+            passes = count if waits else 2 * count - 1
             held = (weights + min(limit, model.layers * statistics(model)) + working) / share
-            shot = one_shot(model, tokens, options.length, passes).seconds / 3600 / workers
+            shot = one_shot(model, tokens, options.length, passes, 1 if waits else 2).seconds / 3600 / workers
             block = by_block(model, tokens, options.length).seconds / 3600 / workers
             of_blocks = (weights + statistics(model) + working) / share
             where = f"{devices}" if copies else f"{devices}, split"

@@ -185,8 +185,8 @@ def test_a_process_without_a_record_takes_part_with_zeros(tmp_path: Path) -> Non
     assert "in experts.2 gram" not in expected
     one_by_one = by_block()
     for rank in (0, 1):
-        for file, sums in ((str(rank), expected), (f"by block {rank}", one_by_one)):
+        for file, expected_sums in ((str(rank), expected), (f"by block {rank}", one_by_one)):
             got = torch.load(tmp_path / file)
-            assert got.keys() == sums.keys()
+            assert got.keys() == expected_sums.keys()
             for key, tensor in got.items():
-                torch.testing.assert_close(tensor, sums[key])
+                torch.testing.assert_close(tensor, expected_sums[key])
