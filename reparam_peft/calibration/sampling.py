@@ -16,7 +16,7 @@ from .heads import HeldBack
 
 # Of logits that labels are sampled from: copies are of these only. With fewer, the matrix of the head is read more often: 2^20
 # take twice the time where there are 49,152 tokens.
-NUMBERS_AT_A_TIME = 2**22
+NUMBERS_AT_A_TIME = 2**21
 
 
 def sampled_objective(
