@@ -128,6 +128,7 @@ PRIVATE_NAMES = (
     *_names(
         "transformers.configuration_utils",
         _commit_hash="is not what a model computes, for its fingerprint",
+        _experts_implementation="whether experts of a layer are computed one by one or together",
         _name_or_path="is not what a model computes, for its fingerprint",
     ),
     *_names(
