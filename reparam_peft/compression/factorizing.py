@@ -150,9 +150,13 @@ class Factorizer:
 
     def matrix(self, W: Tensor, weighing: Weighing, directions: Directions | None = None) -> Matrix:
         """A matrix, to be stored in few bits; with its directions, where they are known."""
+        known = directions
 
         def factors(matrix: Tensor, rank: int) -> Factors:
-            return self._factors(matrix, rank, weighing, directions, None)
+            nonlocal known
+            if known is None:  # those of W, rounded to its dtype, as planning finds them: then products have the same bits
+                known = self.directions(W, weighing)
+            return self._factors(matrix, rank, weighing, known, None)
 
         return Matrix(W, weighing, factors, self.method.nested)
 

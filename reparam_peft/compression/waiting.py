@@ -10,8 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TypeAlias
 
+import psutil
+
 from ..calibration.statistics import Statistics
 from ..runtime.processes import processes
+
+IN_MEMORY = ("tmpfs", "ramfs")  # file systems, whose files would take the memory that `max_memory` spares
 
 logger = logging.getLogger(__name__)
 
@@ -22,7 +26,7 @@ Keep: TypeAlias = Callable[[Sequence[str], Callable[[], Statistics]], Statistics
 def waiting(passes: Sequence[Sequence[str]], size: int) -> Iterator[Keep | None]:
     """Within this block statistics that were gathered once are read from a temporary folder, those of the last group but.
 
-    A second pass over the data takes as long as all the rest. The folder is the system's (`TMPDIR`).
+    A second pass over the data takes as long as all the rest. The folder is in the system's (`TMPDIR`).
 
     Args:
         passes: names of targets, in the order in which their statistics are gathered.
@@ -30,13 +34,15 @@ def waiting(passes: Sequence[Sequence[str]], size: int) -> Iterator[Keep | None]
 
     Yields:
         (group, a function that gathers its statistics) → the statistics; None, where the system's temporary folder has no room
-        for them and as much again, or in a run of several processes: then they have to be gathered again.
+        for them and as much again, cannot be written or is itself in memory, or in a run of several processes: then they have
+        to be gathered again.
     """
-    if processes()[0] > 1 or shutil.disk_usage(tempfile.gettempdir()).free < 2 * size:
+    made = None if processes()[0] > 1 else _folder(size)
+    if made is None:
         yield None
         return
     numbers = {tuple(group): number for number, group in enumerate(passes)}
-    with tempfile.TemporaryDirectory(prefix="reparam-") as folder:
+    with made as folder:
 
         def keep(group: Sequence[str], gather: Callable[[], Statistics]) -> Statistics:
             number = numbers[tuple(group)]
@@ -52,3 +58,17 @@ def waiting(passes: Sequence[Sequence[str]], size: int) -> Iterator[Keep | None]
             return statistics
 
         yield keep
+
+
+def _folder(size: int) -> tempfile.TemporaryDirectory[str] | None:
+    """A temporary folder on a disk with room for so many bytes and as much again; None where there is none."""
+    try:
+        system = Path(tempfile.gettempdir()).resolve()
+        disks = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
+        kind = next((disks[folder] for folder in (system, *system.parents) if folder in disks), "")
+        if kind in IN_MEMORY or shutil.disk_usage(system).free < 2 * size:
+            return None
+        return tempfile.TemporaryDirectory(prefix="reparam-")
+    except OSError as error:
+        logger.info("Statistics are gathered again, because the temporary folder cannot be used: %s", error)
+        return None

@@ -40,10 +40,11 @@ def packed_size(packed: Tensor) -> int:
     Raises:
         ValueError: no matrix is packed into that shape.
     """
-    size = packed.shape[-1] - (packed.ndim == 2 and packed.shape[1] == 2 * packed.shape[0] + 1)
-    if packed_shape(size) != tuple(packed.shape):
-        raise ValueError(f"no symmetric matrix is packed into the shape {tuple(packed.shape)}")
-    return size
+    if packed.ndim == 2:
+        size = packed.shape[1] - (packed.shape[1] == 2 * packed.shape[0] + 1)
+        if packed_shape(size) == tuple(packed.shape):
+            return size
+    raise ValueError(f"no symmetric matrix is packed into the shape {tuple(packed.shape)}")
 
 
 def packed_zeros(size: int, device: torch.device) -> Tensor:

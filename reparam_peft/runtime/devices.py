@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -45,7 +45,10 @@ class _InFloat32(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func not in PRODUCTS or not any(map(_is_emulated, tree_leaves((args, kwargs)))):
+        tensors = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+        # Of what multiplies in its own way, such as a quantised weight, and of what is written into a tensor, nothing is known.
+        is_plain = "out" not in kwargs and all(type(tensor) in (Tensor, nn.Parameter) for tensor in tensors)
+        if func not in PRODUCTS or not is_plain or not any(map(_is_emulated, tensors)):
             return func(*args, **kwargs)
         if (
             func is F.linear

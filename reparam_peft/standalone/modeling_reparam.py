@@ -88,8 +88,9 @@ class Coded(nn.Module):
             return (self.weight * self.scales).to(dtype)
         count = self.out_features * self.in_features
         codes = torch.cat([self.weight >> 4, self.weight & 15], 1).flatten()[:count].int()
-        levels = torch.tensor(NF4, device=codes.device)[codes] * self.scales.repeat_interleave(NF4_BLOCK)[:count]
-        return levels.view(self.out_features, self.in_features).to(dtype)
+        levels = torch.tensor(NF4, dtype=torch.float32, device=codes.device)[codes]
+        numbers = levels * self.scales.repeat_interleave(NF4_BLOCK)[:count]
+        return numbers.view(self.out_features, self.in_features).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.bits == 8 and x.dtype in (torch.float32, torch.bfloat16):  # as torchao; sums may leave the range of float16

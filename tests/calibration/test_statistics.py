@@ -172,6 +172,7 @@ TAMPERED: dict[str, Callable[..., Any]] = {
     "a Gram with NaN": with_value(f"grams/{NAME}", lambda v: spoilt(v, torch.nan)),
     "a sum with inf": with_value(f"sums/{NAME}", lambda v: spoilt(v, torch.inf)),
     "a Gram that is not square": with_value(f"grams/{NAME}", lambda v: v[:, :-1]),
+    "a Fisher matrix that is a number": with_value(f"output_grams/{NAME}", lambda v: v[0, 0]),
     "a sum of another length": with_value(f"sums/{NAME}", lambda v: v[:-1]),
     "energies of another length": with_value(f"energies/{NAME}", lambda v: v[:-1]),
     "whole numbers": with_value(f"grams/{NAME}", lambda v: v.long()),

@@ -9,6 +9,7 @@ from reparam_peft import ReparamConfig
 from reparam_peft.compression.factorizing import Factorizer
 from reparam_peft.compression.found import Found
 from reparam_peft.compression.weighing import Weighing
+from reparam_peft.numerics.storage import Storage
 
 W = torch.randn(12, 8, generator=torch.Generator().manual_seed(0))
 ONE = 8 * 8 * 4  # bytes of the directions of W
@@ -48,3 +49,15 @@ def test_other_factorisations_need_others(options: dict[str, object], alike: boo
     found.room = ONE
     assert found.losses("a", W, weighing(alike)) is not None
     assert found.take("a") is None
+
+
+@pytest.mark.parametrize("storage", [Storage(48, 32), Storage(48, 32, bits=4), Storage(48, 32, "pivot", bits=8)])
+def test_products_have_the_same_bits_without_them(storage: Storage) -> None:
+    X, Y = (torch.randn(200, size, generator=torch.Generator().manual_seed(size), dtype=torch.float64) for size in (32, 48))
+    gram, fisher = X.mT @ X, Y.mT @ Y
+    metrics = Weighing(gram, fisher, gram, fisher, loss_scale=1.0, mean=torch.zeros(32))
+    matrix = torch.randn(48, 32, generator=torch.Generator().manual_seed(0))
+    directions = factorizer().directions(matrix, metrics)
+    assert directions is not None
+    with_them, without = (factorizer().product(matrix, 20, matrix.dtype, metrics, None, storage, d) for d in (directions, None))
+    assert all(map(torch.equal, with_them.factors, without.factors))

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from collections import namedtuple
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from support.compressing import TEXT, compressed
@@ -14,9 +15,18 @@ from support.models import llama
 
 from reparam_peft import Statistics
 from reparam_peft.compression import job
-from reparam_peft.compression.waiting import waiting
+from reparam_peft.compression.waiting import psutil, waiting
 
 GROUPS = [["a"], ["b", "c"]]
+
+
+def mounted(fstype: str) -> list[SimpleNamespace]:
+    return [SimpleNamespace(mountpoint=folder, fstype=fstype) for folder in ("/", tempfile.gettempdir())]
+
+
+@pytest.fixture(autouse=True)
+def on_a_disk(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounted("ext4"))
 
 
 def test_those_of_the_last_group_do_not_wait(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,6 +48,20 @@ def test_those_of_the_last_group_do_not_wait(tmp_path: Path, monkeypatch: pytest
 def test_without_room_nothing_waits(monkeypatch: pytest.MonkeyPatch) -> None:
     usage = namedtuple("usage", "free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(19))
+    with waiting(GROUPS, 10) as keep:
+        assert keep is None
+
+
+@pytest.mark.parametrize("fstype", ["tmpfs", "ext4"])
+def test_nothing_waits_in_memory(fstype: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    monkeypatch.setattr(psutil, "disk_partitions", lambda all: mounted(fstype))
+    with waiting(GROUPS, 10) as keep:
+        assert (keep is None) == (fstype == "tmpfs")
+
+
+def test_without_a_temporary_folder_nothing_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
     with waiting(GROUPS, 10) as keep:
         assert keep is None
 

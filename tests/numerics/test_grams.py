@@ -33,7 +33,7 @@ def test_packed_matrices_are_half_as_large_and_lose_nothing(size: int) -> None:
     assert_close(grams.unpack(total), 2 * gram)
 
 
-@pytest.mark.parametrize("shape", [(3,), (2, 2), (2, 4), (3, 2), (0, 0)])
+@pytest.mark.parametrize("shape", [(), (3,), (2, 2), (2, 4), (3, 2), (0, 0)])
 def test_no_matrix_is_packed_into_other_shapes(shape: tuple[int, ...]) -> None:
     with pytest.raises(ValueError, match="no symmetric matrix is packed into the shape"):
         grams.packed_size(torch.zeros(shape))

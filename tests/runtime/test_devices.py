@@ -5,7 +5,9 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
+from reparam_peft.layers.schemes import SCHEMES
 from reparam_peft.runtime.devices import computes_bfloat16, fast_products
 
 
@@ -37,3 +39,25 @@ def test_products_that_are_emulated_are_computed_in_float32(supported: bool, mon
     assert seen == [torch.bfloat16] * 2
     if not supported:
         assert torch.equal(outputs[0], expected.bfloat16()), "rounded once"
+
+
+def test_quantised_weights_multiply_as_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("torchao")
+    plain = nn.Linear(32, 16, bias=False, dtype=torch.bfloat16)
+    eight = SCHEMES["int8"].linear(plain, SCHEMES["int8"].quantize(plain.weight), torch.bfloat16)
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    x = torch.randn(4, 32, dtype=torch.bfloat16, requires_grad=True)
+    expected = eight(x)
+    with fast_products():
+        y = eight(x)
+        gradients = [torch.autograd.grad(output.sum(), x)[0] for output in (y, expected)]
+    assert torch.equal(y, expected)
+    assert torch.equal(*gradients)
+
+
+def test_products_that_are_written_into_a_tensor_are_written(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.ops.mkldnn, "_is_mkldnn_bf16_supported", lambda: False)
+    one, out = torch.ones(2, 2, dtype=torch.bfloat16), torch.zeros(2, 2, dtype=torch.bfloat16)
+    with fast_products():
+        torch.mm(one, one, out=out)
+    assert out.eq(2).all()

@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from reparam_peft.standalone.auto_classes import auto_class
-from reparam_peft.standalone.modeling_reparam import name_rope_as_before
+from reparam_peft.standalone.modeling_reparam import Coded, name_rope_as_before
 from reparam_peft.standalone.self_contained import save_self_contained
 
 READER = """
@@ -225,6 +225,19 @@ def test_few_bits_are_decoded_to_the_same_numbers(form: str, quantize: str | Non
 def _products(model: nn.Module) -> list[tuple[str, torch.Tensor]]:
     """The matrices of its linear layers, as a model that reads them gets them."""
     return [(name, module.weight) for name, module in model.named_modules() if name.endswith("_proj")]
+
+
+@pytest.mark.parametrize("bits", [8, 4])
+def test_numbers_in_few_bits_are_the_same_whatever_new_tensors_are(bits: int) -> None:
+    coded = Coded(32, 4, bits)
+    coded.weight.random_(0, 127)
+    coded.scales.fill_(0.3)
+    expected, default = coded.matrix(torch.float32), torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)  # as some servers do
+        assert torch.equal(coded.matrix(torch.float32), expected)
+    finally:
+        torch.set_default_dtype(default)
 
 
 def test_damaged_numbers_in_few_bits_are_refused(tmp_path: Path) -> None:
