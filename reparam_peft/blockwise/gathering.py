@@ -35,6 +35,9 @@ logger = logging.getLogger(__name__)
 class BlockwiseGatherer:
     """Gathers what `gather_statistics` gathers, of a model of which one block at a time is run.
 
+    An input that several blocks read, such as the output of an encoder, is weighed by the gradients that come through the block
+    at hand, and not by those of all that read it.
+
     First the model is run forward, block after block, each on all batches, and what blocks give is kept. From the last block to
     the first, each is run once more, forward and backward from the gradients at its output, which leaves those at the outputs
     of the blocks that it depends on: kept, too, so that the statistics of any block can be gathered at any time by one pass

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..numerics.decompositions import Directions
@@ -28,7 +29,8 @@ class Found:
 
     def losses(self, name: str, W: Tensor, weighing: Weighing) -> Tensor:
         """What each direction of a matrix is predicted to cost; as `Factorizer.losses`."""
-        return self.factorizer.losses(W, weighing, self.directions(name, W, weighing) if self.room > 0 else None)
+        has_room = min(W.shape) ** 2 * torch.promote_types(W.dtype, torch.float32).itemsize <= self.room
+        return self.factorizer.losses(W, weighing, self.directions(name, W, weighing) if has_room else None)
 
     def directions(self, name: str, W: Tensor, weighing: Weighing) -> Directions | None:
         """The directions of a matrix, kept where there is room; as `Factorizer.directions`."""
