@@ -29,20 +29,24 @@ def waiting(passes: Sequence[Sequence[str]], size: int) -> Iterator[Keep | None]
         size: bytes that all of them take, at most.
 
     Yields:
-        (group, a function that gathers its statistics) → the statistics; None, where the system's temporary folder has no room
-        for them and as much again, or in a run of several processes: then they have to be gathered again.
+        (group, a function that gathers its statistics) → the statistics; None, where the system has no temporary folder with
+        room for them and as much again, or in a run of several processes: then they have to be gathered again.
     """
-    if processes()[0] > 1 or shutil.disk_usage(tempfile.gettempdir()).free < 2 * size:
+    temporary = _folder(2 * size) if processes()[0] == 1 else None
+    if temporary is None:
         yield None
         return
     numbers = {tuple(group): number for number, group in enumerate(passes)}
-    with tempfile.TemporaryDirectory(prefix="reparam-") as folder:
+    with temporary as folder:
 
         def keep(group: Sequence[str], gather: Callable[[], Statistics]) -> Statistics:
             number = numbers[tuple(group)]
             path = Path(folder) / f"{number}.safetensors"
-            if path.exists():
-                return Statistics.load(path)
+            try:
+                if path.exists():
+                    return Statistics.load(path)
+            except (ValueError, OSError) as error:  # damaged while they waited, or gone
+                logger.info("Statistics are gathered again, because they could not be read: %s", error)
             statistics = gather()
             if number < len(numbers) - 1:  # those of the last group are at hand as factorising begins
                 try:
@@ -52,3 +56,13 @@ def waiting(passes: Sequence[Sequence[str]], size: int) -> Iterator[Keep | None]
             return statistics
 
         yield keep
+
+
+def _folder(room: int) -> tempfile.TemporaryDirectory[str] | None:
+    """A new temporary folder of the system's; None where there is none with so many bytes free, or it cannot be made."""
+    try:
+        is_wide = shutil.disk_usage(tempfile.gettempdir()).free >= room
+        return tempfile.TemporaryDirectory(prefix="reparam-", ignore_cleanup_errors=True) if is_wide else None
+    except OSError as error:
+        logger.info("Statistics do not wait on disk: %s", error)
+        return None
