@@ -47,8 +47,11 @@ def waiting(passes: Sequence[Sequence[str]], size: int) -> Iterator[Keep | None]
         def keep(group: Sequence[str], gather: Callable[[], Statistics]) -> Statistics:
             number = numbers[tuple(group)]
             path = Path(folder) / f"{number}.safetensors"
-            if path.exists():
-                return Statistics.load(path)
+            try:
+                if path.exists():
+                    return Statistics.load(path)
+            except (ValueError, OSError) as error:  # damaged while they waited, or gone
+                logger.info("Statistics are gathered again, because they could not be read: %s", error)
             statistics = gather()
             if number < len(numbers) - 1:  # those of the last group are at hand as factorising begins
                 try:
@@ -68,7 +71,7 @@ def _folder(size: int) -> tempfile.TemporaryDirectory[str] | None:
         kind = next((disks[folder] for folder in (system, *system.parents) if folder in disks), "")
         if kind in IN_MEMORY or shutil.disk_usage(system).free < 2 * size:
             return None
-        return tempfile.TemporaryDirectory(prefix="reparam-")
+        return tempfile.TemporaryDirectory(prefix="reparam-", ignore_cleanup_errors=True)
     except OSError as error:
         logger.info("Statistics are gathered again, because the temporary folder cannot be used: %s", error)
         return None

@@ -120,19 +120,28 @@ def matrix_of(layer: nn.Module, dtype: torch.dtype) -> Tensor:
 class Pivot(nn.Module):
     """z (…, r) → y (…, out): z itself in the rows whose bit is set in `mask`, K z in the others."""
 
-    def __init__(self, K: nn.Module | None, out_features: int, dim: int) -> None:
+    def __init__(self, K: nn.Module | None, rank: int, out_features: int, dim: int) -> None:
         super().__init__()
-        self.K, self.out_features, self.dim = K, out_features, dim
+        self.K, self.rank, self.out_features, self.dim = K, rank, out_features, dim
         self.register_buffer("mask", torch.zeros((out_features + 7) // 8, dtype=torch.uint8))
         self.order: Tensor | None = None
+
+    def chosen(self) -> Tensor:
+        """Which rows are z itself, (out,)."""
+        bits = self.mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=self.mask.device)
+        return (bits & 1).flatten()[: self.out_features].bool()
+
+    def check(self, name: str) -> None:
+        """Raise `ValueError` where the mask of a file has not one row for each number of z."""
+        if self.chosen().sum() != self.rank:
+            raise ValueError(f"{name}: the checkpoint holds a mask of other rows than {self.rank}; it is damaged.")
 
     def forward(self, z: Tensor) -> Tensor:
         K = self._modules.get("K")
         if K is None:
             return z
         if self.order is None or self.order.device != z.device:
-            bits = self.mask[:, None] >> torch.arange(8, dtype=torch.uint8, device=z.device)
-            chosen = (bits & 1).flatten()[: self.out_features].bool()
+            chosen = self.chosen()
             self.order = torch.where(chosen, chosen.cumsum(0), chosen.sum() + (~chosen).cumsum(0)) - 1
         y = torch.cat([z, call(K, z)], self.dim)
         if self.dim != -1 or not y.is_cpu or torch.compiler.is_compiling():
@@ -211,7 +220,7 @@ class Factorized(nn.Module):
         if form == "dense":
             self.A = nn.Identity()
         elif form == "pivot":
-            self.A = Pivot(expand(out_features - rank) if out_features > rank else None, out_features, dim)
+            self.A = Pivot(expand(out_features - rank) if out_features > rank else None, rank, out_features, dim)
         else:
             self.A = expand(out_features)
         self.bias = nn.Parameter(torch.zeros(out_features)) if bias else None
@@ -319,9 +328,14 @@ class WithFactors:
         for name in sorted(info["missing_keys"]):
             if is_base or name.startswith(f"{model.base_model_prefix}."):  # others are of another head
                 raise ValueError(f"{name}: the checkpoint lacks this tensor; {OTHER_NAMES}.")
+        prefix = f"{model.base_model_prefix}."
+        others = sorted({other for name in info["unexpected_keys"] for other in (name, name.removeprefix(prefix))})
         for name, module in model.named_modules():
-            if isinstance(module, Coded):
+            if isinstance(module, (Coded, Pivot)) and not any(buffer.is_meta for buffer in module.buffers(False)):
                 module.check(name)
+            spare = [other for other in others if other.startswith(f"{name}.")] if isinstance(module, Factorized) else []
+            if spare:
+                raise ValueError(f"{spare[0]}: config.json has this layer without such a tensor; the checkpoint is damaged.")
         return (model, info) if output_loading_info else model
 
     def save_pretrained(self, save_directory: Any, *args: Any, **kwargs: Any) -> None:

@@ -60,10 +60,29 @@ def test_nothing_waits_in_memory(fstype: str, tmp_path: Path, monkeypatch: pytes
         assert (keep is None) == (fstype == "tmpfs")
 
 
-def test_without_a_temporary_folder_nothing_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "gone"))
+@pytest.mark.parametrize("where", ["gettempdir", "mkdtemp"])
+def test_without_a_folder_nothing_waits(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fails(*args: object, **options: object) -> None:
+        raise FileNotFoundError("no usable temporary directory")
+
+    monkeypatch.setattr(tempfile, where, fails)
     with waiting(GROUPS, 10) as keep:
         assert keep is None
+
+
+def test_statistics_that_are_damaged_as_they_wait_are_gathered_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    gathered = iter(range(1, 9))
+
+    def seed() -> int:
+        return keep(GROUPS[0], lambda: Statistics(seed=next(gathered))).seed
+
+    with waiting(GROUPS, 10) as keep:
+        assert keep is not None
+        assert seed() == 1
+        (path,) = tmp_path.rglob("*.safetensors")
+        path.write_bytes(path.read_bytes()[:-9])
+        assert [seed(), seed()] == [2, 2]
 
 
 def test_statistics_that_cannot_be_written_are_gathered_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -252,6 +252,31 @@ def test_damaged_numbers_in_few_bits_are_refused(tmp_path: Path) -> None:
             transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
 
 
+@pytest.mark.parametrize(
+    ("form", "changes", "message"),
+    [
+        ("pivot", lambda state: {"A.mask": torch.zeros_like(state["A.mask"])}, r"q_proj\.A: .* a mask of other rows"),
+        ("pivot", lambda state: {"A.weight": torch.zeros(64, 16)}, r"q_proj\.A\.weight: config\.json has this layer without"),
+        (
+            "factors",
+            lambda state: {"B.weight_scale": torch.ones(16, 1)},
+            r"q_proj\.B\.weight_scale: config\.json has this layer",
+        ),
+    ],
+)
+def test_masks_and_tensors_that_do_not_fit_the_layers_are_refused(
+    form: str, changes: Callable[..., dict[str, torch.Tensor]], message: str, tmp_path: Path
+) -> None:
+    save_self_contained(small(form).to_standalone(), tmp_path)
+    state = load_file(tmp_path / "model.safetensors")
+    layer = "model.layers.0.self_attn.q_proj."
+    own = {name.removeprefix(layer): tensor for name, tensor in state.items() if name.startswith(layer)}
+    state |= {layer + name: tensor for name, tensor in changes(own).items()}
+    save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=message):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+
+
 def test_a_tensor_of_the_base_model_that_is_missing_is_told(tmp_path: Path) -> None:
     save_self_contained(small("pivot").to_standalone(), tmp_path)
     state = load_file(tmp_path / "model.safetensors")
