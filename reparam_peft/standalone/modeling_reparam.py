@@ -80,6 +80,7 @@ class Coded(nn.Module):
 
     @property
     def scales(self) -> Tensor:
+        """What codes are multiplied by, float32."""
         return self._buffers[self.scale].view(torch.float32)
 
     def matrix(self, dtype: torch.dtype) -> Tensor:

@@ -88,7 +88,8 @@ def test_attentions_are_compressed_saved_loaded_merged_and_disabled(tmp_path: Pa
     assert relative_error(expected, dense) < 0.7 * relative_error(output(get_peft_model(attending(), config).eval()), dense)
     small.save_pretrained(tmp_path)
     for options in ({}, {"low_cpu_mem_usage": True}):
-        assert torch.equal(output(PeftModel.from_pretrained(attending(), tmp_path, **options).eval()), expected)
+        again = output(PeftModel.from_pretrained(attending(), tmp_path, **options).eval())
+        torch.testing.assert_close(again, expected, msg=str(options))  # products of tensors out of files are rounded otherwise
     small.merge_adapter()
     assert_close(output(small), expected)
     small.unmerge_adapter()
