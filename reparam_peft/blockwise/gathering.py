@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -14,14 +13,14 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
 
-from ..calibration.gather import finish, gather_statistics, parts_of
+from ..calibration.gather import calibrating, finish, gather_statistics, parts_of
 from ..calibration.given import Objective
 from ..calibration.recorder import Recorder
 from ..calibration.self_written import written
 from ..calibration.statistics import Statistics, weight_norm
 from ..runtime.batches import Batch
 from ..runtime.blocks import block_of
-from ..runtime.modules import evaluating, frozen, input_device, leaving_no_graph, uncompiled
+from ..runtime.modules import input_device
 from ..runtime.processes import check_whole, fails_together, processes
 from .activations import Activations
 from .blocks import Replay
@@ -274,10 +273,3 @@ def _backward(output: Any, gradients: Sequence[Tensor | None]) -> None:
     if pairs:
         leaves, of_leaves = zip(*pairs, strict=True)
         torch.autograd.backward(leaves, of_leaves)
-
-
-@contextmanager
-def calibrating(model: nn.Module) -> Iterator[None]:
-    """The model as it is calibrated: in eval mode, frozen, not compiled."""
-    with evaluating(model), frozen(model), uncompiled(model), leaving_no_graph(model):
-        yield

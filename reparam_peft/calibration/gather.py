@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -131,7 +131,7 @@ def gather_statistics(
     batches = written(batches)
     return_freed()
     device = input_device(model)
-    with fails_together(), evaluating(model), frozen(model), uncompiled(model), leaving_no_graph(model), ExitStack() as stack:
+    with fails_together(), calibrating(model), ExitStack() as stack:
         recorder = Recorder(statistics, modules, gradients, heads, objective)
         stack.enter_context(fast_products())
         stack.enter_context(recorder.hooks(model, set(starts) - set(modules.values())))
@@ -142,6 +142,13 @@ def gather_statistics(
     logger.info("calibrated %d modules", len(modules))
     finish(statistics, modules, recorder.gradient_tokens if gradients else None)
     return statistics
+
+
+@contextmanager
+def calibrating(model: nn.Module) -> Iterator[None]:
+    """The model as it is calibrated: in eval mode, frozen, not compiled."""
+    with evaluating(model), frozen(model), uncompiled(model), leaving_no_graph(model):
+        yield
 
 
 def finish(statistics: Statistics, modules: Mapping[str, nn.Module], gradient_tokens: int | None) -> None:
