@@ -107,7 +107,7 @@ class Statistics:
 
     def covariance(self, module: str) -> Tensor:
         """E[(x − E[x]) (x − E[x])ᵀ] of a module's input, shape (in, in)."""
-        return covariance(self.gram(module), self.mean(module))
+        return centre_in_place(self.gram(module), self.mean(module))
 
     def moments(self, module: str, centred: bool) -> Moments:
         """Moments of a module's input, with its covariance if `centred`, else with E[x xᵀ]."""
@@ -127,9 +127,10 @@ class Statistics:
         gram = unpack(weighted.gram).div_(weighted.weight)
         if centre is None:
             return gram
-        cross = torch.outer(weighted.sum / weighted.weight, centre)
-        centred = gram - cross - cross.mT + torch.outer(centre, centre)
-        return _above_rounding(centred, gram)
+        variances = gram.diagonal().clone()
+        lower = weighted.sum / weighted.weight - centre / 2
+        gram.addr_(lower, centre, alpha=-1).addr_(centre, lower, alpha=-1)
+        return _above_rounding(gram, variances)
 
     def fisher(self, module: str) -> Tensor:
         """F = E[g gᵀ] at a module's output, shape (out, out), or its diagonal (out,) where that is kept alone."""
@@ -300,18 +301,23 @@ class Statistics:
                 record.check()
 
 
-def covariance(gram: Tensor, mean: Tensor) -> Tensor:
-    """E[(x − m) (x − m)ᵀ], positive definite, of E[x xᵀ] (in, in) and the mean m = E[x] (in,)."""
-    return _above_rounding(gram - torch.outer(mean, mean), gram)
+def centre_in_place(gram: Tensor, mean: Tensor) -> Tensor:
+    """E[(x − m) (x − m)ᵀ], positive definite, of E[x xᵀ] (in, in) and the mean m = E[x] (in,), in the memory of the former."""
+    squares = gram.diagonal().clone()
+    return _above_rounding(gram.addr_(mean, mean, alpha=-1), squares)
 
 
-def _above_rounding(centred: Tensor, gram: Tensor) -> Tensor:
+def _above_rounding(centred: Tensor, squares: Tensor) -> Tensor:
     """A difference from a Gram matrix, in place; where nothing but rounding is left of it, nearly a multiple of the identity.
 
     Of an input that never varies the inverse of rounding would make products of arbitrary size.
+
+    Args:
+        centred: the difference, shape (in, in).
+        squares: the diagonal of the Gram matrix, shape (in,).
     """
-    centred.diagonal().clamp_(min=1e-14 * gram.diagonal())  # constant channels, whose variance may be negative
-    least = LEAST_VARIANCE * gram.diagonal().mean()
+    centred.diagonal().clamp_(min=1e-14 * squares)  # constant channels, whose variance may be negative
+    least = LEAST_VARIANCE * squares.mean()
     if centred.diagonal().mean() < least:
         centred.diagonal().add_(least)
     return centred

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
-from ..calibration.statistics import Moments, Statistics, covariance
+from ..calibration.statistics import Moments, Statistics, centre_in_place
 from ..config.reparam_config import ReparamConfig
 from ..layers.parameters import Reading
 from ..numerics.storage import Storage
@@ -42,7 +42,7 @@ class Pooled:
             rows = own.rows
             gram, mean = (_moved(one, rows, other, weight) for one, other in ((own.gram, gram), (own.mean, mean)))
         if centred:
-            gram = covariance(gram, mean)
+            gram = centre_in_place(gram, mean)
         return Moments(gram, mean, rows + min(weight, shared.rows))
 
     def weighted_gram(self, name: str, centre: Tensor | None = None) -> Tensor | None:

@@ -96,6 +96,7 @@ class Weigher:
             outputs: whether the metric of outputs is wanted; else there is none.
         """
         mean_seen = statistics.mean(name)
+        is_given = moments is not None
         if moments is None:
             moments = statistics.moments(name, centred=moves_bias)
         gram = moments.gram
@@ -106,7 +107,9 @@ class Weigher:
                 weighted = weighted[columns][:, columns]
             if weighted is not None and weighted.trace() > 0:
                 gram = weighted.mul_(SENSITIVE * (gram.trace() / weighted.trace())).add_(gram, alpha=1 - SENSITIVE)
-        gram = self.shrunk(replace(moments, gram=gram))
+                moments, is_given = replace(moments, gram=gram), False
+            del weighted
+        gram = self.shrunk(moments) if is_given else shrink_in_place(gram, self._input_shrinkage(moments))
         fisher = self._shrunk_fisher(name, statistics) if self.gradients and outputs else None
         input_metric = {"gram": gram, "diagonal": diagonal(gram).sqrt(), "none": None}[self.input_metric]
         output_metric = None
@@ -123,8 +126,10 @@ class Weigher:
 
     def shrunk(self, moments: Moments) -> Tensor:
         """E[x xᵀ], moved toward the identity where rows are few."""
-        amount = self.shrinkage
-        return shrink(moments.gram, input_shrinkage(moments.rows, len(moments.gram)) if amount is None else amount)
+        return shrink(moments.gram, self._input_shrinkage(moments))
+
+    def _input_shrinkage(self, moments: Moments) -> float:
+        return input_shrinkage(moments.rows, len(moments.gram)) if self.shrinkage is None else self.shrinkage
 
     def _shrunk_fisher(self, name: str, statistics: Statistics | Pooled) -> Tensor:
         fisher, amount = statistics.fisher(name), self.output_shrinkage

@@ -17,6 +17,7 @@ from .metrics import ABSENT, Metric, exact, solve
 AT_A_TIME = 1 / 48  # of the neurons: how many are left out together
 CANDIDATES = 4  # for each of them, so many that are cheap alone, since two may be cheap only as long as the other stays
 COMPACT = 0.9  # part of the rows that are left where the others are taken out of the matrices
+BLOCK = 256  # rows of a matrix that are moved at a time
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,19 @@ def eliminate(
     >>> eliminate(torch.tensor([[1.0, 5.0, 0.1]]), torch.eye(3), torch.eye(1), 1, block=1).order
     tensor([2, 0])
     """
-    metric, T = Metric(gram), Metric(fisher)
-    neurons = len(metric.matrix)
+    neurons = len(gram)
     if not 1 <= least <= neurons:
         raise ValueError(f"`least` must be in [1, {neurons}], the number of neurons, got {least}.")
     if any(not least <= count <= neurons for count in spectra_at):
         raise ValueError(f"`spectra_at` must be in [{least}, {neurons}], got {list(spectra_at)}.")
-    # A neuron that the others determine, or that is always zero, costs nothing and goes first; it needs some variance.
-    H = _inverse(metric.matrix + ABSENT * torch.eye(neurons, dtype=torch.float64, device=metric.matrix.device))
-    V = T.whiten(exact(weight))  # Tᵀ W'
+    T = Metric(fisher)
+    C, scale = _with_variance(gram)
+    V = T.whiten(exact(weight)).mT.contiguous()  # W'ᵀ T
+    cross = C @ V  # C Wᵀ T, of which W' C_SS W'ᵀ is made without C, whose memory the inverse takes
+    H = _inverse_in_place(C)
+    if H is None:
+        H = torch.linalg.inv(_with_variance(gram)[0]).contiguous()
+    del C
     stays = torch.arange(neurons, device=H.device)  # which neurons the rows and columns belong to
     is_left = torch.ones(neurons, dtype=torch.bool, device=H.device)
     order: list[Tensor] = []
@@ -108,11 +113,9 @@ def eliminate(
     wanted = list(spectra_at)
     left = neurons
 
-    def spectrum(columns: Tensor, V: Tensor) -> Tensor:
-        """Half the squared singular values of Tᵀ W' C_SS^½, of the neurons S at these columns."""
-        some = stays[columns]
-        C = metric.matrix.index_select(0, some).index_select(1, some)
-        square = V @ (C @ V.mT)
+    def spectrum(rows: Tensor, V: Tensor) -> Tensor:
+        """Half the squared singular values of Tᵀ W' C_SS^½, of the neurons S at these rows."""
+        square = cross.index_select(0, stays[rows]).mT @ V
         return torch.linalg.eigvalsh((square + square.mT) / 2).flip(0).clamp(min=0) / 2
 
     while wanted and wanted[0] == left:
@@ -120,58 +123,103 @@ def eliminate(
         wanted.pop(0)
     while left > least:
         size = min(max(1, block or round(neurons * AT_A_TIME)), left - least)
-        costs = (V.square().sum(0) / H.diagonal()).masked_fill(~is_left, torch.inf)
+        costs = (V.square().sum(1) / H.diagonal()).masked_fill(~is_left, torch.inf)
         candidates = costs.topk(min(CANDIDATES * size, left), largest=False).indices
-        first, cost = _cheapest(V[:, candidates], H[candidates][:, candidates], size)
+        of_candidates = V.index_select(0, candidates)
+        between = H.index_select(0, candidates).index_select(1, candidates)
+        first, cost = _cheapest(of_candidates @ of_candidates.mT, between, size)
         gone = candidates[first]
-        columns, lost = H[:, gone], V[:, gone]
+        rows, lost = H.index_select(0, gone), V.index_select(0, gone)
+        pivot = rows.index_select(1, gone)
         while wanted and wanted[0] >= left - size:  # within this step
-            some = gone[: left - wanted.pop(0)]
+            some = left - wanted.pop(0)
             rest = is_left.clone()
-            rest[some] = False
+            rest[gone[:some]] = False
             keeps = rest.nonzero()[:, 0]
-            taken = _inverse(columns[some, : len(some)]) @ columns[keeps, : len(some)].mT
-            spectra.append(spectrum(keeps, V[:, keeps] - lost[:, : len(some)] @ taken))
-        update = _inverse(columns[gone]) @ columns.mT  # H_gg⁻¹ H_g:
+            taken = rows[:some].index_select(1, keeps).mT @ _inverse(pivot[:some, :some])
+            spectra.append(spectrum(keeps, V.index_select(0, keeps) - taken @ lost[:some]))
+        update = _inverse(pivot) @ rows  # H_gg⁻¹ H_g:
         losses.append(losses[-1][-1] + cost.cumsum(0))
         order.append(stays[gone])
-        V.addmm_(lost, update, alpha=-1)
-        H.addmm_(columns, update, alpha=-1)
+        V.addmm_(update.mT, lost, alpha=-1)
+        H.addmm_(rows.mT, update, alpha=-1)
         is_left[gone] = False
         left -= size
         if left < COMPACT * len(stays):  # what is gone takes no more time
             rest = is_left.nonzero()[:, 0]
-            stays, is_left, V, H = stays[rest], is_left[rest], V[:, rest], H[rest][:, rest]
+            stays, is_left, V, H = stays[rest], is_left[rest], V.index_select(0, rest), _narrowed(H, rest)
     indices = torch.cat(order) if order else stays[:0]
-    scale = metric.scale * T.scale
+    scale *= T.scale
     return Elimination(indices, torch.cat(losses) * scale, neurons, tuple(values * scale for values in spectra))
+
+
+def _with_variance(gram: Tensor) -> tuple[Tensor, float]:
+    """A Gram matrix that may be changed, scaled, and what it was divided by.
+
+    A neuron that the others determine, or that is always zero, costs nothing and goes first; it needs some variance.
+    """
+    metric = Metric(gram)
+    metric.matrix.diagonal().add_(ABSENT)
+    return metric.matrix, metric.scale
 
 
 def _inverse(matrix: Tensor) -> Tensor:
     """The inverse of a matrix that is positive definite but for rounding."""
-    L, failed = torch.linalg.cholesky_ex(matrix)
-    return torch.linalg.inv(matrix) if failed else torch.cholesky_inverse(L)
+    inverse = _inverse_in_place(matrix.clone())
+    return torch.linalg.inv(matrix) if inverse is None else inverse
 
 
-def _cheapest(V: Tensor, H: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def _inverse_in_place(matrix: Tensor) -> Tensor | None:
+    """The inverse of a symmetric matrix, in its memory, which is lost in any case; None where it is not positive definite."""
+    L = matrix.mT  # in the order of LAPACK, which then makes no copy
+    failed = torch.empty((), dtype=torch.int32, device=matrix.device)
+    torch.linalg.cholesky_ex(L, out=(L, failed))
+    return None if failed else torch.cholesky_inverse(L, out=L).mT
+
+
+def _narrowed(matrix: Tensor, rest: Tensor) -> Tensor:
+    """The rows and columns of a symmetric matrix at ascending indices, in its memory, which is lost.
+
+    Row i of the result lies before row rest[i] of the matrix, so that a block of rows is read before it is written over.
+    """
+    size, numbers = len(rest), matrix.view(-1)
+    narrow = numbers[: size * size].view(size, size)
+    for start in range(0, size, BLOCK):
+        narrow[start : start + BLOCK] = matrix.index_select(0, rest[start : start + BLOCK]).index_select(1, rest)
+    return narrow
+
+
+def _cheapest(K: Tensor, H: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Of some neurons those to leave out one after the other, and what each costs: of two that stand for each other only one.
 
+    Leaving out i takes r = H_i: / H_ii times column i off every column of V and H. Of K = Vᵀ V and of H only the diagonals are
+    kept up; the rows of those that go are made out of r, and of w, where K loses w rᵀ + r wᵀ.
+
     Args:
-        V: Tᵀ W' of these neurons, shape (out, n); used up.
-        H: C_SS⁻¹ of them, shape (n, n); used up.
+        K: Vᵀ V of these neurons, shape (n, n), with V = Tᵀ W'.
+        H: C_SS⁻¹ of them, shape (n, n).
         count: how many go.
     """
+    norms, variances = K.diagonal().clone(), H.diagonal().clone()
+    R, W, pivots = H.new_empty(count, len(H)), H.new_empty(count, len(H)), H.new_empty(count)
     chosen, costs = [], []
     is_gone = torch.zeros(len(H), dtype=torch.bool, device=H.device)
-    for _ in range(count):
-        cost, index = (V.square().sum(0) / H.diagonal()).masked_fill(is_gone, torch.inf).min(0)
-        column, row = H[:, index].clone(), H[index] / H[index, index]
-        V -= torch.outer(V[:, index].clone(), row)
-        H -= torch.outer(column, row)
+    for step in range(count):
+        cost, index = (norms / variances).masked_fill(is_gone, torch.inf).min(0)
+        r, w = R[:step, index], W[:step, index]
+        row = H[index] - (r * pivots[:step]) @ R[:step]
+        of_K = K[index] - w @ R[:step] - r @ W[:step]
+        pivots[step] = row[index]
+        R[step] = row / row[index]
+        W[step] = of_K - of_K[index] / 2 * R[step]
+        variances -= row * R[step]
+        norms -= 2 * W[step] * R[step]
         is_gone[index] = True
         chosen.append(index)
         costs.append(cost.clamp(min=0) / 2)
     return torch.stack(chosen), torch.stack(costs)
+
+
 
 
 def refitted(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
