@@ -220,8 +220,6 @@ def _cheapest(K: Tensor, H: Tensor, count: int) -> tuple[Tensor, Tensor]:
     return torch.stack(chosen), torch.stack(costs)
 
 
-
-
 def refitted(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
     """W' = W C_:S C_SS⁻¹: the columns for the neurons S that stay, which make up for the others; shape (out, |S|), float64.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -72,6 +73,21 @@ def test_moved_biases_leave_the_mean_output_as_it_was(method: str, dtype: torch.
             spread = statistics.covariance(name).trace().sqrt()
             assert (after - before).norm() < (1e-5 if dtype == torch.float32 else 2e-2) * max(spread, before.norm())
             assert torch.equal(layer.base_layer.bias, module.bias)
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("moves_bias", [True, False])
+def test_statistics_and_moments_stay_as_they_are(moves_bias: bool, gradients: bool) -> None:
+    config = ReparamConfig(target_modules=["query"], method="whitened")
+    statistics = calibrate(bert(), config, TEXT, progress=False)
+    weigher, name = replace(Weigher.of(config), gradients=gradients), next(iter(statistics.reads))
+    moments = statistics.moments(name, moves_bias)
+    before = moments.gram.clone()
+    of_statistics = weigher.weighing(name, statistics, moves_bias)
+    of_moments = weigher.weighing(name, statistics, moves_bias, moments)
+    assert torch.equal(moments.gram, before)
+    assert torch.equal(statistics.moments(name, moves_bias).gram, before)
+    assert torch.equal(of_statistics.gram, of_moments.gram)
 
 
 def test_svd_moves_no_bias_and_needs_no_gradients() -> None:

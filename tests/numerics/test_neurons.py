@@ -85,6 +85,14 @@ def test_where_nothing_is_active_nothing_is_lost() -> None:
     assert sorted(found.order.tolist() + found.kept(1).tolist()) == list(range(6))
 
 
+def test_what_is_given_stays_as_it_is() -> None:
+    given = problem(neurons=60)
+    before = [matrix.clone() for matrix in given]
+    eliminate(*given, least=6, spectra_at=[30])
+    refitted(given[0], given[1], torch.arange(20))
+    assert all(map(torch.equal, given, before))
+
+
 def test_all_neurons_may_stay() -> None:
     W, C, F = problem(neurons=5)
     found = eliminate(W, C, F, least=5)
