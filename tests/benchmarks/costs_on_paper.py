@@ -171,7 +171,7 @@ def graph(model: Model, tokens: int, itemsize: int = 2) -> float:
 
 
 def decomposing(model: Model) -> float:
-    """The float64 matrices that are at work at a time on the matrix that needs most: to choose neurons, three of (in, in)."""
+    """The float64 matrices at work at a time on the matrix that needs most: to refit it to fewer neurons, four of (in, in)."""
     return max(8 * (4 * max(m.out, m.size) ** 2 + 3 * m.out * m.size) for m in model.matrices)
 
 
@@ -215,7 +215,7 @@ def product(out: int, size: int, rank: int) -> Operations:
 def elimination(out: int, size: int, least: int, spectra: Sequence[int] = ()) -> Operations:
     """The order in which the neurons that a matrix reads are left out, and spectra of what is left, at some numbers."""
     updates = 2.2 * ((size**3 - least**3) / 3 + out * (size**2 - least**2) / 2)
-    products = updates + 2 * out**2 * size + sum(2 * c**2 * out + 2 * out**2 * c for c in spectra)
+    products = updates + 2 * out**2 * size + 2 * size**2 * out + sum(2 * out**2 * c for c in spectra)
     return Operations(products=products, decompositions=size**3 + len(spectra) * 4 / 3 * out**3)
 
 
