@@ -18,8 +18,8 @@ DISTRIBUTE = "maybe_distribute_model"  # of models of transformers from some ver
 def check_unsplit(model: nn.Module, processes: int | None, rules: Mapping[str, str] | None = None) -> None:
     """Raise `ValueError` where a plan would split layers among processes that are factorised.
 
-    A plan takes a factorised layer for the dense one in whose place it stands. By outputs it would take all of them for the part
-    of this process, by inputs it would add whole products up.
+    A plan takes a factorised layer for the dense one in whose place it stands. By outputs it would take all of them for the
+    part of this process, by inputs it would add whole products up.
 
     Args:
         model: that is loaded.
@@ -33,10 +33,10 @@ def check_unsplit(model: nn.Module, processes: int | None, rules: Mapping[str, s
     split = [name for name in layers if re.sub(r"\.\d+(?=\.|$)", ".*", name) in plan]
     if split:
         raise ValueError(
-            f"{split[0]}: this layer and {len(split) - 1} others are factorised, and the model's `tp_plan` would split them among "
-            f"{processes} processes as if they were dense, which computes something else. Load the model whole in each process, "
-            "without `tp_plan`, `tp_size` and tensor parallelism in `distributed_config`; or serve a self-contained checkpoint by "
-            "vLLM or SGLang, which split the factors."
+            f"{split[0]}: this layer and {len(split) - 1} others are factorised, and the model's `tp_plan` would split them "
+            f"among {processes} processes as if they were dense, which computes something else. Load the model whole in each "
+            "process, without `tp_plan`, `tp_size` and tensor parallelism in `distributed_config`; or serve a self-contained "
+            "checkpoint by vLLM or SGLang, which split the factors."
         )
 
 

@@ -50,7 +50,7 @@ class Refusing(nn.Module):
 def test_weights_that_are_split_among_processes_are_refused() -> None:
     model = nn.Sequential(nn.Linear(16, 16))
     model[0].weight.placements = ()  # as of a DTensor
-    with pytest.raises(ValueError, match="0: its weight is split among processes .* Load the base model whole"):
+    with pytest.raises(ValueError, match=r"0: its weight is split among processes .* Load the base model whole"):
         get_peft_model(model, ReparamConfig(target_modules=["0"], r=2))
 
 
