@@ -19,7 +19,7 @@ LEAST_RANK = 16  # full rank over the lowest rank that is offered
 LEAST_PIVOT_RANK = 2  # likewise in pivot form in few bits, which saves little at low ranks, and adds more to the error
 MOST_CORRECTED = 8  # full rank over the highest rank of a correction
 OF_THE_AVERAGE = 0.25  # what takes a smaller part of a matrix's bytes, against that of all matrices, is not offered
-OF_ARRIVED = 0.98  # what takes a larger part of the codes in which a matrix arrived is not offered: they lose nothing
+OF_ARRIVED = 0.98  # what takes a larger part of the codes that arrived, which lose nothing, is not offered
 CORRECTION_BITS = 8  # of the factors beside a matrix in few bits, where these are allowed
 
 
