@@ -28,8 +28,8 @@ class ByteOption:
     """One way to store a matrix.
 
     Attributes:
-        rank: of its product; full, where the matrix is stored as it is in few bits; None: dense in the dtype of the model, or in
-            the codes in which it arrived.
+        rank: of its product; full, where the matrix is stored as it is in few bits; None: dense in the dtype of the model, or
+            in the codes in which it arrived.
         storage: what the product takes, in which form and bits.
         cost: bytes.
     """
