@@ -45,12 +45,14 @@ def register() -> None:
     from .runtime.hosts import NEWEST_TRIED, extend, is_untried, names_that_went, serve_state_dicts
     from .standalone.checkpoint import register_checkpoints
     from .standalone.from_config import register_from_config
+    from .standalone.parallel import register_parallel
     from .tuner.base_state import register_base_state
     from .tuner.host_checks import register_host_checks
     from .tuner.model import ReparamModel
 
     register_checkpoints()
     register_from_config()
+    register_parallel()
     register_host_checks()
     register_base_state()
     register_loading()

@@ -16,7 +16,7 @@ from ..numerics.decompositions import Corrected, Factors, Whole, leading_factors
 from ..numerics.metrics import Metric, exact
 from ..numerics.pivoting import pivot
 from ..numerics.rounding import Feedback, Rounded, rounded, rounded_factors, rounded_product
-from ..numerics.storage import Storage
+from ..numerics.storage import AS_THE_MODEL, Storage
 from ..planning.allocation import Point, lower_hull
 from ..planning.byte_options import ByteOption
 from .weighing import Weighing
@@ -25,6 +25,7 @@ from .weighing import Weighing
 # and width where it can be off by no more than this part of the loss.
 SURE = 0.02
 OFF_BETWEEN, OFF_BESIDE = 0.1, 0.3  # parts of itself that it may be off by, between two ranks and beside one
+RESOLVED = 1e-3  # of the loss of what a product is taken off, below which the loss of the rest is computed from the rest alone
 WORTH_COMPUTING = 0.05  # by how much of itself a loss is expected below what is known already, at the same bytes
 
 Factorize: TypeAlias = Callable[[Tensor, int], Factors]
@@ -40,6 +41,20 @@ class InFewBits(NamedTuple):
 
     stored: Stored
     scales: Mapping[str, Tensor]
+
+
+class Start(NamedTuple):
+    """What a product is taken off.
+
+    Attributes:
+        error: E = W − W' of a matrix W' that is stored as it is, or W itself; float32.
+        weighed: F E G in the scaled metrics, float32.
+        loss: tr(F E G Eᵀ) in these.
+    """
+
+    error: Tensor
+    weighed: Tensor
+    loss: float
 
 
 class Matrix:
@@ -58,6 +73,7 @@ class Matrix:
         self._dense: dict[int, Rounded] = {}
         self._factors: Factors | None = None
         self._corrections: dict[int, Factors] = {}
+        self._starts: dict[int, Start] = {}
 
     @cached_property
     def feedback(self) -> Feedback:
@@ -122,26 +138,40 @@ class Matrix:
     def loss(self, stored: Stored) -> float:
         """What a product W' is predicted to add to the loss, nats per token: c · tr(F E G Eᵀ), E = W − W'."""
         if isinstance(stored, Whole):
-            product = stored.W
-        elif isinstance(stored, Corrected):
-            product = stored.Q + stored.A @ stored.B
+            return self.scale * self._start(stored.W).loss
+        if isinstance(stored, Corrected):
+            start, A, B = self._start(stored.Q), stored.A.float(), stored.B.float()
         else:
-            A, B = stored if isinstance(stored, Factors) else stored.factors()
-            product = A.float() @ B.float()
-        E = (self.W - product).float()
-        F, G = self._narrow_metrics
-        FE, EG = F[:, None] * E if F.ndim == 1 else F @ E, E * G if G.ndim == 1 else E @ G
-        return self.scale * float((FE * EG).sum(dtype=torch.float64).clamp(min=0))
+            start = self._start(None)
+            A, B = (factor.float() for factor in (stored if isinstance(stored, Factors) else stored.factors()))
+        error = start.error - A @ B
+        weighed = start.weighed - self.fisher.times_narrow(A) @ self.gram.times_narrow(B.mT).mT
+        lost = _inner(error, weighed)
+        if lost < RESOLVED * start.loss:
+            lost = _inner(error, self._weighed(error))
+        return self.scale * max(lost, 0.0)
+
+    def _start(self, whole: Tensor | None) -> Start:
+        """What a product beside a matrix that is stored as it is, or beside none, is taken off."""
+        known = (bits for bits, rounded in self._dense.items() if rounded.numbers is whole)
+        bits = AS_THE_MODEL if whole is None else next(known, None)
+        if bits is not None and bits in self._starts:
+            return self._starts[bits]
+        error = (self.W if whole is None else self.W - whole).float()
+        weighed = self._weighed(error)
+        start = Start(error, weighed, max(_inner(error, weighed), 0.0))
+        if bits is not None:
+            self._starts[bits] = start
+        return start
+
+    def _weighed(self, error: Tensor) -> Tensor:
+        """F E G in the scaled metrics, float32."""
+        return self.gram.times_narrow(self.fisher.times_narrow(error).mT).mT
 
     @property
     def scale(self) -> float:
         """What an error in the scaled metrics is multiplied by to be in nats per token."""
         return self.fisher.scale * self.gram.scale * self.weighing.loss_scale / 2
-
-    @cached_property
-    def _narrow_metrics(self) -> tuple[Tensor, Tensor]:
-        """F and G, float32, scaled, whole or as diagonals."""
-        return self.fisher.matrix.float(), self.gram.matrix.float()
 
     def losses(self, options: Sequence[ByteOption], directions: Tensor) -> Tensor:
         """What options are predicted to add to the loss, shape (options,); inf where it is not known.
@@ -190,6 +220,11 @@ class Matrix:
             lost = self.loss(Whole(self.dense(bits).numbers))
             left = [lost, *(lost - gained).clamp(min=0).tolist()]
         return [(left if o.form == "corrected" else tails)[o.rank or 0] if o.form != "dense" else 0.0 for o in options]
+
+
+def _inner(one: Tensor, other: Tensor) -> float:
+    """The sum of products of all numbers."""
+    return float((one * other).sum(dtype=torch.float64))
 
 
 def _expected(

@@ -42,7 +42,8 @@ def offered(config: ReparamConfig, forms: Sequence[str] | None, targets: Mapping
             for name, storage in storages.items()
             if (rank := ranks[name]) is not None
         }
-        made = Bytes({name: storage.bytes(None, itemsizes[name]) for name, storage in storages.items()}, options)
+        dense = {name: storage.dense * itemsizes[name] for name, storage in storages.items()}
+        made = Bytes(dense, dense, options)
     used = (bits for options in made.options.values() for o in options if o.rank for bits in o.storage.widths(o.rank).values())
     for bits in sorted({*used}):
         SCHEME_OF[bits].imported()

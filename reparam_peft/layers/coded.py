@@ -113,9 +113,13 @@ class CodedLinear(nn.Module):
             )
         device = matrix.device if self.weight.is_meta else self.weight.device
         matrix, scales = matrix.detach().to(device), scales.detach().to(device, torch.float32)
+        self.set_tensors(self.scheme.packed(matrix.double(), self.scheme.grid_of(scales, self.shape)))
+
+    def set_tensors(self, tensors: Mapping[str, Tensor]) -> None:
+        """Have codes and scales, by name, which are not copied. Works on meta, where it takes their device."""
         if self.weight.is_meta:
-            self.placeholder = torch.zeros((), dtype=self.dtype, device=device)
-        for name, tensor in self.scheme.packed(matrix.double(), self.scheme.grid_of(scales, self.shape)).items():
+            self.placeholder = torch.zeros((), dtype=self.dtype, device=tensors[CODES].device)
+        for name, tensor in tensors.items():
             setattr(self, name, tensor)
 
     def reset_parameters(self) -> None:
@@ -127,8 +131,7 @@ class CodedLinear(nn.Module):
 
     def share(self, other: CodedLinear) -> None:
         """Have the numbers of another layer of the same size and bits, in the same memory."""
-        for name, tensor in other.tensors.items():
-            setattr(self, name, tensor)
+        self.set_tensors(other.tensors)
         self.placeholder = other.placeholder.clone()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> CodedLinear:

@@ -109,12 +109,16 @@ class QuantizedLinearKind(LinearKind):
         if hasattr(layer, "state"):  # 8 bits, which PEFT's function leaves in a state that does not compute
             largest = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # of each row
             return (layer.weight.detach() * (largest / 127)[:, None]).to(self.dtype(layer))
+        self.put_in_order(layer)
+        return dequantize_module_weight(layer).detach().to(self.dtype(layer))
+
+    def put_in_order(self, layer: Any) -> None:
+        """Undo the faster order in which bitsandbytes keeps numbers in 4 bits on some CPUs, in place."""
         state = getattr(getattr(layer, "weight", None), "quant_state", None)
         if state is not None and getattr(state, "packing_format_for_cpu", False):
             layer.state_dict()  # bitsandbytes brings back the order of the numbers, but not of their scales
             if state.absmax.ndim > 1:
                 state.absmax = state.absmax.T.flatten().float()
-        return dequantize_module_weight(layer).detach().to(self.dtype(layer))
 
     def shell(self, layer: Any) -> nn.Linear:
         """A plain layer with the bias, and with NaN in place of W, which takes no memory."""
@@ -238,11 +242,3 @@ def is_quantized(layer: nn.Module) -> bool:
 def stored_weight(layer: nn.Module) -> Tensor:
     """The numbers of a layer's weight as they are stored, quantised or not."""
     return cast(Tensor, layer.W_q) if hasattr(layer, "W_q") else weight_of(layer)
-
-
-def stored_bytes(layer: nn.Module) -> int:
-    """What the numbers of a layer's weight take, with their scales where they are quantised."""
-    weight: Any = stored_weight(layer)
-    parts = [getattr(weight, name) for name in weight.__tensor_flatten__()[0]] if hasattr(weight, "qdata") else [weight]
-    parts += [getattr(getattr(weight, "quant_state", None), "absmax", None), getattr(weight, "SCB", None)]
-    return sum(part.numel() * part.element_size() for part in parts if part is not None)

@@ -18,7 +18,7 @@ from ..numerics.storage import NF4_BLOCK
 from .factor_linear import FactorLinear
 
 Multiply: TypeAlias = Callable[[Tensor], Tensor]
-INT8_MOST = 127
+INT8_LEAST, INT8_MOST = -128, 127
 SMALLEST_SCALE = 1e-30  # of matrices of zeros
 
 
@@ -117,21 +117,16 @@ class Int8(Scheme):
         return (weight.abs().amax(1, keepdim=True).clamp(min=SMALLEST_SCALE) / INT8_MOST).float()
 
     def grid_of(self, scales: Tensor, shape: Sequence[int]) -> Grid:
-        return Grid(scales.double(), torch.arange(-INT8_MOST, INT8_MOST + 1, device=scales.device).double())
+        return Grid(scales.double(), torch.arange(INT8_LEAST, INT8_MOST + 1, device=scales.device).double())
 
     def scales_of(self, grid: Grid) -> Tensor:
         return grid.scale.float()
 
     def packed(self, numbers: Tensor, grid: Grid) -> dict[str, Tensor]:
-        return {"weight": (grid.indices(numbers) - INT8_MOST).to(torch.int8), "weight_scale": self.scales_of(grid)}
+        return {"weight": (grid.indices(numbers) + INT8_LEAST).to(torch.int8), "weight_scale": self.scales_of(grid)}
 
     def numbers(self, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
         return tensors["weight"].double() * tensors["weight_scale"].double()
-
-    def check(self, tensors: Mapping[str, Tensor]) -> None:
-        super().check(tensors)
-        if (tensors["weight"] < -INT8_MOST).any():
-            raise ValueError(f"`weight` holds numbers below {-INT8_MOST}.")
 
     def multiply(self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Multiply:
         if dtype == torch.float16:

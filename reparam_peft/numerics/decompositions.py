@@ -16,6 +16,7 @@ from .metrics import ABSENT, Metric, check_metric, device_of_sums, exact, is_fin
 # (measured, worst case: eigenvalues that crowd around the cut). Its subspace is taken where the discarded energy is at least
 # 2500 · eps · n · λ₁: then the error of A B is within 1e-5, relatively, of the optimum, with a factor of two to spare.
 RESOLVED = 2500
+ABSENT_NARROW = 1e-6  # of the largest square of a direction in float32, below which there is nothing but rounding
 OVERSAMPLED, ITERATIONS = 8, 3  # of subspace iteration: directions beside those that are wanted, and steps
 
 
@@ -345,8 +346,8 @@ def _nested_factors(
 def leading_factors(weight: Tensor, rank: int, gram: Metric, output_gram: Metric) -> Factors:
     """Factors of a low rank that nearly minimise ‖F^½ (W − A B) G^½‖_F, at a cost that grows with the rank.
 
-    Subspace iteration (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4) in float32, from a fixed start. The first columns
-    and rows are nearly the factors of lower ranks.
+    Subspace iteration (Halko et al. 2011, arXiv:0909.4061, algorithm 4.4) in float32, from a fixed start, on W G Wᵀ F, for
+    which no root of a metric is needed. The first columns and rows are nearly the factors of lower ranks.
 
     Args:
         weight: W, shape (out, in), float64.
@@ -354,15 +355,23 @@ def leading_factors(weight: Tensor, rank: int, gram: Metric, output_gram: Metric
         gram: G of the inputs.
         output_gram: F of the outputs.
     """
-    whitened = output_gram.whiten_narrow(weight)
-    M = gram.whiten_narrow(whitened.mT).mT
-    generator = torch.Generator().manual_seed(0)
-    subspace = torch.randn(M.shape[1], min(rank + OVERSAMPLED, *M.shape), generator=generator).to(M.device)
+    W, generator = weight.float(), torch.Generator().manual_seed(0)
+    subspace = torch.randn(W.shape[1], min(rank + OVERSAMPLED, *W.shape), generator=generator).to(W.device)
     for _ in range(ITERATIONS):
-        subspace = M.mT @ torch.linalg.qr(M @ subspace).Q
-    Q = torch.linalg.qr(M @ subspace).Q
-    U = Q @ torch.linalg.svd(Q.mT @ M, full_matrices=False).U[:, :rank]
-    return Factors(output_gram.unwhiten(U.double()), (U.mT @ whitened).double())
+        X = _orthonormal(W @ gram.times_narrow(subspace), output_gram)
+        subspace = W.mT @ output_gram.times_narrow(X)
+    X = _orthonormal(W @ gram.times_narrow(subspace), output_gram)
+    rows = output_gram.times_narrow(X).mT @ W  # X Xᵀ F W is W's part in the subspace
+    U = torch.linalg.eigh((rows @ gram.times_narrow(rows.mT)).double()).eigenvectors.flip(1)[:, :rank]
+    return Factors(X.double() @ U, U.mT @ rows.double())
+
+
+def _orthonormal(columns: Tensor, metric: Metric) -> Tensor:
+    """Columns of the same span, X with Xᵀ M X = I, float32; zero where the metric knows nothing of a direction."""
+    Q = torch.linalg.qr(columns).Q
+    squares, V = torch.linalg.eigh((Q.mT @ metric.times_narrow(Q)).double())
+    inverse = torch.where(squares > ABSENT_NARROW * squares[-1], squares.clamp(min=0).rsqrt(), 0)
+    return Q @ (V * inverse).to(Q)
 
 
 def _square_of_directions(W: Tensor, gram: Metric, output_gram: Metric) -> Tensor:

@@ -60,10 +60,14 @@ class Metric:
             return self.root.mT @ X
         return torch.cat([self.root[rows.start :, rows].mT @ X[rows.start :] for rows in _blocks(len(X))])
 
-    def whiten_narrow(self, X: Tensor) -> Tensor:
-        """`whiten` in float32, for what is not needed more exactly."""
-        root, X = self.root.float(), X.float()
-        return root[:, None] * X if self.diagonal else root.mT @ X
+    @cached_property
+    def narrow(self) -> Tensor:
+        """The scaled matrix, or its diagonal, in float32."""
+        return self.matrix.float()
+
+    def times_narrow(self, X: Tensor) -> Tensor:
+        """M X in float32, for what is not needed more exactly; X in float32."""
+        return self.narrow[:, None] * X if self.diagonal else self.narrow @ X
 
     def unwhiten(self, X: Tensor) -> Tensor:
         """(Tᵀ)⁺ X, the pseudo-inverse of `whiten`."""

@@ -114,24 +114,28 @@ def rounded(weight: Tensor, grid: Grid, gram: Tensor | Feedback) -> Rounded:
     # Columns become rows, which lie together in memory, in units of their scales' largest.
     unit = float(grid.scale.amax())
     rows = (W.mT[feedback.order] / unit).float()
-    scale = (grid.scale / unit).float().mT
+    scale = (grid.scale / unit).float().mT.clamp(min=torch.finfo(torch.float32).tiny)
     scales = scale.expand(len(rows), -1) if len(scale) == 1 else scale[feedback.order]
     levels = grid.levels.float()
     middles = (levels[1:] + levels[:-1]) / 2
-    indices = torch.empty(rows.shape, dtype=torch.int32, device=rows.device)
+    is_whole, least, most = bool((levels == levels.round()).all() and (levels.diff() == 1).all()), levels[0], levels[-1]
+    chosen = torch.empty(rows.shape, dtype=rows.dtype if is_whole else torch.int32, device=rows.device)  # levels, or indices
     exact_row, in_steps, levels_of_row = (torch.empty_like(rows[0]) for _ in range(3))
     for start in range(0, len(rows), COLUMNS):
         block = slice(start, start + COLUMNS)
         owed, gets = torch.zeros_like(rows[block]), feedback.passes_on[block, block].mT.contiguous()
         passed_on = owed.mT  # zero for those columns of the block that are not rounded yet
-        for row, steps, index, owes, parts in zip(rows[block], scales[block], indices[block], owed, gets, strict=True):
+        for row, steps, choice, owes, parts in zip(rows[block], scales[block], chosen[block], owed, gets, strict=True):
             torch.addmv(row, passed_on, parts, alpha=-1, out=exact_row)
-            torch.bucketize(torch.div(exact_row, steps, out=in_steps), middles, out_int32=True, out=index)
-            torch.index_select(levels, 0, index, out=levels_of_row)
-            torch.addcmul(exact_row, levels_of_row, steps, value=-1, out=owes)
+            if is_whole:
+                level = torch.div(exact_row, steps, out=choice).round_().clamp_(least, most)
+            else:
+                torch.bucketize(torch.div(exact_row, steps, out=in_steps), middles, out_int32=True, out=choice)
+                level = torch.index_select(levels, 0, choice, out=levels_of_row)
+            torch.addcmul(exact_row, level, steps, value=-1, out=owes)
         rows[block.stop :].addmm_(feedback.passes_on[block, block.stop :].mT, owed, alpha=-1)
-    numbers = grid.levels[indices[feedback.order.argsort()].mT.long()] * grid.scale
-    return Rounded(numbers, grid)
+    chosen = chosen[feedback.order.argsort()].mT
+    return Rounded((chosen.to(grid.levels) if is_whole else grid.levels[chosen.long()]) * grid.scale, grid)
 
 
 def _inverse_root(gram: Tensor) -> Tensor:

@@ -73,6 +73,8 @@ class Storage:
         bits: of the numbers of the product, of a corrected one of those of the matrix: 8 or 4; 16: the dtype of the model;
             0, of a corrected one: it is the base model's, which arrived quantised, and only the factors are stored.
         correction_bits: of the factors beside a corrected matrix, likewise.
+        arrived: bytes of the matrix in the codes in which it arrived, with their scales; None: it arrived in the dtype of the
+            model.
 
     Raises:
         ValueError: more is left than there was.
@@ -85,6 +87,7 @@ class Storage:
     whole: tuple[int, int] | None = None
     bits: int = AS_THE_MODEL
     correction_bits: int = AS_THE_MODEL
+    arrived: int | None = None
 
     def __post_init__(self) -> None:
         if self.whole is not None and (self.out_features > self.whole[0] or self.in_features > self.whole[1]):
@@ -175,7 +178,7 @@ class Storage:
         return widths
 
     def bytes(self, rank: int | None, itemsize: int) -> int:
-        """What a product of this rank takes in all, or the whole matrix where it stays dense in the dtype of the model (None).
+        """What a product of this rank takes in all, or the whole matrix where it stays as it arrived (None).
 
         Args:
             rank: r.
@@ -183,9 +186,11 @@ class Storage:
 
         >>> Storage(64, 64).bytes(8, 2), Storage(64, 64, bits=8).bytes(None, 2), Storage(64, 64, "dense", bits=8).bytes(64, 2)
         (2048, 8192, 4352)
+        >>> Storage(64, 64, arrived=2304).bytes(None, 2)
+        2304
         """
         if rank is None:
-            return self.dense * itemsize
+            return self.dense * itemsize if self.arrived is None else self.arrived
         widths = self.widths(rank)
         matrices = (
             matrix_bytes(*shape, widths.get(name, AS_THE_MODEL), itemsize) for name, shape in self.matrices(rank).items()

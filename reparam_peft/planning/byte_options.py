@@ -19,6 +19,7 @@ LEAST_RANK = 16  # full rank over the lowest rank that is offered
 LEAST_PIVOT_RANK = 2  # likewise in pivot form in few bits, which saves little at low ranks, and adds more to the error
 MOST_CORRECTED = 8  # full rank over the highest rank of a correction
 OF_THE_AVERAGE = 0.25  # what takes a smaller part of a matrix's bytes, against that of all matrices, is not offered
+OF_ARRIVED = 0.98  # what takes a larger part of the codes that arrived, which lose nothing, is not offered
 CORRECTION_BITS = 8  # of the factors beside a matrix in few bits, where these are allowed
 
 
@@ -27,7 +28,8 @@ class ByteOption:
     """One way to store a matrix.
 
     Attributes:
-        rank: of its product; full, where the matrix is stored as it is in few bits; None: dense in the dtype of the model.
+        rank: of its product; full, where the matrix is stored as it is in few bits; None: dense in the dtype of the model, or
+            in the codes in which it arrived.
         storage: what the product takes, in which form and bits.
         cost: bytes.
     """
@@ -64,6 +66,8 @@ def byte_options(
     them with a correction in 8 bits, or else in the dtype of the model, where one of these is allowed, up to what the next
     wider width takes. Ranks grow by a constant factor.
 
+    A matrix that arrived in few bits may keep its codes, whatever widths are allowed, and is offered what takes less only.
+
     Args:
         storage: the matrix, and whether a bias is moved with its product.
         itemsize: bytes of a number in the dtype of the model.
@@ -94,6 +98,8 @@ def byte_options(
             options.append(ByteOption(rank, made, cost))
 
     as_it_is = {width: (None if width == AS_THE_MODEL else full) for width in widths}
+    if rank is None and storage.arrived is not None and AS_THE_MODEL not in as_it_is:
+        add(None, storage.form, AS_THE_MODEL)
     if rank is None:
         for width, whole in as_it_is.items():
             add(whole, "dense" if whole is not None else storage.form, width)
@@ -114,6 +120,8 @@ def byte_options(
             add(each, "corrected", widths[0], correction, min(wider, default=math.inf))
     options.sort(key=lambda option: (option.cost, option.form != "dense"))
     options = [option for i, option in enumerate(options) if not i or option.cost > options[i - 1].cost]
+    if rank is None and storage.arrived is not None:
+        options = [option for option in options if option.rank is None or option.cost < OF_ARRIVED * storage.arrived]
     return [option for option in options if option.cost >= least or option.form == "dense"] or options[-1:]
 
 
@@ -133,10 +141,12 @@ class Bytes:
 
     Attributes:
         dense: bytes of each matrix in the dtype of the model, by module.
+        arrived: bytes of each matrix as it arrived, by module: the same, but of those that arrived in few bits.
         options: what each can be stored as, the cheapest first, by module.
     """
 
     dense: Mapping[str, int]
+    arrived: Mapping[str, int]
     options: Mapping[str, Sequence[ByteOption]]
 
     @classmethod
@@ -157,10 +167,11 @@ class Bytes:
             itemsizes: bytes of a number in the dtype of the model, by module.
             is_linear: whether a layer can hold its matrices in few bits, by module.
         """
-        dense = {name: storage.bytes(None, itemsizes[name]) for name, storage in storages.items()}
+        dense = {name: storage.dense * itemsizes[name] for name, storage in storages.items()}
+        arrived = {name: storage.bytes(None, itemsizes[name]) for name, storage in storages.items()}
         fixed = {name for name in storages if name in (config.dense_modules or ())}
         free = sum(dense[name] for name in storages if name not in fixed)
-        left = config.keep * sum(dense.values()) - sum(dense[name] for name in fixed)
+        left = config.keep * sum(dense.values()) - sum(arrived[name] for name in fixed)
         part = max(left / free, 0.0) if free else 0.0
         options = {}
         for name, storage in storages.items():
@@ -177,7 +188,7 @@ class Bytes:
                 rank=config.module_rank(name),
                 least=OF_THE_AVERAGE * part * dense[name],
             )
-        return cls(dense, options)
+        return cls(dense, arrived, options)
 
     def point(self, name: str, losses: Tensor | None) -> Point:
         """The one thing that a matrix can be stored as, where there is no choice.

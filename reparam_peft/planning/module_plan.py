@@ -28,7 +28,8 @@ class ModulePlan:
         tokens: rows of its input that calibration saw, of an expert those that it was given; None: not known.
         form: how its product is stored; "dense" for the matrix as it is, in few bits. None: as the plan says.
         bits: of its numbers, of a corrected matrix those of the matrix: 8 or 4; 16: the dtype of the model.
-        stored_bytes: in a checkpoint, with scales, masks and bias; None: not known.
+        stored_bytes: in a checkpoint, with scales, masks and bias; of a dense matrix that arrived in few bits, of its codes in
+            the base model; None: not known.
         dense_bytes: of the whole matrix in the dtype of the model; None: not known.
     """
 
@@ -96,13 +97,19 @@ def cells(module: ModulePlan, in_bytes: bool, routed: bool) -> list[str]:
         kept = module.stored_bytes / module.dense_bytes
     return [
         shape,
-        *(["" if module.rank is None else module.form or "", str(module.bits)] if in_bytes else []),
+        *(["" if module.rank is None else module.form or "", _bits(module)] if in_bytes else []),
         _rank(module),
         "" if stored is None else f"{stored:,}",
         f"{kept:.1%}",
         "" if module.predicted_loss is None else f"{module.predicted_loss:.2e}",
         *([("" if module.tokens is None else f"{module.tokens:,}")] if routed else []),
     ]
+
+
+def _bits(module: ModulePlan) -> str:
+    """Of its numbers; "own" where it keeps the codes in which it arrived."""
+    keeps_codes = module.rank is None and module.stored_bytes != module.dense_bytes
+    return "own" if keeps_codes else str(module.bits)
 
 
 def _rank(module: ModulePlan) -> str:

@@ -385,7 +385,7 @@ def make_plan(
                 None if point is None or rank is None else chosen.form_at(rank),
                 AS_THE_MODEL if point is None or rank is None else chosen.bits,
                 None if itemsize is None else chosen.bytes(rank, itemsize),
-                None if itemsize is None else chosen.bytes(None, itemsize),
+                None if itemsize is None else chosen.dense * itemsize,
             )
 
     few = [point.storage for point in allotment.points.values() if point.storage is not None]

@@ -290,7 +290,7 @@ class RankChooser:
         storage = self.storages[name]
         if self.bytes is not None:
             if name in fixed:
-                return [Point(fixed[name], self.bytes.dense[name], 0.0)]
+                return [Point(fixed[name], self.bytes.arrived[name], 0.0)]
             return self.bytes.curve(name, losses.options[name], self.keep)
         if name in fixed:
             return [Point(fixed[name], self._cost(name)(fixed[name]), 0.0)]

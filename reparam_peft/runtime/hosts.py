@@ -114,6 +114,7 @@ PRIVATE_NAMES = (
         _keys_to_ignore_on_load_missing="tensors that a whole checkpoint may lack",
         _keys_to_ignore_on_save="tensors that a whole checkpoint may lack",
         _no_split_modules="names the blocks of a model",
+        _tp_size="a plan of dense layers would split factorised ones among so many processes",
     ),
     *_names(
         "transformers.modeling_utils",

@@ -30,6 +30,7 @@ from ..runtime.modules import is_offloaded, set_module
 from .contents import DAMAGED, check_files
 from .heads import check_tied, tie, tied_in
 from .opened import candidates, check_readings, expect_marks, mark_opened, open_named, opened_names
+from .parallel import check_unsplit
 from .quantization import finish, prepare, state_dict
 from .specification import BITS, check_specification, module_of
 from .tables import TABLES, check_tables, finish_tables, prepare_tables, tables_state
@@ -70,7 +71,7 @@ class CheckpointConfig(QuantizationConfigMixin):
 
     def __init__(
         self,
-        layers: Mapping[str, Mapping[str, Any]],
+        layers: Mapping[str, Mapping[str, Any]] | None = None,
         format_version: int = FORMAT_VERSION,
         quant_method: str = METHOD,
         quantization: str | None = None,
@@ -189,6 +190,7 @@ class CheckpointLoader(HfQuantizer):
         return of_host if self.described.format_version == HOSTS_NAMES else []
 
     def _process_model_after_weight_loading(self, model: PreTrainedModel, **kwargs: Any) -> None:
+        check_unsplit(model, getattr(model, "_tp_size", None))
         keep_names(model)
         self.described.format_version = FORMAT_VERSION
         _align(model)

@@ -7,6 +7,7 @@ reader of docs/checkpoints.md and no more: to compress, train and check checkpoi
 from __future__ import annotations
 
 import inspect
+import json
 import os
 import re
 import shutil
@@ -17,6 +18,7 @@ import transformers
 from torch import Tensor, nn
 from torch.utils._pytree import tree_map
 from transformers.pytorch_utils import Conv1D
+from transformers.utils import cached_file
 
 AS_THE_MODEL, LEAST_INPUTS, NF4_BLOCK = 16, 16, 64
 SMALLEST_SCALE = 1e-30  # which whole numbers that were cast from scales are below
@@ -27,12 +29,30 @@ NF4 = (  # the levels of 4-bit NormalFloat, arXiv:2305.14314, appendix E
     *(0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0),
 )
 
+FIELDS = {"rank": int, "form": str, "bias": bool}  # of a layer in config.json
+MORE_FIELDS = {"out": int, "in": int, "bits": int, "correction_bits": int}
+FORMS, WIDTHS = ("factors", "pivot", "dense", "corrected"), (AS_THE_MODEL, 8, 4)
+INTEGERS = {torch.int8: "I8", torch.uint8: "U8", torch.int32: "I32"}  # in the words of safetensors
+
 WITHOUT_NUMBERS = [getattr(Tensor, name).__get__ for name in ("dtype", "device", "shape", "ndim", "is_cuda", "requires_grad")]
 
 OTHER_NAMES = (
     f"transformers {transformers.__version__} may have this architecture under other names of layers: use the version in "
     "config.json, or a later one"
 )
+
+
+_levels: dict[torch.device, Tensor] = {}  # of NF4, by where they are
+
+
+def levels_on(device: torch.device) -> Tensor:
+    """The levels of NF4, float32."""
+    if torch.compiler.is_compiling() or device not in _levels:
+        levels = torch.tensor(NF4, dtype=torch.float32, device=device)
+        if torch.compiler.is_compiling() or type(levels) is not Tensor:  # a tensor of this pass alone
+            return levels
+        _levels[device] = levels
+    return _levels[device]
 
 
 class Product(Tensor):
@@ -89,8 +109,7 @@ class Coded(nn.Module):
             return (self.weight * self.scales).to(dtype)
         count = self.out_features * self.in_features
         codes = torch.cat([self.weight >> 4, self.weight & 15], 1).flatten()[:count].int()
-        levels = torch.tensor(NF4, dtype=torch.float32, device=codes.device)[codes]
-        numbers = levels * self.scales.repeat_interleave(NF4_BLOCK)[:count]
+        numbers = levels_on(codes.device)[codes] * self.scales.repeat_interleave(NF4_BLOCK)[:count]
         return numbers.view(self.out_features, self.in_features).to(dtype)
 
     def forward(self, x: Tensor) -> Tensor:
@@ -296,6 +315,50 @@ class Factorized(nn.Module):
         return y if self.scale == 1.0 else y * self.scale
 
 
+def check_layer(name: str, layer: Any) -> None:
+    """Raise `ValueError` where config.json says of a layer what is none: a field is missing, or of another type or value."""
+    if not isinstance(layer, dict):
+        raise ValueError(f"{name}: `reparam_layers` in config.json must say what it is, got {layer!r}; it is damaged.")
+    types = FIELDS | {field: kind for field, kind in MORE_FIELDS.items() if field in layer}
+    types |= {"out": int, "in": int} if {"out", "in"} & layer.keys() else {}
+    for field, kind in types.items():
+        if field not in layer:
+            raise ValueError(f"{name}: `reparam_layers` in config.json lacks {field!r} of this layer; it is damaged.")
+        value = layer[field]
+        wrong = type(value) is not kind or (field in ("rank", "out", "in") and value < 1)
+        if wrong or (field == "form" and value not in FORMS) or (field.endswith("bits") and value not in WIDTHS):
+            raise ValueError(f"{name}: `reparam_layers` in config.json says {field!r}: {value!r}, which it cannot be.")
+
+
+def check_integers(model: nn.Module, prefix: str, headers: dict[str, Any]) -> None:
+    """Raise `ValueError` where a file has whole numbers in another dtype, which transformers would cast and say nothing.
+
+    Args:
+        model: that was loaded.
+        prefix: of names of its base model.
+        headers: of the tensors in the files, as safetensors has them.
+    """
+    buffers = dict(model.named_buffers())
+    for name, header in headers.items():
+        buffer = next((buffers[n] for n in (name, name.removeprefix(prefix), prefix + name) if n in buffers), None)
+        if buffer is not None and header["dtype"] != INTEGERS.get(buffer.dtype, header["dtype"]):
+            dtypes = f"{header['dtype']}, and this layer has {buffer.dtype}"
+            raise ValueError(f"{name}: the checkpoint holds numbers in {dtypes}; it is damaged, or was changed by hand.")
+
+
+def headers_of(checkpoint: Any, **where: Any) -> dict[str, Any]:
+    """What the files of a checkpoint that was loaded say of their tensors; nothing where they are not safetensors."""
+    config = cached_file(checkpoint, "config.json", _raise_exceptions_for_missing_entries=False, **where)
+    headers: dict[str, Any] = {}
+    folder = os.path.dirname(config) if config else None
+    for file in sorted(os.listdir(folder)) if folder else ():
+        if file.endswith(".safetensors"):
+            with open(os.path.join(folder, file), "rb") as content:
+                headers |= json.loads(content.read(int.from_bytes(content.read(8), "little")))
+    headers.pop("__metadata__", None)
+    return headers
+
+
 def _is_custom_code() -> bool:
     return True
 
@@ -324,12 +387,16 @@ class WithFactors:
     @classmethod
     def from_pretrained(cls, *args: Any, output_loading_info: bool = False, **kwargs: Any) -> Any:
         """As of transformers, which would only warn of layers of the base model that have other names in the checkpoint."""
+        where = {name: kwargs[name] for name in ("cache_dir", "revision", "subfolder", "token") if kwargs.get(name)}
         model, info = super().from_pretrained(*args, output_loading_info=True, **kwargs)
         is_base = not hasattr(model, model.base_model_prefix)
         for name in sorted(info["missing_keys"]):
             if is_base or name.startswith(f"{model.base_model_prefix}."):  # others are of another head
                 raise ValueError(f"{name}: the checkpoint lacks this tensor; {OTHER_NAMES}.")
         prefix = f"{model.base_model_prefix}."
+        checkpoint = args[0] if args else kwargs.get("pretrained_model_name_or_path")
+        if checkpoint is not None and any(isinstance(module, (Coded, Pivot)) for module in model.modules()):
+            check_integers(model, prefix, headers_of(checkpoint, local_files_only=True, **where))
         others = sorted({other for name in info["unexpected_keys"] for other in (name, name.removeprefix(prefix))})
         for name, module in model.named_modules():
             if isinstance(module, (Coded, Pivot)) and not any(buffer.is_meta for buffer in module.buffers(False)):
@@ -352,7 +419,11 @@ class WithFactors:
                 model.is_custom_code = _is_custom_code
         prefix = f"{self.base_model_prefix}."
         plan, plan_of_factors = getattr(self, "_tp_plan", None) or {}, {}
-        for saved, how in config.reparam_layers.items():
+        layers = getattr(config, "reparam_layers", None)
+        if not isinstance(layers, dict) or not layers:
+            raise ValueError(f"`reparam_layers` in config.json must name the factorised layers, got {layers!r}; it is damaged.")
+        for saved, how in layers.items():
+            check_layer(saved, how)
             for name in (saved, saved.removeprefix(prefix), prefix + saved):
                 parent, _, child = name.rpartition(".")
                 try:

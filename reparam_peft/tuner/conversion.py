@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from itertools import chain
 from typing import Any
 
+import torch
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper, ModulesToSaveWrapper
@@ -18,10 +19,11 @@ from ..arguments import ReparamWarning
 from ..calibration.statistics import Statistics
 from ..config.fields import Fields
 from ..layers.factorized import FactorizedModule
-from ..layers.kinds import is_quantized
+from ..layers.kinds import QUANTIZED, is_quantized
 from ..layers.parameters import opened_parameters
-from ..layers.quantized_bases import dequantized, note_dtype
+from ..layers.quantized_bases import dequantized, note_dtype, with_own_codes
 from ..layers.schemes import check_scheme
+from ..runtime.modules import abridged
 from ..standalone.checkpoint import (
     METHOD,
     CheckpointConfig,
@@ -79,14 +81,29 @@ def standalone_model(
     # A copy of everything but the tensors, with PEFT's modules replaced wherever they stand; tied parameters stay tied.
     memo: dict[int, Any] = {id(tensor): _sharing(tensor) for tensor in chain(model.parameters(), model.buffers())}
     note_dtype(model)
+    # Under a budget of bytes it was counted with what its codes take.
+    keeps_codes = {*(made_with.dense_modules or ())} if made_with is not None and made_with.budget == "bytes" else set[str]()
+    widened: list[str] = []
     for name, module in reversed(list(model.named_modules())):  # what is inside of others first
         if is_quantized(module):
-            memo[id(module)] = dequantized(module)
+            coded = with_own_codes(module) if name in keeps_codes else None
+            if coded is not None:
+                mark(coded.train(module.training), name, QUANTIZED, torch.Size(QUANTIZED.shape(module)))
+            elif name in keeps_codes:
+                widened.append(name)
+            memo[id(module)] = dequantized(module) if coded is None else coded
         if not _is_wrapper(module):
             continue
         replacement = _factorized(name, module) if isinstance(module, ReparamLayer) else _unwrapped(name, module)
         is_new = isinstance(replacement, FactorizedModule)
         memo[id(module)] = replacement.train(model.training) if is_new else copy.deepcopy(replacement, memo)
+    if widened:
+        warnings.warn(
+            f"{len(widened)} matrices keep the codes in which they arrived, and a standalone model has no such codes: they are "
+            f"dequantised to the dtype of the model, which takes more bytes than were planned: {', '.join(abridged(widened))}.",
+            ReparamWarning,
+            stacklevel=4,
+        )
     plain: Any = copy.deepcopy(model, memo)  # Any: what transformers sets on its models, its types do not know
     vars(plain).pop("peft_config", None)
     close_parameters(plain)

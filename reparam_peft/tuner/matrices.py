@@ -10,6 +10,7 @@ from ..config.reparam_config import ReparamConfig
 from ..defaults import DATA_FREE
 from ..layers.factorized import weight_of
 from ..layers.kinds import is_quantized, layer_kind
+from ..layers.quantized_bases import stored_bytes
 from ..layers.wrapper import kind_and_layer, matrix_shape
 from ..numerics.storage import AS_THE_MODEL, OF_THE_BASE, Storage
 from .layer import ReparamLayer
@@ -56,6 +57,7 @@ def matrix_storage(module: nn.Module, name: str, config: ReparamConfig) -> Stora
         whole=None if left is None else shape,
         bits=_bits(config, name, form, layer) if kind.linear else AS_THE_MODEL,
         correction_bits=config.correction_bits or AS_THE_MODEL,
+        arrived=stored_bytes(layer) if is_quantized(layer) else None,
     )
 
 

@@ -23,6 +23,11 @@ def refused_by_kind(module: nn.Module) -> Refusal | None:
     """Why a module cannot be factorised, whatever the model; None: it can, or an adapter is around it."""
     if isinstance(module, BaseTunerLayer):
         return None
+    if hasattr(module._parameters.get("weight"), "placements"):
+        return ValueError(
+            "its weight is split among processes (a DTensor of tensor parallelism or FSDP), so that no process has the matrix. "
+            "Load the base model whole, without `tp_plan` and `distributed_config`, and split it after this."
+        )
     try:
         layer_kind(module)
     except (TypeError, ValueError) as error:

@@ -8,7 +8,8 @@ from peft.utils import ModulesToSaveWrapper
 from torch import nn
 
 from ..config.reparam_config import ReparamConfig
-from ..layers.kinds import stored_bytes, stored_weight
+from ..layers.kinds import stored_weight
+from ..layers.quantized_bases import stored_bytes
 from ..numerics.storage import OF_THE_BASE
 from .layer import ReparamLayer, reparam_layers
 from .matrices import base_dtype, matrix_storage, unwrapped
@@ -25,7 +26,8 @@ class MatrixSize:
         stored_parameters: what a checkpoint holds.
         bytes_per_parameter: in the base model's dtype.
         mask_bytes: how many of the stored parameters are bytes of masks: of the pivot form, and of the neurons that are left.
-        bytes_in_few_bits: what a checkpoint holds where numbers are in few bits, with their scales; else None.
+        bytes_in_few_bits: what a checkpoint holds where numbers are in few bits, with their scales, or the base model of a
+            matrix that arrived so and stays dense; else None.
     """
 
     name: str
@@ -108,7 +110,8 @@ def matrix_size(name: str, module: nn.Module, rank: int | None, config: ReparamC
     storage = matrix_storage(module, name, config)
     masks = 0 if rank is None else storage.mask(rank)
     itemsize = base_dtype(module).itemsize
-    in_few_bits = storage.bytes(rank, itemsize) if rank is not None and storage.widths(rank) else None
+    is_in_few_bits = storage.arrived is not None if rank is None else bool(storage.widths(rank))
+    in_few_bits = storage.bytes(rank, itemsize) if is_in_few_bits else None
     if isinstance(module, ReparamLayer) and storage.bits == OF_THE_BASE:  # what it corrects is needed, and not stored with it
         in_few_bits = storage.bytes(rank, itemsize) + stored_bytes(module.own_layer)
     return MatrixSize(name, storage.whole_shape, rank, storage.stored(rank), itemsize, masks, in_few_bits)

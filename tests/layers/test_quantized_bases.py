@@ -15,14 +15,31 @@ from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
 from reparam_peft import ReparamConfig, compress
-from reparam_peft.layers.kinds import is_quantized
-from reparam_peft.layers.quantized_bases import dequantized
+from reparam_peft.layers.coded import CodedLinear
+from reparam_peft.layers.kinds import QUANTIZED, is_quantized
+from reparam_peft.layers.quantized_bases import dequantized, stored_bytes, with_own_codes
 
 IDS = torch.arange(3, 67).reshape(2, 32)
 
 
 def nf4(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, device_map="cpu", dtype=dtype)
+
+
+def nf4_with_nested_scales(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    how = BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_compute_dtype=dtype,
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_quant_storage=torch.bfloat16,
+    )
+    return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, device_map="cpu", dtype=dtype)
+
+
+def fp4(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    how = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="fp4", bnb_4bit_compute_dtype=dtype)
     return AutoModelForCausalLM.from_pretrained(folder, quantization_config=how, device_map="cpu", dtype=dtype)
 
 
@@ -188,3 +205,74 @@ def test_there_is_nothing_to_fit_a_correction_of_a_quantised_base_to(folder: Pat
     config = ReparamConfig(target_modules=TARGETS, form="corrected", r=4)
     with pytest.raises(ValueError, match="there is nothing to fit a correction to; use `get_peft_model`"):
         compress(nf4(folder, torch.float32), config, [{"input_ids": IDS}], progress=False)
+
+
+def codes(model: nn.Module) -> dict[str, torch.Tensor]:
+    """The numbers of quantised layers as they are stored, by the ends of their names."""
+    layers = {name.removeprefix("base_model.model."): m for name, m in model.named_modules() if is_quantized(m)}
+    return {name: getattr(layer.weight.data, "qdata", layer.weight.data).view(torch.uint8) for name, layer in layers.items()}
+
+
+@pytest.mark.parametrize(
+    ("load", "dtype", "bits"),
+    [
+        (nf4, torch.float32, 4),
+        (nf4_with_nested_scales, torch.bfloat16, 4),
+        (eight_bits, torch.bfloat16, 8),
+        (torchao, torch.bfloat16, 8),
+        (fp4, torch.float32, None),
+    ],
+)
+def test_under_a_budget_of_bytes_dense_matrices_keep_the_codes_in_which_they_arrived(
+    load: Load, dtype: torch.dtype, bits: int | None, folder: Path, tmp_path: Path
+) -> None:
+    model = load(folder, dtype)
+    arrived = {name: numbers.clone() for name, numbers in codes(model).items()}
+    takes = {name: stored_bytes(module) for name, module in model.named_modules() if is_quantized(module)}
+    own = 73_728 * dtype.itemsize
+    fixed = "model.layers.0.mlp.up_proj"
+    config = ReparamConfig(target_modules=TARGETS, budget="bytes", keep=0.93 * sum(takes.values()) / own, dense_modules=[fixed])
+    small = compress(model, config, [{"input_ids": IDS}], progress=False)
+    resolved = small.peft_config["default"]
+    assert fixed in resolved.dense_modules
+    targets = small.size_report().to_dict()["targets"]
+    kept = {name: codes for name, codes in arrived.items() if name in resolved.dense_modules}
+    assert 0.8 * sum(takes.values()) < targets["stored_bytes"] <= 0.93 * sum(takes.values())
+    expected = logits(small)
+    small.save_pretrained(tmp_path / "adapter")
+    assert not any(fixed in name for name in load_file(tmp_path / "adapter" / "adapter_model.safetensors"))
+    again = PeftModel.from_pretrained(load(folder, dtype), tmp_path / "adapter")
+    small.merge_adapter()
+    small.unmerge_adapter()
+    for made in (small, again):
+        present = codes(made)
+        assert present.keys() == kept.keys()
+        assert all(torch.equal(present[name], kept[name]) for name in kept)
+        assert relative_error(logits(made).float(), expected.float()) < (1e-6 if dtype == torch.float32 else 1e-2)
+    if bits is None:
+        with pytest.warns(UserWarning, match=f"{len(kept)} matrices keep the codes .* a standalone model has no such codes"):
+            assert type(small.to_standalone().get_submodule(fixed)) is nn.Linear
+        return
+    plain = small.to_standalone()
+    plain.save_pretrained(tmp_path / "standalone")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "standalone", dtype=dtype)
+    assert torch.equal(logits(loaded), logits(plain))
+    assert relative_error(logits(plain).float(), expected.float()) < (1e-6 if dtype == torch.float32 else 2e-2)
+    for name in kept:
+        piece, matrix = loaded.get_submodule(name).B, QUANTIZED.own_matrix(small.get_submodule(f"base_model.model.{name}"))
+        assert isinstance(piece, CodedLinear)
+        assert piece.bits == bits
+        assert torch.equal(piece.weight.view(torch.uint8).flatten(), kept[name].flatten())
+        assert relative_error(piece.matrix(torch.float32), matrix.float()) < (1e-6 if dtype == torch.float32 else 4e-3)
+
+
+def test_codes_that_a_standalone_model_has_are_those_of_its_schemes(folder: Path) -> None:
+    layer = torchao(folder, torch.float32).model.layers[0].mlp.up_proj
+    layer.bias = nn.Parameter(torch.randn(layer.out_features))
+    made = with_own_codes(layer)
+    assert made is not None
+    x = torch.randn(3, 64)
+    with torch.no_grad():
+        assert relative_error(made(x), layer(x)) < 1e-6
+    layer.weight.data.zero_point.fill_(1)
+    assert with_own_codes(layer) is None, "no scheme has a number that stands for zero"

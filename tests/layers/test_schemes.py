@@ -72,10 +72,13 @@ def test_scales_that_are_none_are_refused(bits: int, value: float) -> None:
         scheme.check(tensors)
 
 
-def test_a_code_that_no_number_has_is_refused() -> None:
+def test_the_least_code_of_eight_bits_which_torchao_has_too_is_a_number() -> None:
     tensors = {"weight": torch.full((2, 16), -128, dtype=torch.int8), "weight_scale": torch.ones(2, 1)}
-    with pytest.raises(ValueError, match="`weight` holds numbers below -127"):
-        SCHEME_OF[8].check(tensors)
+    scheme = SCHEME_OF[8]
+    scheme.check(tensors)
+    numbers = scheme.numbers(tensors, (2, 16))
+    again = scheme.packed(numbers, scheme.grid_of(tensors["weight_scale"], (2, 16)))
+    assert torch.equal(again["weight"], tensors["weight"])
 
 
 def test_an_unknown_scheme_is_told() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -53,6 +54,18 @@ def test_offers_what_is_allowed(changes: dict[str, object], forms: set[str], bit
     offered = options(**changes)
     assert {option.form for option in offered} == forms
     assert {option.bits for option in offered} == bits
+
+
+@pytest.mark.parametrize("bits", [(16, 8, 4), (8, 4), (4,)])
+def test_codes_that_arrived_are_offered_whatever_is_allowed_and_nothing_that_takes_more(bits: tuple[int, ...]) -> None:
+    arrived = Storage(160, 64, "dense", bits=8).bytes(64, 4)
+    offered = byte_options(replace(MATRIX, arrived=arrived), 4, forms=FORMS, bits=bits, multiple=8)
+    assert (offered[-1].rank, offered[-1].cost) == (None, arrived)
+    assert all(option.bits == 4 or option.form != "dense" for option in offered[:-1])
+    assert all(option.cost < arrived for option in offered[:-1])
+    config = ReparamConfig(target_modules=["a"], budget="bytes", keep=0.3, dense_modules=["a"])
+    made = Bytes.of(config, FORMS, {"a": replace(MATRIX, arrived=arrived)}, {"a": 4}, {"a": True})
+    assert (made.dense["a"], made.arrived["a"]) == (160 * 64 * 4, arrived)
 
 
 def two(keep: float, **options: object) -> RankChooser:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 
 import pytest
 
@@ -15,6 +15,8 @@ def test_tables_show_form_bits_and_bytes() -> None:
     assert [title for title, _ in columns(True, False)] == ["shape", "form", "bits", "rank", "bytes", "kept", "loss"]
     assert cells(IN_BITS, True, False) == ["64 x 64", "dense", "4", "dense", "2,304", "28.1%", "5.00e-01"]
     assert cells(IN_BITS, False, False)[1:3] == ["dense", "4,096"]
+    codes = replace(IN_BITS, rank=None, form=None, bits=16, predicted_loss=0.0)
+    assert cells(codes, True, False)[1:4] == ["", "own", "dense"], "as it arrived"
     assert IN_BITS.kept == pytest.approx(2304 / 8192)
 
 

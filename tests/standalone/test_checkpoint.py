@@ -149,6 +149,8 @@ def test_changed_config_of_layers_with_fewer_neurons(change: dict[str, Any], mes
 def test_a_matrix_is_stored_as_it_is_only_where_neurons_are_left_out() -> None:
     with pytest.raises(ValueError, match=r"layer 'a' in config\.json must have"):
         CheckpointConfig({"a": {**GOOD, "form": "dense"}})
+    with pytest.raises(ValueError, match=r"`layers` in config\.json must name the factorised layers, got None"):
+        CheckpointConfig()
 
 
 def test_a_shard_that_is_not_there(tmp_path: Path) -> None:

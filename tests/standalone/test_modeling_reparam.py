@@ -24,7 +24,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from reparam_peft.standalone.auto_classes import auto_class
-from reparam_peft.standalone.modeling_reparam import Coded, name_rope_as_before
+from reparam_peft.standalone.modeling_reparam import Coded, check_layer, name_rope_as_before
 from reparam_peft.standalone.self_contained import save_self_contained
 
 READER = """
@@ -186,7 +186,7 @@ def test_the_reader_needs_torch_and_transformers_only() -> None:
     assert isinstance(modeling_reparam.Factorized(nn.Linear(4, 3), 2, "factors", False), nn.Module)
     lines = Path(modeling_reparam.__file__).read_text(encoding="utf-8").splitlines()
     imported = {line.split()[1].split(".")[0] for line in lines if line.startswith(("import ", "from "))}
-    assert imported == {"__future__", "inspect", "os", "re", "shutil", "typing", "torch", "transformers"}
+    assert imported == {"__future__", "inspect", "json", "os", "re", "shutil", "typing", "torch", "transformers"}
 
 
 @pytest.mark.filterwarnings("ignore:.*reads this weight itself")
@@ -245,7 +245,7 @@ def test_damaged_numbers_in_few_bits_are_refused(tmp_path: Path) -> None:
     state = load_file(tmp_path / "model.safetensors")
     scale = next(name for name in state if name.endswith("weight_absmax"))
     negative, as_floats = torch.full_like(state[scale], -1), state[scale].view(torch.float32)
-    for message, changed in (("scales that are", negative), ("scales that are", as_floats), ("lacks this tensor", None)):
+    for message, changed in (("scales that are", negative), ("numbers in F32", as_floats), ("lacks this tensor", None)):
         kept = {name: tensor for name, tensor in (state | {scale: changed}).items() if tensor is not None}
         save_file(kept, tmp_path / "model.safetensors", metadata={"format": "pt"})
         with pytest.raises(ValueError, match=message):
@@ -274,6 +274,39 @@ def test_masks_and_tensors_that_do_not_fit_the_layers_are_refused(
     state |= {layer + name: tensor for name, tensor in changes(own).items()}
     save_file(state, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=message):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rank": None}, "q_proj: `reparam_layers` in config.json lacks 'rank' of this layer"),
+        ({"bias": 0}, "q_proj: `reparam_layers` in config.json says 'bias': 0"),
+        ({"form": "full"}, "q_proj: .* says 'form': 'full'"),
+        ({"rank": 0}, "q_proj: .* says 'rank': 0"),
+        ({"bits": 5}, "q_proj: .* says 'bits': 5"),
+        ({"in": 64}, "q_proj: .* lacks 'out'"),
+        (None, r"q_proj: `reparam_layers` in config.json must say what it is, got \[\]"),
+    ],
+)
+def test_fields_of_a_layer_that_are_missing_or_wrong_are_told(changes: dict[str, object] | None, message: str) -> None:
+    layer = {"rank": 4, "form": "factors", "bias": False}
+    changed = {name: value for name, value in (layer | (changes or {})).items() if value is not None}
+    with pytest.raises(ValueError, match=message):
+        check_layer("layers.0.q_proj", [] if changes is None else changed)
+
+
+def test_a_config_without_layers_and_whole_numbers_of_another_dtype_are_told(tmp_path: Path) -> None:
+    save_self_contained(small(FEW_BITS).to_standalone(), tmp_path)
+    tensors, path = load_file(tmp_path / "model.safetensors"), tmp_path / "config.json"
+    codes = next(name for name, tensor in tensors.items() if tensor.dtype == torch.int8)
+    wide = tensors | {codes: tensors[codes].to(torch.int16)}
+    save_file(wide, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    with pytest.raises(ValueError, match=rf"{re.escape(codes)}: the checkpoint holds numbers in I16, and .* torch\.int8"):
+        transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    described = json.loads(path.read_text(encoding="utf-8"))
+    path.write_text(json.dumps(described | {"reparam_layers": []}), encoding="utf-8")
+    with pytest.raises(ValueError, match=r"`reparam_layers` in config.json must name the factorised layers, got \[\]"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
 
 

@@ -47,6 +47,13 @@ class Refusing(nn.Module):
         return self.tied_too(self.tied(self.plain(self.halved(self.steps[0](x)))))
 
 
+def test_weights_that_are_split_among_processes_are_refused() -> None:
+    model = nn.Sequential(nn.Linear(16, 16))
+    model[0].weight.placements = ()  # as of a DTensor
+    with pytest.raises(ValueError, match=r"0: its weight is split among processes .* Load the base model whole"):
+        get_peft_model(model, ReparamConfig(target_modules=["0"], r=2))
+
+
 def test_all_linear_takes_what_it_can_and_lists_the_rest_once() -> None:
     model, x = Refusing().eval(), torch.randn(2, 3, 16)
     expected = model(x)

@@ -1,0 +1,38 @@
+"""Tensor parallelism by a plan of dense layers is refused, before anything is split."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from support.models import llama
+from support.standalone import small
+from transformers import PreTrainedModel
+
+from reparam_peft.standalone.parallel import DISTRIBUTE, check_unsplit
+
+WHOLE = object()  # in place of a mesh, which nobody may get to
+
+
+def distributed(model: PreTrainedModel, rules: Any, processes: int = 2, mesh: object | None = WHOLE) -> Any:
+    if not hasattr(PreTrainedModel, DISTRIBUTE):
+        pytest.skip("this version of transformers splits models elsewhere")
+    return getattr(PreTrainedModel, DISTRIBUTE)(model, SimpleNamespace(tp_plan=rules, tp_size=processes), mesh)
+
+
+@pytest.mark.parametrize("rules", ["auto", None, {"model.layers.*.mlp.up_proj": "colwise"}])
+def test_factorised_layers_are_not_split(rules: Any) -> None:
+    plain = small("factors").to_standalone()
+    with pytest.raises(ValueError, match=r"model\.layers\.0\.\S+_proj: this layer and 13 others .* among 2 processes"):
+        distributed(plain, rules)
+    with pytest.raises(ValueError, match="Load the model whole in each process"):
+        check_unsplit(plain, 2)
+
+
+def test_models_that_no_rule_is_for_are_left_alone() -> None:
+    plain = small("factors").to_standalone()
+    check_unsplit(plain, 1)
+    check_unsplit(plain, 2, {"model.layers.*.mlp.act_fn": "colwise"})
+    check_unsplit(llama(), 2)
+    assert distributed(plain, "auto", mesh=None) is plain
