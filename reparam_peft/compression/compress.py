@@ -33,6 +33,7 @@ from ..tuner.compressed_model import CompressedModel
 from ..tuner.data_free import installing
 from ..tuner.tying import heads_of
 from .block_by_block import BlockByBlock, Result, Steps
+from .grouping import gathered_by_block
 from .job import Job
 from .one_shot import one_shot
 from .options import Options
@@ -203,7 +204,8 @@ def compress_blocks(
                 "base model in full precision, or leave both out."
             )
         with uncompiled(model), fast_products(), BlockwiseGatherer(blocks, steps.offload_folder) as gatherer:
-            job.gather = gatherer.gather
+            if len(job.passes) > 1 or (options.max_memory is not None and options.max_memory.by_block == "always"):
+                job.gather = gatherer.gather
             result = BlockByBlock(job, blocks, batches, steps, plan).result(adapter_name)
         with fails_together():
             return _install(model, job, result, adapter_name, autocast_adapter_dtype)
@@ -262,7 +264,9 @@ def plan(
     options = Options(seed, progress, MaxMemory.of(max_memory, input_device(model)), objective)
     data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
     with unchanged(model):
-        return Job.of_model(model, config, data, options).plan()
+        job = Job.of_model(model, config, data, options)
+        with gathered_by_block(job):
+            return job.plan()
 
 
 @tells_of_errors()

@@ -7,6 +7,7 @@ import tempfile
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from support.compressing import TEXT, compressed
@@ -16,6 +17,7 @@ from support.models import llama
 from reparam_peft import Statistics
 from reparam_peft.compression import job
 from reparam_peft.compression.waiting import psutil, waiting
+from reparam_peft.runtime import files
 
 GROUPS = [["a"], ["b", "c"]]
 
@@ -60,12 +62,12 @@ def test_nothing_waits_in_memory(fstype: str, tmp_path: Path, monkeypatch: pytes
         assert (keep is None) == (fstype == "tmpfs")
 
 
-@pytest.mark.parametrize("where", ["gettempdir", "mkdtemp"])
-def test_without_a_folder_nothing_waits(where: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("owner", "name"), [(tempfile, "gettempdir"), (files, "unfinished")])
+def test_without_a_folder_nothing_waits(owner: Any, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     def fails(*args: object, **options: object) -> None:
         raise FileNotFoundError("no usable temporary directory")
 
-    monkeypatch.setattr(tempfile, where, fails)
+    monkeypatch.setattr(owner, name, fails)
     with waiting(GROUPS, 10) as keep:
         assert keep is None
 
