@@ -15,7 +15,7 @@ from support.model_state import assert_same_model
 from support.models import llama
 
 from reparam_peft import Statistics
-from reparam_peft.compression import job
+from reparam_peft.blockwise.gathering import BlockwiseGatherer
 from reparam_peft.compression.waiting import psutil, waiting
 from reparam_peft.runtime import files
 
@@ -99,15 +99,15 @@ def test_statistics_that_cannot_be_written_are_gathered_again(monkeypatch: pytes
 
 
 def test_the_same_bits_and_one_pass_for_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, sizes = job.gather_statistics, list[int]()
+    real, sizes = BlockwiseGatherer.gather, list[int]()
 
-    def gather(model: object, modules: dict[str, object], *args: object, **options: object) -> Statistics:
+    def gather(self: object, model: object, modules: dict[str, object], *args: object, **options: object) -> Statistics:
         sizes.append(len(modules))
-        return real(model, modules, *args, **options)
+        return real(self, model, modules, *args, **options)
 
     options = {"target_modules": "all-linear", "keep": 0.4}
     whole = compressed(llama(), TEXT, **options)
-    monkeypatch.setattr(job, "gather_statistics", gather)
+    monkeypatch.setattr(BlockwiseGatherer, "gather", gather)
     parts = compressed(llama(), TEXT, arguments={"max_memory": 400_000}, **options)
     assert len(sizes) > 1
     assert sum(sizes) == len(whole.peft_config["default"].rank_pattern) + len(whole.peft_config["default"].dense_modules)
