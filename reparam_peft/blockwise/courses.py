@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
 from functools import partial
 from typing import Any
@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils._pytree import tree_leaves
 
 from ..calibration.gather import calibrating, parts_of
+from ..calibration.graphs import tokens_at_a_time, tokens_within
 from ..calibration.recorder import Recorder
 from ..calibration.self_written import written
 from ..calibration.statistics import Statistics
@@ -34,6 +35,8 @@ class Course:
         model: in eval mode.
         blocks: of the model, by name.
         batches: keyword batches, all of them in every process.
+        starts: modules from whose outputs on gradients flow.
+        room: bytes that the graph of a block may take; None: any.
 
     Attributes:
         model: the model.
@@ -44,11 +47,21 @@ class Course:
         ValueError: the blocks cannot be replayed, or the model does not accept the first batch.
     """
 
-    def __init__(self, model: nn.Module, blocks: Mapping[str, nn.Module], batches: Iterable[Mapping[str, Any]]) -> None:
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Mapping[str, nn.Module],
+        batches: Iterable[Mapping[str, Any]],
+        starts: Collection[nn.Module],
+        room: int | None = None,
+    ) -> None:
         world, rank = processes()
         check_whole(batches)
-        parts = list(parts_of(batches, input_device(model)))
-        self.model = model
+        tokens = tokens_at_a_time(input_device(model))
+        if room is not None:
+            tokens = tokens_within(room, model, batches, starts, blocks.values())
+        parts = list(parts_of(batches, tokens))
+        self.model, self.starts = model, starts
         self.parts = [part for part in parts if part.index % world == rank]
         # A process that has no batch of its own knows the blocks by the first one.
         data: list[Batch] = [part.batch for part in self.parts or parts[:1]]
@@ -56,14 +69,14 @@ class Course:
         self._numbers = sum(_numbers(part.batch) for part in parts) / _numbers(data[0])
 
     @torch.enable_grad()
-    def look(self, starts: Iterable[nn.Module]) -> Look:
+    def look(self) -> Look:
         """What a pass forward of the first part tells, of which no graph is held."""
         look = Look()
         blocks = [self.replay.blocks[name] for name in self.replay.order]
         recorder = Recorder(Statistics(seed=0), {}, gradients=True)
         with ExitStack() as stack, suppress(_Seen):
             stack.enter_context(saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing))
-            stack.enter_context(recorder.hooks(self.model, set(starts)))
+            stack.enter_context(recorder.hooks(self.model, set(self.starts)))
             for block in blocks:
                 stack.callback(block.register_forward_pre_hook(look.before, with_kwargs=True).remove)
                 stack.callback(block.register_forward_hook(partial(look.after, is_last=block is blocks[-1])).remove)
@@ -108,8 +121,9 @@ def course_of(
     model: nn.Module,
     blocks: Mapping[str, nn.Module],
     batches: Iterable[Mapping[str, Any]],
+    starts: Collection[nn.Module],
     gradients: bool,
-    starts: Iterable[nn.Module],
+    room: int | None = None,
 ) -> tuple[Course, int] | None:
     """How batches go through the blocks of a model, and the bytes of what is kept of them; all processes call this together.
 
@@ -120,15 +134,16 @@ def course_of(
         model: in any mode.
         blocks: of the model, by name.
         batches: keyword batches, all of them in every process.
-        gradients: whether gradients are kept, too.
         starts: modules from whose outputs on gradients flow.
+        gradients: whether gradients are kept, too.
+        room: bytes that the graph of a block may take; None: any.
     """
     batches = written(batches)
     course, kept = None, 0
     with fails_together(), calibrating(model), fast_products():
         try:
-            course = Course(model, blocks, batches)
-            look = course.look(starts)
+            course = Course(model, blocks, batches, starts, room if gradients else None)
+            look = course.look()
             kept = look.bytes_of_outputs * (2 if gradients else 1)
             if gradients and look.shares_inputs:
                 course = None

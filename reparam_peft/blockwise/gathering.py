@@ -80,12 +80,13 @@ class BlockwiseGatherer:
         starts: Iterable[nn.Module] = (),
         heads: Mapping[str, Sequence[nn.Module]] | None = None,
         objective: Objective | None = None,
+        room: int | None = None,
     ) -> Statistics:
         """The statistics of some modules; model, batches and options are the same in every call.
 
         Args:
             modules: of one block, or any others, which are gathered by passes over the whole model.
-            model, batches, gradients, seed, progress, starts, heads, objective: as for `gather_statistics`.
+            model, batches, gradients, seed, progress, starts, heads, objective, room: as for `gather_statistics`.
 
         Raises:
             ValueError: as for `gather_statistics`, and where the inputs of blocks cannot be reproduced.
@@ -94,12 +95,12 @@ class BlockwiseGatherer:
         names = {block_of(name, self.blocks) for name in modules}
         (block,) = names if len(names) == 1 and not heads else (None,)  # heads are outside of the block of their embedding
         if block is not None and self.tape is None:
-            self._run(model, written(batches), gradients, seed, starts, objective, progress)
+            self._run(model, written(batches), gradients, seed, starts, objective, progress, room)
         tape = self.tape
         if tape is None or block is None or block not in tape.replay.order:
             return gather_statistics(
                 model, modules, batches, gradients=gradients, seed=seed, progress=progress, starts=starts, heads=heads,
-                objective=objective,
+                objective=objective, room=room,
             )  # fmt: skip
         with fails_together():
             statistics = Statistics(seed=seed, weight_norms={name: weight_norm(module) for name, module in modules.items()})
@@ -117,11 +118,12 @@ class BlockwiseGatherer:
         starts: Sequence[nn.Module],
         objective: Objective | None,
         progress: bool,
+        room: int | None,
     ) -> None:
         """Run the model forward, and what comes after its blocks backward."""
         with fails_together(), calibrating(model), fast_products():
             try:
-                course = self.course or Course(model, self.blocks, batches)
+                course = self.course or Course(model, self.blocks, batches, starts, room if gradients else None)
                 self.tape = Tape(course, self.store, gradients, seed, starts, objective, progress)
             except ValueError as error:
                 if self.must_replay:

@@ -14,7 +14,7 @@ from ..runtime.blocks import block_of, find_blocks
 from ..runtime.modules import uncompiled
 from ..runtime.processes import in_every_process
 from .job import Job
-from .passes import passes_by_block
+from .passes import passes_by_block, room_for_graphs
 from .waiting import has_room, place_for
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,8 @@ def _planned(job: Job) -> tuple[Course, int, list[list[str]]] | None:
     passes = passes_by_block(job.targets, max_memory, list(blocks), mlps, parameters)
     if 1 + sum(block_of(group[0], blocks) is None for group in passes) >= len(job.passes):
         return None
-    found = course_of(job.model, blocks, job.batches, job.weigher.gradients, job.modules.values())
+    room = room_for_graphs(passes, job.targets, max_memory)
+    found = course_of(job.model, blocks, job.batches, job.modules.values(), job.weigher.gradients, room)
     if found is None:
         return None
     course, size = found

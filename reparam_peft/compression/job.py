@@ -43,7 +43,7 @@ from .neurons import Neurons
 from .offered import offered
 from .options import Options
 from .parts import Part
-from .passes import passes_within
+from .passes import passes_within, room_for_graphs
 from .pooling import Pool
 from .weighing import Weigher, Weighing, mean_output
 
@@ -193,6 +193,7 @@ class Job:
         """Gather statistics of other groups of targets together, before any are gathered."""
         self.passes = [list(group) for group in passes]
         self._whole_group = {name: group for group in map(tuple, self.passes) for name in group}
+        self.room = room_for_graphs(self.passes, self.targets, self.options.max_memory)
 
     def losses(self) -> Losses:
         """What each direction of each target is predicted to cost, and numbers of neurons; empty without gradients."""
@@ -401,6 +402,7 @@ class Job:
                 starts=self.modules.values(),
                 heads=heads_of(self.config, self.model, modules),
                 objective=self.options.objective,
+                room=self.room,
             )
             kept = self.kept_statistics
             statistics = gather() if kept is None else kept(self._whole_group[group[0]], gather)

@@ -46,7 +46,7 @@ class OneShot:
                 plan = Plan.load(self.folder.plan)
                 job.resume(plan, [name for entry in self.folder.finished for name in entry["factorised"]])
         if plan is None:
-            job.found.room = room_beside(job.passes, job.targets, job.options.max_memory)
+            job.found.room = room_beside(job.passes, job.targets, job.options.max_memory) - (job.room or 0)
             plan = job.plan()
         with fails_together():
             targets = job.ranked(plan)

@@ -160,6 +160,13 @@ def room_beside(passes: Sequence[Sequence[str]], targets: Mapping[str, Target], 
     return max(0, max_memory.bytes - max((bytes_of_statistics(targets, names) for names in passes), default=0))
 
 
+def room_for_graphs(passes: Sequence[Sequence[str]], targets: Mapping[str, Target], max_memory: MaxMemory | None) -> int | None:
+    """Bytes that the graph of a pass may take: half of `room_beside`, where a number was asked for; None: any."""
+    if max_memory is None or not max_memory.is_asked_for:
+        return None
+    return room_beside(passes, targets, max_memory) // 2
+
+
 def bytes_of_statistics(targets: Mapping[str, Target], names: Iterable[str] | None = None) -> int:
     """Bytes that statistics of targets take, or of those of some names, at most: where they share no inputs."""
     return sum(_bytes_of_target(targets[name]) for name in (targets if names is None else names))

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+import torch
 from support.batches import pairs, text
 from support.gathering import linear_layers
 from support.models import gpt2, llama, t5
@@ -21,7 +22,7 @@ TEXTS = [text([9, 5], 9), text([9, 9, 3], 9, seed=1)]
 @pytest.mark.parametrize("gradients", [True, False])
 def test_what_is_kept_is_foreseen(build: Callable[[], nn.Module], gradients: bool) -> None:
     model = build()
-    found = course_of(model, find_blocks(model), TEXTS, gradients, linear_layers(model).values())
+    found = course_of(model, find_blocks(model), TEXTS, linear_layers(model).values(), gradients)
     assert found is not None
     course, size = found
     assert len(course.replay.order) == 2
@@ -42,7 +43,7 @@ class Reading(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x)
-        return self.blocks[1](x + Tensor.normal_(x.new_empty(x.shape))) if self.random else self.blocks[0](x) + self.blocks[1](x)
+        return self.blocks[0](x) + self.blocks[1](x + torch.randn_like(x) if self.random else x)
 
 
 @pytest.mark.parametrize("case", ["an encoder's output", "a common input", "random"])
@@ -50,11 +51,11 @@ def test_where_they_would_be_others_there_is_none(case: str) -> None:
     model = t5() if case.startswith("an") else Reading(case == "random")
     batches: Any = [pairs([8, 3], [6, 2], (8, 6))] if case.startswith("an") else [{"x": Tensor(4, 8).normal_()}]
     modules = linear_layers(model).values()
-    assert course_of(model, find_blocks(model), batches, True, modules) is None
-    of_inputs = course_of(model, find_blocks(model), batches, False, modules)
+    assert course_of(model, find_blocks(model), batches, modules, True) is None
+    of_inputs = course_of(model, find_blocks(model), batches, modules, False)
     assert (of_inputs is None) == (case == "random"), "without gradients nothing is weighed by them"
 
 
 def test_what_the_model_does_not_accept_is_left_to_be_told_later() -> None:
     model = llama()
-    assert course_of(model, find_blocks(model), [{"x": Tensor(2, 2)}], True, []) is None
+    assert course_of(model, find_blocks(model), [{"x": Tensor(2, 2)}], [], True) is None

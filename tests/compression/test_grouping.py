@@ -23,7 +23,7 @@ BLOCKS = ["model.layers.0.", "model.layers.1."]
 
 
 def job_of(model: nn.Module, batches: Any = TEXT, memory: int = 400_000, **options: Any) -> Job:
-    config = config_of(**{"target_modules": "all-linear", **options})
+    config = config_of(**{"target_modules": "all-linear", "neurons": False, **options})
     return Job.of_model(model, config, batches, Options(progress=False, max_memory=MaxMemory(memory, is_asked_for=True)))
 
 
@@ -46,18 +46,16 @@ def test_targets_outside_of_blocks_come_first() -> None:
         assert sorted(job.passes[0]) == ["bert.pooler.dense", "classifier"]
 
 
-@pytest.mark.parametrize("case", ["fits", "no blocks", "one block", "no room", "across"])
+@pytest.mark.parametrize("case", ["fits", "no blocks", "no room", "across"])
 def test_else_groups_stay_as_they_are(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
     if case == "no blocks":
         job = job_of(convnet(), IMAGES, 43_200, target_modules=["conv0", "conv1"])
     else:
-        job = job_of(llama(), memory=10**9 if case == "fits" else 400_000)
+        job = job_of(llama(), memory=10**9 if case == "fits" else 400_000, neurons=case == "across" or None)
     if case == "no room":
         monkeypatch.setattr(grouping, "place_for", lambda size: None)
     if case == "across":
         monkeypatch.setattr(grouping, "block_of", lambda name, blocks: name)
-    if case == "one block":
-        job.regroup([[*sum(job.passes, [])]])
     passes = job.passes
     with gathered_by_block(job):
         assert job.passes == passes
