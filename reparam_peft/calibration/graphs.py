@@ -41,8 +41,10 @@ def tokens_within(
     """
     most = tokens_at_a_time(input_device(model))
     first = batches[0] if isinstance(batches, Sequence) and batches else None
-    rows = parts_of_tokens(first, 1) if isinstance(first, Mapping) else []
-    if not rows or len(parts_of_tokens(first, most)) == len(rows):  # which are run one at a time
+    if not isinstance(first, Mapping):
+        return most
+    rows = parts_of_tokens(first, 1)
+    if len(rows) == len(parts_of_tokens(first, most)):  # which are run one at a time
         return most
     try:
         of_row = _bytes_of_graph(model, rows[0], starts, blocks)

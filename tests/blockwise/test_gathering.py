@@ -53,7 +53,7 @@ class Capped(nn.Module):
     def __init__(self) -> None:
         super().__init__()
         self.embed, self.head = nn.Embedding(100, 8), nn.Linear(8, 100)
-        self.blocks = nn.ModuleList(nn.Sequential(nn.Tanh(), nn.Linear(8, 8)) for _ in range(2))
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2))
 
     def get_output_embeddings(self) -> nn.Module:
         return self.head
