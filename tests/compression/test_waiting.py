@@ -98,7 +98,7 @@ def test_statistics_that_cannot_be_written_are_gathered_again(monkeypatch: pytes
         assert [keep(GROUPS[0], lambda: Statistics(seed=next(gathered))).seed for _ in range(2)] == [1, 2]
 
 
-def test_the_same_bits_and_one_pass_for_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_same_factors_and_one_pass_for_each_group(monkeypatch: pytest.MonkeyPatch) -> None:
     real, sizes = BlockwiseGatherer.gather, list[int]()
 
     def gather(self: object, model: object, modules: dict[str, object], *args: object, **options: object) -> Statistics:
@@ -111,4 +111,4 @@ def test_the_same_bits_and_one_pass_for_each_group(monkeypatch: pytest.MonkeyPat
     parts = compressed(llama(), TEXT, arguments={"max_memory": 400_000}, **options)
     assert len(sizes) > 1
     assert sum(sizes) == len(whole.peft_config["default"].rank_pattern) + len(whole.peft_config["default"].dense_modules)
-    assert_same_model(parts, whole, tolerance=1e-6)
+    assert_same_model(parts, whole, tolerance=1e-5)
