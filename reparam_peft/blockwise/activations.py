@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -10,7 +9,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 
-from ..runtime.files import lock_folder, unfinished, writing
+from ..runtime.files import Scratch, writing
 
 
 class Activations:
@@ -26,12 +25,11 @@ class Activations:
     """
 
     def __init__(self, folder: str | Path | None = None) -> None:
-        self.folder: Path | None = None
+        self.scratch: Scratch | None = None
         if folder is not None:
             with writing(folder):
                 Path(folder).mkdir(parents=True, exist_ok=True)
-                self.folder = unfinished(Path(folder) / "activations")
-            self.lock = lock_folder(self.folder)  # so that other processes do not take it for litter
+                self.scratch = Scratch(folder, "activations")
         self.kept: dict[tuple[Any, ...], Any] = {}
         self.files: dict[tuple[Any, ...], Path] = {}
 
@@ -40,9 +38,8 @@ class Activations:
 
     def __exit__(self, *error: object) -> None:
         self.kept.clear()
-        if self.folder is not None:
-            self.lock.release()
-            shutil.rmtree(self.folder, ignore_errors=True)
+        if self.scratch is not None:
+            self.scratch.__exit__(*error)
 
     def put(self, key: tuple[Any, ...], tree: Any) -> None:
         """Keep a tree of tensors and others in place of what is kept under the key; the caller must not change its tensors.
@@ -51,11 +48,11 @@ class Activations:
             OSError: the disk is full, or the folder cannot be written.
         """
         self.drop(key)
-        if self.folder is None:
+        if self.scratch is None:
             self.kept[key] = tree
             return
         leaves, structure = tree_flatten(tree)
-        path = self.folder / ("-".join(map(str, key)) + ".safetensors")
+        path = self.scratch.folder / ("-".join(map(str, key)) + ".safetensors")
         tensors = {str(i): leaf.contiguous() for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
         with writing(path):
             save_file(tensors, path)

@@ -13,17 +13,16 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from tqdm.auto import tqdm
 
-from ..calibration.gather import calibrating, finish, gather_statistics, parts_of
+from ..calibration.gather import Part, calibrating, finish, gather_statistics
 from ..calibration.given import Objective
 from ..calibration.recorder import Recorder
 from ..calibration.self_written import written
 from ..calibration.statistics import Statistics, weight_norm
-from ..runtime.batches import Batch
 from ..runtime.blocks import block_of
-from ..runtime.modules import input_device
-from ..runtime.processes import check_whole, fails_together, processes
+from ..runtime.devices import fast_products
+from ..runtime.processes import fails_together, in_every_process, processes
 from .activations import Activations
-from .blocks import Replay
+from .courses import Course
 from .streams import Stream
 
 OUTPUTS, GRADIENTS = "calibration", "gradient"  # of blocks, in the store
@@ -51,10 +50,15 @@ class BlockwiseGatherer:
     Args:
         blocks: of the model, by name.
         offload_folder: where outputs and gradients are kept; None: in memory.
+        course: of the batches through the blocks; then all is gathered by passes over the whole model where one of the batches
+            takes another one. None: found here, and that is an error.
     """
 
-    def __init__(self, blocks: Mapping[str, nn.Module], offload_folder: str | Path | None = None) -> None:
+    def __init__(
+        self, blocks: Mapping[str, nn.Module], offload_folder: str | Path | None = None, course: Course | None = None
+    ) -> None:
         self.blocks, self.store = dict(blocks), Activations(offload_folder)
+        self.course, self.must_replay = course, course is None
         self.tape: Tape | None = None
 
     def __enter__(self) -> BlockwiseGatherer:
@@ -76,12 +80,13 @@ class BlockwiseGatherer:
         starts: Iterable[nn.Module] = (),
         heads: Mapping[str, Sequence[nn.Module]] | None = None,
         objective: Objective | None = None,
+        room: int | None = None,
     ) -> Statistics:
         """The statistics of some modules; model, batches and options are the same in every call.
 
         Args:
             modules: of one block, or any others, which are gathered by passes over the whole model.
-            model, batches, gradients, seed, progress, starts, heads, objective: as for `gather_statistics`.
+            model, batches, gradients, seed, progress, starts, heads, objective, room: as for `gather_statistics`.
 
         Raises:
             ValueError: as for `gather_statistics`, and where the inputs of blocks cannot be reproduced.
@@ -90,27 +95,52 @@ class BlockwiseGatherer:
         names = {block_of(name, self.blocks) for name in modules}
         (block,) = names if len(names) == 1 and not heads else (None,)  # heads are outside of the block of their embedding
         if block is not None and self.tape is None:
-            with fails_together(), calibrating(model):
-                self.tape = Tape(model, self.blocks, batches, self.store, gradients, seed, starts, objective, progress)
+            self._run(model, written(batches), gradients, seed, starts, objective, progress, room)
         tape = self.tape
         if tape is None or block is None or block not in tape.replay.order:
             return gather_statistics(
                 model, modules, batches, gradients=gradients, seed=seed, progress=progress, starts=starts, heads=heads,
-                objective=objective,
+                objective=objective, room=room,
             )  # fmt: skip
         with fails_together():
             statistics = Statistics(seed=seed, weight_norms={name: weight_norm(module) for name, module in modules.items()})
-            with calibrating(model):
+            with calibrating(model), fast_products():
                 tape.record(tape.replay.order.index(block), modules, statistics)
         finish(statistics, modules, tape.gradient_tokens if gradients else None)
         return statistics
+
+    def _run(
+        self,
+        model: nn.Module,
+        batches: Iterable[Mapping[str, Any]],
+        gradients: bool,
+        seed: int,
+        starts: Sequence[nn.Module],
+        objective: Objective | None,
+        progress: bool,
+        room: int | None,
+    ) -> None:
+        """Run the model forward, and what comes after its blocks backward."""
+        with fails_together(), calibrating(model), fast_products():
+            try:
+                course = self.course or Course(model, self.blocks, batches, starts, room if gradients else None)
+                self.tape = Tape(course, self.store, gradients, seed, starts, objective, progress)
+            except ValueError as error:
+                if self.must_replay:
+                    raise
+                logger.info(
+                    "Statistics are gathered by passes over the whole model, since blocks cannot be replayed: %s", error
+                )
+        if not in_every_process(self.tape is not None):
+            self.blocks, self.tape = {}, None
 
 
 class Tape:
     """What the blocks of a model give for each part of the batches, and the gradients there, as far as they are known.
 
     Args:
-        model, blocks, batches, gradients, seed, starts, objective, progress: as for `BlockwiseGatherer.gather`.
+        course: of the batches through the blocks.
+        gradients, seed, starts, objective, progress: as for `BlockwiseGatherer.gather`.
         store: where outputs and gradients are kept.
 
     Attributes:
@@ -119,9 +149,7 @@ class Tape:
 
     def __init__(
         self,
-        model: nn.Module,
-        blocks: Mapping[str, nn.Module],
-        batches: Iterable[Mapping[str, Any]],
+        course: Course,
         store: Activations,
         gradients: bool,
         seed: int,
@@ -129,18 +157,12 @@ class Tape:
         objective: Objective | None,
         progress: bool,
     ) -> None:
-        self.model, self.store, self.gradients, self.seed = model, store, gradients, seed
+        self.model, self.parts, self.replay = course.model, course.parts, course.replay
+        self.store, self.gradients, self.seed = store, gradients, seed
         self.starts, self.objective, self.progress = set(starts), objective, progress
-        world, rank = processes()
-        check_whole(batches)
-        parts = list(parts_of(written(batches), input_device(model)))
-        # A process that has no batch of its own knows the blocks by the first one.
-        self.parts = [part for part in parts if part.index % world == rank]
-        data: list[Batch] = [part.batch for part in self.parts or parts[:1]]
-        self.replay = Replay(model, blocks, data)
         self.stream = Stream(OUTPUTS, self.replay, store, {}, None)
         self.gradient_tokens = 0
-        inside = {module for block in blocks.values() for module in block.modules()}
+        inside = {module for block in self.replay.blocks.values() for module in block.modules()}
         self.outside = self.starts - inside
         for position, block in enumerate(self._bar(self._blocks(), "Running blocks")):
             self.stream.put(position, block)
@@ -204,10 +226,16 @@ class Tape:
         recorder = Recorder(Statistics(seed=self.seed), {}, True, None, self.objective)
         with recorder.hooks(self.model, self.outside):
             for number, part in enumerate(self._bar(self.parts, "Sampling labels")):
-                played = {j: self._played(j, number) for j in range(len(self.replay.order))}
-                with self.replay.playing({j: output.tree for j, output in played.items()}):
+                played: dict[int, Played] = {}
+
+                def run(number: int = number, part: Part = part, played: dict[int, Played] = played) -> bool:
+                    # Anew each time that it is run, since the model may change them in place.
+                    played.update({j: self._played(j, number) for j in range(len(self.replay.order))})
                     batch = send_to_device(dict(part.batch), self.stream.home)
-                    recorder.run(self.model, batch, part.index, part.first_row, self.seed)
+                    with self.replay.playing({j: output.tree for j, output in played.items()}):
+                        return recorder.run_once(self.model, batch, part.index, part.first_row, self.seed)
+
+                recorder.run_as(part.batch, part.index, run)
                 self._add(number, played)
         self.gradient_tokens = recorder.gradient_tokens
 

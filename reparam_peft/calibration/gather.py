@@ -24,14 +24,11 @@ from ..runtime.memory import return_freed
 from ..runtime.modules import evaluating, frozen, input_device, leaving_no_graph, uncompiled
 from ..runtime.processes import check_whole, fails_together, processes
 from .given import Objective
+from .graphs import tokens_at_a_time, tokens_within
 from .recorder import Recorder
 from .self_written import written
 from .statistics import Statistics, weight_norm
 from .sums import InputSums, OutputSums, Sums, WeightedSums
-
-# Tokens of a pass, by the kind of device: as few as keep it busy, since the graph of a pass takes as much memory for each.
-TOKENS_AT_A_TIME = {"cpu": 512}
-MOST_TOKENS = 4096  # on all others
 
 logger = logging.getLogger(__name__)
 
@@ -51,8 +48,8 @@ class Part:
     first_row: int
 
 
-def parts_of(batches: Iterable[Any], device: torch.device, first_row: int = 0) -> Iterator[Part]:
-    """Batches in parts of as many tokens as a device is kept busy by.
+def parts_of(batches: Iterable[Any], tokens: int, first_row: int = 0) -> Iterator[Part]:
+    """Batches of token ids in parts of at most so many tokens, or of one row; others whole.
 
     Raises:
         ValueError: there are no batches, or one is no mapping.
@@ -63,7 +60,7 @@ def parts_of(batches: Iterable[Any], device: torch.device, first_row: int = 0) -
             raise ValueError(
                 f"`batches` must hold mappings of keyword arguments, got a {type(batch).__name__} as batch {index}."
             )
-        for part in parts_of_tokens(batch, TOKENS_AT_A_TIME.get(device.type, MOST_TOKENS)):
+        for part in parts_of_tokens(batch, tokens):
             yield Part(part, index, first_row)
             first_row += rows_in(part)
     if index < 0:
@@ -82,6 +79,7 @@ def gather_statistics(
     first_row: int = 0,
     heads: Mapping[str, Sequence[nn.Module]] | None = None,
     objective: Objective | None = None,
+    room: int | None = None,
 ) -> Statistics:
     """Run the model over the batches and gather the statistics of some of its modules.
 
@@ -112,6 +110,8 @@ def gather_statistics(
         objective: (model, batch) → a scalar, the loss of the given labels summed over the batch, whose gradients are taken as
             they are (the empirical Fisher information); or logits (…, classes), of which labels are sampled. None: what the
             model returns for the batch says which.
+        room: bytes that the graph of a part may take, which then is of fewer rows, but of one at least; None: any. Known of
+            batches in a list.
 
     Returns:
         The `Statistics`; of modules that no batch reaches, the norms and, with gradients, zeros only.
@@ -134,9 +134,12 @@ def gather_statistics(
     with fails_together(), calibrating(model), ExitStack() as stack:
         recorder = Recorder(statistics, modules, gradients, heads, objective)
         stack.enter_context(fast_products())
+        tokens = tokens_at_a_time(device)
+        if room is not None and gradients:
+            tokens = tokens_within(room, model, batches, {*starts, *modules.values()})
         stack.enter_context(recorder.hooks(model, set(starts) - set(modules.values())))
         bar = tqdm(batches, desc="Calibrating", unit="batch", delay=1, disable=None if progress and rank == 0 else True)
-        for part in parts_of(bar, device, first_row):
+        for part in parts_of(bar, tokens, first_row):
             if part.index % world == rank:
                 recorder.run(model, send_to_device(dict(part.batch), device), part.index, part.first_row, seed)
     logger.info("calibrated %d modules", len(modules))

@@ -116,7 +116,7 @@ class Recorder:
 
         The first is run again where it shows that modules share no inputs after all, or that logits cannot be held back.
         """
-        self.run_as(batch, index, lambda: self._pass(model, batch, index, first_row, seed))
+        self.run_as(batch, index, lambda: self.run_once(model, batch, index, first_row, seed))
 
     def run_as(self, batch: Mapping[str, Any], index: int, run: Callable[[], bool]) -> None:
         """One batch of the model, or of a part of it, which `run` takes forward and, for gradients, backward.
@@ -155,8 +155,8 @@ class Recorder:
                 raise ValueError(f"{name}: the gradients at its output are NaN or infinite in batch {index}.")
         return True
 
-    def _pass(self, model: nn.Module, batch: dict[str, Any], index: int, first_row: int, seed: int) -> bool:
-        """A pass of the whole model, and whether it counts."""
+    def run_once(self, model: nn.Module, batch: dict[str, Any], index: int, first_row: int, seed: int) -> bool:
+        """A pass of the whole model, for `run_as`, and whether it counts."""
         # With labels a model computes its loss of the logits itself.
         head = None if "labels" in batch or self.objective is not None else self.head
         with torch.set_grad_enabled(self.gradients), nullcontext() if head is None else head.hold():

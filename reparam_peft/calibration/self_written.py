@@ -26,7 +26,7 @@ from ..runtime.fingerprints import (
     fingerprint_of_values,
 )
 from ..runtime.modules import evaluating, input_device, predicts_next_token, uncompiled, unwrapped
-from ..runtime.processes import fails_together, processes, share_out
+from ..runtime.processes import fails_together, in_every_process, processes, share_out
 from ..runtime.run_folder import TEXT, make_run_folder
 from .given import keyword_batches
 from .sampling import generator_of
@@ -232,9 +232,11 @@ class SelfWritten:
         """
         if self._written is None:
             with fails_together():
-                self._written = self._kept()
-                if self._written is None and self.folder is not None:
+                kept = self._kept()
+                if kept is None and self.folder is not None:
                     make_run_folder(self.folder)
+            if in_every_process(kept is not None):
+                self._written = kept
         if self._written is None:
             self._written = self_written(
                 self.model,

@@ -33,6 +33,7 @@ from ..tuner.compressed_model import CompressedModel
 from ..tuner.data_free import installing
 from ..tuner.tying import heads_of
 from .block_by_block import BlockByBlock, Result, Steps
+from .grouping import gathered_by_block
 from .job import Job
 from .one_shot import one_shot
 from .options import Options
@@ -86,10 +87,13 @@ def compress(
         progress: whether to show progress bars.
         plan: the ranks, from `reparam_peft.plan`, which then holds what the config leaves open; None: chosen here.
         max_memory: bytes that statistics may take at a time, also as text such as "1GB"; where all of them take more, they are
-            gathered in groups of modules, in a pass over the data for each; from planning to factorising those of the others
-            wait in the system's temporary folder, or, where it has no room, are gathered again; with `sequential` or `refine`
-            block by block, in three passes forward and two backward in all, for which outputs of all blocks, and gradients
-            there, are kept. None: half of what is free on the device of the model, and never less than one module needs.
+            gathered block by block, in two passes forward and one backward in all, for which outputs of all blocks, and
+            gradients there, are kept in `run_folder` or the system's temporary folder. Where blocks cannot be replayed, or
+            there is no room, they are gathered in groups of modules, in a pass over the data for each. From planning to
+            factorising those of the others wait in the same folder, or, where it has no room, are gathered again. With
+            `sequential` or `refine` it is three passes forward and two backward. The graph of a pass takes at most half of
+            what is left beside them, by parts of fewer rows of token ids, but of one row at least. None: half of what is free
+            on the device of the model, and never less than one module needs; the graph may take any number.
         adapter_name: name of the adapter.
         sequential: factorise each matrix for the inputs that it gets from the compressed part before it, anchored to the
             original's activations; True, or an `Anchoring` that says how far. Needs a calibrated method.
@@ -203,7 +207,8 @@ def compress_blocks(
                 "base model in full precision, or leave both out."
             )
         with uncompiled(model), fast_products(), BlockwiseGatherer(blocks, steps.offload_folder) as gatherer:
-            job.gather = gatherer.gather
+            if len(job.passes) > 1 or (options.max_memory is not None and options.max_memory.by_block == "always"):
+                job.gather = gatherer.gather
             result = BlockByBlock(job, blocks, batches, steps, plan).result(adapter_name)
         with fails_together():
             return _install(model, job, result, adapter_name, autocast_adapter_dtype)
@@ -262,7 +267,9 @@ def plan(
     options = Options(seed, progress, MaxMemory.of(max_memory, input_device(model)), objective)
     data: Batches = batches_or_self_written(batches, model, tokenizer, seed=seed, progress=progress)
     with unchanged(model):
-        return Job.of_model(model, config, data, options).plan()
+        job = Job.of_model(model, config, data, options)
+        with gathered_by_block(job):
+            return job.plan()
 
 
 @tells_of_errors()

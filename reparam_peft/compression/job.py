@@ -43,7 +43,7 @@ from .neurons import Neurons
 from .offered import offered
 from .options import Options
 from .parts import Part
-from .passes import passes_within
+from .passes import passes_within, room_for_graphs
 from .pooling import Pool
 from .weighing import Weigher, Weighing, mean_output
 
@@ -91,7 +91,7 @@ class Job:
         self.storages = {name: target.storage for name, target in targets.items()}
         self.weigher, self.factorizer = Weigher.of(config), Factorizer.of(config)
         self.pool, self.found = Pool(self.storages, config), Found(self.factorizer)
-        self.passes = [list(group) for group in passes]
+        self.regroup(passes)
         check_whole(batches)
         # Batches are read once for each group.
         if len(self.passes) > 1 and not isinstance(batches, (Statistics, SelfWritten)):
@@ -101,7 +101,6 @@ class Job:
         self.calibration_tokens = self.gradient_tokens = 0
         self.tokens: dict[str, int] = {}  # that reached each target
         self._at_hand: tuple[list[str], Statistics] | None = None
-        self._whole_group = {name: group for group in map(tuple, self.passes) for name in group}
         self.kept_statistics: Callable[[Sequence[str], Callable[[], Statistics]], Statistics] | None = None
         self.gather: Callable[..., Statistics] = gather_statistics
         self.leaves_unreached, self.offered = leaves_unreached, offered
@@ -189,6 +188,12 @@ class Job:
         """The ranks that the config and the statistics lead to."""
         losses = self.losses()  # first: it tells which targets no batch reached, which the chooser leaves out
         return self.plan_with(self.chooser, losses)
+
+    def regroup(self, passes: Sequence[Sequence[str]]) -> None:
+        """Gather statistics of other groups of targets together, before any are gathered."""
+        self.passes = [list(group) for group in passes]
+        self._whole_group = {name: group for group in map(tuple, self.passes) for name in group}
+        self.room = room_for_graphs(self.passes, self.targets, self.options.max_memory)
 
     def losses(self) -> Losses:
         """What each direction of each target is predicted to cost, and numbers of neurons; empty without gradients."""
@@ -397,6 +402,7 @@ class Job:
                 starts=self.modules.values(),
                 heads=heads_of(self.config, self.model, modules),
                 objective=self.options.objective,
+                room=self.room,
             )
             kept = self.kept_statistics
             statistics = gather() if kept is None else kept(self._whole_group[group[0]], gather)

@@ -13,10 +13,11 @@ from ..layers.product import Product, named_product, named_tensors
 from ..planning.plan import Plan
 from ..runtime.fingerprints import fingerprint_of_values
 from ..runtime.memory import return_freed
-from ..runtime.processes import fails_together
+from ..runtime.processes import fails_together, in_every_process
 from ..runtime.run_folder import RunFolder
 from ..tuner.targets import Target, check_targets
 from .block_by_block import Result
+from .grouping import gathered_by_block
 from .job import Job
 from .passes import bytes_of_statistics, room_beside
 from .run_settings import settings_of
@@ -45,7 +46,7 @@ class OneShot:
                 plan = Plan.load(self.folder.plan)
                 job.resume(plan, [name for entry in self.folder.finished for name in entry["factorised"]])
         if plan is None:
-            job.found.room = room_beside(job.passes, job.targets, job.options.max_memory)
+            job.found.room = room_beside(job.passes, job.targets, job.options.max_memory) - (job.room or 0)
             plan = job.plan()
         with fails_together():
             targets = job.ranked(plan)
@@ -79,12 +80,16 @@ class OneShot:
         """The statistics of a group of targets: of an earlier call, or gathered and kept."""
         of_group = fingerprint_of_values([self.folder.fingerprint, sorted(group)])[:16]
         path = self.folder.path(f"statistics-{of_group}.safetensors")
+        kept: Statistics | None = None
         with fails_together():
             try:
                 if path.exists():
-                    return Statistics.load(path)
+                    kept = Statistics.load(path)
             except ValueError:  # damaged since it was written
                 pass
+        if in_every_process(kept is not None) and kept is not None:
+            return kept
+        kept = None  # memory holds those of one group at a time
         statistics = gather()
         with fails_together():
             if self.folder.writes:
@@ -108,6 +113,7 @@ def one_shot(job: Job, plan: Plan | None, batches: Batches, run_folder: str | Pa
             read = batches if isinstance(batches, SelfWritten) else None if isinstance(batches, Statistics) else list(batches)
             settings = settings_of(job, read, plan)
     with RunFolder(run_folder, settings) as folder, ExitStack() as stack:
+        stack.enter_context(gathered_by_block(job, folder.folder))
         run = OneShot(job, plan, folder)
         if folder.folder is None and plan is None and len(job.passes) > 1:
             job.kept_statistics = stack.enter_context(waiting(job.passes, bytes_of_statistics(job.targets)))

@@ -84,6 +84,25 @@ def passes_within(
     Raises:
         ValueError: those of one target, or of the targets in one block, take more than was asked for.
     """
+    passes, apart = _groups(targets, max_memory, blocks, mlps, parameters)
+    sizes = [bytes_of_statistics(targets, names) for names in passes]
+    logger.info("Statistics of %d targets take at most %s bytes.", len(targets), f"{sum(sizes):,}")
+    if len(passes) > 1 and not apart:
+        logger.info(
+            "%s bytes of them may be held at a time: the data are read for %d groups of targets to plan, and for %d again to "
+            "factorise, where their statistics cannot wait on disk.", f"{max_memory.bytes:,}", len(passes), len(passes) - 1,
+        )  # fmt: skip
+    return passes
+
+
+def _groups(
+    targets: Mapping[str, Target],
+    max_memory: MaxMemory,
+    blocks: Sequence[str],
+    mlps: Sequence[NeuronGroup],
+    parameters: Collection[str],
+) -> tuple[list[list[str]], bool]:
+    """`passes_within`, and whether they are by block."""
     limit = max_memory.bytes
     consumers = [mlp.consumer for mlp in mlps]
     units: dict[str, list[str]] = {}
@@ -107,14 +126,31 @@ def passes_within(
             left = limit
         passes[-1] += names
         left -= needed
-    sizes = [bytes_of_statistics(targets, names) for names in passes]
-    logger.info("Statistics of %d targets take at most %s bytes.", len(targets), f"{sum(sizes):,}")
-    if len(passes) > 1 and not apart:
-        logger.info(
-            "%s bytes of them may be held at a time: the data are read for %d groups of targets to plan, and for %d again to "
-            "factorise, where their statistics cannot wait on disk.", f"{limit:,}", len(passes), len(passes) - 1,
-        )  # fmt: skip
-    return passes
+    return passes, apart
+
+
+def passes_by_block(
+    targets: Mapping[str, Target],
+    max_memory: MaxMemory,
+    blocks: Sequence[str],
+    mlps: Sequence[NeuronGroup],
+    parameters: Collection[str] = (),
+) -> list[list[str]]:
+    """Targets in groups of `passes_within`, none of which lies in several blocks: those in no block, then by block.
+
+    Args:
+        blocks: names of blocks, in the order in which they are wanted.
+        targets, max_memory, mlps, parameters: as for `passes_within`.
+    """
+    within: dict[str | None, dict[str, Target]] = {block: {} for block in (None, *blocks)}
+    for name, target in targets.items():
+        within[block_of(name, blocks)][name] = target
+    return [
+        group
+        for part in within.values()
+        if part
+        for group in _groups(part, max_memory, [], [mlp for mlp in mlps if mlp.consumer in part], parameters)[0]
+    ]
 
 
 def room_beside(passes: Sequence[Sequence[str]], targets: Mapping[str, Target], max_memory: MaxMemory | None) -> int:
@@ -122,6 +158,13 @@ def room_beside(passes: Sequence[Sequence[str]], targets: Mapping[str, Target], 
     if max_memory is None:
         return sys.maxsize
     return max(0, max_memory.bytes - max((bytes_of_statistics(targets, names) for names in passes), default=0))
+
+
+def room_for_graphs(passes: Sequence[Sequence[str]], targets: Mapping[str, Target], max_memory: MaxMemory | None) -> int | None:
+    """Bytes that the graph of a pass may take: half of `room_beside`, where a number was asked for; None: any."""
+    if max_memory is None or not max_memory.is_asked_for:
+        return None
+    return room_beside(passes, targets, max_memory) // 2
 
 
 def bytes_of_statistics(targets: Mapping[str, Target], names: Iterable[str] | None = None) -> int:

@@ -13,6 +13,7 @@ from typing import TypeAlias
 import psutil
 
 from ..calibration.statistics import Statistics
+from ..runtime.files import Scratch
 from ..runtime.processes import processes
 
 IN_MEMORY = ("tmpfs", "ramfs")  # file systems, whose files would take the memory that `max_memory` spares
@@ -46,7 +47,7 @@ def waiting(passes: Sequence[Sequence[str]], size: int) -> Iterator[Keep | None]
 
         def keep(group: Sequence[str], gather: Callable[[], Statistics]) -> Statistics:
             number = numbers[tuple(group)]
-            path = Path(folder) / f"{number}.safetensors"
+            path = folder / f"{number}.safetensors"
             try:
                 if path.exists():
                     return Statistics.load(path)
@@ -63,15 +64,28 @@ def waiting(passes: Sequence[Sequence[str]], size: int) -> Iterator[Keep | None]
         yield keep
 
 
-def _folder(size: int) -> tempfile.TemporaryDirectory[str] | None:
-    """A temporary folder on a disk with room for so many bytes and as much again; None where there is none."""
+def _folder(size: int) -> Scratch | None:
+    """A temporary folder for so many bytes; None where there is no place for one."""
+    place = place_for(size)
+    try:
+        return None if place is None else Scratch(place, "reparam")
+    except (OSError, ValueError) as error:
+        logger.info("Statistics are gathered again, because the temporary folder cannot be used: %s", error)
+        return None
+
+
+def place_for(size: int) -> Path | None:
+    """The system's temporary folder, where it is on a disk with room for so many bytes and as much again; else None."""
     try:
         system = Path(tempfile.gettempdir()).resolve()
         disks = {Path(each.mountpoint): each.fstype for each in psutil.disk_partitions(all=True)}
         kind = next((disks[folder] for folder in (system, *system.parents) if folder in disks), "")
-        if kind in IN_MEMORY or shutil.disk_usage(system).free < 2 * size:
-            return None
-        return tempfile.TemporaryDirectory(prefix="reparam-", ignore_cleanup_errors=True)
+        return None if kind in IN_MEMORY or not has_room(system, size) else system
     except OSError as error:
-        logger.info("Statistics are gathered again, because the temporary folder cannot be used: %s", error)
+        logger.info("The system's temporary folder cannot be used: %s", error)
         return None
+
+
+def has_room(folder: Path, size: int) -> bool:
+    """Whether the disk of a folder has room for so many bytes and as much again."""
+    return shutil.disk_usage(folder).free >= 2 * size

@@ -44,10 +44,14 @@ def writing(path: str | Path) -> Iterator[None]:
         ) from error
 
 
-def unfinished(path: str | Path) -> Path:
-    """Make a folder of a unique name, beside a path, in which what shall stand there is made; it follows the umask.
+def unfinished(path: str | Path, mode: int = 0o777) -> Path:
+    """Make a folder of a unique name, beside a path, in which what shall stand there is made.
 
     What processes that were killed have left of such folders goes with the first one that a process makes beside it.
+
+    Args:
+        path: that it stands beside.
+        mode: permissions, of which the umask takes some away.
 
     Raises:
         OSError: it cannot be made.
@@ -55,8 +59,38 @@ def unfinished(path: str | Path) -> Path:
     path = Path(os.path.abspath(path))
     _clear_once(path.parent)
     folder = path.with_name(f".{path.name[:40]}.{secrets.token_hex(8)}.unfinished")
-    folder.mkdir()
+    folder.mkdir(mode)
     return folder
+
+
+class Scratch:
+    """A folder that is deleted when the `with` block ends, and that nobody but the user can read.
+
+    What processes that were killed have left of such folders in the same place goes with the first one that another process
+    makes there, an hour after the last of it was written.
+
+    Args:
+        place: a folder in which it is made.
+        name: that it begins with.
+
+    Attributes:
+        folder: the folder.
+        lock: by which other processes know that it is in use.
+
+    Raises:
+        OSError: it cannot be made.
+    """
+
+    def __init__(self, place: str | Path, name: str) -> None:
+        self.folder = unfinished(Path(place) / name, mode=0o700)
+        self.lock = lock_folder(self.folder)
+
+    def __enter__(self) -> Path:
+        return self.folder
+
+    def __exit__(self, *error: object) -> None:
+        self.lock.release()
+        shutil.rmtree(self.folder, ignore_errors=True)
 
 
 @contextmanager

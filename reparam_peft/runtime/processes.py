@@ -107,6 +107,20 @@ def first_of(value: float) -> float:
     return number.item()
 
 
+def in_every_process(holds: bool) -> bool:
+    """Whether what each process of a distributed run has judged by itself, such as that a file is whole, holds in all of them.
+
+    What decides whether the processes are to exchange something has to be asked so: else some would wait for the others.
+
+    Raises:
+        RuntimeError: another process failed.
+    """
+    if processes()[0] == 1:
+        return holds
+    _hear()
+    return not _any_failed(not holds)
+
+
 def _device_of_messages() -> torch.device:
     """A device whose tensors the processes can exchange."""
     kinds = [pair.split(":")[0] for pair in dist.get_backend_config().split(",")]

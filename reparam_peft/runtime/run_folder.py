@@ -15,7 +15,7 @@ from torch import Tensor
 
 from .files import clear_litter, is_ours, lock_folder, save_tensors, write_whole, writing
 from .fingerprints import fingerprint_of_tensors, fingerprint_of_values
-from .processes import fails_together, processes
+from .processes import fails_together, in_every_process, processes
 
 FORMAT = "reparam_peft run 1"
 SETTINGS, PLAN, LOG, TEXT = "run.json", "plan.json", "log.jsonl", "self_written.safetensors"
@@ -58,8 +58,15 @@ class RunFolder:
                 kept = self._settings()
                 self._noted = kept.pop(PLAN, None)
                 self._check_settings(kept, wanted)
-                while (entry := self._entry(len(self.finished))) is not None:
-                    self.finished.append(entry)
+                has_plan = self._noted is not None and self._kept.joinpath(PLAN).exists()
+                entries: list[dict[str, Any]] = []
+                while (entry := self._entry(len(entries))) is not None:
+                    entries.append(entry)
+            # Of what some processes do not see, in a folder that is not shared, nothing counts.
+            if not in_every_process(has_plan):
+                self._noted = None
+            while in_every_process(len(self.finished) < len(entries)):
+                self.finished.append(entries[len(self.finished)])
             with fails_together():
                 if self.writes:
                     clear_litter(self._kept, idle=0)

@@ -240,9 +240,9 @@ def factorising(model: Model, keep: float = 0.5) -> Operations:
 
 
 def one_shot(model: Model, tokens: int, length: int, passes: int, times: int = 1) -> Operations:
-    """`compress`: so many passes over the data forward and backward, in which each target is gathered once, or more times."""
-    both = forward(model, tokens, length) * 2
-    return (both * passes + sums(model, tokens) * times + planning(model) + factorising(model)) * model.layers
+    """`compress`: so many passes over the data, forward or backward, in which each target is gathered once, or more times."""
+    once = forward(model, tokens, length)
+    return (once * passes + sums(model, tokens) * times + planning(model) + factorising(model)) * model.layers
 
 
 def by_block(model: Model, tokens: int, length: int) -> Operations:
@@ -258,9 +258,9 @@ def by_block(model: Model, tokens: int, length: int) -> Operations:
     return (passes + sums(model, tokens) * 2 + inputs + planning(model) + factorising(model) + neurons) * model.layers
 
 
-def groups(model: Model, limit: float) -> int:
-    """In how many groups the statistics of a model are gathered, of which so many bytes are held at a time."""
-    return math.ceil(model.layers * statistics(model) / limit)
+def directions(model: Model) -> int:
+    """What planning keeps of all matrices for factorising, float32."""
+    return 4 * model.layers * sum(m.count * min(m.out, m.size) ** 2 for m in model.matrices)
 
 
 def main() -> None:
@@ -284,24 +284,29 @@ def main() -> None:
     for name, model in MODELS.items():
         for devices in (1, 8):
             weights = 2 * model.parameters
-            working = graph(model, TOKENS_AT_A_TIME) * model.layers + decomposing(model)
-            copies = weights + working + statistics(model) < DEVICE  # each accelerator holds the model
-            spread = copies or weights + working + statistics(model) < devices * DEVICE
+            of_block = graph(model, TOKENS_AT_A_TIME) + decomposing(model)
+            working = of_block + graph(model, TOKENS_AT_A_TIME) * (model.layers - 1)
+            least = weights + of_block + statistics(model)
+            copies = least < DEVICE  # each accelerator holds the model
+            spread = copies or least < devices * DEVICE
             if not spread:
                 print(f"| {name} | {devices} | does not fit | | | does not fit | |")
                 continue
             free = DEVICE - weights if copies else devices * DEVICE - weights
             limit = max(free / 2, statistics(model))
-            count = groups(model, limit)
+            fits = model.layers * statistics(model) <= limit
             share = 1 if copies else devices  # of memory
             workers = devices if copies else 1
-            # In one process the statistics of other groups wait on disk until they serve factorising.
-            waits = workers == 1 or count == 1
-            passes = count if waits else 2 * count - 1
-            held = (weights + min(limit, model.layers * statistics(model)) + working) / share
-            shot = one_shot(model, tokens, options.length, passes, 1 if waits else 2).seconds / 3600 / workers
+            # Block by block it is one pass more forward, which keeps what blocks give. In one process the statistics of other
+            # blocks wait on disk until they serve factorising; several gather them twice.
+            times = 1 if workers == 1 or fits else 2
+            forwards, backwards = times + (not fits), times
+            beside = model.layers * statistics(model) if fits else min(limit, statistics(model) + directions(model))
+            held = (weights + beside + (working if fits else of_block)) / share
+            passes = f"{forwards}, {backwards}"
+            shot = one_shot(model, tokens, options.length, forwards + backwards, times).seconds / 3600 / workers
             block = by_block(model, tokens, options.length).seconds / 3600 / workers
-            of_blocks = (weights + statistics(model) + working) / share
+            of_blocks = held if fits else least / share
             where = f"{devices}" if copies else f"{devices}, split"
             print(f"| {name} | {where} | {held / GB:.0f} | {passes} | {shot:.2f} | {of_blocks / GB:.0f} | {block:.2f} |")
 

@@ -32,6 +32,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from reparam_peft import ReparamConfig, compress, text_batches
+from reparam_peft.blockwise.gathering import BlockwiseGatherer
 from reparam_peft.calibration.gather import gather_statistics
 from reparam_peft.cli.demo import demo_folder
 from reparam_peft.compression import job
@@ -105,7 +106,9 @@ def main() -> None:
         for name, phase in parts.items():
             method = getattr(job.Job, name)
             stack.enter_context(mock.patch.object(job.Job, name, phases.counted(phase, method)))
+        gather = BlockwiseGatherer.gather
         stack.enter_context(mock.patch.object(job, "gather_statistics", phases.counted("statistics", gather_statistics)))
+        stack.enter_context(mock.patch.object(BlockwiseGatherer, "gather", phases.counted("statistics", gather)))
         with phases.phase("batches"):
             batches = read_batches(tokenizer, options.calibration, model, options.windows, options.batch)
         with phases.phase("installing and all else"):

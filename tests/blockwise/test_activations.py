@@ -52,7 +52,9 @@ def test_what_a_killed_run_has_left_goes_and_what_another_works_with_stays(tmp_p
     killed, alive = Activations(tmp_path), Activations(tmp_path)
     for store in (killed, alive):
         store.put(("a", 0), torch.ones(2))
-    killed.lock.release()
+    assert killed.scratch is not None
+    assert alive.scratch is not None
+    killed.scratch.lock.release()
     clear_litter(tmp_path, idle=0)
-    assert list(tmp_path.iterdir()) == [alive.folder]
+    assert list(tmp_path.iterdir()) == [alive.scratch.folder]
     assert torch.equal(alive.get(("a", 0)), torch.ones(2))

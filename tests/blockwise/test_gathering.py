@@ -7,10 +7,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from support.batches import text
 from support.gathering import assert_same, linear_layers
 from support.models import bert, gpt2, llama, qwen_moe, t5
-from torch import nn
+from torch import Tensor, nn
 
 from reparam_peft.blockwise.gathering import BlockwiseGatherer
 from reparam_peft.calibration.gather import gather_statistics
@@ -44,3 +45,27 @@ def test_as_of_the_whole_model(make: Callable[[], nn.Module], tmp_path: Path) ->
         folder=tmp_path if make is llama else None,
     )
     assert not list(tmp_path.iterdir())
+
+
+class Capped(nn.Module):
+    """A model that changes what its last block gives in place, and makes its logits of those of its head."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(100, 8), nn.Linear(8, 100)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Tanh(), nn.Linear(8, 8), nn.LayerNorm(8)) for _ in range(2))
+
+    def get_output_embeddings(self) -> nn.Module:
+        return self.head
+
+    def forward(self, input_ids: Tensor, attention_mask: Tensor) -> dict[str, Tensor]:
+        x = self.embed(input_ids)
+        for block in self.blocks:
+            x = block(x)
+        return {"logits": 3 * self.head(x.mul_(2)).tanh()}
+
+
+def test_what_is_run_again_finds_outputs_as_they_were() -> None:
+    torch.manual_seed(0)
+    model = Capped()
+    check(model, linear_layers(model, "head"), backwards=True)

@@ -23,7 +23,8 @@ from support.processes import run_in_processes, started
 from support.tolerances import assert_close
 from torch import Tensor, nn
 
-from reparam_peft import Anchoring, Refinement, calibrate, compress, plan, retruncate
+from reparam_peft import Anchoring, Refinement, ReparamConfig, calibrate, compress, plan, retruncate
+from reparam_peft.blockwise import gathering
 from reparam_peft.runtime.run_folder import RunFolder
 
 PAIRS = [pairs([20, 13, 20, 20], [16, 12, 16, 16], (20, 16), seed=seed) for seed in range(8)]
@@ -378,3 +379,9 @@ def test_what_was_refined_is_truncated_and_healed(tmp_path: Path) -> None:
         loaded = PeftModel.from_pretrained(llama(), tmp_path / str(keep)).eval()
         assert loaded.size_report().keep <= keep
         assert all(torch.equal(a, b) for a, b in zip(outputs(loaded, TEXT), outputs(small, TEXT), strict=True))
+
+
+def test_what_fits_is_gathered_by_passes_over_the_whole_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gathering, "Tape", None)
+    options = {"target_modules": ["model.layers.0.self_attn.q_proj"], "rank_multiple": 2}
+    assert compress(llama(), ReparamConfig(**options), TEXT, sequential=True, progress=False)

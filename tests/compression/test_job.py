@@ -23,7 +23,9 @@ from torch import Tensor, nn
 import reparam_peft.compression.job
 from reparam_peft import Plan, ReparamConfig, Statistics, compress, plan, self_written
 from reparam_peft.arguments import ReparamWarning
+from reparam_peft.blockwise.gathering import BlockwiseGatherer
 from reparam_peft.calibration.self_written import SelfWritten
+from reparam_peft.compression import grouping
 from reparam_peft.numerics.storage import uniform_rank
 from reparam_peft.tuner.matrices import matrix_storage
 
@@ -95,11 +97,11 @@ def test_several_passes_give_what_one_gives(
     whole = compressed(build(), iter(batches), target_modules=targets)
     model = build()
     calls: list[int] = []
-    handle = model.register_forward_hook(lambda *_: calls.append(1))
+    handle = model.register_forward_pre_hook(lambda *_: calls.append(1))
     parts = compressed(model, iter(batches), target_modules=targets, arguments={"max_memory": memory})
     handle.remove()
     assert len(calls) >= 2 * len(batches), "several groups"
-    assert_same_model(parts, whole, tolerance=1e-6)
+    assert_same_model(parts, whole, tolerance=1e-5)  # rows that are run by themselves are rounded in another way
     one = {k: v for k, v in vars(whole.peft_config["default"]).items() if k not in ("predicted_loss",)}
     assert {k: v for k, v in vars(parts.peft_config["default"]).items() if k not in ("predicted_loss",)} == one
     first, second = (
@@ -110,8 +112,15 @@ def test_several_passes_give_what_one_gives(
     assert first.predicted_loss == pytest.approx(second.predicted_loss)
 
 
-def test_memory_holds_the_statistics_of_one_pass_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    real, made = reparam_peft.compression.job.gather_statistics, []
+@pytest.mark.parametrize(
+    ("owner", "name", "refused"),
+    [(BlockwiseGatherer, "gather", []), (reparam_peft.compression.job, "gather_statistics", ["course_of"])],
+    ids=["by block", "in groups"],
+)
+def test_memory_holds_the_statistics_of_one_pass_at_a_time(
+    owner: Any, name: str, refused: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real, made = getattr(owner, name), []
 
     def gather(*args: Any, **options: Any) -> Statistics:
         assert all(earlier() is None for earlier in made), "the statistics of an earlier pass are still held"
@@ -119,7 +128,9 @@ def test_memory_holds_the_statistics_of_one_pass_at_a_time(monkeypatch: pytest.M
         made.append(weakref.ref(statistics))
         return statistics
 
-    monkeypatch.setattr(reparam_peft.compression.job, "gather_statistics", gather)
+    monkeypatch.setattr(owner, name, gather)
+    for function in refused:
+        monkeypatch.setattr(grouping, function, lambda *args: None)
     compressed(llama(), TEXT, target_modules="all-linear", arguments={"max_memory": 4 * 3 * 160 * 161})
     assert len(made) > 2
 
@@ -162,6 +173,7 @@ SHARED: dict[str, tuple[Callable[[], nn.Module], list[Batch], dict[str, Any]]] =
     "uniform": (gpt2, TEXT, {"target_modules": ["c_attn", "c_fc"], "allocation": "uniform", "output_metric": "none"}),
     "autoencoder": (net, ROWS, {"target_modules": ["first", "second"], "method": "autoencoder"}),
     "embedding": (llama, TEXT, {"target_modules": ["embed_tokens"]}),
+    "by block": (llama, TEXT, {"target_modules": "all-linear", "arguments": {"max_memory": 400_000}}),
     "many sizes": (gpt2, TEXT, {"target_modules": ["c_attn", "c_fc"], "form": "factors", "ceiling": 0.99, "keep": 0.9}),
     "fewer batches": (llama, TEXT[:1], ALL),
 }

@@ -12,8 +12,11 @@ from support.model_state import assert_same_model, state_of
 from support.models import gpt2, llama
 
 from reparam_peft import Statistics, calibrate
+from reparam_peft.blockwise.gathering import BlockwiseGatherer
+from reparam_peft.calibration import recorder
 from reparam_peft.compression import job
 from reparam_peft.compression.job import Job
+from reparam_peft.runtime.files import Scratch
 from reparam_peft.runtime.run_folder import RunFolder
 
 ALL = {"target_modules": "all-linear", "keep": 0.4}
@@ -38,11 +41,14 @@ def killed_in(monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, call: int)
     monkeypatch.setattr(owner, name, dies)
 
 
-@pytest.mark.parametrize("build", [llama, gpt2])
-@pytest.mark.parametrize("arguments", [{}, {"max_memory": PASSES}], ids=["at once", "in passes"])
+@pytest.mark.parametrize(
+    ("build", "arguments"),
+    [(llama, {}), (llama, {"max_memory": PASSES}), (gpt2, {"max_memory": PASSES})],
+    ids=["at once", "by block", "by block, with biases"],
+)
 @pytest.mark.parametrize(
     ("owner", "name", "call"),
-    [(Statistics, "save", 1), (RunFolder, "begin", 1), (RunFolder, "finish", 1), (job, "gather_statistics", 1)],
+    [(Statistics, "save", 1), (RunFolder, "begin", 1), (RunFolder, "finish", 1), (recorder, "padding_masks", 2)],
     ids=["statistics", "plan", "products", "gathering"],
 )
 def test_a_run_that_was_killed_ends_with_the_same_bits(
@@ -54,12 +60,14 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     before = state_of(model)
     with monkeypatch.context() as patch:
         killed_in(patch, owner, name, call)
+        patch.setattr(Scratch, "__exit__", lambda self, *error: self.lock.release())
         with pytest.raises(Killed):
             compressed(model, TEXT, arguments=arguments, **ALL)
     assert state_of(model) == before
     gathered: list[int] = []
-    real = job.gather_statistics
-    monkeypatch.setattr(job, "gather_statistics", lambda *a, **k: (gathered.append(1), real(*a, **k))[1])
+    for gatherer, function in ((job, "gather_statistics"), (BlockwiseGatherer, "gather")):
+        real = getattr(gatherer, function)
+        monkeypatch.setattr(gatherer, function, lambda *a, real=real, **k: (gathered.append(1), real(*a, **k))[1])
     kept = len(list((tmp_path / "run").glob("statistics-*")))
     resumed = compressed(model, iter(TEXT), arguments=arguments, **ALL)
     assert_same_model(resumed, expected)
@@ -67,6 +75,7 @@ def test_a_run_that_was_killed_ends_with_the_same_bits(
     files = len(list((tmp_path / "run").glob("statistics-*")))
     assert len(gathered) == files - kept, "what is kept is not gathered again"
     assert (files > 1) == ("max_memory" in arguments)
+    assert not list((tmp_path / "run").glob(".activations*")), "what a killed run has left is gone"
     gathered.clear()
     monkeypatch.setattr(Job, "losses", None)  # everything is finished
     assert_same_model(compressed(build(), TEXT, arguments=arguments, **ALL), expected)

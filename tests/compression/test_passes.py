@@ -12,7 +12,14 @@ from support.models import bert, llama, qwen_moe
 from torch import nn
 
 from reparam_peft import ReparamConfig, calibrate
-from reparam_peft.compression.passes import MaxMemory, bytes_of_statistics, passes_within, room_beside
+from reparam_peft.compression.passes import (
+    MaxMemory,
+    bytes_of_statistics,
+    passes_by_block,
+    passes_within,
+    room_beside,
+    room_for_graphs,
+)
 from reparam_peft.layers.neuron_groups import NeuronGroup, Producer
 from reparam_peft.tuner.selection import select_targets
 from reparam_peft.tuner.targets import Target
@@ -81,6 +88,25 @@ def test_without_a_number_half_of_what_is_free(monkeypatch: pytest.MonkeyPatch) 
 def test_what_reads_neurons_comes_before_what_makes_them() -> None:
     mlp = NeuronGroup((Producer("1", "rows"),), "3", 32)
     assert passes_within(squares(4), asked_for(2 * LINEAR), [], [mlp]) == [["3", "0"], ["1", "2"]]
+
+
+def test_by_block_groups_lie_within_blocks() -> None:
+    mlp = NeuronGroup((Producer("b.1", "rows"),), "b.3", 32)
+    model = nn.ModuleDict({name: nn.Sequential(*(nn.Linear(32, 32) for _ in range(4))) for name in "ab"})
+    model["c"] = nn.Linear(32, 32)
+    names = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+    targets = select_targets(model, ReparamConfig(target_modules=names), "default")
+    groups = passes_by_block(targets, asked_for(3 * LINEAR), ["b", "a"], [mlp])
+    assert groups == [["c"], ["b.3", "b.0", "b.1"], ["b.2"], ["a.0", "a.1", "a.2"], ["a.3"]]
+    with pytest.raises(ValueError, match="raise it"):
+        passes_by_block(targets, asked_for(LINEAR - 1), ["b", "a"], [mlp])
+
+
+def test_graphs_get_half_of_what_is_left_where_a_number_was_asked_for() -> None:
+    targets, passes = squares(3), [["0"], ["1"], ["2"]]
+    assert room_for_graphs(passes, targets, asked_for(3 * LINEAR)) == LINEAR
+    assert room_for_graphs(passes, targets, MaxMemory(3 * LINEAR, is_asked_for=False)) is None
+    assert room_for_graphs(passes, targets, None) is None
 
 
 def test_experts_of_a_layer_are_together() -> None:

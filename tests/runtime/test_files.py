@@ -17,7 +17,9 @@ from safetensors.torch import save_file
 from reparam_peft.runtime import files
 from reparam_peft.runtime.files import (
     LOCK,
+    Scratch,
     clear_litter,
+    is_ours,
     lock_folder,
     remove_whole,
     replacing,
@@ -212,3 +214,16 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
         with pytest.raises(ValueError, match=f"{name} is no file that can be replaced"):
             write_whole(tmp_path / name, "x")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
+
+
+def test_a_scratch_folder_is_the_user_s_alone_and_goes(tmp_path: Path) -> None:
+    with Scratch(tmp_path, "scratch") as folder:
+        assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+        assert is_ours(folder)
+        clear_litter(tmp_path, idle=0)
+        assert folder.exists(), "it is in use"
+    assert not list(tmp_path.iterdir())
+    killed = Scratch(tmp_path, "scratch")
+    killed.lock.release()
+    clear_litter(tmp_path, idle=0)
+    assert not killed.folder.exists()

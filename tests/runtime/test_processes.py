@@ -6,6 +6,8 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from datetime import timedelta
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 from unittest.mock import patch
 
 import pytest
@@ -17,8 +19,12 @@ from support.models import convnet, llama
 from support.processes import run_in_processes
 from torch import Tensor
 
+from reparam_peft import Statistics
+from reparam_peft.compression.job import Job
+from reparam_peft.compression.one_shot import OneShot
 from reparam_peft.evaluation.measures import Measure
-from reparam_peft.runtime.processes import share_out
+from reparam_peft.runtime.processes import in_every_process, share_out
+from reparam_peft.runtime.run_folder import RunFolder
 from reparam_peft.tuner.layer import ReparamLayer
 
 NAMES = ["one", "three", "fifteen"]
@@ -107,6 +113,11 @@ FAILING = {
 
 def run_failing_phases(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
+    own = f"{folder}/own {rank}"  # which the other process does not see
+    with RunFolder(own, {}) as run:
+        if rank == 0:
+            run.begin({})
+            run.finish({}, {})
     store = f"file://{folder}/rendezvous"
     dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2, timeout=timedelta(seconds=60))
     for number, (fails, name) in enumerate(FAILING.values()):
@@ -121,6 +132,15 @@ def run_failing_phases(rank: int, folder: str) -> None:
         assert not any(isinstance(module, ReparamLayer) for module in model.modules()), name
     measure = Measure("count", lambda model: float(rank), higher_is_better=True)
     assert measure.of(llama(num_hidden_layers=1)) == 0, "all have what the first has measured"
+    assert in_every_process(True)
+    assert not in_every_process(rank == 0)
+    with RunFolder(own, {}) as run:
+        assert (run.plan, run.finished) == (None, []), "what one process does not see does not count"
+        job, gathered = SimpleNamespace(), list[int]()
+        OneShot(cast(Job, job), None, run)
+        for _ in range(2):
+            job.kept_statistics(["a"], lambda: gathered.append(rank) or Statistics(seed=0))
+        assert len(gathered) == 2, "the second process gathers what the first one has kept, and not alone"
     dist.destroy_process_group()
 
 

@@ -1,0 +1,160 @@
+"""How batches go through the blocks of a model, in parts that are run at a time."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Collection, Iterable, Mapping
+from contextlib import ExitStack, suppress
+from functools import partial
+from typing import Any
+
+import torch
+from accelerate.utils import send_to_device
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._pytree import tree_leaves
+
+from ..calibration.gather import calibrating, parts_of
+from ..calibration.graphs import tokens_at_a_time, tokens_within
+from ..calibration.recorder import Recorder
+from ..calibration.self_written import written
+from ..calibration.statistics import Statistics
+from ..runtime.batches import Batch
+from ..runtime.devices import fast_products
+from ..runtime.modules import input_device, without_cache
+from ..runtime.processes import check_whole, fails_together, in_every_process, processes
+from .blocks import Replay
+
+logger = logging.getLogger(__name__)
+
+
+class Course:
+    """The parts of batches that a process runs, and how they go through the blocks of a model.
+
+    Args:
+        model: in eval mode.
+        blocks: of the model, by name.
+        batches: keyword batches, all of them in every process.
+        starts: modules from whose outputs on gradients flow.
+        room: bytes that the graph of a block may take; None: any.
+
+    Attributes:
+        model: the model.
+        parts: those of every n-th batch, where there are n processes.
+        replay: of the blocks, on these parts.
+
+    Raises:
+        ValueError: the blocks cannot be replayed, or the model does not accept the first batch.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        blocks: Mapping[str, nn.Module],
+        batches: Iterable[Mapping[str, Any]],
+        starts: Collection[nn.Module],
+        room: int | None = None,
+    ) -> None:
+        world, rank = processes()
+        check_whole(batches)
+        tokens = tokens_at_a_time(input_device(model))
+        if room is not None:
+            tokens = tokens_within(room, model, batches, starts, blocks.values())
+        parts = list(parts_of(batches, tokens))
+        self.model, self.starts = model, starts
+        self.parts = [part for part in parts if part.index % world == rank]
+        # A process that has no batch of its own knows the blocks by the first one.
+        data: list[Batch] = [part.batch for part in self.parts or parts[:1]]
+        self.replay = Replay(model, blocks, data)
+        self._numbers = sum(_numbers(part.batch) for part in parts) / _numbers(data[0])
+
+    @torch.enable_grad()
+    def look(self) -> Look:
+        """What a pass forward of the first part tells, of which no graph is held."""
+        look = Look()
+        blocks = [self.replay.blocks[name] for name in self.replay.order]
+        recorder = Recorder(Statistics(seed=0), {}, gradients=True)
+        with ExitStack() as stack, suppress(_Seen):
+            stack.enter_context(saved_tensors_hooks(lambda tensor: None, lambda nothing: nothing))
+            stack.enter_context(recorder.hooks(self.model, set(self.starts)))
+            for block in blocks:
+                stack.callback(block.register_forward_pre_hook(look.before, with_kwargs=True).remove)
+                stack.callback(block.register_forward_hook(partial(look.after, is_last=block is blocks[-1])).remove)
+            batch = send_to_device(dict(self.replay.batches[0]), input_device(self.model))
+            self.model(**without_cache(self.model, batch))
+        look.bytes_of_outputs = int(look.bytes_of_outputs * self._numbers)
+        return look
+
+
+class Look:
+    """What is seen of a pass through blocks.
+
+    Attributes:
+        bytes_of_outputs: of all blocks, on all batches of all processes.
+        shares_inputs: whether several blocks read one tensor that gradients flow through.
+    """
+
+    def __init__(self) -> None:
+        self.bytes_of_outputs, self.shares_inputs = 0, False
+        self._read: dict[int, Tensor] = {}  # by the identity, which nothing else takes as long as they are here
+
+    def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """A hook of each block."""
+        leaves = tree_leaves((args, kwargs))
+        reads = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
+        self.shares_inputs |= not self._read.keys().isdisjoint(reads)
+        self._read |= reads
+
+    def after(self, block: nn.Module, args: tuple[Any, ...], output: Any, is_last: bool) -> None:
+        """A hook of each block, at the last of which the pass ends."""
+        self.bytes_of_outputs += sum(leaf.nbytes for leaf in tree_leaves(output) if isinstance(leaf, Tensor))
+        if is_last:
+            self._read.clear()
+            raise _Seen
+
+
+class _Seen(Exception):
+    """The last block has run."""
+
+
+def course_of(
+    model: nn.Module,
+    blocks: Mapping[str, nn.Module],
+    batches: Iterable[Mapping[str, Any]],
+    starts: Collection[nn.Module],
+    gradients: bool,
+    room: int | None = None,
+) -> tuple[Course, int] | None:
+    """How batches go through the blocks of a model, and the bytes of what is kept of them; all processes call this together.
+
+    None where statistics that are gathered block by block would not be those of passes over the whole model: the blocks cannot
+    be replayed, or several read one tensor that gradients flow through, such as the output of an encoder.
+
+    Args:
+        model: in any mode.
+        blocks: of the model, by name.
+        batches: keyword batches, all of them in every process.
+        starts: modules from whose outputs on gradients flow.
+        gradients: whether gradients are kept, too.
+        room: bytes that the graph of a block may take; None: any.
+    """
+    batches = written(batches)
+    course, kept = None, 0
+    with fails_together(), calibrating(model), fast_products():
+        try:
+            course = Course(model, blocks, batches, starts, room if gradients else None)
+            look = course.look()
+            kept = look.bytes_of_outputs * (2 if gradients else 1)
+            if gradients and look.shares_inputs:
+                course = None
+        except torch.OutOfMemoryError:
+            raise
+        except (ValueError, RuntimeError) as error:
+            logger.info("Statistics are not gathered block by block: %s", error)
+            course = None
+    return (course, kept) if in_every_process(course is not None) and course is not None else None
+
+
+def _numbers(batch: Batch) -> int:
+    """Of the first tensor of a batch, which says how large it is beside others of its kind."""
+    return max(1, next((value.numel() for value in batch.values() if isinstance(value, Tensor)), 1))

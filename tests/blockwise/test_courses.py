@@ -1,0 +1,61 @@
+"""Which models' blocks can be run one by one, with statistics that are those of passes over the whole model."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from support.batches import pairs, text
+from support.gathering import linear_layers
+from support.models import gpt2, llama, t5
+from torch import Tensor, nn
+
+from reparam_peft.blockwise.courses import course_of
+from reparam_peft.runtime.blocks import find_blocks
+
+TEXTS = [text([9, 5], 9), text([9, 9, 3], 9, seed=1)]
+
+
+@pytest.mark.parametrize("build", [llama, gpt2])
+@pytest.mark.parametrize("gradients", [True, False])
+def test_what_is_kept_is_foreseen(build: Callable[[], nn.Module], gradients: bool) -> None:
+    model = build()
+    found = course_of(model, find_blocks(model), TEXTS, linear_layers(model).values(), gradients)
+    assert found is not None
+    course, size = found
+    assert len(course.replay.order) == 2
+    width = model.config.hidden_size
+    assert size == 4 * width * 5 * 9 * 2 * (2 if gradients else 1)
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
+
+
+class Reading(nn.Module):
+    """Blocks that all read what the first layer makes, and of which one may be random."""
+
+    def __init__(self, random: bool) -> None:
+        super().__init__()
+        self.random = random
+        self.first = nn.Linear(8, 8)
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.ReLU()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        return self.blocks[0](x) + self.blocks[1](x + torch.randn_like(x) if self.random else x)
+
+
+@pytest.mark.parametrize("case", ["an encoder's output", "a common input", "random"])
+def test_where_they_would_be_others_there_is_none(case: str) -> None:
+    model = t5() if case.startswith("an") else Reading(case == "random")
+    batches: Any = [pairs([8, 3], [6, 2], (8, 6))] if case.startswith("an") else [{"x": Tensor(4, 8).normal_()}]
+    modules = linear_layers(model).values()
+    assert course_of(model, find_blocks(model), batches, modules, True) is None
+    of_inputs = course_of(model, find_blocks(model), batches, modules, False)
+    assert (of_inputs is None) == (case == "random"), "without gradients nothing is weighed by them"
+
+
+def test_what_the_model_does_not_accept_is_left_to_be_told_later() -> None:
+    model = llama()
+    assert course_of(model, find_blocks(model), [{"x": Tensor(2, 2)}], [], True) is None
