@@ -369,8 +369,12 @@ def _start(output: Tensor) -> tuple[Tensor, Tensor | None]:
     The model goes on with a copy of the leaf, because what follows may change it in place (`nn.ReLU(inplace=True)`), which
     autograd forbids for leaves; the hook stays on the leaf, and its gradient is that of the output.
     """
-    if output.requires_grad or not torch.is_grad_enabled():
+    if not torch.is_grad_enabled():
         return output, None
+    if output.requires_grad:
+        # A change in place of a view, as `F.linear` with a bias gives of three dimensions, would take the place of the view in
+        # the graph, and no gradient would come to its hook: the model goes on with the same memory, which is no view of it.
+        return output, torch.ops.aten._unsafe_view(output, output.shape) if output._is_view() else None
     leaf = output.detach().requires_grad_()
     return leaf, leaf.clone()
 

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import math
+from collections.abc import Callable, Iterator
 from types import SimpleNamespace
 from typing import Any
 
@@ -13,6 +14,7 @@ from support.gathering import assert_same, gather, linear_layers, named
 from support.models import bert, llama, mixture, t5, tied
 from support.tolerances import assert_close, relative_error
 from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
 
 from reparam_peft.calibration.gather import gather_statistics
 
@@ -204,11 +206,15 @@ def test_inputs_of_two_dimensions_are_not_taken_for_padded_ones() -> None:
     assert got.input_rows("bert.encoder.layer.0.attention.self.query") == 68
 
 
-def test_gradients_reach_targets_through_operations_in_place() -> None:
-    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), nn.Linear(8, 4), nn.ReLU(inplace=True))
+@pytest.mark.parametrize("shape", [(5, 6), (2, 5, 6)])
+@pytest.mark.parametrize("second", [lambda: nn.Linear(8, 4), lambda: nn.Linear(8, 4, bias=False), lambda: Conv1D(4, 8)])
+def test_gradients_reach_targets_through_operations_in_place(second: Callable[[], nn.Module], shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(inplace=True), second(), nn.ReLU(inplace=True))
     twin = nn.Sequential(net[0], nn.ReLU(), net[2], nn.ReLU())
-    got, expected = (gather(model, named("0", "2"), [{"input": torch.ones(5, 6).cumsum(0)}]) for model in (net, twin))
+    got, expected = (gather(model, named("0", "2"), [{"input": torch.ones(shape).cumsum(-2)}]) for model in (net, twin))
     assert_same(got, expected)
+    assert got.output_rows("2") == math.prod(shape[:-1])
 
 
 def test_a_target_whose_output_is_not_predicted_with_has_no_gradient() -> None:
