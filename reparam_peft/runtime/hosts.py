@@ -175,7 +175,12 @@ PRIVATE_NAMES = (
         _conv_forward="a layer of another class that convolves as PyTorch does",
         _reversed_padding_repeated_twice="padding that is not of zeros",
     ),
-    *_names("torch:Tensor", _version="whether a tensor was written to since"),
+    *_names(
+        "torch:Tensor",
+        _is_view="a change in place of a view takes its place in the graph, and with it that of its hooks",
+        _version="whether a tensor was written to since",
+    ),
+    *_names("torch:ops.aten", _unsafe_view="the same memory as a tensor that is no view"),
     *_names("torch._dynamo.eval_frame:OptimizedModule", _orig_mod="the model in a compiled one"),
     *_names(
         "torch:ops.mkldnn",

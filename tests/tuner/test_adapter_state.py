@@ -351,7 +351,7 @@ IN_EIGHT = "base_model.model.model.layers.0.self_attn.q_proj.reparam_factors"
         (lambda t: t.pop(f"{DENSE}.B.weight_absmax"), "v_proj.*weight_absmax: the checkpoint has no such tensor"),
         (lambda t: t[f"{DENSE}.B.weight_absmax"][0].fill_(torch.nan), "weight_absmax: the checkpoint contains NaN"),
         (lambda t: t[f"{DENSE}.B.weight_absmax"][0].fill_(-1), "v_proj.*B: `weight_absmax` holds scales that are negative"),
-        (lambda t: t[f"{IN_EIGHT}.B.weight"][0, 0].fill_(-128), "q_proj.*B: `weight` holds numbers below -127"),
+        (lambda t: t[f"{IN_EIGHT}.B.weight_scale"][0].fill_(-1), "q_proj.*B: `weight_scale` holds scales that are negative"),
         (lambda t: t.update({f"{DENSE}.B.weight": t[f"{DENSE}.B.weight"].char()}), "v_proj.*: the checkpoint has shape .*int8"),
         (lambda t: t.update({f"{DENSE}.B.weight": t[f"{CORRECTED}.Q.weight"].clone()}), "v_proj.*: the checkpoint has shape"),
         (
