@@ -37,7 +37,7 @@ class Activations:
         return self
 
     def __exit__(self, *error: object) -> None:
-        self.kept.clear()
+        self.clear()
         if self.scratch is not None:
             self.scratch.__exit__(*error)
 
@@ -53,11 +53,23 @@ class Activations:
             return
         leaves, structure = tree_flatten(tree)
         path = self.scratch.folder / ("-".join(map(str, key)) + ".safetensors")
-        tensors = {str(i): leaf.contiguous() for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)}
+        tensors: dict[str, Tensor] = {}
+        memory: set[int] = set()
+        for index, leaf in enumerate(leaves):
+            if isinstance(leaf, Tensor):
+                apart = leaf.contiguous()
+                shared = apart.untyped_storage().data_ptr() in memory  # a block may give one tensor twice
+                tensors[str(index)] = apart.clone() if shared else apart
+                memory.add(apart.untyped_storage().data_ptr())
         with writing(path):
             save_file(tensors, path)
         self.files[key] = path
         self.kept[key] = ([None if isinstance(leaf, Tensor) else leaf for leaf in leaves], structure)
+
+    def clear(self) -> None:
+        """Forget all."""
+        for key in list(self.kept):
+            self.drop(key)
 
     def holds(self, key: tuple[Any, ...]) -> bool:
         """Whether something is kept under a key."""

@@ -22,7 +22,7 @@ from ..calibration.statistics import Statistics
 from ..runtime.batches import Batch
 from ..runtime.devices import fast_products
 from ..runtime.modules import input_device, without_cache
-from ..runtime.processes import check_whole, fails_together, in_every_process, processes
+from ..runtime.processes import alike_in_every_process, check_whole, fails_together, processes
 from .blocks import Replay
 
 logger = logging.getLogger(__name__)
@@ -128,7 +128,8 @@ def course_of(
     """How batches go through the blocks of a model, and the bytes of what is kept of them; all processes call this together.
 
     None where statistics that are gathered block by block would not be those of passes over the whole model: the blocks cannot
-    be replayed, or several read one tensor that gradients flow through, such as the output of an encoder.
+    be replayed, several read one tensor that gradients flow through, such as the output of an encoder, or the first batches of
+    processes reach different blocks.
 
     Args:
         model: in any mode.
@@ -152,7 +153,8 @@ def course_of(
         except (ValueError, RuntimeError) as error:
             logger.info("Statistics are not gathered block by block: %s", error)
             course = None
-    return (course, kept) if in_every_process(course is not None) and course is not None else None
+    is_one = alike_in_every_process(None if course is None else (course.replay.order, course.replay.unreached))
+    return (course, kept) if is_one and course is not None else None
 
 
 def _numbers(batch: Batch) -> int:

@@ -20,7 +20,7 @@ from ..calibration.self_written import written
 from ..calibration.statistics import Statistics, weight_norm
 from ..runtime.blocks import block_of
 from ..runtime.devices import fast_products
-from ..runtime.processes import fails_together, in_every_process, processes
+from ..runtime.processes import alike_in_every_process, fails_together, processes
 from .activations import Activations
 from .courses import Course
 from .streams import Stream
@@ -45,7 +45,8 @@ class BlockwiseGatherer:
     they are gathered again takes one forward and one backward more. What is kept takes twice (tokens, hidden size) for each
     block.
 
-    Modules outside of blocks, and in blocks that the first batch does not reach, are gathered by passes over the whole model.
+    Modules outside of blocks, and in blocks that the first batch does not reach, are gathered by passes over the whole model,
+    and so are all with an objective, which may call the model in any way.
 
     Args:
         blocks: of the model, by name.
@@ -93,9 +94,11 @@ class BlockwiseGatherer:
         """
         starts = list(starts)
         names = {block_of(name, self.blocks) for name in modules}
-        (block,) = names if len(names) == 1 and not heads else (None,)  # heads are outside of the block of their embedding
+        # Heads are outside of the block of their embedding, and an objective may call the model as it likes.
+        is_replayed = len(names) == 1 and not heads and objective is None
+        (block,) = names if is_replayed else (None,)
         if block is not None and self.tape is None:
-            self._run(model, written(batches), gradients, seed, starts, objective, progress, room)
+            self._run(model, written(batches), gradients, seed, starts, progress, room)
         tape = self.tape
         if tape is None or block is None or block not in tape.replay.order:
             return gather_statistics(
@@ -116,7 +119,6 @@ class BlockwiseGatherer:
         gradients: bool,
         seed: int,
         starts: Sequence[nn.Module],
-        objective: Objective | None,
         progress: bool,
         room: int | None,
     ) -> None:
@@ -124,15 +126,23 @@ class BlockwiseGatherer:
         with fails_together(), calibrating(model), fast_products():
             try:
                 course = self.course or Course(model, self.blocks, batches, starts, room if gradients else None)
-                self.tape = Tape(course, self.store, gradients, seed, starts, objective, progress)
-            except ValueError as error:
-                if self.must_replay:
+                self.tape = Tape(course, self.store, gradients, seed, starts, progress)
+            except (ValueError, RuntimeError, OSError) as error:
+                if self.must_replay or isinstance(error, torch.OutOfMemoryError):
                     raise
                 logger.info(
                     "Statistics are gathered by passes over the whole model, since blocks cannot be replayed: %s", error
                 )
-        if not in_every_process(self.tape is not None):
+        order = None if self.tape is None else (self.tape.replay.order, self.tape.replay.unreached)
+        course_is_one = alike_in_every_process(order)
+        if not course_is_one and self.must_replay:
+            raise ValueError(
+                "the first batches of the processes reach different blocks, which are to be run one after the other by all of "
+                "them; give batches of one kind first, or run one process."
+            )
+        if not course_is_one or self.tape is None:
             self.blocks, self.tape = {}, None
+            self.store.clear()
 
 
 class Tape:
@@ -140,7 +150,7 @@ class Tape:
 
     Args:
         course: of the batches through the blocks.
-        gradients, seed, starts, objective, progress: as for `BlockwiseGatherer.gather`.
+        gradients, seed, starts, progress: as for `BlockwiseGatherer.gather`.
         store: where outputs and gradients are kept.
 
     Attributes:
@@ -154,12 +164,11 @@ class Tape:
         gradients: bool,
         seed: int,
         starts: Sequence[nn.Module],
-        objective: Objective | None,
         progress: bool,
     ) -> None:
         self.model, self.parts, self.replay = course.model, course.parts, course.replay
         self.store, self.gradients, self.seed = store, gradients, seed
-        self.starts, self.objective, self.progress = set(starts), objective, progress
+        self.starts, self.progress = set(starts), progress
         self.stream = Stream(OUTPUTS, self.replay, store, {}, None)
         self.gradient_tokens = 0
         inside = {module for block in self.replay.blocks.values() for module in block.modules()}
@@ -185,7 +194,7 @@ class Tape:
     def _pass(self, position: int, modules: Mapping[str, nn.Module], statistics: Statistics) -> None:
         """Run a block on all batches, forward and, for gradients, backward."""
         block = self.replay.blocks[self.replay.order[position]]
-        recorder = Recorder(statistics, modules, self.gradients, None, self.objective)
+        recorder = Recorder(statistics, modules, self.gradients)
         is_new = position < self.backward_from  # whether gradients have not come through it yet
         others = self.outside | (self.starts & set(block.modules())) - set(modules.values())
         with recorder.hooks(self.model, others):
@@ -223,7 +232,7 @@ class Tape:
 
     def _from_the_end(self) -> None:
         """Run what comes after the blocks, on all batches, and keep the gradients at the outputs of blocks."""
-        recorder = Recorder(Statistics(seed=self.seed), {}, True, None, self.objective)
+        recorder = Recorder(Statistics(seed=self.seed), {}, gradients=True)
         with recorder.hooks(self.model, self.outside):
             for number, part in enumerate(self._bar(self.parts, "Sampling labels")):
                 played: dict[int, Played] = {}

@@ -127,10 +127,10 @@ class Statistics:
         gram = unpack(weighted.gram).div_(weighted.weight)
         if centre is None:
             return gram
-        variances = gram.diagonal().clone()
+        squares = gram.diagonal().clone()
         lower = weighted.sum / weighted.weight - centre / 2
         gram.addr_(lower, centre, alpha=-1).addr_(centre, lower, alpha=-1)
-        return _above_rounding(gram, variances)
+        return _above_rounding(gram, squares)
 
     def fisher(self, module: str) -> Tensor:
         """F = E[g gᵀ] at a module's output, shape (out, out), or its diagonal (out,) where that is kept alone."""

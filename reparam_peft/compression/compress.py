@@ -87,13 +87,14 @@ def compress(
         progress: whether to show progress bars.
         plan: the ranks, from `reparam_peft.plan`, which then holds what the config leaves open; None: chosen here.
         max_memory: bytes that statistics may take at a time, also as text such as "1GB"; where all of them take more, they are
-            gathered block by block, in two passes forward and one backward in all, for which outputs of all blocks, and
-            gradients there, are kept in `run_folder` or the system's temporary folder. Where blocks cannot be replayed, or
-            there is no room, they are gathered in groups of modules, in a pass over the data for each. From planning to
-            factorising those of the others wait in the same folder, or, where it has no room, are gathered again. With
-            `sequential` or `refine` it is three passes forward and two backward. The graph of a pass takes at most half of
-            what is left beside them, by parts of fewer rows of token ids, but of one row at least. None: half of what is free
-            on the device of the model, and never less than one module needs; the graph may take any number.
+            gathered block by block, in two passes forward and one backward, and a pass more for each group of modules outside
+            of blocks; outputs of all blocks, and gradients there, are kept in `run_folder` or the system's temporary folder.
+            Where blocks cannot be replayed, there is no room, or an `objective` is given, they are gathered in groups of
+            modules, in a pass over the data for each. From planning to factorising those of the others wait in the same
+            folder, or, where it has no room, are gathered again. With `sequential` or `refine` it is three passes forward and
+            two backward. The graph of a pass takes at most half of what is left beside them, by parts of fewer rows of token
+            ids, but of one row at least. None: half of what is free on the device of the model, and never less than one module
+            needs; the graph may take any number.
         adapter_name: name of the adapter.
         sequential: factorise each matrix for the inputs that it gets from the compressed part before it, anchored to the
             original's activations; True, or an `Anchoring` that says how far. Needs a calibrated method.

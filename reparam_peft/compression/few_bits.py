@@ -160,8 +160,8 @@ class Matrix:
         error = (self.W if whole is None else self.W - whole).float()
         weighed = self._weighed(error)
         start = Start(error, weighed, max(_inner(error, weighed), 0.0))
-        if bits is not None:
-            self._starts[bits] = start
+        if bits is not None:  # of those in few bits the last, which corrections are beside
+            self._starts = {known: kept for known, kept in self._starts.items() if known == AS_THE_MODEL} | {bits: start}
         return start
 
     def _weighed(self, error: Tensor) -> Tensor:

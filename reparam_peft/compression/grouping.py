@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NamedTuple
 
 from ..blockwise.courses import Course, course_of
 from ..blockwise.gathering import BlockwiseGatherer
@@ -26,37 +27,56 @@ def gathered_by_block(job: Job, folder: Path | None = None) -> Iterator[None]:
 
     However many groups there are, that takes two passes forward and one backward, where groups take a pass in both directions
     each. A job stays with its groups where that takes no fewer passes, where the statistics would not be the same
-    (`courses.course_of`), where an MLP lies across blocks, and where no disk has room for what blocks give. All processes enter
-    it together.
+    (`courses.course_of`) or are of an objective, where an MLP lies across blocks, and where no disk has room for what blocks
+    give. Where a later batch takes another course through the blocks, each of the groups, which lie within blocks, takes a
+    pass. All processes enter it together.
 
     Args:
         job: of a call, which has gathered nothing yet.
         folder: of a run, for what blocks give; None: the system's temporary folder, unless that is itself in memory.
     """
-    place = None
     planned = _planned(job)
-    if planned is not None:
-        course, size, passes = planned
+    with ExitStack() as stack:
+        gatherer = None if planned is None else _gatherer(planned, folder)
+        if gatherer is not None:
+            stack.enter_context(gatherer)
+        if in_every_process(gatherer is not None) and planned is not None and gatherer is not None:
+            stack.enter_context(uncompiled(job.model))
+            job.regroup(planned.passes)
+            before, job.gather = job.gather, gatherer.gather
+            stack.callback(setattr, job, "gather", before)
+        yield
+
+
+class _Planned(NamedTuple):
+    """The course of the batches, the bytes that are kept of them, and groups within blocks."""
+
+    course: Course
+    size: int
+    passes: list[list[str]]
+
+
+def _gatherer(planned: _Planned, folder: Path | None) -> BlockwiseGatherer | None:
+    """What gathers block by block; None where no disk has room, or the folder cannot be used."""
+    course, size, _ = planned
+    try:
         place = place_for(size) if folder is None else folder if has_room(folder, size) else None
-    if not in_every_process(place is not None) or planned is None:
-        yield
-        return
-    job.regroup(passes)
-    logger.info(
-        "Statistics are gathered block by block; what %d blocks give takes %s bytes in %s.",
-        len(course.replay.order),
-        f"{size:,}",
-        place,
-    )
-    with uncompiled(job.model), BlockwiseGatherer(course.replay.blocks, place, course) as gatherer:
-        job.gather = gatherer.gather
-        yield
+        gatherer = None if place is None else BlockwiseGatherer(course.replay.blocks, place, course)
+    except (OSError, ValueError) as error:
+        logger.info("Statistics are not gathered block by block, because the folder cannot be used: %s", error)
+        return None
+    if gatherer is not None:
+        logger.info(
+            "Statistics are gathered block by block; what %d blocks give takes %s bytes in %s.",
+            len(course.replay.order), f"{size:,}", place,
+        )  # fmt: skip
+    return gatherer
 
 
-def _planned(job: Job) -> tuple[Course, int, list[list[str]]] | None:
-    """The course of the batches, the bytes that are kept of them, and groups within blocks; None: a job stays as it is."""
+def _planned(job: Job) -> _Planned | None:
+    """How the statistics of a job are gathered block by block; None: the job stays as it is."""
     max_memory = job.options.max_memory
-    if max_memory is None or len(job.passes) < 2 or isinstance(job.batches, Statistics):
+    if max_memory is None or len(job.passes) < 2 or isinstance(job.batches, Statistics) or job.options.objective is not None:
         return None
     try:
         blocks = find_blocks(job.model)
@@ -75,4 +95,4 @@ def _planned(job: Job) -> tuple[Course, int, list[list[str]]] | None:
         return None
     course, size = found
     backwards = [*course.replay.unreached, *reversed(course.replay.order)]
-    return course, size, passes_by_block(job.targets, max_memory, backwards, mlps, parameters)
+    return _Planned(course, size, passes_by_block(job.targets, max_memory, backwards, mlps, parameters))

@@ -93,8 +93,9 @@ class Job:
         self.pool, self.found = Pool(self.storages, config), Found(self.factorizer)
         self.regroup(passes)
         check_whole(batches)
-        # Batches are read once for each group.
-        if len(self.passes) > 1 and not isinstance(batches, (Statistics, SelfWritten)):
+        # Batches are read once for each group, and the first of them to see what a graph takes.
+        is_read_again = len(self.passes) > 1 or self.room is not None
+        if is_read_again and not isinstance(batches, (Statistics, SelfWritten)):
             batches = list(batches)
         self.batches: Batches = batches
         self.seed = options.seed

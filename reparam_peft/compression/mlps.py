@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-import zlib
 from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
@@ -22,7 +21,7 @@ from ..planning.neurons import counts
 from ..planning.plan import Plan
 from ..planning.ranks import is_nested
 from ..runtime.blocks import block_of
-from ..runtime.processes import fails_together, first_of
+from ..runtime.processes import alike_in_every_process
 from ..tuner.targets import Target
 from .pooling import is_opened
 
@@ -104,13 +103,10 @@ def find_mlps(
 
 def check_alike(mlps: Sequence[NeuronGroup]) -> None:
     """Raise `RuntimeError` in all processes of a distributed run where they have found different MLPs."""
-    number = float(zlib.crc32(repr(mlps).encode()))
-    of_first = first_of(number)
-    with fails_together():
-        if number != of_first:
-            raise RuntimeError(
-                "this process found other MLPs than the first one, whose device may compute differently; set `neurons=False`."
-            )
+    if not alike_in_every_process(list(mlps)):
+        raise RuntimeError(
+            "the processes found different MLPs, since their devices may compute differently; set `neurons=False`."
+        )
 
 
 def _tell_that_nothing_can_be_tried(model: nn.Module, needed: bool) -> None:

@@ -83,7 +83,11 @@ class Scratch:
 
     def __init__(self, place: str | Path, name: str) -> None:
         self.folder = unfinished(Path(place) / name, mode=0o700)
-        self.lock = lock_folder(self.folder)
+        try:
+            self.lock = lock_folder(self.folder)
+        except (OSError, ValueError):
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
 
     def __enter__(self) -> Path:
         return self.folder

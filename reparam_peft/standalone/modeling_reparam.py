@@ -350,10 +350,14 @@ def headers_of(checkpoint: Any, **where: Any) -> dict[str, Any]:
     """What the files of a checkpoint that was loaded say of their tensors; nothing where they are not safetensors."""
     config = cached_file(checkpoint, "config.json", _raise_exceptions_for_missing_entries=False, **where)
     headers: dict[str, Any] = {}
-    folder = os.path.dirname(config) if config else None
-    for file in sorted(os.listdir(folder)) if folder else ():
-        if file.endswith(".safetensors"):
-            with open(os.path.join(folder, file), "rb") as content:
+    folder = os.path.dirname(config) if config else ""
+    files, index = ["model.safetensors"], os.path.join(folder, "model.safetensors.index.json")
+    if config and os.path.exists(index):
+        with open(index, encoding="utf-8") as content:
+            files = sorted({os.path.basename(name) for name in json.load(content)["weight_map"].values()})
+    for path in (os.path.join(folder, name) for name in files):
+        if config and os.path.exists(path):
+            with open(path, "rb") as content:
                 headers |= json.loads(content.read(int.from_bytes(content.read(8), "little")))
     headers.pop("__metadata__", None)
     return headers

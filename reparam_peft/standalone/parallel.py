@@ -12,10 +12,13 @@ from transformers import PreTrainedModel
 from ..layers.factorized import FactorizedModule
 from ..runtime.hosts import extend
 
+NUMBER = re.compile(r"\.\d+(?=\.|$)")
 DISTRIBUTE = "maybe_distribute_model"  # of models of transformers from some version on: before weights are read
 
 
-def check_unsplit(model: nn.Module, processes: int | None, rules: Mapping[str, str] | None = None) -> None:
+def check_unsplit(
+    model: nn.Module, processes: int | None, rules: Mapping[str, str] | None = None, plan_name: str = "tp_plan"
+) -> None:
     """Raise `ValueError` where a plan would split layers among processes that are factorised.
 
     A plan takes a factorised layer for the dense one in whose place it stands. By outputs it would take all of them for the
@@ -24,19 +27,22 @@ def check_unsplit(model: nn.Module, processes: int | None, rules: Mapping[str, s
     Args:
         model: that is loaded.
         processes: among which it is split.
-        rules: name of a module, with `*` for numbers → how it is split; None: those of the model's plan.
+        rules: name of a module or parameter, with `*` for numbers → how it, and what is in it, is split; None: those of the
+            model's plan.
+        plan_name: of the plan, `tp_plan` or `ep_plan`.
     """
     if processes is None or processes <= 1:
         return
-    plan = (getattr(model, "tp_plan", None) or {}) if rules is None else rules
+    plan = (getattr(model, plan_name, None) or {}) if rules is None else rules
+    places = tuple(f"{name}." for name in plan)
     layers = [name for name, module in model.named_modules() if isinstance(module, FactorizedModule)]
-    split = [name for name in layers if re.sub(r"\.\d+(?=\.|$)", ".*", name) in plan]
+    split = [name for name in layers if f"{re.sub(NUMBER, '.*', name)}.".startswith(places)]
     if split:
         raise ValueError(
-            f"{split[0]}: this layer and {len(split) - 1} others are factorised, and the model's `tp_plan` would split them "
-            f"among {processes} processes as if they were dense, which computes something else. Load the model whole in each "
-            "process, without `tp_plan`, `tp_size` and tensor parallelism in `distributed_config`; or serve a self-contained "
-            "checkpoint by vLLM or SGLang, which split the factors."
+            f"{len(split)} layers, of which the first is {split[0]}, are factorised, and the model's `{plan_name}` would split "
+            f"them among {processes} processes as if they were dense, which computes something else. Load the model whole in "
+            "each process, without tensor or expert parallelism (`tp_plan`, `tp_size`, `distributed_config`); or serve a "
+            "self-contained checkpoint by vLLM or SGLang, which split the factors."
         )
 
 
@@ -52,9 +58,10 @@ def _distributing(original: Callable[..., Any]) -> Callable[..., Any]:
         cls: Any, model: Any, distributed_config: Any, mesh_manager: Any, *more: Any, **named: Any
     ) -> Any:
         if mesh_manager is not None:
-            given = getattr(distributed_config, "tp_plan", None)
-            rules = {**(model.tp_plan if given else {}), **given} if isinstance(given, dict) else None
-            check_unsplit(model, distributed_config.tp_size, rules)
+            for plan_name, size_name in (("tp_plan", "tp_size"), ("ep_plan", "ep_size")):
+                given = getattr(distributed_config, plan_name, None)
+                rules = {**(getattr(model, plan_name) if given else {}), **given} if isinstance(given, dict) else None
+                check_unsplit(model, getattr(distributed_config, size_name, None), rules, plan_name)
         return original(cls, model, distributed_config, mesh_manager, *more, **named)
 
     return maybe_distribute_model

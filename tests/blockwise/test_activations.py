@@ -36,6 +36,13 @@ def test_activations_are_kept_until_they_are_dropped(on_disk: bool, tmp_path: Pa
     assert not list(tmp_path.rglob("*activations*"))
 
 
+def test_what_a_block_gives_twice_is_kept_twice(tmp_path: Path) -> None:
+    whole = torch.arange(12.0).view(3, 4)
+    with Activations(tmp_path) as store:
+        store.put(("a", 0), (whole, whole, whole[1:]))
+        assert all(map(torch.equal, store.get(("a", 0)), (whole, whole, whole[1:])))
+
+
 def test_a_full_disk_names_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def full(*_: Any) -> None:
         raise SafetensorError("No space left on device")

@@ -12,6 +12,7 @@ from support.gathering import linear_layers
 from support.models import gpt2, llama, t5
 from torch import Tensor, nn
 
+from reparam_peft.blockwise import courses
 from reparam_peft.blockwise.courses import course_of
 from reparam_peft.runtime.blocks import find_blocks
 
@@ -54,6 +55,14 @@ def test_where_they_would_be_others_there_is_none(case: str) -> None:
     assert course_of(model, find_blocks(model), batches, modules, True) is None
     of_inputs = course_of(model, find_blocks(model), batches, modules, False)
     assert (of_inputs is None) == (case == "random"), "without gradients nothing is weighed by them"
+
+
+def test_processes_that_reach_different_blocks_have_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    found: list[Any] = []
+    monkeypatch.setattr(courses, "alike_in_every_process", found.append)
+    model = llama()
+    assert course_of(model, find_blocks(model), TEXTS, linear_layers(model).values(), True) is None
+    assert found == [(["model.layers.0", "model.layers.1"], [])]
 
 
 def test_what_the_model_does_not_accept_is_left_to_be_told_later() -> None:

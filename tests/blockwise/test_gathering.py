@@ -47,6 +47,19 @@ def test_as_of_the_whole_model(make: Callable[[], nn.Module], tmp_path: Path) ->
     assert not list(tmp_path.iterdir())
 
 
+def test_an_objective_that_changes_batches_has_its_way() -> None:
+    model = llama()
+    modules = {name: module for name, module in linear_layers(model).items() if name.startswith("model.layers.1.")}
+
+    def masked(model: nn.Module, batch: dict[str, Any]) -> Tensor:
+        logits: Tensor = model(**{**batch, "input_ids": batch["input_ids"].clamp(max=7)}).logits
+        return logits
+
+    options: dict[str, Any] = {"starts": modules.values(), "progress": False, "objective": masked}
+    with BlockwiseGatherer(find_blocks(model)) as gatherer:
+        assert_same(gatherer.gather(model, modules, TEXTS, **options), gather_statistics(model, modules, TEXTS, **options))
+
+
 class Capped(nn.Module):
     """A model that changes what its last block gives in place, and makes its logits of those of its head."""
 

@@ -22,9 +22,10 @@ from reparam_peft.compression.passes import MaxMemory
 BLOCKS = ["model.layers.0.", "model.layers.1."]
 
 
-def job_of(model: nn.Module, batches: Any = TEXT, memory: int = 400_000, **options: Any) -> Job:
+def job_of(model: nn.Module, batches: Any = TEXT, memory: int = 400_000, objective: Any = None, **options: Any) -> Job:
     config = config_of(**{"target_modules": "all-linear", "neurons": False, **options})
-    return Job.of_model(model, config, batches, Options(progress=False, max_memory=MaxMemory(memory, is_asked_for=True)))
+    within = MaxMemory(memory, is_asked_for=True)
+    return Job.of_model(model, config, batches, Options(progress=False, max_memory=within, objective=objective))
 
 
 def test_groups_lie_within_blocks_from_the_last_on(tmp_path: Path) -> None:
@@ -46,25 +47,31 @@ def test_targets_outside_of_blocks_come_first() -> None:
         assert sorted(job.passes[0]) == ["bert.pooler.dense", "classifier"]
 
 
-@pytest.mark.parametrize("case", ["fits", "no blocks", "no room", "across"])
-def test_else_groups_stay_as_they_are(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("case", ["fits", "no blocks", "no room", "no folder", "across", "an objective"])
+def test_else_groups_stay_as_they_are(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     if case == "no blocks":
         job = job_of(convnet(), IMAGES, 43_200, target_modules=["conv0", "conv1"])
     else:
-        job = job_of(llama(), memory=10**9 if case == "fits" else 400_000, neurons=case == "across" or None)
+        objective = (lambda model, batch: model(**batch).logits) if case == "an objective" else None
+        memory = 10**9 if case == "fits" else 400_000
+        job = job_of(llama(), memory=memory, objective=objective, neurons=case == "across" or None)
     if case == "no room":
         monkeypatch.setattr(grouping, "place_for", lambda size: None)
     if case == "across":
         monkeypatch.setattr(grouping, "block_of", lambda name, blocks: name)
     passes = job.passes
-    with gathered_by_block(job):
+    (tmp_path / "file").touch()
+    with gathered_by_block(job, tmp_path / "file" if case == "no folder" else None):
         assert job.passes == passes
         assert job.gather == gather_statistics
 
 
-def test_batches_that_take_another_course_are_gathered_by_whole_passes(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("error", [ValueError, RuntimeError, OSError])
+def test_batches_that_take_another_course_are_gathered_by_whole_passes(
+    error: type[Exception], monkeypatch: pytest.MonkeyPatch
+) -> None:
     def fails(*args: object) -> None:
-        raise ValueError("batch 1 does not reach this block")
+        raise error("batch 1 does not reach this block")
 
     monkeypatch.setattr(gathering, "Tape", fails)
     job, expected = job_of(llama()), job_of(llama(), memory=10**9)

@@ -216,12 +216,20 @@ def test_what_is_no_file_is_not_replaced(tmp_path: Path) -> None:
     assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "pipe"]
 
 
-def test_a_scratch_folder_is_the_user_s_alone_and_goes(tmp_path: Path) -> None:
+def test_a_scratch_folder_is_the_user_s_alone_and_goes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def no_locks(*_: object) -> None:
+        raise OSError("no locks")
+
     with Scratch(tmp_path, "scratch") as folder:
         assert stat.S_IMODE(folder.stat().st_mode) == 0o700
         assert is_ours(folder)
         clear_litter(tmp_path, idle=0)
         assert folder.exists(), "it is in use"
+    assert not list(tmp_path.iterdir())
+    with monkeypatch.context() as patch:
+        patch.setattr(files, "lock_folder", no_locks)
+        with pytest.raises(OSError, match="no locks"):
+            Scratch(tmp_path, "scratch")
     assert not list(tmp_path.iterdir())
     killed = Scratch(tmp_path, "scratch")
     killed.lock.release()

@@ -23,7 +23,7 @@ from reparam_peft import Statistics
 from reparam_peft.compression.job import Job
 from reparam_peft.compression.one_shot import OneShot
 from reparam_peft.evaluation.measures import Measure
-from reparam_peft.runtime.processes import in_every_process, share_out
+from reparam_peft.runtime.processes import alike_in_every_process, in_every_process, share_out
 from reparam_peft.runtime.run_folder import RunFolder
 from reparam_peft.tuner.layer import ReparamLayer
 
@@ -134,6 +134,8 @@ def run_failing_phases(rank: int, folder: str) -> None:
     assert measure.of(llama(num_hidden_layers=1)) == 0, "all have what the first has measured"
     assert in_every_process(True)
     assert not in_every_process(rank == 0)
+    assert alike_in_every_process(["the same"])
+    assert not alike_in_every_process(rank)
     with RunFolder(own, {}) as run:
         assert (run.plan, run.finished) == (None, []), "what one process does not see does not count"
         job, gathered = SimpleNamespace(), list[int]()

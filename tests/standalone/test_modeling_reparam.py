@@ -304,6 +304,9 @@ def test_a_config_without_layers_and_whole_numbers_of_another_dtype_are_told(tmp
     save_file(wide, tmp_path / "model.safetensors", metadata={"format": "pt"})
     with pytest.raises(ValueError, match=rf"{re.escape(codes)}: the checkpoint holds numbers in I16, and .* torch\.int8"):
         transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
+    save_file(tensors, tmp_path / "model.safetensors", metadata={"format": "pt"})
+    save_file(wide, tmp_path / "another.safetensors")  # which is no part of the model
+    transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
     described = json.loads(path.read_text(encoding="utf-8"))
     path.write_text(json.dumps(described | {"reparam_layers": []}), encoding="utf-8")
     with pytest.raises(ValueError, match=r"`reparam_layers` in config.json must name the factorised layers, got \[\]"):

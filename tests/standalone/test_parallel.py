@@ -24,10 +24,20 @@ def distributed(model: PreTrainedModel, rules: Any, processes: int = 2, mesh: ob
 @pytest.mark.parametrize("rules", ["auto", None, {"model.layers.*.mlp.up_proj": "colwise"}])
 def test_factorised_layers_are_not_split(rules: Any) -> None:
     plain = small("factors").to_standalone()
-    with pytest.raises(ValueError, match=r"model\.layers\.0\.\S+_proj: this layer and 13 others .* among 2 processes"):
+    with pytest.raises(ValueError, match=r"14 layers, of which the first is model\.layers\.0\.\S+_proj, .* among 2 processes"):
         distributed(plain, rules)
     with pytest.raises(ValueError, match="Load the model whole in each process"):
         check_unsplit(plain, 2)
+
+
+def test_experts_are_not_split_either() -> None:
+    if not hasattr(PreTrainedModel, DISTRIBUTE):
+        pytest.skip("this version of transformers splits models elsewhere")
+    plain = small("factors").to_standalone()
+    rules = {"model.layers.*.mlp": "ep_dispatch_experts"}
+    config = SimpleNamespace(tp_plan=None, tp_size=1, ep_plan=rules, ep_size=2)
+    with pytest.raises(ValueError, match=r"6 layers, .*`ep_plan` would split them among 2 processes"):
+        getattr(PreTrainedModel, DISTRIBUTE)(plain, config, WHOLE)
 
 
 def test_models_that_no_rule_is_for_are_left_alone() -> None:
