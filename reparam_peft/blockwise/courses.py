@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Collection, Iterable, Mapping
 from contextlib import ExitStack, suppress
+from copy import copy
 from functools import partial
 from typing import Any
 
@@ -12,7 +13,7 @@ import torch
 from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._pytree import tree_leaves
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ..calibration.gather import calibrating, parts_of
 from ..calibration.graphs import tokens_at_a_time, tokens_within
@@ -23,7 +24,13 @@ from ..runtime.batches import Batch
 from ..runtime.devices import fast_products
 from ..runtime.modules import input_device, without_cache
 from ..runtime.processes import alike_in_every_process, check_whole, fails_together, processes
+from .activations import Activations
 from .blocks import Replay
+from .streams import Stream
+
+PLAIN = (Tensor, bool, int, float, complex, str, torch.dtype, torch.device)  # arguments in which nothing can be left
+SAMPLE = 4096  # numbers of each tensor of what a block gives, that are compared
+ALIKE = 1e-3  # difference of the numbers, relative
 
 logger = logging.getLogger(__name__)
 
@@ -85,6 +92,36 @@ class Course:
         look.bytes_of_outputs = int(look.bytes_of_outputs * self._numbers)
         return look
 
+    @torch.no_grad()
+    def is_true(self) -> bool:
+        """Whether blocks that are run one after the other, each on two batches, give what they give in whole passes.
+
+        A block that leaves something for a later one elsewhere than in its output has left that of the last batch by then.
+        """
+        replay = copy(self.replay)
+        replay.batches = [self.replay.batches[0], _another(self.replay.batches[0])]
+        blocks = [replay.blocks[name] for name in replay.order]
+        expected: dict[tuple[int, int], Tensor] = {}
+
+        def keep(key: tuple[int, int], module: nn.Module, args: Any, output: Any) -> None:
+            expected[key] = _sample(output)
+
+        for number, batch in enumerate(replay.batches):
+            with ExitStack() as stack:
+                for position, block in enumerate(blocks):
+                    stack.callback(block.register_forward_hook(partial(keep, (position, number))).remove)
+                self.model(**without_cache(self.model, send_to_device(dict(batch), input_device(self.model))))
+        with Activations() as store:
+            stream = Stream("original", replay, store, {}, None)
+            for position, block in enumerate(blocks):
+                stream.put(position, block)
+                for number in stream.batches:
+                    got, true = _sample(stream.output(position, number)), expected[position, number]
+                    if got.shape != true.shape or (got - true).norm() > ALIKE * true.norm():
+                        return False
+                stream.forget(position)
+        return True
+
 
 class Look:
     """What is seen of a pass through blocks.
@@ -92,10 +129,11 @@ class Look:
     Attributes:
         bytes_of_outputs: of all blocks, on all batches of all processes.
         shares_inputs: whether several blocks read one tensor that gradients flow through.
+        hands_objects_on: whether a block is called with an object in which it may leave something for later ones.
     """
 
     def __init__(self) -> None:
-        self.bytes_of_outputs, self.shares_inputs = 0, False
+        self.bytes_of_outputs, self.shares_inputs, self.hands_objects_on = 0, False, False
         self._read: dict[int, Tensor] = {}  # by the identity, which nothing else takes as long as they are here
 
     def before(self, block: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -103,6 +141,7 @@ class Look:
         leaves = tree_leaves((args, kwargs))
         reads = {id(leaf): leaf for leaf in leaves if isinstance(leaf, Tensor) and leaf.requires_grad}
         self.shares_inputs |= not self._read.keys().isdisjoint(reads)
+        self.hands_objects_on |= not all(leaf is None or isinstance(leaf, PLAIN) for leaf in leaves)
         self._read |= reads
 
     def after(self, block: nn.Module, args: tuple[Any, ...], output: Any, is_last: bool) -> None:
@@ -128,8 +167,8 @@ def course_of(
     """How batches go through the blocks of a model, and the bytes of what is kept of them; all processes call this together.
 
     None where statistics that are gathered block by block would not be those of passes over the whole model: the blocks cannot
-    be replayed, several read one tensor that gradients flow through, such as the output of an encoder, or the first batches of
-    processes reach different blocks.
+    be replayed, several read one tensor that gradients flow through, such as the output of an encoder, one may leave something
+    for another elsewhere than in its output, or the first batches of processes reach different blocks.
 
     Args:
         model: in any mode.
@@ -146,15 +185,33 @@ def course_of(
             course = Course(model, blocks, batches, starts, room if gradients else None)
             look = course.look()
             kept = look.bytes_of_outputs * (2 if gradients else 1)
-            if gradients and look.shares_inputs:
+            if (gradients and look.shares_inputs) or look.hands_objects_on or not course.is_true():
                 course = None
         except torch.OutOfMemoryError:
             raise
-        except (ValueError, RuntimeError) as error:
+        except (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError) as error:
             logger.info("Statistics are not gathered block by block: %s", error)
             course = None
     is_one = alike_in_every_process(None if course is None else (course.replay.order, course.replay.unreached))
     return (course, kept) if is_one and course is not None else None
+
+
+def _another(batch: Batch) -> Batch:
+    """A batch of the same shapes, of other tokens and values."""
+
+    def other(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or leaf.ndim == 0:
+            return leaf
+        return leaf / 2 if leaf.is_floating_point() else leaf.roll(1, -1)
+
+    masks = {key: value for key, value in batch.items() if "mask" in key}
+    return {**tree_map(other, dict(batch)), **masks}
+
+
+def _sample(output: Any) -> Tensor:
+    """Some numbers of what a block gives, float64."""
+    leaves = [leaf.detach().flatten() for leaf in tree_leaves(output) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    return torch.cat([leaf[:: max(1, len(leaf) // SAMPLE)].to("cpu", torch.float64) for leaf in leaves] or [torch.zeros(0)])
 
 
 def _numbers(batch: Batch) -> int:

@@ -127,7 +127,7 @@ class BlockwiseGatherer:
             try:
                 course = self.course or Course(model, self.blocks, batches, starts, room if gradients else None)
                 self.tape = Tape(course, self.store, gradients, seed, starts, progress)
-            except (ValueError, RuntimeError, OSError) as error:
+            except (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError, OSError) as error:
                 if self.must_replay or isinstance(error, torch.OutOfMemoryError):
                     raise
                 logger.info(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -55,6 +57,37 @@ def test_where_they_would_be_others_there_is_none(case: str) -> None:
     assert course_of(model, find_blocks(model), batches, modules, True) is None
     of_inputs = course_of(model, find_blocks(model), batches, modules, False)
     assert (of_inputs is None) == (case == "random"), "without gradients nothing is weighed by them"
+
+
+class Leaving(nn.Module):
+    """The first of these blocks leaves something for the later ones: in an attribute, or in an object that it gets."""
+
+    def __init__(self, is_given: bool) -> None:
+        super().__init__()
+        self.is_given, self.left = is_given, SimpleNamespace()
+        self.blocks = nn.ModuleList(nn.ModuleDict({"a": nn.Linear(8, 8), "b": nn.Linear(8, 8)}) for _ in range(2))
+        for block in self.blocks:
+            block.forward = partial(self.block, block)  # type: ignore[method-assign]
+
+    def block(self, block: nn.ModuleDict, x: Tensor, place: Any = None) -> Tensor:
+        place = self.left if place is None else place
+        place.sum = getattr(place, "sum", 0 * x) + block["a"](x) if self.is_given or block is self.blocks[0] else place.sum
+        return torch.tanh(x + block["b"](place.sum))
+
+    def forward(self, x: Tensor) -> Tensor:
+        place = SimpleNamespace() if self.is_given else None
+        for block in self.blocks:
+            x = block(x, place)
+        return x
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+@pytest.mark.parametrize("is_given", [True, False])
+def test_blocks_that_leave_something_elsewhere_than_in_their_outputs_have_none(is_given: bool, gradients: bool) -> None:
+    torch.manual_seed(0)
+    model = Leaving(is_given)
+    batches = [{"x": torch.randn(3, 8)}]
+    assert course_of(model, find_blocks(model), batches, linear_layers(model).values(), gradients) is None
 
 
 def test_processes_that_reach_different_blocks_have_none(monkeypatch: pytest.MonkeyPatch) -> None:

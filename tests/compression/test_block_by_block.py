@@ -146,7 +146,8 @@ def test_where_things_are_kept_makes_no_difference(arguments: dict[str, Any], tm
     if "statistics" in given:
         given["statistics"] = calibrate(llama(), config_of(**ALL), TEXT, progress=False)
     expected = by_block(llama(), TEXT, WAYS["both"])
-    assert_same_model(by_block(llama(), iter(TEXT), {**WAYS["both"], **given}), expected)
+    tolerance = 1e-4 if "max_memory" in given else 0.0  # rows that are run by themselves are rounded in another way
+    assert_same_model(by_block(llama(), iter(TEXT), {**WAYS["both"], **given}), expected, tolerance)
     assert not list(tmp_path.rglob("activations-*"))
 
 
