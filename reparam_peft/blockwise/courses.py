@@ -25,7 +25,7 @@ from ..runtime.devices import fast_products
 from ..runtime.modules import input_device, without_cache
 from ..runtime.processes import alike_in_every_process, check_whole, fails_together, processes
 from .activations import Activations
-from .blocks import Replay
+from .blocks import Replay, hollowed
 from .streams import Stream
 
 PLAIN = (Tensor, bool, int, float, complex, str, torch.dtype, torch.device)  # arguments in which nothing can be left
@@ -93,8 +93,10 @@ class Course:
         return look
 
     @torch.no_grad()
-    def is_true(self) -> bool:
+    def is_true(self, gradients: bool) -> bool:
         """Whether blocks that are run one after the other, each on two batches, give what they give in whole passes.
+
+        With gradients neither may the result read what a block reads, too, since both send gradients to it.
 
         A block that leaves something for a later one, or for the model, elsewhere than in its output has left that of the last
         batch by then.
@@ -123,7 +125,11 @@ class Course:
                 if not all(_alike(_sample(stream.output(position, n)), expected[position, n]) for n in stream.batches):
                     return False
             for number, batch in enumerate(replay.batches):
-                with replay.playing({position: stream.output(position, number) for position in range(len(blocks))}):
+                played = {position: stream.output(position, number) for position in range(len(blocks))}
+                for position in range(len(blocks)) if gradients else ():
+                    if replay.last_use[position] > position:
+                        played[position] = hollowed(played[position])
+                with replay.playing(played):
                     if not _alike(result(batch), results[number]):
                         return False
         return True
@@ -173,8 +179,8 @@ def course_of(
     """How batches go through the blocks of a model, and the bytes of what is kept of them; all processes call this together.
 
     None where statistics that are gathered block by block would not be those of passes over the whole model: the blocks cannot
-    be replayed, several read one tensor that gradients flow through, such as the output of an encoder, one may leave something
-    for another elsewhere than in its output, or the first batches of processes reach different blocks.
+    be replayed, several, or one and the result, read one tensor that gradients flow through, such as the output of an encoder,
+    one may leave something elsewhere than in its output, or the first batches of processes reach different blocks.
 
     Args:
         model: in any mode.
@@ -191,7 +197,7 @@ def course_of(
             course = Course(model, blocks, batches, starts, room if gradients else None)
             look = course.look()
             kept = look.bytes_of_outputs * (2 if gradients else 1)
-            if (gradients and look.shares_inputs) or look.hands_objects_on or not course.is_true():
+            if (gradients and look.shares_inputs) or look.hands_objects_on or not course.is_true(gradients):
                 course = None
         except torch.OutOfMemoryError:
             raise

@@ -35,6 +35,18 @@ def test_what_is_kept_is_foreseen(build: Callable[[], nn.Module], gradients: boo
     assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
+class Tapped(nn.Module):
+    """The result has what a block reads, too, in it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.blocks = nn.ModuleList(nn.Sequential(nn.Linear(8, 8), nn.Tanh()) for _ in range(2))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        first = self.blocks[0](x)
+        return self.blocks[1](first), first
+
+
 class Reading(nn.Module):
     """Blocks that all read what the first layer makes, and of which one may be random."""
 
@@ -49,9 +61,9 @@ class Reading(nn.Module):
         return self.blocks[0](x) + self.blocks[1](x + torch.randn_like(x) if self.random else x)
 
 
-@pytest.mark.parametrize("case", ["an encoder's output", "a common input", "random"])
+@pytest.mark.parametrize("case", ["an encoder's output", "a common input", "the result", "random"])
 def test_where_they_would_be_others_there_is_none(case: str) -> None:
-    model = t5() if case.startswith("an") else Reading(case == "random")
+    model = t5() if case.startswith("an") else Tapped() if case == "the result" else Reading(case == "random")
     batches: Any = [pairs([8, 3], [6, 2], (8, 6))] if case.startswith("an") else [{"x": Tensor(4, 8).normal_()}]
     modules = linear_layers(model).values()
     assert course_of(model, find_blocks(model), batches, modules, True) is None
