@@ -20,7 +20,7 @@ from ..calibration.graphs import tokens_at_a_time, tokens_within
 from ..calibration.recorder import Recorder
 from ..calibration.self_written import written
 from ..calibration.statistics import Statistics
-from ..runtime.batches import Batch
+from ..runtime.batches import REFUSALS, Batch
 from ..runtime.devices import fast_products
 from ..runtime.modules import input_device, without_cache
 from ..runtime.processes import alike_in_every_process, check_whole, fails_together, processes
@@ -124,12 +124,11 @@ class Course:
                 stream.put(position, block)
                 if not all(_alike(_sample(stream.output(position, n)), expected[position, n]) for n in stream.batches):
                     return False
+            is_hollow = [gradients and replay.last_use[position] > position for position in range(len(blocks))]
             for number, batch in enumerate(replay.batches):
-                played = {position: stream.output(position, number) for position in range(len(blocks))}
-                for position in range(len(blocks)) if gradients else ():
-                    if replay.last_use[position] > position:
-                        played[position] = hollowed(played[position])
-                with replay.playing(played):
+                outputs = [stream.output(position, number) for position in range(len(blocks))]
+                played = [hollowed(output) if hollow else output for output, hollow in zip(outputs, is_hollow, strict=True)]
+                with replay.playing(dict(enumerate(played))):
                     if not _alike(result(batch), results[number]):
                         return False
         return True
@@ -201,11 +200,15 @@ def course_of(
                 course = None
         except torch.OutOfMemoryError:
             raise
-        except (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError) as error:
+        except REFUSALS as error:
             logger.info("Statistics are not gathered block by block: %s", error)
             course = None
-    is_one = alike_in_every_process(None if course is None else (course.replay.order, course.replay.unreached))
-    return (course, kept) if is_one and course is not None else None
+    return (course, kept) if is_of_all(None if course is None else course.replay) and course is not None else None
+
+
+def is_of_all(replay: Replay | None) -> bool:
+    """Whether all processes, which call this together, run the same blocks in the same order, or none has a replay."""
+    return alike_in_every_process(None if replay is None else (replay.order, replay.unreached))
 
 
 def _another(batch: Batch) -> Batch:

@@ -18,11 +18,12 @@ from ..calibration.given import Objective
 from ..calibration.recorder import Recorder
 from ..calibration.self_written import written
 from ..calibration.statistics import Statistics, weight_norm
+from ..runtime.batches import REFUSALS
 from ..runtime.blocks import block_of
 from ..runtime.devices import fast_products
-from ..runtime.processes import alike_in_every_process, fails_together, processes
+from ..runtime.processes import fails_together, processes
 from .activations import Activations
-from .courses import Course
+from .courses import Course, is_of_all
 from .streams import Stream
 
 OUTPUTS, GRADIENTS = "calibration", "gradient"  # of blocks, in the store
@@ -127,14 +128,13 @@ class BlockwiseGatherer:
             try:
                 course = self.course or Course(model, self.blocks, batches, starts, room if gradients else None)
                 self.tape = Tape(course, self.store, gradients, seed, starts, progress)
-            except (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError, OSError) as error:
+            except (*REFUSALS, OSError) as error:
                 if self.must_replay or isinstance(error, torch.OutOfMemoryError):
                     raise
                 logger.info(
                     "Statistics are gathered by passes over the whole model, since blocks cannot be replayed: %s", error
                 )
-        order = None if self.tape is None else (self.tape.replay.order, self.tape.replay.unreached)
-        course_is_one = alike_in_every_process(order)
+        course_is_one = is_of_all(None if self.tape is None else self.tape.replay)
         if not course_is_one and self.must_replay:
             raise ValueError(
                 "the first batches of the processes reach different blocks, which are to be run one after the other by all of "

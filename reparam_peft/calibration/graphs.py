@@ -12,7 +12,7 @@ from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
-from ..runtime.batches import parts_of_tokens
+from ..runtime.batches import REFUSALS, parts_of_tokens
 from ..runtime.modules import input_device, without_cache
 from .recorder import Recorder
 from .statistics import Statistics
@@ -50,7 +50,7 @@ def tokens_within(
         of_row = _bytes_of_graph(model, rows[0], starts, blocks)
     except torch.OutOfMemoryError:
         raise
-    except (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError):  # the passes themselves will tell
+    except REFUSALS:  # the passes themselves will tell
         return most
     return min(most, room * rows[0]["input_ids"].numel() // max(1, of_row))
 

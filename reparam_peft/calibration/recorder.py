@@ -20,7 +20,7 @@ from ..layers.kinds import LayerKind
 from ..layers.wrapper import features, kind_and_layer
 from ..numerics.grams import add_gram, wide_rows
 from ..numerics.metrics import exact
-from ..runtime.batches import fitting_mask, padding_masks, rows_in
+from ..runtime.batches import REFUSALS, fitting_mask, padding_masks, rows_in
 from ..runtime.memory import return_freed
 from ..runtime.modules import encoder_of, without_cache
 from .given import Objective
@@ -165,7 +165,7 @@ class Recorder:
                 output = model(**keywords) if self.objective is None else self.objective(model, batch)
             except (torch.OutOfMemoryError, _InputError):
                 raise
-            except (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError) as error:
+            except REFUSALS as error:
                 if self.is_first and head is not None and head.ran:
                     self.head = None
                     return False

@@ -9,6 +9,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Batch: TypeAlias = Mapping[str, Any]
+
+# What models raise for a batch that they do not accept. Where memory is full, that is another matter: `torch.OutOfMemoryError`
+# is a RuntimeError, and has to be told apart.
+REFUSALS = (TypeError, ValueError, IndexError, KeyError, RuntimeError, AttributeError)
 IGNORED = -100  # transformers' label of positions that do not count
 
 
