@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any, TypeAlias, cast
 
 import torch
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.types import Device
 
@@ -20,6 +19,7 @@ from .computed_weight import ComputedWeight, Replaced
 from .masks import packed, spread, unpacked
 from .pivot_expansion import PivotExpansion
 from .product import NONE, Stored
+from .schemes import dequantized_matrix
 
 Dtype: TypeAlias = torch.dtype | None
 # What the layers of a factorised module have, by their names in it, in each form: matrices as `numerics.storage` calls them.
@@ -52,7 +52,7 @@ def numbers_of(layer: nn.Module) -> Tensor:
         return layer.matrix(torch.promote_types(layer.dtype, torch.float32))
     weight = weight_of(layer)
     in_few_bits = not weight.is_floating_point() or type(weight).__module__.startswith("torchao.")
-    return dequantize_module_weight(layer).detach() if in_few_bits else weight
+    return dequantized_matrix(layer) if in_few_bits else weight
 
 
 class FactorizedModule(nn.Module):

@@ -10,7 +10,6 @@ from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 from torch.types import Device
 from transformers.pytorch_utils import Conv1D
@@ -22,6 +21,7 @@ from .convolutions import ConvKind, GroupedConvKind, TransposedConvKind
 from .factorized import Dtype, weight_of
 from .factorized_kinds import FactorizedEmbedding, FactorizedLinear, embedding_scale
 from .kind import LayerKind
+from .schemes import dequantized_matrix
 
 
 class LinearKind(LayerKind[Any]):
@@ -110,7 +110,7 @@ class QuantizedLinearKind(LinearKind):
             largest = layer.weight.SCB if layer.state.SCB is None else layer.state.SCB  # of each row
             return (layer.weight.detach() * (largest / 127)[:, None]).to(self.dtype(layer))
         self.put_in_order(layer)
-        return dequantize_module_weight(layer).detach().to(self.dtype(layer))
+        return dequantized_matrix(layer).to(self.dtype(layer))
 
     def put_in_order(self, layer: Any) -> None:
         """Undo the faster order in which bitsandbytes keeps numbers in 4 bits on some CPUs, in place."""

@@ -31,15 +31,15 @@ ROWS = {
 MANY_SIZES = {"keep": 1.0, "form": "factors", "ceiling": 0.999}
 
 
-def sentences(path: Path, count: int) -> list[str]:
+def sentences(text: str, count: int | None) -> list[str]:
     """The first sentences of 40 to 300 characters."""
-    parts = re.split(r"(?<=[.!?])\s+", path.read_text(encoding="utf-8"))
+    parts = re.split(r"(?<=[.!?])\s+", text)
     return [part for part in parts if 40 <= len(part) <= 300 and "\n" not in part][:count]
 
 
-def batches_of(tokenizer: Any, path: Path, count: int) -> list[dict[str, Tensor]]:
+def batches_of(tokenizer: Any, text: str, count: int | None) -> list[dict[str, Tensor]]:
     """The first sentences of a text in batches of 20, padded."""
-    texts = sentences(path, count)
+    texts = sentences(text, count)
     return [dict(tokenizer(texts[i : i + 20], padding=True, return_tensors="pt")) for i in range(0, len(texts), 20)]
 
 
@@ -71,10 +71,13 @@ def main() -> None:
         similarity = F.cosine_similarity(embed(small.eval(), test), expected).mean()
         print(f"{name}: cosine {similarity:.4f}, {small.size_report().keep:.4f} of the targeted parameters stored")
 
-    test = batches_of(tokenizer, options.test, options.sentences)
+    test = batches_of(tokenizer, options.test.read_text(encoding="utf-8"), options.sentences)
     expected = embed(base(), test)
     known = calibrate(
-        base(), ReparamConfig(target_modules="all-linear"), batches_of(tokenizer, options.calibration, 1000), progress=False
+        base(),
+        ReparamConfig(target_modules="all-linear"),
+        batches_of(tokenizer, options.calibration.read_text(encoding="utf-8"), 1000),
+        progress=False,
     )
     print(f"calibrated on {known.tokens} tokens; {len(expected)} sentences, keep {options.keep}")
     for name, fields in ROWS.items():

@@ -47,10 +47,10 @@ class Encoder:
 def of_text(options: argparse.Namespace) -> Encoder:
     """A BERT-like encoder out of a folder."""
     tokenizer = AutoTokenizer.from_pretrained(options.model)
-    test = batches_of(tokenizer, options.test, 200)
+    test = batches_of(tokenizer, options.test.read_text(encoding="utf-8"), 200)
     return Encoder(
         base=lambda: AutoModel.from_pretrained(options.model, dtype=torch.float32).eval(),
-        calibration=batches_of(tokenizer, options.calibration, 1000),
+        calibration=batches_of(tokenizer, options.calibration.read_text(encoding="utf-8"), 1000),
         timed={"input_ids": torch.arange(BATCH * options.length).view(BATCH, -1) % 20_000 + 1000},
         embed=lambda model: embed(model, test),
     )

@@ -43,7 +43,8 @@ from reparam_peft.numerics.decompositions import Whole
 from reparam_peft.planning.neurons import Losses
 from reparam_peft.planning.ranks import RankChooser
 
-BF16, LENGTH, CALIBRATED, SENTENCES = 2, 512, 48, 200
+BF16, LENGTH, SENTENCES = 2, 512, 200  # bytes of a number, tokens of a window, sentences of a test
+CALIBRATED = {False: 48, True: 1000}  # windows, and of an encoder sentences, that statistics are of
 ROWS = ("nearest", "alone", "bits", "low rank", "joint", "healed")
 
 
@@ -68,24 +69,19 @@ class Bench:
         self.tokenizer = AutoTokenizer.from_pretrained(self.path)
         self.tests: dict[str, Any] = {}
         for name in arguments.tests if arguments.layers is None else ():
-            if self.encoder:
-                self.tests[Path(name).stem] = batches_of(self.tokenizer, Path(name), SENTENCES)
-            else:
-                text = reference_text() if name == "reference" else Path(name).read_text(encoding="utf-8")
-                batches = text_batches(self.tokenizer, text, length=LENGTH, batch_size=1, limit=arguments.windows)
-                self.tests[Path(name).stem] = batches
+            text = reference_text() if name == "reference" else Path(name).read_text(encoding="utf-8")
+            self.tests[Path(name).stem] = self.batches(text, SENTENCES if self.encoder else arguments.windows)
 
     def base(self) -> Any:
         """The dense model."""
         kind = AutoModel if self.encoder else AutoModelForCausalLM
         return kind.from_pretrained(self.path, dtype=torch.float32).eval()
 
-    def calibration(self, path: Path, start: int, end: int | None) -> list[Any]:
-        """Batches of a text."""
+    def batches(self, text: str, count: int | None) -> list[Any]:
+        """The first sentences or windows of a text, all windows where `count` is None."""
         if self.encoder:
-            return batches_of(self.tokenizer, path, 1000)
-        text = path.read_text(encoding="utf-8")
-        return text_batches(self.tokenizer, text, length=LENGTH, batch_size=1, limit=end)[start:]
+            return batches_of(self.tokenizer, text, count)
+        return text_batches(self.tokenizer, text, length=LENGTH, batch_size=1, limit=count)
 
     @cached_property
     def dense(self) -> dict[str, Any]:
@@ -213,7 +209,8 @@ def model_of(bench: Bench, row: Row, statistics: Statistics, arguments: argparse
 
 def heal(bench: Bench, small: Any, arguments: argparse.Namespace) -> None:
     """Train the norms for so many minutes, on windows that no statistics were taken of."""
-    windows = bench.calibration(arguments.calibration, CALIBRATED, None)
+    text = arguments.calibration.read_text(encoding="utf-8")
+    windows = bench.batches(text, None)[len(bench.batches(text, CALIBRATED[bench.encoder])) :]
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder,
@@ -260,7 +257,8 @@ def main() -> None:
     bench = Bench(arguments)
     targets = "all-linear" if arguments.layers is None else rf".*\.(?:{'|'.join(arguments.layers)})\..*_proj"
     if not arguments.statistics.exists():
-        known = bench.calibration(arguments.calibration, 0, CALIBRATED)
+        text = arguments.calibration.read_text(encoding="utf-8")
+        known = bench.batches(text, CALIBRATED[bench.encoder])
         calibrate(bench.base(), ReparamConfig(target_modules=targets), known, progress=False).save(arguments.statistics)
     statistics = Statistics.load(arguments.statistics)
     itemsize = next(bench.base().parameters()).element_size()
