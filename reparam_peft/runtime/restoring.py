@@ -27,7 +27,8 @@ class Snapshot:
         for owner in (*model.modules(), *beside):
             held = vars(owner)
             self._attributes.append((held, dict(held)))
-            self._contents += [(value, value.copy()) for value in held.values() if isinstance(value, CONTAINERS)]
+            contents = [(value, value.copy() if value else None) for value in held.values() if isinstance(value, CONTAINERS)]
+            self._contents += contents  # most are empty: a module has a dozen dictionaries of hooks
         self._parameters = [(parameter, parameter.requires_grad, _numbers(parameter)) for parameter in model.parameters()]
 
     def restore(self) -> None:
@@ -36,7 +37,9 @@ class Snapshot:
             held.clear()
             held.update(before)
         for container, before in self._contents:
-            if not _holds_the_same(container, before):
+            if before is None:
+                container.clear()
+            elif not _holds_the_same(container, before):
                 container.clear()
                 put: Callable[[Any], None] = container.extend if isinstance(container, list) else container.update
                 put(before)
