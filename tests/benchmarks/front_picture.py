@@ -1,6 +1,6 @@
 """The picture of docs/choosing.md: excess loss over bytes, of the figures that `front.py` has measured.
 
-    python tests/benchmarks/front_picture.py FIGURES PICTURE [--test wiki_test]
+    python tests/benchmarks/front_picture.py FIGURES PICTURE [--test wiki_test] [--label "1 − cosine"]
 
 FIGURES is `figures.json` of `front.py --folder`; PICTURE an SVG or another file that matplotlib writes.
 """
@@ -23,6 +23,7 @@ def main() -> None:
     parser.add_argument("figures", type=Path)
     parser.add_argument("picture", type=Path)
     parser.add_argument("--test", help="which text; without it the first")
+    parser.add_argument("--label", default="excess loss, nats per token", help="of what is lost")
     arguments = parser.parse_args()
     lines: dict[str, list[tuple[float, float]]] = {}
     for entry in json.loads(arguments.figures.read_text(encoding="utf-8")):
@@ -33,7 +34,7 @@ def main() -> None:
     figure, axes = pyplot.subplots(figsize=(7, 4.5))
     for method, points in lines.items():
         axes.plot(*zip(*sorted(points), strict=True), marker="o", label=method)
-    axes.set(xlabel="bytes of the targets over bfloat16", ylabel="excess loss, nats per token", yscale="log")
+    axes.set(xlabel="bytes of the targets over bfloat16", ylabel=arguments.label, yscale="log")
     axes.legend()
     figure.tight_layout()
     figure.savefig(arguments.picture, metadata={"Date": None} if arguments.picture.suffix == ".svg" else None)
