@@ -7,6 +7,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from .dequantizing import is_misread, product
+
 
 class Dequantizes(Protocol):
     """What knows the numbers of a quantised layer."""
@@ -34,8 +36,13 @@ class BaseCodes(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         layer, kind = self._of_base
-        y: Tensor = layer(x.to(kind.dtype(layer)))
+        inputs = x.to(kind.dtype(layer))
+        y: Tensor = self._right(inputs) if is_misread(layer) else layer(inputs)
         return y.to(x.dtype)
+
+    def _right(self, x: Tensor) -> Tensor:
+        y, bias = product(x, lambda dtype: self.matrix().to(dtype)), getattr(self._of_base[0], "bias", None)
+        return y if bias is None else y + bias
 
     def matrix(self) -> Tensor:
         """W (out, in), dequantised at each call."""

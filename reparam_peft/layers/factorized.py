@@ -16,10 +16,10 @@ from .base_codes import BaseCodes
 from .calling import call
 from .coded import CodedLinear, Widths
 from .computed_weight import ComputedWeight, Replaced
+from .dequantizing import dequantized_matrix
 from .masks import packed, spread, unpacked
 from .pivot_expansion import PivotExpansion
 from .product import NONE, Stored
-from .schemes import dequantized_matrix
 
 Dtype: TypeAlias = torch.dtype | None
 # What the layers of a factorised module have, by their names in it, in each form: matrices as `numerics.storage` calls them.

@@ -18,10 +18,10 @@ from .alike import computes_as, random_tensor
 from .base_codes import BaseCodes
 from .coded import ALL_AS_THE_MODEL, Widths
 from .convolutions import ConvKind, GroupedConvKind, TransposedConvKind
+from .dequantizing import dequantized_matrix
 from .factorized import Dtype, weight_of
 from .factorized_kinds import FactorizedEmbedding, FactorizedLinear, embedding_scale
 from .kind import LayerKind
-from .schemes import dequantized_matrix
 
 
 class LinearKind(LayerKind[Any]):

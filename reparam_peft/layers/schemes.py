@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-import copy
 import importlib
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
-from functools import cache, partial
+from functools import partial
 from types import ModuleType
 from typing import Any, Literal, TypeAlias
 
 import torch
 import torch.nn.functional as F
-from peft.utils.integrations import dequantize_module_weight
 from torch import Tensor, nn
 
 from ..numerics.rounding import Grid
 from ..numerics.storage import NF4_BLOCK
+from .dequantizing import int4_linear, product, read
 from .factor_linear import FactorLinear
 
 Multiply: TypeAlias = Callable[[Tensor], Tensor]
@@ -214,23 +213,17 @@ class Int4(Scheme):
         return grid.levels[indices] * grid.scale
 
     def multiply(self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Multiply:
-        if dtype == torch.float64:
-            return lambda x: self.traced(x, tensors, shape)
-        if tensors["weight"].device.type == "cpu":
-            return lambda x: _Product.apply(x, partial(self._dequantized, tensors, shape))
-        product, codes, state = self.imported().matmul_4bit, tensors["weight"], self._state(tensors, shape, dtype)
-        return lambda x: product(x, codes, quant_state=state)
+        codes = tensors["weight"]
+        if codes.device.type == "cpu" or dtype == torch.float64:
+            return lambda x: product(x, partial(self._dequantized, tensors, shape))
+        multiply, state = self.imported().matmul_4bit, self._state(tensors, shape, dtype)
+        return lambda x: multiply(x, codes, quant_state=state)
 
     def traced(self, x: Tensor, tensors: Mapping[str, Tensor], shape: Sequence[int]) -> Tensor:
-        if x.dtype == torch.float64:  # which the library fills with arbitrary numbers
-            return F.linear(x, self.numbers(tensors, shape))
         return F.linear(x, self._dequantized(tensors, shape, x.dtype))
 
     def _dequantized(self, tensors: Mapping[str, Tensor], shape: Sequence[int], dtype: torch.dtype) -> Tensor:
-        """The matrix, all of it as one row (`dequantized_matrix` says why)."""
-        numbers, row = (tensors["weight"], tensors["weight_absmax"]), [1, math.prod(shape)]
-        matrix: Tensor = torch.ops.bitsandbytes.dequantize_4bit(*numbers, NF4_BLOCK, "nf4", row, dtype)
-        return matrix.view(*shape)
+        return read(tensors["weight"], tensors["weight_absmax"], NF4_BLOCK, "nf4", shape, dtype)
 
     def _levels(self, device: torch.device) -> Tensor:
         levels: Tensor = self.imported().functional.get_4bit_type("nf4", device=device)
@@ -265,60 +258,12 @@ class Int4(Scheme):
             bnb_quantized=True,
         )
         linear.quant_state = state
-        linear.__class__ = _int4_linear(library.nn.Linear4bit)
+        linear.__class__ = int4_linear()
         return linear.train(plain.training)
 
     def tensors(self, linear: nn.Linear) -> dict[str, Tensor]:
         weight: Any = linear.weight
         return {"weight": weight.data, "weight_absmax": weight.quant_state.absmax}
-
-
-class _Product(torch.autograd.Function):
-    """x (…, in) → x Wᵀ of a matrix that is dequantised for each product, backwards too, and is not kept in between."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, dequantized: Callable[[torch.dtype], Tensor]) -> Tensor:
-        ctx.dequantized = dequantized
-        return F.linear(x, dequantized(x.dtype))
-
-    @staticmethod
-    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:
-        return gradients[0] @ ctx.dequantized(gradients[0].dtype), None
-
-
-@cache
-def _int4_linear(linear4bit: type[nn.Linear]) -> type[nn.Linear]:
-    """bitsandbytes' linear layer, with the products of `Int4` on a CPU."""
-
-    class Int4Linear(linear4bit):  # type: ignore[valid-type, misc]
-        def forward(self, x: Tensor) -> Tensor:
-            if x.device.type != "cpu":
-                return super().forward(x)
-            scheme, shape = SCHEMES["int4"], (self.out_features, self.in_features)
-            compiled = torch.compiler.is_compiling()
-            y = (
-                scheme.traced(x, scheme.tensors(self), shape)
-                if compiled
-                else scheme.multiply(scheme.tensors(self), shape, x.dtype)(x)
-            )
-            return y if self.bias is None else y + self.bias
-
-    return Int4Linear
-
-
-def dequantized_matrix(layer: nn.Module) -> Tensor:
-    """The matrix of a layer of bitsandbytes, torchao or HQQ, as PEFT has it, with rows of any length.
-
-    On CPUs with AVX-512 bitsandbytes (0.49 to 0.50) reads 4 bits wrongly where rows are of a multiple of 16 numbers and not
-    of a multiple of the numbers that share a scale: of the whole matrix as one row it reads them rightly.
-    """
-    weight: Any = getattr(layer, "weight", None)
-    if not hasattr(weight, "quant_state"):
-        return dequantize_module_weight(layer).detach()
-    state = copy.copy(weight.quant_state)
-    state.shape = torch.Size([1, math.prod(state.shape)])
-    row: Tensor = importlib.import_module("bitsandbytes").functional.dequantize_4bit(weight.data, state)
-    return row.reshape(weight.quant_state.shape)
 
 
 def _in_blocks(weight: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from reparam_peft.layers.schemes import SCHEME_OF, check_scheme, dequantized_matrix
+from reparam_peft.layers.schemes import SCHEME_OF, check_scheme
 from reparam_peft.numerics.storage import matrix_bytes, scale_shape
 
 SHAPES = [(8, 64), (7, 33), (1, 16), (5, 17)]  # rows that end within a block, and an odd number of numbers
@@ -49,39 +49,6 @@ def test_products_are_those_of_the_numbers_with_gradients_to_the_input(bits: int
         assert torch.allclose(y.double(), x.double() @ numbers.mT, atol=4 * tolerance)
         y.sum().backward()
         assert torch.allclose(x.grad.double(), numbers.sum(0).expand(rows, -1), atol=8 * tolerance)
-
-
-@pytest.mark.parametrize("features", [16, 24, 48, 80, 96, 100, 101, 160])
-def test_rows_of_any_length_are_read_on_every_processor(features: int) -> None:
-    scheme, shape = SCHEME_OF[4], (7, features)
-    W = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    tensors = scheme.quantize(W)
-    numbers = scheme.numbers(tensors, shape).float()
-    assert (numbers - W).norm() < 0.15 * W.norm()
-    linear = scheme.linear(nn.Linear(features, 7, bias=False, device="meta"), dict(tensors), torch.float32).eval()
-    linear.bias = nn.Parameter(torch.randn(7))
-    assert torch.allclose(dequantized_matrix(linear), numbers, atol=1e-6)
-    x, rows = torch.randn(3, features), torch.randn(3, features, requires_grad=True)
-    for product, bias in (
-        (scheme.multiply(tensors, shape, torch.float32), 0),
-        (lambda x: scheme.traced(x, tensors, shape), 0),
-        (linear, linear.bias),
-        (torch.compile(linear, backend="aot_eager"), linear.bias),
-    ):
-        assert torch.allclose(product(x), x @ numbers.mT + bias, atol=1e-4)
-        (gradient,) = torch.autograd.grad(product(rows).sum(), rows)
-        assert torch.allclose(gradient, numbers.sum(0).expand(3, -1), atol=1e-4)
-
-
-@pytest.mark.parametrize("of_scales", [False, True])
-@pytest.mark.parametrize("kind", ["nf4", "fp4"])
-@pytest.mark.parametrize("features", [48, 96])
-def test_the_matrix_of_a_layer_that_arrives_is_that_of_its_blocks(features: int, kind: str, of_scales: bool) -> None:
-    library = SCHEME_OF[4].imported()
-    W = torch.randn(32, features, generator=torch.Generator().manual_seed(0))
-    layer = library.nn.Linear4bit(features, 32, bias=False, quant_type=kind, compress_statistics=of_scales)
-    layer.weight = library.nn.Params4bit(W, requires_grad=False, quant_type=kind, compress_statistics=of_scales).to("cpu")
-    assert (dequantized_matrix(layer) - W).norm() < (0.12 if kind == "nf4" else 0.15) * W.norm()
 
 
 @WIDTHS
