@@ -41,7 +41,7 @@ def dequantized_matrix(layer: nn.Module) -> Tensor:
         return dequantize_module_weight(layer).detach()
     in_rows = copy.copy(state)
     in_rows.shape = torch.Size(_rows(math.prod(state.shape), state.blocksize))
-    codes = layer.get_parameter("weight").data
+    codes = layer.get_parameter("weight").data.reshape(-1, 1)
     matrix: Tensor = importlib.import_module("bitsandbytes").functional.dequantize_4bit(codes, in_rows)
     return matrix.reshape(state.shape)
 
@@ -92,7 +92,7 @@ def int4_linear() -> type[nn.Linear]:
                 return y
             state = _state(self)
             y = product(x, partial(read, self.weight, state.absmax, state.blocksize, state.quant_type, state.shape))
-            return y if self.bias is None else y + self.bias
+            return y if self.bias is None else y + self.bias.to(y.dtype)
 
     Int4Linear.__qualname__ = "Int4Linear"  # pickle looks for it here
     return Int4Linear

@@ -38,7 +38,8 @@ class Snapshot:
             held.update(before)
         for container, before in self._contents:
             if before is None:
-                container.clear()
+                if container:
+                    container.clear()
             elif not _holds_the_same(container, before):
                 container.clear()
                 put: Callable[[Any], None] = container.extend if isinstance(container, list) else container.update

@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.models import net
 from torch import nn
+from torch.fx.immutable_collections import immutable_list
 
 from reparam_peft.runtime.restoring import unchanged_on_error
 
@@ -71,3 +72,16 @@ def test_objects_beside_the_model_and_the_order_of_sets() -> None:
         attempt(net(), lambda _: vars(config).update(rank=3, other=1), ValueError("stop"), config)
     assert vars(config) == {"rank": 2, "names": chosen}
     assert list(chosen) == order
+
+
+def test_what_was_empty_is_emptied_again_and_what_cannot_change_is_left_alone() -> None:
+    model = nn.Linear(2, 2)
+    model.fixed, model.names = immutable_list([]), []
+    with pytest.raises(ZeroDivisionError), unchanged_on_error(model):
+        model.names.append("x")
+        model.weight.requires_grad_(False)
+        model.register_forward_hook(lambda *_: None)
+        _ = 1 / 0
+    assert model.names == []
+    assert model.weight.requires_grad
+    assert not model._forward_hooks
