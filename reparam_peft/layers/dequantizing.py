@@ -70,10 +70,15 @@ def product(x: Tensor, dequantize: Dequantize) -> Tensor:
 
 
 class _Product(torch.autograd.Function):
+    generate_vmap_rule = True
+
     @staticmethod
-    def forward(ctx: Any, x: Tensor, dequantize: Dequantize) -> Tensor:
-        ctx.dequantize = dequantize
+    def forward(x: Tensor, dequantize: Dequantize) -> Tensor:
         return F.linear(x, dequantize(x.dtype))
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Dequantize], output: Tensor) -> None:
+        ctx.dequantize = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None]:

@@ -96,6 +96,13 @@ def test_products_have_the_dtype_of_their_input_and_that_of_autocast(dtype: torc
     inside.sum().backward()
 
 
+def test_gradients_by_function_transforms() -> None:
+    linear, numbers = int4_layer(48)
+    x = torch.randn(3, 48)
+    each = torch.func.vmap(torch.func.grad(lambda row: linear(row).sum()))(x)
+    assert torch.allclose(each, numbers.sum(0).expand(3, -1), atol=1e-4)
+
+
 def test_layers_are_copied_pickled_and_filled_in_by_assignment() -> None:
     linear, _ = int4_layer(48)
     x = torch.randn(3, 48)

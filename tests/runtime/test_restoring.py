@@ -74,14 +74,18 @@ def test_objects_beside_the_model_and_the_order_of_sets() -> None:
     assert list(chosen) == order
 
 
+def fill(model: nn.Module) -> None:
+    model.names.append("x")
+    model.weight.requires_grad_(False)
+    model.register_forward_hook(lambda *_: None)
+    raise ZeroDivisionError
+
+
 def test_what_was_empty_is_emptied_again_and_what_cannot_change_is_left_alone() -> None:
     model = nn.Linear(2, 2)
     model.fixed, model.names = immutable_list([]), []
     with pytest.raises(ZeroDivisionError), unchanged_on_error(model):
-        model.names.append("x")
-        model.weight.requires_grad_(False)
-        model.register_forward_hook(lambda *_: None)
-        _ = 1 / 0
+        fill(model)
     assert model.names == []
     assert model.weight.requires_grad
     assert not model._forward_hooks
