@@ -30,7 +30,7 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from embeddings import batches_of, embed
+from embeddings import batches_of, embed, sentences
 from torch import nn
 from transformers import AutoModel, AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
@@ -45,6 +45,7 @@ from reparam_peft.planning.ranks import RankChooser
 
 BF16, LENGTH, SENTENCES = 2, 512, 200  # bytes of a number, tokens of a window, sentences of a test
 CALIBRATED = {False: 48, True: 1000}  # windows, and of an encoder sentences, that statistics are of
+TOGETHER = {False: 1, True: 20}  # of these in a step of healing
 ROWS = ("nearest", "alone", "bits", "low rank", "joint", "healed")
 
 
@@ -82,6 +83,12 @@ class Bench:
         if self.encoder:
             return batches_of(self.tokenizer, text, count)
         return text_batches(self.tokenizer, text, length=LENGTH, batch_size=1, limit=count)
+
+    def examples(self, text: str) -> list[Any]:
+        """All sentences or windows of a text, each by itself."""
+        if self.encoder:
+            return [dict(self.tokenizer(sentence)) for sentence in sentences(text, None)]
+        return [{key: value[0] for key, value in window.items()} for window in self.batches(text, None)]
 
     @cached_property
     def dense(self) -> dict[str, Any]:
@@ -208,13 +215,12 @@ def model_of(bench: Bench, row: Row, statistics: Statistics, arguments: argparse
 
 
 def heal(bench: Bench, small: Any, arguments: argparse.Namespace) -> None:
-    """Train the norms for so many minutes, on windows that no statistics were taken of."""
-    text = arguments.calibration.read_text(encoding="utf-8")
-    windows = bench.batches(text, None)[len(bench.batches(text, CALIBRATED[bench.encoder])) :]
+    """Train the norms for so many minutes, on windows or sentences that no statistics were taken of."""
+    examples = bench.examples(arguments.calibration.read_text(encoding="utf-8"))[CALIBRATED[bench.encoder] :]
     with tempfile.TemporaryDirectory() as folder:
         settings = TrainingArguments(
             folder,
-            per_device_train_batch_size=1,
+            per_device_train_batch_size=TOGETHER[bench.encoder],
             learning_rate=arguments.learning_rate,
             lr_scheduler_type="cosine",
             warmup_steps=0.1,
@@ -223,12 +229,20 @@ def heal(bench: Bench, small: Any, arguments: argparse.Namespace) -> None:
             report_to="none",
             disable_tqdm=True,
         )
-        examples = [{key: value[0] for key, value in window.items()} for window in windows]
         trainer = HealingTrainer(
-            small, settings, train_dataset=examples, teacher=bench.base(), minutes=arguments.minutes, trains=["norms"]
+            small,
+            settings,
+            train_dataset=examples,
+            processing_class=bench.tokenizer,
+            teacher=bench.base(),
+            hidden=float(bench.encoder),
+            minutes=arguments.minutes,
+            trains=["norms"],
         )
         trainer.train()
-    print(f"healed in {trainer.state.global_step} steps of {LENGTH} tokens, {arguments.minutes:g} minutes", flush=True)
+    kind = "sentences" if bench.encoder else f"windows of {LENGTH} tokens"
+    together = f"{TOGETHER[bench.encoder]} {kind}"
+    print(f"healed in {trainer.state.global_step} steps of {together}, {arguments.minutes:g} minutes", flush=True)
 
 
 def file_size(model: Any) -> int:
