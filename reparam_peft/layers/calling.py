@@ -6,7 +6,15 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.module import _has_any_global_hook
+from torch.nn.modules import module as pytorch
+
+# Hooks on all modules, empty where there are none. PyTorch's own question after them is younger than 2.7.
+HOOKS_ON_ALL = (
+    pytorch._global_backward_hooks,
+    pytorch._global_backward_pre_hooks,
+    pytorch._global_forward_hooks,
+    pytorch._global_forward_pre_hooks,
+)
 
 
 def call(module: nn.Module, *inputs: Tensor | None) -> Tensor:
@@ -29,5 +37,5 @@ def is_seen(module: nn.Module) -> bool:
         or own["_backward_hooks"]
         or own["_backward_pre_hooks"]
         or own.get("_compiled_call_impl")
-        or _has_any_global_hook()
+        or any(HOOKS_ON_ALL)
     )

@@ -169,7 +169,13 @@ PRIVATE_NAMES = (
         _parameters="tensors are put in without a copy, also while parameters begin on the meta device",
         _save_to_state_dict="PyTorch's own place for how a module saves",
     ),
-    *_names("torch.nn.modules.module", _has_any_global_hook="hooks on all modules, which are to see each call"),
+    *_names(
+        "torch.nn.modules.module",
+        _global_backward_hooks="hooks on all modules, which are to see each call",
+        _global_backward_pre_hooks="hooks on all modules, which are to see each call",
+        _global_forward_hooks="hooks on all modules, which are to see each call",
+        _global_forward_pre_hooks="hooks on all modules, which are to see each call",
+    ),
     *_names(
         "torch.nn.modules.conv:Conv2d",
         _conv_forward="a layer of another class that convolves as PyTorch does",

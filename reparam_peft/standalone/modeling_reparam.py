@@ -41,6 +41,9 @@ OTHER_NAMES = (
     "config.json, or a later one"
 )
 
+ON_ALL = ("backward_hooks", "backward_pre_hooks", "forward_hooks", "forward_pre_hooks")
+HOOKS_ON_ALL = [getattr(nn.modules.module, f"_global_{name}") for name in ON_ALL]  # empty where there are none
+
 
 _levels: dict[torch.device, Tensor] = {}  # of NF4, by where they are
 
@@ -70,7 +73,7 @@ class Product(Tensor):
 
 def call(module: nn.Module, x: Tensor) -> Tensor:
     """`module(x)`, by its `forward` alone where no hook is to see it: what comes before takes a third of a small product."""
-    if torch.compiler.is_compiling() or nn.modules.module._has_any_global_hook() or module._compiled_call_impl:
+    if torch.compiler.is_compiling() or any(HOOKS_ON_ALL) or module._compiled_call_impl:
         return module(x)
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return module(x) if any(hooks) else module.forward(x)
