@@ -36,7 +36,7 @@ def _rows(count: int, block: int) -> list[int]:
 
 def dequantized_matrix(layer: nn.Module) -> Tensor:
     """The matrix of a layer of bitsandbytes, torchao or HQQ, as PEFT has it, with rows of any length."""
-    state = _state(layer)
+    state = quant_state(layer)
     if state is None:
         return dequantize_module_weight(layer).detach()
     in_rows = copy.copy(state)
@@ -48,15 +48,15 @@ def dequantized_matrix(layer: nn.Module) -> Tensor:
 
 def is_misread(layer: nn.Module) -> bool:
     """Whether bitsandbytes may compute with other numbers than those of a layer."""
-    state = _state(layer)
+    state = quant_state(layer)
     if state is None or layer.get_parameter("weight").device.type != "cpu":
         return False
     features: int = state.shape[-1]
     return features % 16 == 0 and features % state.blocksize != 0
 
 
-def _state(layer: Any) -> Any:
-    """What bitsandbytes knows of numbers in 4 bits; the layer has it, too, for parameters that others have replaced."""
+def quant_state(layer: Any) -> Any:
+    """What bitsandbytes knows of numbers in 4 bits, or None; the layer has it, too, in case others replaced its weight."""
     state = getattr(getattr(layer, "weight", None), "quant_state", None)
     return getattr(layer, "quant_state", None) if state is None else state
 
@@ -95,7 +95,7 @@ def int4_linear() -> type[nn.Linear]:
             if x.device.type != "cpu":
                 y: Tensor = super().forward(x)
                 return y
-            state = _state(self)
+            state = quant_state(self)
             y = product(x, partial(read, self.weight, state.absmax, state.blocksize, state.quant_type, state.shape))
             return y if self.bias is None else y + self.bias.to(y.dtype)
 

@@ -16,7 +16,7 @@ from .base_codes import BaseCodes
 from .calling import call
 from .coded import CodedLinear, Widths
 from .computed_weight import ComputedWeight, Replaced
-from .dequantizing import dequantized_matrix
+from .dequantizing import dequantized_matrix, quant_state
 from .masks import packed, spread, unpacked
 from .pivot_expansion import PivotExpansion
 from .product import NONE, Stored
@@ -208,7 +208,7 @@ class FactorizedModule(nn.Module):
         if isinstance(self.B, CodedLinear):  # others may train in a wider dtype than that of the model around it
             weights = [weight_of(piece) for piece in self.pieces.values() if not isinstance(piece, CodedLinear)]
             return weights[0].dtype if weights else self.B.dtype
-        return weight.quant_state.dtype
+        return quant_state(self._modules["B"]).dtype
 
     @property
     def weight(self) -> Tensor:

@@ -18,7 +18,7 @@ from .alike import computes_as, random_tensor
 from .base_codes import BaseCodes
 from .coded import ALL_AS_THE_MODEL, Widths
 from .convolutions import ConvKind, GroupedConvKind, TransposedConvKind
-from .dequantizing import dequantized_matrix
+from .dequantizing import dequantized_matrix, quant_state
 from .factorized import Dtype, weight_of
 from .factorized_kinds import FactorizedEmbedding, FactorizedLinear, embedding_scale
 from .kind import LayerKind
@@ -97,7 +97,7 @@ class QuantizedLinearKind(LinearKind):
     def dtype(self, layer: Any) -> torch.dtype:
         if hasattr(layer, "W_q"):
             return layer.compute_dtype
-        state = getattr(layer.weight, "quant_state", None)
+        state = quant_state(layer)
         # On a CPU bitsandbytes may have turned the scales, not the model, to bfloat16.
         dtype = layer.weight.dtype if state is None else getattr(state, "original_dtype", state.dtype)
         return dtype if dtype.is_floating_point else getattr(layer, "dtype_around", torch.get_default_dtype())
@@ -114,7 +114,7 @@ class QuantizedLinearKind(LinearKind):
 
     def put_in_order(self, layer: Any) -> None:
         """Undo the faster order in which bitsandbytes keeps numbers in 4 bits on some CPUs, in place."""
-        state = getattr(getattr(layer, "weight", None), "quant_state", None)
+        state = quant_state(layer)
         if state is not None and getattr(state, "packing_format_for_cpu", False):
             layer.state_dict()  # bitsandbytes brings back the order of the numbers, but not of their scales
             if state.absmax.ndim > 1:

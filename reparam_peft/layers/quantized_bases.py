@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..numerics.storage import LEAST_INPUTS, NF4_BLOCK
+from .dequantizing import quant_state
 from .factorized import FactorizedModule
 from .kinds import QUANTIZED, is_quantized, stored_weight
 from .schemes import INT8_MOST, SCHEME_OF, SMALLEST_SCALE
@@ -24,7 +25,7 @@ def note_dtype(model: nn.Module) -> None:
 def stored_bytes(layer: nn.Module) -> int:
     """What the numbers of a quantised layer's weight take, with their scales; without tables that all layers share."""
     weight: Any = stored_weight(layer)
-    state = getattr(weight, "quant_state", None)
+    state = quant_state(layer)
     parts = [*_parts(weight), getattr(weight, "SCB", None), getattr(getattr(layer, "state", None), "SCB", None)]
     parts += [getattr(scales, "absmax", None) for scales in (state, getattr(state, "state2", None))]  # scales may have scales
     parts += [getattr(layer, "meta", {}).get(name) for name in ("scale", "zero")]
@@ -74,7 +75,7 @@ def _own_tensors(layer: Any) -> tuple[int, dict[str, Tensor]] | None:
     if layer.in_features < LEAST_INPUTS or weight is None:
         return None
     QUANTIZED.put_in_order(layer)
-    if (state := getattr(weight, "quant_state", None)) is not None:
+    if (state := quant_state(layer)) is not None:
         if (state.quant_type, state.blocksize) != ("nf4", NF4_BLOCK):
             return None
         scales = state.absmax

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ..numerics.rounding import Grid
 from ..numerics.storage import NF4_BLOCK
-from .dequantizing import int4_linear, product, read
+from .dequantizing import int4_linear, product, quant_state, read
 from .factor_linear import FactorLinear
 
 Multiply: TypeAlias = Callable[[Tensor], Tensor]
@@ -262,8 +262,7 @@ class Int4(Scheme):
         return linear.train(plain.training)
 
     def tensors(self, linear: nn.Linear) -> dict[str, Tensor]:
-        weight: Any = linear.weight
-        return {"weight": weight.data, "weight_absmax": weight.quant_state.absmax}
+        return {"weight": linear.weight.data, "weight_absmax": quant_state(linear).absmax}
 
 
 def _in_blocks(weight: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from reparam_peft.layers.base_codes import BaseCodes
 from reparam_peft.layers.dequantizing import dequantized_matrix
 from reparam_peft.layers.kinds import QUANTIZED
+from reparam_peft.layers.quantized_bases import stored_bytes, with_own_codes
 from reparam_peft.layers.schemes import SCHEMES
 
 INT4 = SCHEMES["int4"]
@@ -54,7 +55,8 @@ def arrived(features: int, kind: str, of_scales: bool, outputs: int = 32) -> tup
     library = INT4.imported()
     W = torch.randn(outputs, features, generator=torch.Generator().manual_seed(0))
     layer = library.nn.Linear4bit(features, outputs, quant_type=kind, compress_statistics=of_scales)
-    layer.weight = library.nn.Params4bit(W, requires_grad=False, quant_type=kind, compress_statistics=of_scales).to("cpu")
+    words = {"requires_grad": False, "quant_type": kind, "compress_statistics": of_scales, "module": layer}
+    layer.weight = library.nn.Params4bit(W, **words).to("cpu")
     return layer.requires_grad_(False).eval(), W
 
 
@@ -110,8 +112,27 @@ def test_layers_are_copied_pickled_and_filled_in_by_assignment() -> None:
         assert type(other) is type(linear)
         assert torch.equal(other(x), linear(x))
     expected = linear(x)
+    stored = INT4.tensors(linear)
     linear.load_state_dict({"weight": linear.weight.data.clone()}, strict=False, assign=True)
     assert torch.equal(linear(x), expected)
+    again = INT4.tensors(linear)
+    assert again.keys() == stored.keys()
+    assert all(torch.equal(again[name], tensor) for name, tensor in stored.items())
+
+
+@pytest.mark.parametrize("of_scales", [False, True])
+def test_what_arrived_and_was_filled_in_by_assignment_keeps_its_codes(of_scales: bool) -> None:
+    layer, _ = arrived(96, "nf4", of_scales)
+    expected, bytes_before = with_own_codes(layer), stored_bytes(layer)
+    layer.load_state_dict({"weight": layer.weight.data.clone()}, strict=False, assign=True)
+    assert stored_bytes(layer) == bytes_before
+    assert QUANTIZED.dtype(layer) == torch.float32
+    kept = with_own_codes(layer)
+    assert expected is not None
+    assert kept is not None
+    tensors, wanted = (module.state_dict() for module in (kept, expected))
+    assert tensors.keys() == wanted.keys()
+    assert all(torch.equal(tensors[name], tensor) for name, tensor in wanted.items())
 
 
 @pytest.mark.parametrize("of_scales", [False, True])
