@@ -41,10 +41,8 @@ OTHER_NAMES = (
     "config.json, or a later one"
 )
 
-ON_ALL = ("backward_hooks", "backward_pre_hooks", "forward_hooks", "forward_pre_hooks")
-HOOKS_ON_ALL = [getattr(nn.modules.module, f"_global_{name}") for name in ON_ALL]  # empty where there are none
-
-
+EACH_HOOK = ("backward_hooks", "backward_pre_hooks", "forward_hooks", "forward_pre_hooks")
+HOOKS_ON_ALL = [getattr(nn.modules.module, f"_global_{name}") for name in EACH_HOOK]  # empty where there are none
 _levels: dict[torch.device, Tensor] = {}  # of NF4, by where they are
 
 
