@@ -9,6 +9,7 @@ import shutil
 import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,17 @@ MANIFEST = "healing.json"
 FORMAT = "reparam_peft healing 1"
 LENGTHS = ("max_steps", "num_train_epochs", "minutes")  # which may be more than they were
 _WRITERS = ("inline_container", "PytorchStreamWriter")  # in what torch says of a full disk
+
+
+def described(part: Any) -> Any:
+    """An argument that is code, for JSON: the name of the function or class, or of the class that it is of."""
+    if isinstance(part, (list, tuple, dict)):
+        items = part.items() if isinstance(part, dict) else enumerate(part)
+        return {str(key): described(item) for key, item in items}
+    if isinstance(part, (bool, int, float, str, type(None))):
+        return part
+    named = part.func if isinstance(part, partial) else part
+    return getattr(named, "__qualname__", type(named).__qualname__)
 
 
 def note_whole(checkpoint: str | Path, training: Mapping[str, Any]) -> None:

@@ -68,8 +68,10 @@ def _vocabulary(model: nn.Module) -> int | None:
     return getattr(output_embeddings(), "out_features", None) if callable(output_embeddings) else None
 
 
-def check_loss(distillation: float, temperature: float, hidden: float, cache: Any, top_k: int) -> None:
-    """Raise `ValueError` where an argument that weighs the loss is out of its range or has no effect."""
+def check_loss(distillation: float, temperature: float, hidden: float, cache: Any, top_k: int, disable_dropout: Any) -> None:
+    """Raise `ValueError` or `TypeError` where an argument that the loss depends on is out of its range or has no effect."""
+    if disable_dropout not in (True, False, None):
+        raise TypeError(f"`disable_dropout` must be True, False or None, got {disable_dropout!r}.")
     if not 0 <= distillation <= 1:
         raise ValueError(f"`distillation` must be in [0, 1], got {distillation!r}.")
     if not 0 < temperature < float("inf"):

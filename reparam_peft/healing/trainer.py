@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext, suppress
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any, cast
 
@@ -27,6 +27,7 @@ from ..runtime.processes import fails_together
 from ..runtime.run_folder import json_able
 from .checkpoints import (
     ADAPTER,
+    described,
     kept_parameters,
     last_whole,
     note_whole,
@@ -47,6 +48,7 @@ from .checks import (
 )
 from .clock import ENDLESS, TICKS, Clock, ClockProgress
 from .counting import Counts, counted, masks, with_labels
+from .dropout import without_dropout
 from .fake_quantization import check_quantize, check_whole, computing_in_few_bits, note_quantize, round_factors
 from .inner_lora import adapted, check_lora, merged
 from .losses import Taught, hidden_states_of, mixed
@@ -63,17 +65,6 @@ ARGUMENTS = (
     *("per_device_train_batch_size", "gradient_accumulation_steps", "dataloader_drop_last", "train_sampling_strategy"),
     *("seed", "data_seed", "bf16", "fp16", "label_smoothing_factor", "neftune_noise_alpha", "average_tokens_across_devices"),
 )
-
-
-def _described(part: Any) -> Any:
-    """An argument that is code, for JSON: the name of the function or class, or of the class that it is of."""
-    if isinstance(part, (list, tuple, dict)):
-        items = part.items() if isinstance(part, dict) else enumerate(part)
-        return {str(key): _described(item) for key, item in items}
-    if isinstance(part, (bool, int, float, str, type(None))):
-        return part
-    named = part.func if isinstance(part, partial) else part
-    return getattr(named, "__qualname__", type(named).__qualname__)
 
 
 def _give_back(lock: FileLock) -> None:
@@ -106,6 +97,8 @@ class HealingTrainer(Trainer):
         lora: a `LoraConfig` without targets: a LoRA on the inner factors is trained in their place, and merged into them.
         teacher_cache: folder in which the teacher's likeliest classes are kept, so that it runs once for each row of data.
         top_k: how many classes are kept for each position.
+        disable_dropout: whether the model drops nothing in training, but by a `lora`'s own dropout, as the teacher drops
+            nothing; None: where it learns from the teacher, with `distillation` or `hidden` above 0.
         minutes: how long `train` may take, in place of a number of steps or epochs, > 0. The learning rate follows the schedule
             of `args` by the time that has passed, and intervals below 1 are fractions of it; a run that goes on from a
             checkpoint has the time that is left. None: as `args` say.
@@ -136,6 +129,7 @@ class HealingTrainer(Trainer):
         lora: LoraConfig | None = None,
         teacher_cache: str | Path | None = None,
         top_k: int = 128,
+        disable_dropout: bool | None = None,
         minutes: float | None = None,
         quantize: str | None = None,
         statistics: Statistics | None = None,
@@ -143,7 +137,7 @@ class HealingTrainer(Trainer):
     ) -> None:
         student = checked_model(model)
         check_teacher(student, teacher)
-        check_loss(distillation, temperature, hidden, teacher_cache, top_k)
+        check_loss(distillation, temperature, hidden, teacher_cache, top_k, disable_dropout)
         check_classes(student, distillation)
         check_trained(student, trains)
         check_lora(student, lora)
@@ -153,6 +147,7 @@ class HealingTrainer(Trainer):
         self.quantize, self.statistics = quantize, statistics
         self.distillation, self.temperature, self.hidden, self.lora = distillation, temperature, hidden, lora
         self.trains = list(trains)
+        self.disable_dropout = distillation > 0 or hidden > 0 if disable_dropout is None else disable_dropout
         self.teacher = teacher
         self.shifts = predicts_next_token(student)
         self.encoder_decoder = bool(getattr(student.config, "is_encoder_decoder", False))
@@ -168,7 +163,7 @@ class HealingTrainer(Trainer):
         if teacher is not None:
             self.teacher = teacher.requires_grad_(False).eval().to(self.args.device)
         parts = (self.compute_loss_func, self.data_collator, self.optimizer, self.lr_scheduler, self.optimizer_cls_and_kwargs)
-        self.parts = dict(zip(PARTS, map(_described, parts), strict=True))
+        self.parts = dict(zip(PARTS, map(described, parts), strict=True))
         self.cache = None
         if teacher_cache is not None:
             computed_by = fingerprint_of_base(student) if teacher is None else fingerprint_of_model(teacher)
@@ -270,6 +265,7 @@ class HealingTrainer(Trainer):
             "temperature": self.temperature,
             "hidden": self.hidden,
             "trains": self.trains,
+            "disable_dropout": self.disable_dropout,
             "lora": None if self.lora is None else json_able(self.lora.to_dict()),
             "top_k": None if self.cache is None else self.cache.top_k,  # all classes, unless there is a `teacher_cache`
             "processes": self.args.world_size,
@@ -311,6 +307,8 @@ class HealingTrainer(Trainer):
                 self.optimizer = self.lr_scheduler = None
                 self.model_wrapped = self.student
                 stack.enter_context(adapted(self.student, self.lora))
+            if self.disable_dropout:
+                stack.enter_context(without_dropout(self.student))
             return super().train(checkpoint, *args, **kwargs)
 
     def create_scheduler(self, num_training_steps: int, optimizer: torch.optim.Optimizer | None = None) -> LRScheduler:

@@ -39,6 +39,7 @@ def trainer(folder: Path, model: Any = None, rows: Any = ROWS, **options: Any) -
         "lora",
         "teacher_cache",
         "top_k",
+        "disable_dropout",
         "minutes",
         "quantize",
         "statistics",

@@ -1,0 +1,45 @@
+"""Training without dropout, whose noise is larger than what a student that is near its teacher has to learn."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from torch import nn
+
+DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+IN_NAMES = "drop"  # of rates: `attention_dropout`, `resid_pdrop`, `layerdrop`, `drop_prob`
+OF_LORA = "lora_dropout"  # that a user has asked for
+
+
+@contextmanager
+def without_dropout(model: nn.Module) -> Iterator[None]:
+    """Within this block no activations, paths or layers of a model are dropped in training, but by the dropout of a LoRA.
+
+    Rates are found in modules of dropout and, by their names, in other modules and in configs, where some models read them as
+    they run. Afterwards they are the same as before.
+    """
+    found = [(held, name, rate) for held, names in _holders(model) for name in names if isinstance(rate := held[name], float)]
+    try:
+        for held, name, _ in found:
+            held[name] = 0.0
+        yield
+    finally:
+        for held, name, rate in found:
+            held[name] = rate
+
+
+def _holders(model: nn.Module) -> Iterator[tuple[dict[str, object], list[str]]]:
+    """The attributes of each module and config, and the names of those that are rates by their names."""
+    configs: dict[int, object] = {}
+    for name, module in model.named_modules():
+        if OF_LORA in name.split("."):
+            continue
+        held = vars(module)
+        yield held, [key for key in held if IN_NAMES in key or (key == "p" and isinstance(module, DROPOUTS))]
+        config = held.get("config")
+        if hasattr(config, "to_diff_dict"):
+            configs[id(config)] = config
+    for config in configs.values():
+        held = vars(config)
+        yield held, [key for key in held if IN_NAMES in key]
