@@ -61,6 +61,12 @@ def quant_state(layer: Any) -> Any:
     return getattr(layer, "quant_state", None) if state is None else state
 
 
+def holds_codes(layer: nn.Module) -> bool:
+    """Whether the weight of a layer of bitsandbytes is numbers in 4 bits, and not a matrix that others put in their place."""
+    state, weight = quant_state(layer), layer._parameters.get("weight")
+    return state is not None and weight is not None and weight.shape != state.shape
+
+
 def product(x: Tensor, dequantize: Dequantize) -> Tensor:
     """x (…, in) → x Wᵀ (…, out) in the dtype of x; W is dequantised for it, backwards again, and not kept in between."""
     if torch.compiler.is_compiling() or not (torch.is_grad_enabled() and x.requires_grad):

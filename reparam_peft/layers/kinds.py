@@ -18,7 +18,7 @@ from .alike import computes_as, random_tensor
 from .base_codes import BaseCodes
 from .coded import ALL_AS_THE_MODEL, Widths
 from .convolutions import ConvKind, GroupedConvKind, TransposedConvKind
-from .dequantizing import dequantized_matrix, quant_state
+from .dequantizing import dequantized_matrix, holds_codes, quant_state
 from .factorized import Dtype, weight_of
 from .factorized_kinds import FactorizedEmbedding, FactorizedLinear, embedding_scale
 from .kind import LayerKind
@@ -89,7 +89,7 @@ class QuantizedLinearKind(LinearKind):
     def fits(self, layer: nn.Module) -> bool:
         weight = layer._parameters.get("weight")
         quantized = type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")
-        return hasattr(layer, "W_q") or (quantized and isinstance(layer, nn.Linear))
+        return hasattr(layer, "W_q") or ((quantized or holds_codes(layer)) and isinstance(layer, nn.Linear))
 
     def check(self, layer: nn.Module) -> None:
         """Anything that PEFT can dequantise will do."""
@@ -115,10 +115,15 @@ class QuantizedLinearKind(LinearKind):
     def put_in_order(self, layer: Any) -> None:
         """Undo the faster order in which bitsandbytes keeps numbers in 4 bits on some CPUs, in place."""
         state = quant_state(layer)
-        if state is not None and getattr(state, "packing_format_for_cpu", False):
-            layer.state_dict()  # bitsandbytes brings back the order of the numbers, but not of their scales
-            if state.absmax.ndim > 1:
-                state.absmax = state.absmax.T.flatten().float()
+        if state is None:
+            return
+        if getattr(state, "packing_format_for_cpu", False):
+            layer.weight.quant_state = state  # where bitsandbytes looks for it; others may have replaced the weight
+            layer.state_dict()
+            state = layer.weight.quant_state
+        # bitsandbytes brings back the order of the numbers whenever a state dict is made, but not of their scales.
+        if state.absmax.ndim > 1:
+            state.absmax = state.absmax.T.flatten().float()
 
     def shell(self, layer: Any) -> nn.Linear:
         """A plain layer with the bias, and with NaN in place of W, which takes no memory."""

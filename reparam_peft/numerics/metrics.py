@@ -16,35 +16,38 @@ BLOCK = 192  # rows of a triangular or symmetric matrix that are multiplied at a
 class Metric:
     """M, shape (n, n), or diag(m) for a vector m of shape (n,); scaled so that its mean diagonal entry is 1.
 
-    Only the direction of a metric matters to a factorisation; the scaling keeps the two factors of like size.
+    Only the direction of a metric matters to a factorisation; the scaling keeps the two factors of like size. What a metric is
+    multiplied with is scaled, and not the matrix, which may be the largest of all that there is: it is not copied.
 
     Args:
-        matrix: M or m, positive semidefinite, any floating dtype and scale.
+        matrix: M or m, positive semidefinite, any floating dtype and scale; not to be changed afterwards.
 
     Attributes:
-        matrix: scaled, float64.
-        scale: what it was divided by; 0 where the whole metric is zero.
+        scale: the mean diagonal entry; 0 where the whole metric is zero.
     """
 
     def __init__(self, matrix: Tensor) -> None:
         matrix = exact(matrix)
         self.diagonal = matrix.ndim == 1
         self.scale = float(diagonal(matrix).mean())
-        self.matrix = matrix / self.scale if self.scale > 0 else torch.zeros_like(matrix)
+        self._given = matrix if self.scale > 0 else torch.zeros_like(matrix)
+        self._unit = self.scale if self.scale > 0 else 1.0
 
     def times(self, X: Tensor) -> Tensor:
         """M X, for X of shape (n, k)."""
-        return self.matrix[:, None] * X if self.diagonal else self.matrix @ X
+        X = X / self._unit
+        return self._given[:, None] * X if self.diagonal else self._given @ X
 
     def quadratic(self, X: Tensor) -> Tensor:
         """Xᵀ M X, for X of shape (n, k), shape (k, k), symmetric to the last bit; of a whole metric half is multiplied."""
+        scaled = X / self._unit
         if self.diagonal:
-            half = self.matrix[:, None] / 2 * X
+            half = self._given[:, None] / 2 * scaled
         else:
             half = torch.empty_like(X)
             for rows in _blocks(len(X)):
-                block, right = self.matrix[rows, rows], self.matrix[rows, rows.stop :]
-                torch.addmm(block @ X[rows], right, X[rows.stop :], beta=0.5, out=half[rows])
+                block, right = self._given[rows, rows], self._given[rows, rows.stop :]
+                torch.addmm(block @ scaled[rows], right, scaled[rows.stop :], beta=0.5, out=half[rows])
         product = X.mT @ half
         return product + product.mT
 
@@ -60,10 +63,14 @@ class Metric:
             return self.root.mT @ X
         return torch.cat([self.root[rows.start :, rows].mT @ X[rows.start :] for rows in _blocks(len(X))])
 
+    def scaled(self) -> Tensor:
+        """The matrix, or its diagonal, with a mean diagonal entry of 1; a copy."""
+        return self._given / self._unit
+
     @cached_property
     def narrow(self) -> Tensor:
         """The scaled matrix, or its diagonal, in float32."""
-        return self.matrix.float()
+        return self.scaled().float()
 
     def times_narrow(self, X: Tensor) -> Tensor:
         """M X in float32, for what is not needed more exactly; X in float32."""
@@ -97,7 +104,7 @@ class Metric:
     def root(self) -> Tensor:
         """T with T Tᵀ = M: Cholesky's factor, or the symmetric root where M is singular or nearly so."""
         if self.diagonal:
-            return self.matrix.clamp(min=0).sqrt()
+            return self.scaled().clamp(min=0).sqrt()
         if self._cholesky is not None:
             return self._cholesky
         roots, Q = self._symmetric
@@ -106,15 +113,15 @@ class Metric:
     @cached_property
     def _cholesky(self) -> Tensor | None:
         """The triangular factor, or None where M is not safely positive definite."""
-        L, failed = torch.linalg.cholesky_ex(self.matrix)
+        L, failed = torch.linalg.cholesky_ex(self._given)
         pivots = L.diagonal()
-        return None if failed or not pivots.amin() > ABSENT * pivots.amax() else L
+        return None if failed or not pivots.amin() > ABSENT * pivots.amax() else L.div_(self._unit**0.5)
 
     @cached_property
     def _symmetric(self) -> tuple[Tensor, Tensor]:
         """Square roots of the eigenvalues, and the eigenvectors."""
-        eigenvalues, Q = torch.linalg.eigh(self.matrix)
-        return eigenvalues.clamp(min=0).sqrt(), Q
+        eigenvalues, Q = torch.linalg.eigh(self._given)
+        return (eigenvalues.clamp(min=0) / self._unit).sqrt(), Q
 
 
 def _blocks(size: int) -> Iterator[slice]:

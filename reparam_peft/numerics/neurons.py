@@ -159,8 +159,9 @@ def _with_variance(gram: Tensor) -> tuple[Tensor, float]:
     A neuron that the others determine, or that is always zero, costs nothing and goes first; it needs some variance.
     """
     metric = Metric(gram)
-    metric.matrix.diagonal().add_(ABSENT)
-    return metric.matrix, metric.scale
+    matrix = metric.scaled()
+    matrix.diagonal().add_(ABSENT)
+    return matrix, metric.scale
 
 
 def _inverse(matrix: Tensor) -> Tensor:

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from reparam_peft.layers.base_codes import BaseCodes
 from reparam_peft.layers.dequantizing import dequantized_matrix
-from reparam_peft.layers.kinds import QUANTIZED
+from reparam_peft.layers.kinds import QUANTIZED, is_quantized
 from reparam_peft.layers.quantized_bases import stored_bytes, with_own_codes
 from reparam_peft.layers.schemes import SCHEMES
 
@@ -125,6 +125,7 @@ def test_what_arrived_and_was_filled_in_by_assignment_keeps_its_codes(of_scales:
     layer, _ = arrived(96, "nf4", of_scales)
     expected, bytes_before = with_own_codes(layer), stored_bytes(layer)
     layer.load_state_dict({"weight": layer.weight.data.clone()}, strict=False, assign=True)
+    assert is_quantized(layer)
     assert stored_bytes(layer) == bytes_before
     assert QUANTIZED.dtype(layer) == torch.float32
     kept = with_own_codes(layer)
@@ -133,6 +134,33 @@ def test_what_arrived_and_was_filled_in_by_assignment_keeps_its_codes(of_scales:
     tensors, wanted = (module.state_dict() for module in (kept, expected))
     assert tensors.keys() == wanted.keys()
     assert all(torch.equal(tensors[name], tensor) for name, tensor in wanted.items())
+
+
+def test_a_matrix_that_took_the_place_of_codes_is_no_codes() -> None:
+    layer, W = arrived(64, "nf4", of_scales=False)
+    assert is_quantized(layer)
+    layer.weight = nn.Parameter(W)
+    assert not is_quantized(layer)
+
+
+@pytest.mark.parametrize("of_scales", [False, True])
+@pytest.mark.parametrize("step", ["pass", "pass and state dict", "pass and assignment"])
+def test_the_order_for_some_processors_is_undone(step: str, of_scales: bool) -> None:
+    pack = getattr(INT4.imported().functional, "_convert_weight_packed_for_cpu", None)
+    if pack is None:
+        pytest.skip("this version of bitsandbytes has one order only")
+    layer, _ = arrived(128, "nf4", of_scales)
+    expected = QUANTIZED.own_matrix(layer).clone()
+    layer.weight.data, layer.weight.quant_state = pack(layer.weight.data, layer.weight.quant_state)
+    if step == "pass and state dict":
+        layer.state_dict()
+    if step == "pass and assignment":
+        layer.load_state_dict({"weight": layer.weight.data.clone()}, strict=False, assign=True)
+    for _ in range(2):
+        matrix = QUANTIZED.own_matrix(layer)
+        assert matrix.dtype == expected.dtype
+        assert relative_error(matrix, expected) < 0.01, "scales are rounded to bfloat16"
+    assert is_quantized(layer)
 
 
 @pytest.mark.parametrize("of_scales", [False, True])

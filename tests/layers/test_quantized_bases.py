@@ -278,6 +278,24 @@ def test_under_a_budget_of_bytes_dense_matrices_keep_the_codes_in_which_they_arr
         assert relative_error(piece.matrix(torch.float32), matrix.float()) < (1e-6 if dtype == torch.float32 else 4e-3)
 
 
+def test_codes_that_were_filled_in_by_assignment_are_kept_reported_and_saved(folder: Path, tmp_path: Path) -> None:
+    """As a loader leaves them, before any pass: bitsandbytes puts its own tensors back in the first."""
+    fixed = "model.layers.0.mlp.up_proj"
+    config = ReparamConfig(target_modules=TARGETS, budget="bytes", keep=0.13, dense_modules=[fixed])
+    small = compress(in_order(nf4(folder, torch.float32)), config, [{"input_ids": IDS}], progress=False)
+    expected, report = logits(small), small.size_report().to_dict()
+    layer = small.get_submodule(f"base_model.model.{fixed}")
+    layer.load_state_dict({"weight": layer.weight.data.clone()}, strict=False, assign=True)
+    assert type(layer.weight) is nn.Parameter
+    assert small.size_report().to_dict() == report
+    plain = small.to_standalone()
+    assert plain.get_submodule(fixed).dtype == torch.float32
+    plain.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32)
+    assert torch.equal(logits(loaded), logits(plain))
+    assert relative_error(logits(plain), expected) < 1e-6
+
+
 def test_codes_that_a_standalone_model_has_are_those_of_its_schemes(folder: Path) -> None:
     layer = torchao(folder, torch.float32).model.layers[0].mlp.up_proj
     layer.bias = nn.Parameter(torch.randn(layer.out_features))

@@ -34,13 +34,13 @@ def sized_metrics(draw: st.DrawFn, kinds: tuple[str, ...] = METRICS) -> Tensor:
 def test_is_the_matrix_over_its_scale(matrix: Tensor) -> None:
     metric, X = Metric(matrix), some_columns(len(matrix))
     M = dense(matrix)
-    assert metric.matrix.shape == matrix.shape
+    assert metric.scaled().shape == matrix.shape
     if not matrix.any():
         assert metric.scale == 0
         assert not metric.times(X).any()
         return
-    assert float(dense(metric.matrix).diagonal().mean()) == pytest.approx(1)
-    assert_close(metric.scale * metric.matrix, matrix)
+    assert float(dense(metric.scaled()).diagonal().mean()) == pytest.approx(1)
+    assert_close(metric.scale * metric.scaled(), matrix)
     assert_close(metric.scale * metric.times(X), M @ X)
     assert_close(metric.norms(X), (X.mT @ M @ X).diagonal())
 
@@ -63,7 +63,7 @@ def test_products_by_blocks_are_whole_products(kind: str, size: int) -> None:
 def test_the_root_is_a_root(matrix: Tensor) -> None:
     metric, X = Metric(matrix), some_columns(len(matrix))
     T = dense(metric.root)
-    assert_close(T @ T.mT, dense(metric.matrix))
+    assert_close(T @ T.mT, dense(metric.scaled()))
     assert_close(metric.whiten(X), T.mT @ X)
     # Whitening makes the metric the identity: |Tᵀ x|² = xᵀ M x.
     assert_close(metric.whiten(X).square().sum(0) * metric.scale, metric.norms(X))
@@ -112,8 +112,8 @@ def test_a_weak_direction_is_inverted_or_absent_and_never_in_between(direction: 
 def test_is_float64_whatever_it_is_given(dtype: torch.dtype) -> None:
     for matrix in (torch.eye(3, dtype=dtype), torch.ones(3, dtype=dtype)):
         metric = Metric(matrix.requires_grad_())
-        assert metric.matrix.dtype == metric.root.dtype == torch.float64
-        assert not metric.matrix.requires_grad
+        assert metric.scaled().dtype == metric.root.dtype == torch.float64
+        assert not metric.scaled().requires_grad
 
 
 @PROPERTY
