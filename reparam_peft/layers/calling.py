@@ -6,15 +6,12 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules import module as pytorch
+from torch.nn.modules import module as modules_of_pytorch
 
-# Hooks on all modules, empty where there are none. PyTorch's own question after them is younger than 2.7.
-HOOKS_ON_ALL = (
-    pytorch._global_backward_hooks,
-    pytorch._global_backward_pre_hooks,
-    pytorch._global_forward_hooks,
-    pytorch._global_forward_pre_hooks,
-)
+EACH_HOOK = ("_global_backward_hooks", "_global_backward_pre_hooks", "_global_forward_hooks", "_global_forward_pre_hooks")
+# Hooks on all modules, empty where there are none: PyTorch's own question after them is younger than 2.7. Where one has gone,
+# every call is as if there were some.
+HOOKS_ON_ALL = [getattr(modules_of_pytorch, name, EACH_HOOK) for name in EACH_HOOK]
 
 
 def call(module: nn.Module, *inputs: Tensor | None) -> Tensor:

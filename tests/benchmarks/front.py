@@ -9,7 +9,8 @@ language reference. Sizes are bytes of the targets over what they take in bfloat
 a method at a size: the bytes of the targets over bfloat16, the predicted loss in nats per token, the bytes of the standalone
 file, and the perplexity on the first windows of each TEST with its excess over the dense model in nats per token. With
 `--encoder` these are the mean cosine similarity of 200 sentence embeddings to the dense model's, and what it lacks of 1.
-`healed` trains the norms of the joint model, which is all that is not in few bits, for `--minutes` on text of `--calibration`.
+`healed` trains the norms of the joint model, which is all that is not in few bits, for `--minutes` on text of `--calibration`:
+to predict what the dense model predicts, one window in a step, or to have its hidden states, 20 sentences in a step.
 
 FOLDER keeps plans and figures (`figures.json`): what is there already is not made again. `front_picture.py` draws it. With
 `--layers` only matrices of these layers are taken, and only losses predicted: that is quick.
@@ -233,15 +234,14 @@ def heal(bench: Bench, small: Any, arguments: argparse.Namespace) -> None:
             small,
             settings,
             train_dataset=examples,
-            processing_class=bench.tokenizer,
+            processing_class=bench.tokenizer if bench.encoder else None,  # sentences are padded, windows need not be
             teacher=bench.base(),
-            hidden=float(bench.encoder),
+            hidden=1.0 if bench.encoder else 0.0,
             minutes=arguments.minutes,
             trains=["norms"],
         )
         trainer.train()
-    kind = "sentences" if bench.encoder else f"windows of {LENGTH} tokens"
-    together = f"{TOGETHER[bench.encoder]} {kind}"
+    together = f"{TOGETHER[True]} sentences" if bench.encoder else f"a window of {LENGTH} tokens"
     print(f"healed in {trainer.state.global_step} steps of {together}, {arguments.minutes:g} minutes", flush=True)
 
 
