@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 from ..calibration.statistics import Moments
 from ..layers.experts import RoutedRows, routed_rows
 from ..layers.kinds import layer_kind
-from ..numerics.grams import add_gram, cross_product, packed_diagonal, packed_zeros, unpack, wide_rows
+from ..numerics.grams import BLOCK, add_gram, cross_product, packed_diagonal, packed_zeros, unpack, wide_rows
 from ..numerics.metrics import exact, solve
 from .blocks import Call, main_tensor
 
@@ -55,12 +55,17 @@ class Deviation:
     sum: Tensor
 
     @classmethod
-    def of(cls, D: Tensor, X: Tensor) -> Deviation:
-        """The sums over rows D and X, both in float32 or wider."""
-        return cls(cross_product(D, X).double(), D.sum(0, dtype=torch.float64))
+    def between(cls, deviations: int, inputs: int, device: torch.device) -> Deviation:
+        """Sums over no rows yet, of deviations and inputs of these sizes."""
+        cross = torch.zeros(deviations, inputs, dtype=torch.float64, device=device)
+        return cls(cross, cross.new_zeros(deviations))
 
-    def __add__(self, other: Deviation) -> Deviation:
-        return Deviation(self.cross + other.cross, self.sum + other.sum)
+    def add(self, D: Tensor, X: Tensor) -> None:
+        """Add rows D and X, both in float32 or wider, in place."""
+        for start in range(0, D.shape[1], BLOCK):
+            some = slice(start, start + BLOCK)
+            self.cross[some] += cross_product(D[:, some], X)
+        self.sum += D.sum(0, dtype=torch.float64)
 
 
 @dataclass(frozen=True)
@@ -101,9 +106,9 @@ class Observed:
     def moments(self, centred: bool) -> Moments:
         """Moments of the inputs in the compressed part, with their covariance if `centred`, else with E[x̂ x̂ᵀ]."""
         mean = self.sum / self.rows
-        gram = unpack(self.gram) / self.rows
+        gram = unpack(self.gram).div_(self.rows)
         if centred:
-            gram = gram - torch.outer(mean, mean)
+            gram.addr_(mean, mean, alpha=-1)
             # Of constant channels only rounding is left, which may be negative.
             gram.diagonal().clamp_(min=1e-14 * (packed_diagonal(self.gram) / self.rows))
         return Moments(gram, mean, self.rows)
@@ -237,12 +242,16 @@ def observe(
         if leader not in inputs or not _paired(inputs[leader], x, call_compressed):
             continue
         D = wide_rows(kind.rows(module, inputs[leader]), rows) - (X if expansion is None else expansion.of_rows(X))
-        observed.drift = _added(observed.drift, Deviation.of(D, X))
+        if observed.drift is None:
+            observed.drift = Deviation.between(D.shape[1], X.shape[1], X.device)
+        observed.drift.add(D, X)
         for name, source in streams.items():
             h, h_compressed = (kind.gradient_rows(module, stream[source]) for stream in (inputs, inputs_compressed))
             H = wide_rows((h - h_compressed).detach(), rows)
             if len(H) == len(X):
-                observed.residuals[name] = _added(observed.residuals.get(name), Deviation.of(H, X))
+                if name not in observed.residuals:
+                    observed.residuals[name] = Deviation.between(H.shape[1], X.shape[1], X.device)
+                observed.residuals[name].add(H, X)
     return observed
 
 
@@ -284,12 +293,13 @@ def anchored(
     ):
         if not weight or deviation is None:
             continue
-        average = deviation.sum / observed.rows
-        cross = deviation.cross / observed.rows
+        cross, average = deviation.cross, deviation.sum / observed.rows
+        if left is not None:
+            cross, average = left @ cross, left @ average
+        target.add_(cross, alpha=weight / observed.rows)
         if bias is not None:
-            cross = cross - torch.outer(average, mean)
-        target += weight * (cross if left is None else left @ cross)
-        offset += weight * (average if left is None else left @ average)
+            target.addr_(average, mean, alpha=-weight)
+        offset += weight * average
     found = start + solve(gram, target.mT).mT
     return found, None if bias is None else offset + exact(bias).to(offset.device)
 
@@ -345,7 +355,3 @@ def _paired(x: Tensor, other: Tensor, call: Call) -> bool:
     tokens = next(iter([*states, *(tensor.shape for tensor in tensors)]))  # a block that has only token ids embeds them itself
     whole = x.shape[0] == tokens[0] if x.ndim > 2 or len(tokens) == 1 else len(x) == tokens.numel()
     return x.shape[:-1] == other.shape[:-1] and whole
-
-
-def _added(total: Deviation | None, deviation: Deviation) -> Deviation:
-    return deviation if total is None else total + deviation

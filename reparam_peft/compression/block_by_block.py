@@ -292,6 +292,7 @@ class BlockByBlock:
                 with naming(relative):
                     full = f"{name}.{relative}"
                     self._factorize(full, relative, targets[relative], student, observed, narrowed.get(full, Narrowed()))
+                    self.job.forget(full)
 
     def _narrowed(self, consumer: str, count: int, observed: Observed | None) -> dict[str, Narrowed]:
         """What is left of the matrices of an MLP, by module; neurons are chosen by what they are in the compressed part."""
@@ -321,9 +322,11 @@ class BlockByBlock:
             output_mean = None if bias is None else mean_output(W, bias, weighing.mean)
         else:
             moments, anchoring = observed.moments(bias is not None), self.steps.anchoring
+            # First, so that the metric of this alone is gone before there is the other one.
+            W, output_mean = anchored(
+                W, bias, relative, observed, self.job.weigher.shrunk(moments), anchoring, narrowed.expansion
+            )
             weighing = self.job.weighing(name, moments, part.columns)
-            gram = self.job.weigher.shrunk(moments)
-            W, output_mean = anchored(W, bias, relative, observed, gram, anchoring, narrowed.expansion)
             part = Part(part.rows)  # its columns are left out already
         if target.rank is not None:
             mean = None if output_mean is None else part.of_outputs(output_mean)

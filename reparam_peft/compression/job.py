@@ -301,7 +301,7 @@ class Job:
             matrix = part.matrix(W, weighing.gram)
             made = self.factorizer.product_of_part(part, target, matrix, part.weighing(weighing), mean, found)
             if used_up:
-                self._forget(name)
+                self.forget(name)
             return tensors_of(made)
 
         def room(name: str) -> list[Tensor]:
@@ -322,10 +322,10 @@ class Job:
             products.update(made)
         return products
 
-    def _forget(self, name: str) -> None:
-        """Drop the statistics of a target that no other needs, unless they are the user's."""
-        if not isinstance(self.batches, Statistics) and not self.pool.shares(name):
-            self.statistics_of(name).forget(name)
+    def forget(self, name: str) -> None:
+        """Drop the statistics at hand of a target that no other needs, unless they are the user's."""
+        if self._at_hand and name in self._at_hand[0] and not (self._at_hand[1] is self.batches or self.pool.shares(name)):
+            self._at_hand[1].forget(name)
 
     def weighing(
         self, name: str, moments: Moments | None = None, columns: Tensor | None = None, outputs: bool = True

@@ -25,6 +25,7 @@ from torch import Tensor, nn
 
 from reparam_peft import Anchoring, Refinement, ReparamConfig, calibrate, compress, plan, retruncate
 from reparam_peft.blockwise import gathering
+from reparam_peft.calibration.statistics import Statistics
 from reparam_peft.runtime.run_folder import RunFolder
 
 PAIRS = [pairs([20, 13, 20, 20], [16, 12, 16, 16], (20, 16), seed=seed) for seed in range(8)]
@@ -386,3 +387,18 @@ def test_what_fits_is_gathered_by_passes_over_the_whole_model(monkeypatch: pytes
     monkeypatch.setattr(gathering, "Tape", None)
     options = {"target_modules": ["model.layers.0.self_attn.q_proj"], "rank_multiple": 2}
     assert compress(llama(), ReparamConfig(**options), TEXT, sequential=True, progress=False)
+
+
+@pytest.mark.parametrize("way", ["sequential", "refined"])
+def test_statistics_are_forgotten_as_matrices_are_factorised(way: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    forgotten: list[str] = []
+    forget = Statistics.forget
+
+    def noted(self: Statistics, module: str) -> None:
+        forgotten.append(module)
+        forget(self, module)
+
+    monkeypatch.setattr(Statistics, "forget", noted)
+    small = by_block(llama(), arguments=WAYS[way])
+    assert len(forgotten) == len(set(forgotten))
+    assert set(forgotten) >= set(layers(small))
