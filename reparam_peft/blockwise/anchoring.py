@@ -192,6 +192,7 @@ def observe(
     group: Sequence[str],
     sources: Mapping[str, str],
     expansion: Expansion | None = None,
+    compares: bool = True,
 ) -> Observed | None:
     """Add up what a group of modules, which share their input, sees in a block and in its compressed copy.
 
@@ -203,6 +204,7 @@ def observe(
         group: names of the modules.
         sources: from `residual_sources`.
         expansion: where the compressed inputs x̂ are but some of them: x is compared with their estimate; None: with x̂.
+        compares: whether there are sums of deviations, too, and not of the compressed inputs alone.
 
     Returns:
         The sums; None where no rows come, or for layers whose rows are one-hot.
@@ -220,7 +222,7 @@ def observe(
     streams = {name: sources[name] for name in group if name in sources}
     for call, call_compressed, mask in calls:
         names = [*dict.fromkeys(streams.values()), leader]
-        inputs, _ = _inputs(original, call, names)
+        inputs = _inputs(original, call, names)[0] if compares else {}
         inputs_compressed, routed = _inputs(compressed, call_compressed, names)
         if leader not in inputs_compressed:
             continue
@@ -263,6 +265,7 @@ def anchored(
     gram: Tensor,
     anchoring: Anchoring,
     expansion: Expansion | None = None,
+    used_up: bool = False,
 ) -> tuple[Tensor, Tensor | None]:
     """The matrix that takes the place of W, and with a bias the mean of the outputs that are to be fitted.
 
@@ -278,6 +281,7 @@ def anchored(
             all zero, the pseudo-inverse is taken.
         anchoring: β and γ.
         expansion: of x̂, as for `observe`: W E takes the place of W, and D is of x less its estimate E x̂ + o.
+        used_up: whether no other module needs the sums of deviations, which then go before the memory of the solution is taken.
 
     Returns:
         W̃ (out, in), or (out, k), float64, and E[y] (out,), float64, or None.
@@ -300,6 +304,8 @@ def anchored(
         if bias is not None:
             target.addr_(average, mean, alpha=-weight)
         offset += weight * average
+    if used_up:
+        observed.drift = None
     found = start + solve(gram, target.mT).mT
     return found, None if bias is None else offset + exact(bias).to(offset.device)
 

@@ -278,12 +278,14 @@ class BlockByBlock:
         waiting = self.job.neurons.left(left)
         narrowed: dict[str, Narrowed] = {}
         for group in input_groups(original, first, list(targets)):
+            observed = None
             for consumer in [c for c in waiting if {f"{name}.{r}" for r in group} & set(self.job.neurons.mlps[c].names)]:
                 relative = consumer.removeprefix(f"{name}.")
                 with naming(relative):  # before the first of its producers is factorised
-                    before = None if anchoring is None else observe(original, student, self._calls(position), [relative], {})
+                    calls = None if anchoring is None else self._calls(position)
+                    before = None if calls is None else observe(original, student, calls, [relative], {}, compares=False)
                     narrowed |= self._narrowed(consumer, waiting.pop(consumer), before)
-            observed = None
+                    del before
             if anchoring is not None:
                 with naming(group[0]):
                     expansion = narrowed.get(f"{name}.{group[0]}", Narrowed()).expansion
@@ -291,7 +293,9 @@ class BlockByBlock:
             for relative in group:
                 with naming(relative):
                     full = f"{name}.{relative}"
-                    self._factorize(full, relative, targets[relative], student, observed, narrowed.get(full, Narrowed()))
+                    is_last = relative == group[-1]
+                    left_of_it = narrowed.get(full, Narrowed())
+                    self._factorize(full, relative, targets[relative], student, observed, left_of_it, is_last)
                     self.job.forget(full)
 
     def _narrowed(self, consumer: str, count: int, observed: Observed | None) -> dict[str, Narrowed]:
@@ -309,7 +313,14 @@ class BlockByBlock:
         return narrowed
 
     def _factorize(
-        self, name: str, relative: str, target: Target, student: nn.Module, observed: Observed | None, narrowed: Narrowed
+        self,
+        name: str,
+        relative: str,
+        target: Target,
+        student: nn.Module,
+        observed: Observed | None,
+        narrowed: Narrowed,
+        is_last: bool,
     ) -> None:
         """Put the product of a matrix, or the matrix that takes its place, in a block under construction."""
         module = student.get_submodule(relative)
@@ -324,7 +335,7 @@ class BlockByBlock:
             moments, anchoring = observed.moments(bias is not None), self.steps.anchoring
             # First, so that the metric of this alone is gone before there is the other one.
             W, output_mean = anchored(
-                W, bias, relative, observed, self.job.weigher.shrunk(moments), anchoring, narrowed.expansion
+                W, bias, relative, observed, self.job.weigher.shrunk(moments), anchoring, narrowed.expansion, is_last
             )
             weighing = self.job.weighing(name, moments, part.columns)
             part = Part(part.rows)  # its columns are left out already
