@@ -70,19 +70,31 @@ class Deviation:
 
 @dataclass(frozen=True)
 class Expansion:
-    """An estimate of all inputs x (in,) of a module from those k that are left, x̂: E x̂ + o.
+    """An estimate of all inputs x (in,) of a module from those k that are left, x̂: these as they are, the others as M x̂ + o.
 
     Attributes:
-        matrix: E, shape (in, k).
-        offset: o, shape (in,); zero unless a bias is moved.
+        kept: indices of those that are left, shape (k,), ascending.
+        gone: indices of the others, shape (in − k,).
+        matrix: M, shape (in − k, k).
+        offset: o, shape (in − k,); zero unless a bias is moved.
     """
 
+    kept: Tensor
+    gone: Tensor
     matrix: Tensor
     offset: Tensor
 
     def of_rows(self, X: Tensor) -> Tensor:
         """The estimates (n, in) of rows (n, k)."""
-        return X @ self.matrix.mT.to(X) + self.offset.to(X)
+        estimates = X.new_empty(len(X), len(self.kept) + len(self.gone))
+        estimates[:, self.kept.to(X.device)] = X
+        estimates[:, self.gone.to(X.device)] = X @ self.matrix.mT.to(X) + self.offset.to(X)
+        return estimates
+
+    def narrowed(self, W: Tensor) -> tuple[Tensor, Tensor]:
+        """What a matrix W (out, in) makes of the estimate of x, as a matrix (out, k) of x̂, and what it adds to that, (out,)."""
+        of_gone = W[:, self.gone.to(W.device)]
+        return W[:, self.kept.to(W.device)] + of_gone @ self.matrix.to(W), of_gone @ self.offset.to(W)
 
 
 @dataclass
@@ -280,17 +292,17 @@ def anchored(
         gram: Ĝ, shape (in, in), float64, shrunk, about the mean where there is a bias; of a singular one, as of inputs that are
             all zero, the pseudo-inverse is taken.
         anchoring: β and γ.
-        expansion: of x̂, as for `observe`: W E takes the place of W, and D is of x less its estimate E x̂ + o.
+        expansion: of x̂, as for `observe`: what W makes of that estimate takes the place of W, and D is of x less the estimate.
         used_up: whether no other module needs the sums of deviations, which then go before the memory of the solution is taken.
 
     Returns:
         W̃ (out, in), or (out, k), float64, and E[y] (out,), float64, or None.
     """
     W = exact(W)
-    start = W if expansion is None else W @ expansion.matrix.to(W)
+    start, added = (W, W.new_zeros(len(W))) if expansion is None else expansion.narrowed(W)
     mean = observed.sum / observed.rows
     target = start.new_zeros(start.shape)
-    offset = start @ mean + (0 if expansion is None else W @ expansion.offset.to(W))
+    offset = start @ mean + added
     for weight, deviation, left in (
         (anchoring.original, observed.drift, W),
         (anchoring.residual, observed.residuals.get(name), None),

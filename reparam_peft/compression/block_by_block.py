@@ -332,12 +332,12 @@ class BlockByBlock:
             weighing = self.job.weighing(name)
             output_mean = None if bias is None else mean_output(W, bias, weighing.mean)
         else:
-            moments, anchoring = observed.moments(bias is not None), self.steps.anchoring
-            # First, so that the metric of this alone is gone before there is the other one.
-            W, output_mean = anchored(
-                W, bias, relative, observed, self.job.weigher.shrunk(moments), anchoring, narrowed.expansion, is_last
-            )
-            weighing = self.job.weighing(name, moments, part.columns)
+            # Unpacked twice, so that there is but one matrix of the inputs in memory while another is solved for.
+            gram = self.job.weigher.shrunk(observed.moments(bias is not None))
+            anchoring, expansion = self.steps.anchoring, narrowed.expansion
+            W, output_mean = anchored(W, bias, relative, observed, gram, anchoring, expansion, is_last)
+            del gram
+            weighing = self.job.weighing(name, observed.moments(bias is not None), part.columns)
             part = Part(part.rows)  # its columns are left out already
         if target.rank is not None:
             mean = None if output_mean is None else part.of_outputs(output_mean)

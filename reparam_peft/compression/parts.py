@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..blockwise.anchoring import Expansion
 from ..layers.neuron_groups import NeuronGroup, rows_of
+from ..numerics.metrics import device_of_sums, exact, solve
 from ..numerics.neurons import refitted
 from ..numerics.storage import Storage
 from .weighing import Weighing
@@ -38,19 +39,24 @@ class Part:
         return W if self.rows is None else W[self.rows.to(W.device)]
 
     def expansion(self, gram: Tensor, mean: Tensor | None) -> Expansion | None:
-        """The best estimate of all inputs from those that are left, E = C_:S C_SS⁻¹; None where all are left.
+        """The best estimate of all inputs from those S that are left, with M = C_GS C_SS⁻¹ of the others G; None: all are left.
 
         Args:
-            gram: of all inputs, shape (in, in); about the mean where there is one.
+            gram: C of all inputs, shape (in, in); about the mean where there is one.
             mean: of all inputs, shape (in,), where a bias is moved; else None.
         """
         if self.columns is None:
             return None
-        matrix = refitted(torch.eye(len(gram), device=gram.device), gram, self.columns)
+        C, kept = exact(gram), self.columns.to(device_of_sums(gram.device))
+        is_gone = torch.ones(len(C), dtype=torch.bool, device=kept.device)
+        is_gone[kept] = False
+        gone = is_gone.nonzero()[:, 0]
+        of_kept = C.index_select(0, kept)
+        matrix = solve(of_kept.index_select(1, kept), of_kept.index_select(1, gone)).mT
         if mean is None:
-            return Expansion(matrix, matrix.new_zeros(len(matrix)))
+            return Expansion(kept, gone, matrix, matrix.new_zeros(len(gone)))
         mean = mean.to(matrix)
-        return Expansion(matrix, mean - matrix @ mean[self.columns.to(mean.device)])
+        return Expansion(kept, gone, matrix, mean[gone] - matrix @ mean[kept])
 
     def of_outputs(self, vector: Tensor) -> Tensor:
         """What is left of a vector (out,)."""

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 from dataclasses import fields
 
+import pytest
 import torch
 
 from reparam_peft.compression.parts import Part, narrow, parts
@@ -46,14 +47,17 @@ def test_metrics_other_than_those_of_the_prediction_are_cut_too() -> None:
     assert cut.output is None
 
 
-def test_expansion_estimates_inputs_that_depend_on_those_that_are_left() -> None:
+@pytest.mark.parametrize("left", [[0, 1], [0, 2], [1, 2]])
+def test_expansion_estimates_inputs_that_depend_on_those_that_are_left(left: list[int]) -> None:
     x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x[:, 2] = 2 * x[:, 0] - x[:, 1]
-    part, mean = Part(columns=torch.tensor([0, 1])), x.mean(0)
-    torch.testing.assert_close(part.expansion(x.mT @ x, None).of_rows(x[:, :2]), x)
+    part, mean, W = Part(columns=torch.tensor(left)), x.mean(0), torch.randn(2, 3, dtype=torch.float64)
+    torch.testing.assert_close(part.expansion(x.mT @ x, None).of_rows(x[:, left]), x)
     shifted = x + torch.tensor([1.0, 2.0, 30.0]).double()
     about_mean = part.expansion((x - mean).mT @ (x - mean), shifted.mean(0))
-    torch.testing.assert_close(about_mean.of_rows(shifted[:, :2]), shifted)
+    torch.testing.assert_close(about_mean.of_rows(shifted[:, left]), shifted)
+    narrow_W, added = about_mean.narrowed(W)
+    torch.testing.assert_close(shifted[:, left] @ narrow_W.mT + added, shifted @ W.mT)
 
 
 def test_parts_of_an_mlp_fit_together() -> None:
