@@ -309,13 +309,16 @@ def anchored(
     ):
         if not weight or deviation is None:
             continue
-        cross, average = deviation.cross, deviation.sum / observed.rows
-        if left is not None:
-            cross, average = left @ cross, left @ average
-        target.add_(cross, alpha=weight / observed.rows)
+        if left is None:
+            target.add_(deviation.cross, alpha=weight / observed.rows)
+            average = deviation.sum / observed.rows
+        else:
+            target.addmm_(left, deviation.cross, alpha=weight / observed.rows)
+            average = left @ deviation.sum / observed.rows
         if bias is not None:
             target.addr_(average, mean, alpha=-weight)
         offset += weight * average
+    del W, left, deviation
     if used_up:
         observed.drift = None
     found = start + solve(gram, target.mT).mT

@@ -70,7 +70,7 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 def check_loss(distillation: float, temperature: float, hidden: float, cache: Any, top_k: int, disable_dropout: Any) -> None:
     """Raise `ValueError` or `TypeError` where an argument that the loss depends on is out of its range or has no effect."""
-    if disable_dropout not in (True, False, None):
+    if disable_dropout is not None and not isinstance(disable_dropout, bool):
         raise TypeError(f"`disable_dropout` must be True, False or None, got {disable_dropout!r}.")
     if not 0 <= distillation <= 1:
         raise ValueError(f"`distillation` must be in [0, 1], got {distillation!r}.")

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 
 from torch import nn
 
-DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+IN_CLASSES = ("drop", "stochasticdepth")  # whose rate is `p`: PyTorch's, torchvision's; elsewhere `p` is mostly that of a norm
 IN_NAMES = "drop"  # of rates: `attention_dropout`, `resid_pdrop`, `layerdrop`, `drop_prob`
 OF_LORA = "lora_dropout"  # that a user has asked for
 
@@ -36,7 +36,8 @@ def _holders(model: nn.Module) -> Iterator[tuple[dict[str, object], list[str]]]:
         if OF_LORA in name.split("."):
             continue
         held = vars(module)
-        yield held, [key for key in held if IN_NAMES in key or (key == "p" and isinstance(module, DROPOUTS))]
+        drops = any(part in type(module).__name__.lower() for part in IN_CLASSES)
+        yield held, [key for key in held if IN_NAMES in key or (key == "p" and drops)]
         config = held.get("config")
         if hasattr(config, "to_diff_dict"):
             configs[id(config)] = config

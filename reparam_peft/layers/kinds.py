@@ -113,10 +113,20 @@ class QuantizedLinearKind(LinearKind):
         return dequantized_matrix(layer).to(self.dtype(layer))
 
     def put_in_order(self, layer: Any) -> None:
-        """Undo the faster order in which bitsandbytes keeps numbers in 4 bits on some CPUs, in place."""
+        """Undo the faster order in which bitsandbytes keeps numbers in 4 bits on some CPUs, in place.
+
+        Raises:
+            ValueError: nothing says any more how the scales stand.
+        """
         state = quant_state(layer)
         if state is None:
             return
+        in_rows = layer.weight.shape == (state.shape[0], state.shape[1] // 2) and state.shape[1] > 2
+        if in_rows and not getattr(state, "packing_format_for_cpu", False):
+            raise ValueError(
+                "its numbers in 4 bits are in the order of bitsandbytes for CPUs, and its `quant_state` does not know of it: "
+                "they were put into a copy of their layer; load the model anew."
+            )
         if getattr(state, "packing_format_for_cpu", False):
             layer.weight.quant_state = state  # where bitsandbytes looks for it; others may have replaced the weight
             layer.state_dict()

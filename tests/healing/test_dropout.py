@@ -153,12 +153,32 @@ def test_a_student_that_is_its_teacher_has_nothing_to_learn(tmp_path: Path) -> N
     assert max(losses(made)) < 1e-6
 
 
+class StochasticDepth(nn.Module):
+    """As of torchvision."""
+
+    def __init__(self, p: float) -> None:
+        super().__init__()
+        self.p = p
+
+
+class Norm(StochasticDepth):
+    """A module with another p."""
+
+
+def test_a_rate_is_known_by_its_class_and_the_power_of_a_norm_stays() -> None:
+    model = nn.Sequential(StochasticDepth(0.3), nn.AlphaDropout(0.2), Norm(2.0))
+    with without_dropout(model):
+        assert [module.p for module in model] == [0.0, 0.0, 2.0]
+    assert [module.p for module in model] == [0.3, 0.2, 2.0]
+
+
 def test_a_lora_keeps_its_own_dropout() -> None:
     model = nn.ModuleDict({"lora_dropout": nn.ModuleDict({"default": nn.Dropout(0.3)}), "beside": nn.Dropout(0.2)})
     with without_dropout(model):
         assert (model["lora_dropout"]["default"].p, model["beside"].p) == (0.3, 0.0)
 
 
-def test_another_value_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(TypeError, match="`disable_dropout` must be True, False or None, got 'no'"):
-        trainer(tmp_path, small(dropping, **BERT), teacher=dropping(), disable_dropout="no")
+@pytest.mark.parametrize("value", ["no", 1])
+def test_another_value_is_refused(value: Any, tmp_path: Path) -> None:
+    with pytest.raises(TypeError, match=f"`disable_dropout` must be True, False or None, got {value!r}"):
+        trainer(tmp_path, small(dropping, **BERT), teacher=dropping(), disable_dropout=value)

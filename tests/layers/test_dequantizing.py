@@ -143,6 +143,14 @@ def test_a_matrix_that_took_the_place_of_codes_is_no_codes() -> None:
     assert not is_quantized(layer)
 
 
+def test_an_order_that_nothing_knows_of_is_refused() -> None:
+    layer, _ = arrived(128, "nf4", of_scales=False)
+    numbers = layer.weight.data.reshape(32, 64)  # as they are after a pass on some processors
+    layer.weight.data = numbers
+    with pytest.raises(ValueError, match="in the order of bitsandbytes for CPUs, and its `quant_state` does not know"):
+        QUANTIZED.own_matrix(layer)
+
+
 @pytest.mark.parametrize("of_scales", [False, True])
 @pytest.mark.parametrize("step", ["pass", "pass and state dict", "pass and assignment"])
 def test_the_order_for_some_processors_is_undone(step: str, of_scales: bool) -> None:
