@@ -105,7 +105,7 @@ class Observed:
         rows: their number.
         gram: Σ x̂ x̂ᵀ of (in, in), packed, float64.
         sum: Σ x̂, shape (in,), float64.
-        drift: of x − x̂; None where rows cannot be paired, as those of routed experts.
+        drift: of x − x̂; None where rows cannot be paired, as those of routed experts, are not compared, or once it is used up.
         residuals: module → of h − ĥ (out,), for those that are added to a residual stream.
     """
 
@@ -293,7 +293,7 @@ def anchored(
             all zero, the pseudo-inverse is taken.
         anchoring: β and γ.
         expansion: of x̂, as for `observe`: what W makes of that estimate takes the place of W, and D is of x less the estimate.
-        used_up: whether no other module needs the sums of deviations, which then go before the memory of the solution is taken.
+        used_up: whether no other module needs the sums of deviations, which then leave `observed` before the solution is made.
 
     Returns:
         W̃ (out, in), or (out, k), float64, and E[y] (out,), float64, or None.
@@ -318,9 +318,10 @@ def anchored(
         if bias is not None:
             target.addr_(average, mean, alpha=-weight)
         offset += weight * average
-    del W, left, deviation
+    del W  # in float64, and where there is an expansion as large as the solution
     if used_up:
         observed.drift = None
+        observed.residuals.clear()
     found = start + solve(gram, target.mT).mT
     return found, None if bias is None else offset + exact(bias).to(offset.device)
 

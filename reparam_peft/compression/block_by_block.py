@@ -293,9 +293,15 @@ class BlockByBlock:
             for relative in group:
                 with naming(relative):
                     full = f"{name}.{relative}"
-                    is_last = relative == group[-1]
-                    left_of_it = narrowed.get(full, Narrowed())
-                    self._factorize(full, relative, targets[relative], student, observed, left_of_it, is_last)
+                    self._factorize(
+                        full,
+                        relative,
+                        targets[relative],
+                        student,
+                        observed,
+                        narrowed.get(full, Narrowed()),
+                        is_last=relative == group[-1],
+                    )
                     self.job.forget(full)
 
     def _narrowed(self, consumer: str, count: int, observed: Observed | None) -> dict[str, Narrowed]:
@@ -320,9 +326,13 @@ class BlockByBlock:
         student: nn.Module,
         observed: Observed | None,
         narrowed: Narrowed,
+        *,
         is_last: bool,
     ) -> None:
-        """Put the product of a matrix, or the matrix that takes its place, in a block under construction."""
+        """Put the product of a matrix, or the matrix that takes its place, in a block under construction.
+
+        What was `observed` of a group is used up by its last module.
+        """
         module = student.get_submodule(relative)
         if target.rank is None and (observed is None or name in self.fixed):
             return
@@ -335,7 +345,7 @@ class BlockByBlock:
             # Unpacked twice, so that there is but one matrix of the inputs in memory while another is solved for.
             gram = self.job.weigher.shrunk(observed.moments(bias is not None))
             anchoring, expansion = self.steps.anchoring, narrowed.expansion
-            W, output_mean = anchored(W, bias, relative, observed, gram, anchoring, expansion, is_last)
+            W, output_mean = anchored(W, bias, relative, observed, gram, anchoring, expansion, used_up=is_last)
             del gram
             weighing = self.job.weighing(name, observed.moments(bias is not None), part.columns)
             part = Part(part.rows)  # its columns are left out already

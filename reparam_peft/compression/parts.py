@@ -9,8 +9,8 @@ from torch import Tensor
 
 from ..blockwise.anchoring import Expansion
 from ..layers.neuron_groups import NeuronGroup, rows_of
-from ..numerics.metrics import device_of_sums, exact, solve
-from ..numerics.neurons import refitted
+from ..numerics.metrics import device_of_sums, exact
+from ..numerics.neurons import refitted, regressed
 from ..numerics.storage import Storage
 from .weighing import Weighing
 
@@ -51,8 +51,7 @@ class Part:
         is_gone = torch.ones(len(C), dtype=torch.bool, device=kept.device)
         is_gone[kept] = False
         gone = is_gone.nonzero()[:, 0]
-        of_kept = C.index_select(0, kept)
-        matrix = solve(of_kept.index_select(1, kept), of_kept.index_select(1, gone)).mT
+        matrix = regressed(C.index_select(0, gone).index_select(1, kept), C, kept)
         if mean is None:
             return Expansion(kept, gone, matrix, matrix.new_zeros(len(gone)))
         mean = mean.to(matrix)

@@ -13,7 +13,7 @@ from torch import nn
 from transformers import Trainer, TrainingArguments
 from transformers.trainer_utils import SchedulerType
 
-from ..arguments import ReparamWarning, is_finite, is_int
+from ..arguments import ReparamWarning, check_bool, is_finite, is_int
 from ..tuner.layer import reparam_layers
 from ..tuner.model import ReparamModel
 from .trained import norms_of, routers_of
@@ -70,8 +70,8 @@ def _vocabulary(model: nn.Module) -> int | None:
 
 def check_loss(distillation: float, temperature: float, hidden: float, cache: Any, top_k: int, disable_dropout: Any) -> None:
     """Raise `ValueError` or `TypeError` where an argument that the loss depends on is out of its range or has no effect."""
-    if disable_dropout is not None and not isinstance(disable_dropout, bool):
-        raise TypeError(f"`disable_dropout` must be True, False or None, got {disable_dropout!r}.")
+    if disable_dropout is not None:
+        check_bool("disable_dropout", disable_dropout)
     if not 0 <= distillation <= 1:
         raise ValueError(f"`distillation` must be in [0, 1], got {distillation!r}.")
     if not 0 < temperature < float("inf"):

@@ -108,7 +108,7 @@ class HealingTrainer(Trainer):
             training begins with the nearest numbers.
 
     Raises:
-        TypeError: `model` has no active reparam adapter.
+        TypeError: `model` has no active reparam adapter, or `disable_dropout` is neither a bool nor None.
         ValueError: an argument is out of range or has no effect, there is no teacher, or its classes are not those of the
             model.
         ImportError: the library of `quantize` is missing.

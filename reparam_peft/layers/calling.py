@@ -11,7 +11,7 @@ from torch.nn.modules import module as modules_of_pytorch
 EACH_HOOK = ("_global_backward_hooks", "_global_backward_pre_hooks", "_global_forward_hooks", "_global_forward_pre_hooks")
 # Hooks on all modules, empty where there are none: PyTorch's own question after them is younger than 2.7. Where one has gone,
 # every call is as if there were some.
-HOOKS_ON_ALL = [getattr(modules_of_pytorch, name, EACH_HOOK) for name in EACH_HOOK]
+HOOKS_ON_ALL = [getattr(modules_of_pytorch, name, (True,)) for name in EACH_HOOK]
 
 
 def call(module: nn.Module, *inputs: Tensor | None) -> Tensor:

@@ -63,8 +63,9 @@ def quant_state(layer: Any) -> Any:
 
 def holds_codes(layer: nn.Module) -> bool:
     """Whether the weight of a layer of bitsandbytes is numbers in 4 bits, and not a matrix that others put in their place."""
-    state, weight = quant_state(layer), layer._parameters.get("weight")
-    return state is not None and weight is not None and weight.shape != state.shape
+    weight = layer._parameters.get("weight")
+    state = None if weight is None else quant_state(layer)
+    return weight is not None and state is not None and weight.shape != state.shape
 
 
 def product(x: Tensor, dequantize: Dequantize) -> Tensor:

@@ -87,9 +87,11 @@ class QuantizedLinearKind(LinearKind):
     """A linear layer of bitsandbytes, torchao or HQQ. Its weight is dequantised whenever it is read."""
 
     def fits(self, layer: nn.Module) -> bool:
+        if hasattr(layer, "W_q") or not isinstance(layer, nn.Linear):
+            return hasattr(layer, "W_q")
         weight = layer._parameters.get("weight")
         quantized = type(weight).__name__ in ("Params4bit", "Int8Params") or type(weight).__module__.startswith("torchao.")
-        return hasattr(layer, "W_q") or ((quantized or holds_codes(layer)) and isinstance(layer, nn.Linear))
+        return quantized or holds_codes(layer)
 
     def check(self, layer: nn.Module) -> None:
         """Anything that PEFT can dequantise will do."""
@@ -115,8 +117,10 @@ class QuantizedLinearKind(LinearKind):
     def put_in_order(self, layer: Any) -> None:
         """Undo the faster order in which bitsandbytes keeps numbers in 4 bits on some CPUs, in place.
 
+        Scales that bitsandbytes itself has brought into a wrong order, by two such passes with a state dict between, stay so.
+
         Raises:
-            ValueError: nothing says any more how the scales stand.
+            ValueError: the numbers are in that order, and their scales are not.
         """
         state = quant_state(layer)
         if state is None:

@@ -30,23 +30,23 @@ class Metric:
         matrix = exact(matrix)
         self.diagonal = matrix.ndim == 1
         self.scale = float(diagonal(matrix).mean())
-        self._given = matrix if self.scale > 0 else torch.zeros_like(matrix)
+        self._unscaled = matrix if self.scale > 0 else torch.zeros_like(matrix)
         self._unit = self.scale if self.scale > 0 else 1.0
 
     def times(self, X: Tensor) -> Tensor:
         """M X, for X of shape (n, k)."""
         X = X / self._unit
-        return self._given[:, None] * X if self.diagonal else self._given @ X
+        return self._unscaled[:, None] * X if self.diagonal else self._unscaled @ X
 
     def quadratic(self, X: Tensor) -> Tensor:
         """Xᵀ M X, for X of shape (n, k), shape (k, k), symmetric to the last bit; of a whole metric half is multiplied."""
         scaled = X / self._unit
         if self.diagonal:
-            half = self._given[:, None] / 2 * scaled
+            half = self._unscaled[:, None] / 2 * scaled
         else:
             half = torch.empty_like(X)
             for rows in _blocks(len(X)):
-                block, right = self._given[rows, rows], self._given[rows, rows.stop :]
+                block, right = self._unscaled[rows, rows], self._unscaled[rows, rows.stop :]
                 torch.addmm(block @ scaled[rows], right, scaled[rows.stop :], beta=0.5, out=half[rows])
         product = X.mT @ half
         return product + product.mT
@@ -65,7 +65,7 @@ class Metric:
 
     def scaled(self) -> Tensor:
         """The matrix, or its diagonal, with a mean diagonal entry of 1; a copy."""
-        return self._given / self._unit
+        return self._unscaled / self._unit
 
     @cached_property
     def narrow(self) -> Tensor:
@@ -113,14 +113,14 @@ class Metric:
     @cached_property
     def _cholesky(self) -> Tensor | None:
         """The triangular factor, or None where M is not safely positive definite."""
-        L, failed = torch.linalg.cholesky_ex(self._given)
+        L, failed = torch.linalg.cholesky_ex(self._unscaled)
         pivots = L.diagonal()
         return None if failed or not pivots.amin() > ABSENT * pivots.amax() else L.div_(self._unit**0.5)
 
     @cached_property
     def _symmetric(self) -> tuple[Tensor, Tensor]:
         """Square roots of the eigenvalues, and the eigenvectors."""
-        eigenvalues, Q = torch.linalg.eigh(self._given)
+        eigenvalues, Q = torch.linalg.eigh(self._unscaled)
         return (eigenvalues.clamp(min=0) / self._unit).sqrt(), Q
 
 

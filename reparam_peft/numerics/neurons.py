@@ -229,6 +229,18 @@ def refitted(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
         gram: C, as for `eliminate`.
         kept: S, indices, shape (|S|,).
     """
-    W, C = exact(weight), exact(gram)
+    C = exact(gram)
+    return regressed(exact(weight).to(C.device) @ C.index_select(1, kept.to(C.device)), C, kept)
+
+
+def regressed(cross: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
+    """X C_SS⁻¹, which takes the neurons S that stay to what they tell of other numbers, float64.
+
+    Args:
+        cross: X, means of the other numbers times the neurons S, shape (n, |S|), float64.
+        gram: C, as for `eliminate`.
+        kept: S, indices, shape (|S|,).
+    """
+    C = exact(gram)
     kept = kept.to(C.device)
-    return solve(C[kept][:, kept], (W.to(C.device) @ C[:, kept]).mT).mT
+    return solve(C.index_select(0, kept).index_select(1, kept), cross.mT).mT

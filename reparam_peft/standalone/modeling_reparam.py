@@ -42,7 +42,7 @@ OTHER_NAMES = (
 )
 
 EACH_HOOK = ("backward_hooks", "backward_pre_hooks", "forward_hooks", "forward_pre_hooks")
-HOOKS_ON_ALL = [getattr(nn.modules.module, f"_global_{name}", EACH_HOOK) for name in EACH_HOOK]  # empty where there are none
+HOOKS_ON_ALL = [getattr(nn.modules.module, f"_global_{name}", (True,)) for name in EACH_HOOK]  # empty where there are none
 _levels: dict[torch.device, Tensor] = {}  # of NF4, by where they are
 
 

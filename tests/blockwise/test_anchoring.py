@@ -12,7 +12,7 @@ from support.tolerances import assert_close
 from torch import Tensor, nn
 
 from reparam_peft import Anchoring
-from reparam_peft.blockwise.anchoring import Observed, anchored, input_groups, observe, residual_sources
+from reparam_peft.blockwise.anchoring import Deviation, Observed, anchored, input_groups, observe, residual_sources
 from reparam_peft.blockwise.blocks import Replay
 from reparam_peft.numerics.grams import unpack
 from reparam_peft.runtime.blocks import find_blocks
@@ -204,3 +204,13 @@ def test_broken_activations_are_named() -> None:
 def test_what_is_refused(options: dict[str, float]) -> None:
     with pytest.raises(ValueError, match=rf"`{next(iter(options))}` must be in \[0, 1\]"):
         Anchoring(**options)
+
+
+def test_sums_of_deviations_are_those_of_all_rows_whatever_their_number_and_width() -> None:
+    generator = torch.Generator().manual_seed(0)
+    D, X = (torch.randn(40, size, generator=generator) for size in (300, 7))  # wider than what is multiplied at a time
+    deviation = Deviation.between(300, 7, D.device)
+    for rows in (slice(0, 25), slice(25, 40)):
+        deviation.add(D[rows], X[rows])
+    torch.testing.assert_close(deviation.cross, D.double().mT @ X.double(), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(deviation.sum, D.double().sum(0))

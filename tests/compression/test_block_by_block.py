@@ -402,3 +402,10 @@ def test_statistics_are_forgotten_as_matrices_are_factorised(way: str, monkeypat
     small = by_block(llama(), arguments=WAYS[way])
     assert len(forgotten) == len(set(forgotten))
     assert set(forgotten) >= set(layers(small))
+
+
+def test_statistics_that_were_given_stay_whole() -> None:
+    statistics = calibrate(llama(), config_of(**ALL), TEXT, progress=False)
+    before = statistics.fingerprint()
+    by_block(llama(), arguments={**WAYS["sequential"], "statistics": statistics})
+    assert statistics.fingerprint() == before

@@ -51,7 +51,7 @@ def test_metrics_other_than_those_of_the_prediction_are_cut_too() -> None:
 def test_expansion_estimates_inputs_that_depend_on_those_that_are_left(left: list[int]) -> None:
     x = torch.randn(50, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     x[:, 2] = 2 * x[:, 0] - x[:, 1]
-    part, mean, W = Part(columns=torch.tensor(left)), x.mean(0), torch.randn(2, 3, dtype=torch.float64)
+    part, mean, W = Part(columns=torch.tensor(left)), x.mean(0), torch.arange(6.0).double().view(2, 3)
     torch.testing.assert_close(part.expansion(x.mT @ x, None).of_rows(x[:, left]), x)
     shifted = x + torch.tensor([1.0, 2.0, 30.0]).double()
     about_mean = part.expansion((x - mean).mT @ (x - mean), shifted.mean(0))
