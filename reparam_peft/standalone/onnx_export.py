@@ -30,18 +30,10 @@ def save_onnx(model: PreTrainedModel, folder: str | Path) -> None:
         folder: where to write.
 
     Raises:
-        ImportError: onnx, onnxscript or onnxruntime is missing, or transformers is older than 5.23.
+        ImportError: onnx, onnxscript or onnxruntime is missing, transformers is older than 5.23, or PyTorch than 2.11.
         TypeError: the model takes neither tokens nor images.
         ValueError: the factors are quantised, or of parameters; or ONNX Runtime computes something else than PyTorch.
     """
-    try:
-        import onnxruntime  # noqa: F401
-        from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter
-        from transformers.exporters.utils import decompose_for_generation
-    except ImportError as error:
-        raise ImportError(
-            f"ONNX files need transformers 5.23 and the extra `onnx` ({error}): pip install 'reparam_peft[onnx]'."
-        ) from error
     described = getattr(model.config, "quantization_config", None)
     if isinstance(described, CheckpointConfig) and described.is_in_few_bits:
         raise ValueError(
@@ -49,8 +41,17 @@ def save_onnx(model: PreTrainedModel, folder: str | Path) -> None:
             "ONNX Runtime's tools."
         )
     check_closed(model, "an ONNX file")
+    try:
+        import onnxruntime  # noqa: F401
+        from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter
+        from transformers.exporters.utils import decompose_for_generation
+
+        exporter, options = OnnxExporter(), OnnxConfig(dynamic=True)  # asks for the versions that it needs
+    except ImportError as error:
+        raise ImportError(
+            f"ONNX files need transformers 5.23, PyTorch 2.11 and the extra `onnx` ({error}): pip install 'reparam_peft[onnx]'."
+        ) from error
     plain = with_layers_in_config(model, described) if isinstance(described, CheckpointConfig) else model
-    exporter, options = OnnxExporter(), OnnxConfig(dynamic=True)
     few, more = _inputs(plain, 2, 8), _inputs(plain, 3, 11)
     with redirect_stdout(sys.stderr):  # PyTorch prints what it does
         if plain.can_generate():

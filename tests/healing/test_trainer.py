@@ -16,6 +16,7 @@ from support.batches import pairs, text
 from support.healing import BERT, LENGTH, ROWS, arguments, falls, losses, padded, small, stacked, trainer
 from support.models import bert, classifier, llama, masked_lm, t5
 from support.processes import run_in_processes
+from support.versions import unless
 from torch import Tensor, nn
 from transformers import Trainer
 
@@ -352,7 +353,10 @@ def saved_state(folder: Path) -> dict[str, Tensor]:
     return {n: p.detach() for n, p in PeftModel.from_pretrained(llama(), folder / "saved").named_parameters()}
 
 
-@pytest.mark.parametrize("options", [{}, FSDP], ids=["copies", "shards"])
+SHARDS = pytest.param(FSDP, id="shards", marks=unless("torch", "2.8", "sums gradients of shards on CPUs up"))
+
+
+@pytest.mark.parametrize("options", [pytest.param({}, id="copies"), SHARDS])
 def test_two_processes_train_as_one(options: dict[str, Any], tmp_path: Path) -> None:
     launched(tmp_path / "two", options)
     alone = trainer(tmp_path / "one", max_steps=4, per_device_train_batch_size=4, learning_rate=1e-2)

@@ -11,6 +11,7 @@ from peft import PeftModel, get_peft_model
 from safetensors.torch import load_file
 from support.models import llama
 from support.tolerances import relative_error
+from support.versions import unless
 from torch import nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel, TorchAoConfig
 
@@ -78,6 +79,7 @@ def hqq(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 Load = Callable[[Path, torch.dtype], PreTrainedModel]
+OF_LATER_CODES = unless("torchao", "0.17", "holds 8 bits in another class, whose codes are not kept")
 BASES = pytest.mark.parametrize("load", [nf4, eight_bits, torchao, hqq])
 TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
 
@@ -231,7 +233,7 @@ def codes(model: nn.Module) -> dict[str, torch.Tensor]:
         (nf4, torch.float32, 4),
         (nf4_with_nested_scales, torch.bfloat16, 4),
         (eight_bits, torch.bfloat16, 8),
-        (torchao, torch.bfloat16, 8),
+        pytest.param(torchao, torch.bfloat16, 8, marks=OF_LATER_CODES),
         (fp4, torch.float32, None),
     ],
 )
@@ -296,6 +298,7 @@ def test_codes_that_were_filled_in_by_assignment_are_kept_reported_and_saved(fol
     assert relative_error(logits(plain), expected) < 1e-6
 
 
+@OF_LATER_CODES
 def test_codes_that_a_standalone_model_has_are_those_of_its_schemes(folder: Path) -> None:
     layer = torchao(folder, torch.float32).model.layers[0].mlp.up_proj
     layer.bias = nn.Parameter(torch.randn(layer.out_features))

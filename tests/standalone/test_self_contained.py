@@ -23,8 +23,6 @@ def test_dense_models_are_refused(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("save", [save_self_contained, save_onnx])
 def test_opened_parameters_are_refused(save: Callable[[PreTrainedModel, Path], None], tmp_path: Path) -> None:
-    if save is save_onnx:
-        pytest.importorskip("transformers.exporters.runners", reason="ONNX files need transformers 5.23")
     config = ReparamConfig(target_modules=[], target_parameters="all-experts", keep=0.5)
     plain = get_peft_model(qwen_moe(), config).base_model.to_standalone()
     with pytest.raises(ValueError, match=r"experts\.gate_up_proj: .*knows factorised layers only"):
