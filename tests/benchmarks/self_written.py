@@ -1,12 +1,13 @@
 """Excess loss on several kinds of text, by what was calibrated on: given text, text that the model wrote itself, and mixtures.
 
     python tests/benchmarks/self_written.py MODEL FOLDER --rows wiki:24 self@1:24 wiki:12+self@1:12
-        [--calibration wiki=FILE …] [--test wiki=FILE handbook=FILE …] [--keep 0.8]
+        [--calibration wiki=FILE …] [--test wiki=FILE handbook=FILE …] [--keep 0.8] [--heal 72 --bf16]
 
 MODEL is a folder that `from_pretrained` opens, or `demo`. A row names what is calibrated on: the first windows, so many, of a
 text of `--calibration`, of `reference` (Python's language reference), or of `self@T`, which the model writes at temperature T.
-Tests take the first windows of each text of `--test`, and of Python's reference those from the 48th on. FOLDER keeps texts and
-statistics from one call to the next: of SmolLM2, 3 GB for each part. A GNU manual, as text of a handbook:
+Tests take the first windows of each text of `--test`, and of Python's reference those from the 48th on. `--heal N` then heals
+each model for N steps of one window, on what it was calibrated on, towards what the dense model predicts. FOLDER keeps texts
+and statistics from one call to the next: of SmolLM2, 1.5 GB for each part. A GNU manual, as text of a handbook:
 `zcat /usr/share/info/coreutils.info.gz | sed -n '2000,$p' > handbook.txt`. Prints a Markdown
 table, and the seconds of each step.
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import math
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
@@ -22,9 +24,18 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
 
-from reparam_peft import ReparamConfig, Statistics, calibrate, compress, perplexity, self_written, text_batches
+from reparam_peft import (
+    HealingTrainer,
+    ReparamConfig,
+    Statistics,
+    calibrate,
+    compress,
+    perplexity,
+    self_written,
+    text_batches,
+)
 from reparam_peft.cli.demo import demo_folder, reference_text
 
 LENGTH, SET_ASIDE = 512, 48
@@ -42,6 +53,8 @@ def main() -> None:
     parser.add_argument("--most", type=int, default=24, help="windows that the model writes at each temperature")
     parser.add_argument("--part", type=int, default=12, help="windows whose statistics are kept together")
     parser.add_argument("--keep", type=float, default=0.8)
+    parser.add_argument("--heal", type=int, default=0, metavar="STEPS", help="of healing, one window each")
+    parser.add_argument("--bf16", action="store_true", help="heal in bfloat16, which only some processors have")
     options = parser.parse_args()
     source = str(demo_folder()) if options.model == "demo" else options.model
     tokenizer = AutoTokenizer.from_pretrained(source)
@@ -49,8 +62,8 @@ def main() -> None:
     files = dict(item.split("=", 1) for item in options.calibration)
     config = ReparamConfig(target_modules="all-linear", keep=options.keep)
 
-    def base() -> Any:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=torch.float32).eval()
+    def base(dtype: torch.dtype = torch.float32) -> Any:
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
 
     def windows(text: str, start: int, end: int | None, size: int) -> list[dict[str, Tensor]]:
         rows = torch.cat([batch["input_ids"] for batch in text_batches(tokenizer, text, length=LENGTH, limit=end)])[start:]
@@ -78,16 +91,44 @@ def main() -> None:
             print(f"{kind}: windows {start} to {end} calibrated on in {time.perf_counter() - began:.0f} s", flush=True)
         return Statistics.load(path)
 
+    def terms(spec: str) -> list[tuple[str, int]]:
+        return [(kind, int(count)) for kind, count in (term.rsplit(":", 1) for term in spec.split("+"))]
+
     def row_of(spec: str) -> Statistics:
         total: Statistics | None = None
-        for term in spec.split("+"):
-            kind, count = term.rsplit(":", 1)
-            for start in range(0, int(count), options.part):
-                part = statistics(kind, start, min(start + options.part, int(count)))
+        for kind, count in terms(spec):
+            for start in range(0, count, options.part):
+                part = statistics(kind, start, min(start + options.part, count))
                 total = part if total is None else total.merge(part)
                 del part
         assert total is not None, "a row has a term"
         return total
+
+    def report(row: str, model: Any, began: float) -> None:
+        seconds = time.perf_counter() - began
+        excess = [math.log(perplexity(model, batches) / dense[name]) for name, batches in tests.items()]
+        print(f"| {row} | {' | '.join(f'{value:.3f}' for value in excess)} | <!-- {seconds:.0f} s -->", flush=True)
+
+    def heal(spec: str, model: Any) -> None:
+        batches = [batch for kind, count in terms(spec) for batch in calibration(kind, 0, count)]
+        rows = [{"input_ids": row} for batch in batches for row in batch["input_ids"]]
+        teacher = base(torch.bfloat16 if options.bf16 else torch.float32)
+        with tempfile.TemporaryDirectory() as folder:
+            arguments = TrainingArguments(
+                folder,
+                max_steps=options.heal,
+                per_device_train_batch_size=1,
+                learning_rate=5e-5,
+                lr_scheduler_type="cosine",
+                warmup_steps=0.1,
+                bf16=options.bf16,
+                use_cpu=True,
+                save_strategy="no",
+                report_to="none",
+                disable_tqdm=True,
+            )
+            HealingTrainer(model, arguments, train_dataset=rows, teacher=teacher).train()
+        model.eval()
 
     tests = {"reference": windows(reference_text(), SET_ASIDE, SET_ASIDE + options.test_windows, 2)}
     for item in options.test:
@@ -101,9 +142,11 @@ def main() -> None:
         began = time.perf_counter()
         model = compress(base(), config, known, progress=False)
         del known
-        seconds = time.perf_counter() - began
-        excess = [math.log(perplexity(model, batches) / dense[name]) for name, batches in tests.items()]
-        print(f"| {spec} | {' | '.join(f'{value:.3f}' for value in excess)} | <!-- {seconds:.0f} s -->", flush=True)
+        report(spec, model, began)
+        if options.heal:
+            began = time.perf_counter()
+            heal(spec, model)
+            report(f"and healed, {options.heal} steps", model, began)
 
 
 if __name__ == "__main__":

@@ -222,6 +222,8 @@ def test_a_checkpoint_of_other_arguments_is_refused(tmp_path: Path) -> None:
     trainer(tmp_path, save_strategy="steps", save_steps=3, max_steps=3).train()
     with pytest.raises(ValueError, match="checkpoint-3 is of a training with another `adapter`"):
         trainer(tmp_path, small(keep=0.3)).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
+    with pytest.raises(ValueError, match="with another `disable_dropout`: True, and this one has False"):
+        trainer(tmp_path, disable_dropout=False).train(resume_from_checkpoint=str(tmp_path / "checkpoint-3"))
 
 
 @pytest.mark.parametrize("options", [{}, {"lora": LoraConfig(r=4)}])
