@@ -176,9 +176,7 @@ def _fault(checkpoint: Path, training: Mapping[str, Any], is_chosen: bool) -> st
     for key in sorted({*noted, *wanted}):
         loaded = is_chosen and key == ADAPTER and _saved_adapter(checkpoint) == wanted.get(key)
         if noted.get(key) != wanted.get(key) and not loaded and not _is_longer(key, noted.get(key), wanted.get(key)):
-            there, here = (
-                repr(of[key]) if key in of else "none, as in other versions of the package" for of in (noted, wanted)
-            )
+            there, here = (repr(of[key]) if key in of else "none, in another version of this package" for of in (noted, wanted))
             raise ValueError(
                 f"{checkpoint} is of a training with another `{key}`: {there}, and this one has {here}. Only `max_steps`, "
                 "`num_train_epochs` and `minutes` may be changed, to more than they were. Give another folder, or delete the "

@@ -41,6 +41,7 @@ def save_onnx(model: PreTrainedModel, folder: str | Path) -> None:
             "ONNX Runtime's tools."
         )
     check_closed(model, "an ONNX file")
+    few, more = _inputs(model, 2, 8), _inputs(model, 3, 11)
     try:
         import onnxruntime  # noqa: F401
         from transformers.exporters import ExportedModel, OnnxConfig, OnnxExporter
@@ -49,10 +50,10 @@ def save_onnx(model: PreTrainedModel, folder: str | Path) -> None:
         exporter, options = OnnxExporter(), OnnxConfig(dynamic=True)  # asks for the versions that it needs
     except ImportError as error:
         raise ImportError(
-            f"ONNX files need transformers 5.23, PyTorch 2.11 and the extra `onnx` ({error}): pip install 'reparam_peft[onnx]'."
+            f"ONNX files need transformers 5.23, PyTorch 2.11 and the extra `onnx` ({error}): pip install --upgrade "
+            "'transformers>=5.23' 'torch>=2.11' 'reparam_peft[onnx]'."
         ) from error
     plain = with_layers_in_config(model, described) if isinstance(described, CheckpointConfig) else model
-    few, more = _inputs(plain, 2, 8), _inputs(plain, 3, 11)
     with redirect_stdout(sys.stderr):  # PyTorch prints what it does
         if plain.can_generate():
             exported: ExportedModel = exporter.export_for_generation(plain, few, options)

@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
 
 from reparam_peft import (
     HealingTrainer,
@@ -127,7 +127,9 @@ def main() -> None:
                 report_to="none",
                 disable_tqdm=True,
             )
-            HealingTrainer(model, arguments, train_dataset=rows, teacher=teacher).train()
+            trainer = HealingTrainer(model, arguments, train_dataset=rows, teacher=teacher)
+            trainer.remove_callback(PrinterCallback)  # the table is what is printed
+            trainer.train()
         model.eval()
 
     tests = {"reference": windows(reference_text(), SET_ASIDE, SET_ASIDE + options.test_windows, 2)}

@@ -86,10 +86,10 @@ def test_a_note_leads_to_no_other_files(name: str, folder: Path) -> None:
 def test_one_of_another_training_is_refused(folder: Path) -> None:
     with pytest.raises(ValueError, match=r"checkpoint-11 is of a training with another `learning_rate`: 0\.1, and"):
         last_whole(folder, {**TRAINING, "learning_rate": 0.2})
-    with pytest.raises(
-        ValueError, match=r"another `of_later`: none, as in other versions of the package, and this one has True"
-    ):
+    with pytest.raises(ValueError, match="another `of_later`: none, in another version of this package, and this one has True"):
         last_whole(folder, {**TRAINING, "of_later": True})
+    with pytest.raises(ValueError, match=r"another `learning_rate`: 0\.1, and this one has none, in another version"):
+        last_whole(folder, {key: value for key, value in TRAINING.items() if key != "learning_rate"})
 
 
 @pytest.mark.parametrize(

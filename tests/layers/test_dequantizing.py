@@ -86,10 +86,11 @@ def test_every_way_to_multiply_computes_with_the_numbers(features: int) -> None:
 @pytest.mark.parametrize("features", ROWS)
 def test_compiled_layers_compute_with_the_numbers(features: int) -> None:
     linear, numbers = int4_layer(features)
+    linear.bias = nn.Parameter(torch.randn(7))
     torch.compiler.reset()
     compiled = torch.compile(linear, backend="aot_eager", fullgraph=True)
     rows = torch.randn(3, features, requires_grad=True)
-    assert torch.allclose(compiled(rows.detach()), rows @ numbers.mT, atol=1e-4)
+    assert torch.allclose(compiled(rows.detach()), rows @ numbers.mT + linear.bias, atol=1e-4)
     (gradient,) = torch.autograd.grad(compiled(rows).sum(), rows)
     assert torch.allclose(gradient, numbers.sum(0).expand(3, -1), atol=1e-4)
 

@@ -7,12 +7,12 @@ from typing import Any
 
 import pytest
 import torch
-import torch.nn.functional as F
 from peft import get_peft_model
 from support.batches import text
 from support.experts import EXPERTS, HIDDEN, LAYOUTS, NEURONS, fused, routing
 from support.models import qwen_moe, token_inputs
 from support.tolerances import assert_close
+from support.versions import is_unable
 from torch import Tensor, nn
 
 from reparam_peft import ReparamConfig, compress
@@ -26,7 +26,7 @@ from reparam_peft.layers.neuron_groups import rows_of
 @pytest.fixture
 def products(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """Lets experts be computed together on a CPU, too; fills up with the number of experts of each product that is."""
-    if not hasattr(F, "grouped_mm"):
+    if is_unable("torch", "2.8"):
         pytest.skip("this PyTorch multiplies experts one by one")
     seen: list[int] = []
 

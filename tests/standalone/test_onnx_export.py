@@ -23,7 +23,7 @@ from reparam_peft.standalone import onnx_export as onnx_export
 from reparam_peft.standalone.onnx_export import save_onnx
 
 pytest.importorskip("transformers.exporters.runners", reason="ONNX files need transformers 5.23")
-pytestmark = unless("torch", "2.10", "is older than what transformers' exporters ask for")
+WRITES = unless("torch", "2.10", "is older than what transformers' exporters ask for")
 TOLERANCE = {"rtol": 1e-4, "atol": 1e-5}
 
 
@@ -34,6 +34,7 @@ def standalone(make: Callable[[], PreTrainedModel], form: str = "pivot", quantiz
     return get_peft_model(make(), ReparamConfig(target_modules=targets, keep=0.6, form=form)).to_standalone(quantize).eval()
 
 
+@WRITES
 def test_a_classifier(tmp_path: Path) -> None:
     model = standalone(bert, NARROW)  # which has layers of all forms
     save_onnx(model, tmp_path)
@@ -48,6 +49,7 @@ def test_a_classifier(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(got), expected, **TOLERANCE)
 
 
+@WRITES
 def test_an_image_classifier(tmp_path: Path) -> None:
     model = standalone(vit)
     save_onnx(model, tmp_path)
@@ -57,6 +59,7 @@ def test_an_image_classifier(tmp_path: Path) -> None:
         torch.testing.assert_close(torch.from_numpy(got), model(images).logits, **TOLERANCE)
 
 
+@WRITES
 def test_a_decoder_continues_from_its_past(tmp_path: Path) -> None:
     """Greedy decoding of a padded batch by the two graphs, against `generate`; transformers reads them too."""
     model = standalone(lambda: llama(num_hidden_layers=1))
@@ -88,6 +91,7 @@ def test_a_decoder_continues_from_its_past(tmp_path: Path) -> None:
     assert numpy.concatenate(made, 1).tolist() == expected[:, 5:].tolist()
 
 
+@WRITES
 def test_an_encoder_and_decoder(tmp_path: Path) -> None:
     model = standalone(lambda: t5(layers=1))
     save_onnx(model, tmp_path)
@@ -104,6 +108,7 @@ def assert_read_back(model: PreTrainedModel, folder: Path) -> None:
     assert "quantization_config" not in config
 
 
+@WRITES
 def test_what_computes_something_else_is_not_written(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setattr(onnx_export, "LARGEST_DIFFERENCE", 1e-12)
     with pytest.raises(ValueError, match=r"model\.onnx computes something else"):
@@ -118,5 +123,15 @@ def test_quantised_factors_are_refused(tmp_path: Path) -> None:
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r"pip install 'reparam_peft\[onnx\]'"):
+    with pytest.raises(ImportError, match=r"pip install .*'reparam_peft\[onnx\]'"):
+        save_onnx(standalone(bert), tmp_path)
+    blind = standalone(bert)
+    blind.main_input_name = "input_values"
+    with pytest.raises(TypeError, match="input_values"):  # that no library could mend
+        save_onnx(blind, tmp_path)
+
+
+def test_an_older_pytorch_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr("transformers.exporters.exporter_dynamo.DynamoExporter.min_versions", {"torch": "99"})
+    with pytest.raises(ImportError, match=r"PyTorch 2\.11 .*upgrade torch>=99.*pip install --upgrade"):
         save_onnx(standalone(bert), tmp_path)
