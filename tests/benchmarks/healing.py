@@ -130,38 +130,36 @@ def main() -> None:
                 raise SystemExit("`healed` needs another row before it")
             rows = windows(calibration, options.windows, HELD_OUT if options.held_out else None, 1)
             mixed = windows(other, 16, None, 1)[: round(len(rows) * options.mixture)]
-            heal(model, base(torch.bfloat16 if options.bf16 else torch.float32), [*rows, *mixed], options)
+            examples = [{key: value[0] for key, value in window.items()} for window in [*rows, *mixed]]
+            teacher = base(torch.bfloat16 if options.bf16 else torch.float32)
+            training = {
+                "bf16": options.bf16,
+                "learning_rate": options.learning_rate,
+                "logging_steps": 0.1,
+                "seed": options.seed,
+            }
+            training["per_device_train_batch_size"] = options.healing_batch_size
+            trainer = heal(model, teacher, examples, training, minutes=options.minutes, **options.healing)
+            losses = [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
+            print(f"{trainer.state.global_step} steps, losses {losses}", flush=True)
         minutes = (time.perf_counter() - start) / 60
         report(row, model)
     if options.run_folder is not None and (options.run_folder / "log.jsonl").exists():
         print("\nblock errors:\n" + (options.run_folder / "log.jsonl").read_text(encoding="utf-8"))
 
 
-def heal(model: Any, teacher: Any, rows: list[dict[str, Tensor]], options: argparse.Namespace) -> None:
-    """Train for so many minutes."""
-    examples = [{key: value[0] for key, value in row.items()} for row in rows]
+def heal(
+    model: Any, teacher: Any, examples: list[dict[str, Tensor]], training: dict[str, Any], **healing: Any
+) -> HealingTrainer:
+    """Train in place. `training` goes before what `TrainingArguments` are here, `healing` to the trainer, which is returned."""
+    usual = {"per_device_train_batch_size": 1, "learning_rate": 5e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
+    usual |= {"use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     with tempfile.TemporaryDirectory() as folder:
-        arguments = TrainingArguments(
-            folder,
-            per_device_train_batch_size=options.healing_batch_size,
-            learning_rate=options.learning_rate,
-            lr_scheduler_type="cosine",
-            warmup_steps=0.1,
-            bf16=options.bf16,
-            use_cpu=True,
-            logging_steps=0.1,
-            save_strategy="no",
-            report_to="none",
-            disable_tqdm=True,
-            seed=options.seed,
-        )
-        trainer = HealingTrainer(
-            model, arguments, train_dataset=examples, teacher=teacher, minutes=options.minutes, **options.healing
-        )
+        arguments = TrainingArguments(folder, **{**usual, **training})
+        trainer = HealingTrainer(model, arguments, train_dataset=examples, teacher=teacher, **healing)
         trainer.train()
-    losses = [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
-    print(f"{trainer.state.global_step} steps, losses {losses}", flush=True)
     model.eval()
+    return trainer
 
 
 if __name__ == "__main__":

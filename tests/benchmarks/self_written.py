@@ -16,18 +16,19 @@ from __future__ import annotations
 
 import argparse
 import math
-import tempfile
+import sys
 import time
+from contextlib import redirect_stdout
 from pathlib import Path
 from typing import Any
 
 import torch
+from healing import heal
 from safetensors.torch import load_file, save_file
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, PrinterCallback, TrainingArguments
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from reparam_peft import (
-    HealingTrainer,
     ReparamConfig,
     Statistics,
     calibrate,
@@ -109,28 +110,12 @@ def main() -> None:
         excess = [math.log(perplexity(model, batches) / dense[name]) for name, batches in tests.items()]
         print(f"| {row} | {' | '.join(f'{value:.3f}' for value in excess)} | <!-- {seconds:.0f} s -->", flush=True)
 
-    def heal(spec: str, model: Any) -> None:
+    def healed(spec: str, model: Any) -> None:
         batches = [batch for kind, count in terms(spec) for batch in calibration(kind, 0, count)]
         rows = [{"input_ids": row} for batch in batches for row in batch["input_ids"]]
         teacher = base(torch.bfloat16 if options.bf16 else torch.float32)
-        with tempfile.TemporaryDirectory() as folder:
-            arguments = TrainingArguments(
-                folder,
-                max_steps=options.heal,
-                per_device_train_batch_size=1,
-                learning_rate=5e-5,
-                lr_scheduler_type="cosine",
-                warmup_steps=0.1,
-                bf16=options.bf16,
-                use_cpu=True,
-                save_strategy="no",
-                report_to="none",
-                disable_tqdm=True,
-            )
-            trainer = HealingTrainer(model, arguments, train_dataset=rows, teacher=teacher)
-            trainer.remove_callback(PrinterCallback)  # the table is what is printed
-            trainer.train()
-        model.eval()
+        with redirect_stdout(sys.stderr):  # the table is what is printed
+            heal(model, teacher, rows, {"bf16": options.bf16, "max_steps": options.heal})
 
     tests = {"reference": windows(reference_text(), SET_ASIDE, SET_ASIDE + options.test_windows, 2)}
     for item in options.test:
@@ -147,7 +132,7 @@ def main() -> None:
         report(spec, model, began)
         if options.heal:
             began = time.perf_counter()
-            heal(spec, model)
+            healed(spec, model)
             report(f"and healed, {options.heal} steps", model, began)
 
 

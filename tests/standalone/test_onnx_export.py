@@ -123,7 +123,8 @@ def test_quantised_factors_are_refused(tmp_path: Path) -> None:
 
 def test_a_missing_library_is_named(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
-    with pytest.raises(ImportError, match=r"pip install .*'reparam_peft\[onnx\]'"):
+    remedy = r"pip install --upgrade 'transformers>=5\.23' 'torch>=2\.11' 'reparam_peft\[onnx\]'"
+    with pytest.raises(ImportError, match=remedy):
         save_onnx(standalone(bert), tmp_path)
     blind = standalone(bert)
     blind.main_input_name = "input_values"
