@@ -14,7 +14,7 @@ from torch.utils._pytree import tree_flatten
 from ..calibration.statistics import Moments
 from ..layers.experts import RoutedRows, routed_rows
 from ..layers.kinds import layer_kind
-from ..numerics.grams import BLOCK, add_gram, cross_product, packed_diagonal, packed_zeros, unpack, wide_rows
+from ..numerics.grams import add_gram, block_rows, cross_product, packed_diagonal, packed_zeros, unpack, wide_rows
 from ..numerics.metrics import exact, solve
 from .blocks import Call, main_tensor
 
@@ -62,8 +62,9 @@ class Deviation:
 
     def add(self, D: Tensor, X: Tensor) -> None:
         """Add rows D and X, both in float32 or wider, in place."""
-        for start in range(0, D.shape[1], BLOCK):
-            some = slice(start, start + BLOCK)
+        rows = block_rows(D.device)
+        for start in range(0, D.shape[1], rows):
+            some = slice(start, start + rows)
             self.cross[some] += cross_product(D[:, some], X)
         self.sum += D.sum(0, dtype=torch.float64)
 

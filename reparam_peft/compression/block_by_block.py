@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
@@ -25,7 +26,7 @@ from ..blockwise.blocks import Call, Replay
 from ..blockwise.refinement import Refinement, Task, refine_block
 from ..blockwise.streams import Stream
 from ..calibration.self_written import SelfWritten, written
-from ..layers.kinds import layer_kind
+from ..layers.kinds import layer_kind, stored_weight
 from ..layers.product import Product
 from ..planning.plan import Plan
 from ..runtime.batches import Batch, fitting_mask, padding_masks, split_rows
@@ -227,9 +228,13 @@ class BlockByBlock:
             if done is None and self.folder.mapped:  # the file's pages in place of memory
                 student = copy.deepcopy(original).requires_grad_(False).eval()
                 restore(student, targets, self.folder.tensors(position))
-            result.products |= {f"{name}.{relative}": product for relative, product in products_of(student).items()}
-            changed = changed_parameters(original, student)
-            result.changed |= {f"{name}.{relative}": values for relative, values in changed.items()}
+            home = self.replay.blocks[name]  # where the model has the block, which may be computed elsewhere
+            for relative, product in products_of(student).items():
+                there = stored_weight(home.get_submodule(relative)).device
+                result.products[f"{name}.{relative}"] = send_to_device(product, there)
+            for relative, values in changed_parameters(original, student).items():
+                of_model = dict(home.get_submodule(relative).named_parameters())
+                result.changed[f"{name}.{relative}"] = {k: value.to(of_model[k].device) for k, value in values.items()}
             if self.unfinished:
                 self.compressed.put(position, student)
                 self.original.forget(position)

@@ -35,7 +35,7 @@ class Part:
     def matrix(self, W: Tensor, gram: Tensor) -> Tensor:
         """The rows that are left of W (out, in), or its columns refitted to the inputs that are left, of Gram matrix G."""
         if self.columns is not None:
-            return refitted(W, gram, self.columns).to(torch.promote_types(W.dtype, torch.float32))
+            return refitted(W, gram, self.columns).to(W.device, torch.promote_types(W.dtype, torch.float32))
         return W if self.rows is None else W[self.rows.to(W.device)]
 
     def expansion(self, gram: Tensor, mean: Tensor | None) -> Expansion | None:

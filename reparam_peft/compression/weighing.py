@@ -106,6 +106,7 @@ class Weigher:
                 columns = columns.to(weighted.device)
                 weighted = weighted[columns][:, columns]
             if weighted is not None and weighted.trace() > 0:
+                weighted = weighted.to(gram.device)  # of a block that computes elsewhere than the model
                 gram = weighted.mul_(SENSITIVE * (gram.trace() / weighted.trace())).add_(gram, alpha=1 - SENSITIVE)
                 moments, is_given = replace(moments, gram=gram), False
             del weighted

@@ -64,8 +64,9 @@ class PivotExpansion(nn.Module):
         return pivots
 
     def set_pivots(self, pivots: Tensor) -> None:
-        """Make the rows with these indices the pivots."""
-        self.mask = packed(pivots, len(self.order))
+        """Make the rows with these indices the pivots; where the mask is on meta, it moves to the device of the indices."""
+        there = pivots.device if self.mask.device.type == "meta" else self.mask.device
+        self.mask = packed(pivots.to(there), len(self.order))
         self.refresh()
 
     def refresh(self) -> None:

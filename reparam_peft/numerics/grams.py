@@ -12,7 +12,9 @@ from torch import Tensor
 
 from .metrics import device_of_sums
 
-BLOCK = 256  # at most so many rows of a Gram matrix are computed at a time, of which the lower triangle is left out
+# At most so many rows of a Gram matrix are computed at a time, of which the lower triangle is left out. Other devices than the
+# processor take longer to start a small product than to compute it.
+BLOCK, WIDE_BLOCK = 256, 2048
 PIECE = 32  # rows of float32 that are added to float64 at a time, so that what is converted stays in the processor's cache
 
 
@@ -56,7 +58,7 @@ def pack(matrix: Tensor) -> Tensor:
     """A symmetric matrix (n, n), packed."""
     packed = matrix.new_zeros(packed_shape(len(matrix)))
     _, half = _layout(len(matrix))
-    for rows in _blocks(len(matrix)):
+    for rows in _blocks(len(matrix), matrix.device):
         _add_block(packed, rows, matrix[rows, rows.start :] if rows.start < half else matrix[rows.start :, rows])
     return packed
 
@@ -73,7 +75,7 @@ def unpack(packed: Tensor) -> Tensor:
     matrix = packed.new_empty(size, size)
     matrix[:half] = packed[:, shift:]
     matrix[half:, half:] = packed[1 - shift :, : size - half].mT
-    for rows in _blocks(size):
+    for rows in _blocks(size, packed.device):
         block = matrix[rows, rows]
         block.copy_(block.triu() + block.triu(1).mT)
         matrix[rows.stop :, rows] = matrix[rows, rows.stop :].mT
@@ -91,11 +93,16 @@ def _layout(size: int) -> tuple[int, int]:
     return (size + 1) % 2, (size + 1) // 2
 
 
-def _blocks(size: int) -> Iterator[slice]:
+def block_rows(device: torch.device) -> int:
+    """How many rows of a matrix of sums are computed at a time."""
+    return BLOCK if device.type == "cpu" else WIDE_BLOCK
+
+
+def _blocks(size: int, device: torch.device) -> Iterator[slice]:
     """The rows of a matrix in blocks of about the same height, of which none is in both halves."""
     _, half = _layout(size)
     for start, end in ((0, half), (half, size)):
-        height = -(-(end - start) // max(1, -(-(end - start) // BLOCK)))
+        height = -(-(end - start) // max(1, -(-(end - start) // block_rows(device))))
         yield from (slice(first, min(first + height, end)) for first in range(start, end, max(1, height)))
 
 
@@ -120,9 +127,10 @@ def _add_block(packed: Tensor, rows: slice, block: Tensor) -> None:
 
 
 def _add(total: Tensor, summand: Tensor) -> None:
-    """Add to float64, in place, piece by piece."""
-    for start in range(0, len(total), PIECE):
-        total[start : start + PIECE] += summand[start : start + PIECE]
+    """Add to float64, in place, on the processor piece by piece."""
+    rows = PIECE if total.device.type == "cpu" else max(1, len(total))
+    for start in range(0, len(total), rows):
+        total[start : start + rows] += summand[start : start + rows]
 
 
 def add_gram(total: Tensor, X: Tensor, sums: Tensor | None = None, weights: Tensor | None = None) -> None:
@@ -147,7 +155,7 @@ def add_gram(total: Tensor, X: Tensor, sums: Tensor | None = None, weights: Tens
     if weights is not None:
         X = X * weights.sqrt().to(X)[:, None]
     _, half = _layout(X.shape[1])
-    for rows in _blocks(X.shape[1]):
+    for rows in _blocks(X.shape[1], X.device):
         some, others = X[:, rows], X[:, rows.start :]
         _add_block(total, rows, cross_product(some, others) if rows.start < half else cross_product(others, some))
         if sums is not None:

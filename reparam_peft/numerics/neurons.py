@@ -97,13 +97,14 @@ def eliminate(
         raise ValueError(f"`least` must be in [1, {neurons}], the number of neurons, got {least}.")
     if any(not least <= count <= neurons for count in spectra_at):
         raise ValueError(f"`spectra_at` must be in [{least}, {neurons}], got {list(spectra_at)}.")
-    T = Metric(fisher)
-    C, scale = _with_variance(gram)
-    V = T.whiten(exact(weight)).mT.contiguous()  # W'ᵀ T
+    W = exact(weight)
+    T = Metric(exact(fisher).to(W.device))  # which may have come from a file
+    C, scale = _with_variance(exact(gram).to(W.device))
+    V = T.whiten(W).mT.contiguous()  # W'ᵀ T
     cross = C @ V  # C Wᵀ T, of which W' C_SS W'ᵀ is made without C, whose memory the inverse takes
     H = _inverse_in_place(C)
     if H is None:
-        H = torch.linalg.inv(_with_variance(gram)[0]).contiguous()
+        H = torch.linalg.inv(_with_variance(exact(gram).to(W.device))[0]).contiguous()
     del C
     stays = torch.arange(neurons, device=H.device)  # which neurons the rows and columns belong to
     is_left = torch.ones(neurons, dtype=torch.bool, device=H.device)
@@ -201,10 +202,13 @@ def _cheapest(K: Tensor, H: Tensor, count: int) -> tuple[Tensor, Tensor]:
         H: C_SS⁻¹ of them, shape (n, n).
         count: how many go.
     """
+    device = H.device
+    # On the processor, since a GPU takes longer to start each of these many small steps than the processor to compute it.
+    K, H = K.cpu(), H.cpu()
     norms, variances = K.diagonal().clone(), H.diagonal().clone()
     R, W, pivots = H.new_empty(count, len(H)), H.new_empty(count, len(H)), H.new_empty(count)
     chosen, costs = [], []
-    is_gone = torch.zeros(len(H), dtype=torch.bool, device=H.device)
+    is_gone = torch.zeros(len(H), dtype=torch.bool)
     for step in range(count):
         cost, index = (norms / variances).masked_fill(is_gone, torch.inf).min(0)
         r, w = R[:step, index], W[:step, index]
@@ -218,7 +222,7 @@ def _cheapest(K: Tensor, H: Tensor, count: int) -> tuple[Tensor, Tensor]:
         is_gone[index] = True
         chosen.append(index)
         costs.append(cost.clamp(min=0) / 2)
-    return torch.stack(chosen), torch.stack(costs)
+    return torch.stack(chosen).to(device), torch.stack(costs).to(device)
 
 
 def refitted(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
@@ -229,8 +233,9 @@ def refitted(weight: Tensor, gram: Tensor, kept: Tensor) -> Tensor:
         gram: C, as for `eliminate`.
         kept: S, indices, shape (|S|,).
     """
-    C = exact(gram)
-    return regressed(exact(weight).to(C.device) @ C.index_select(1, kept.to(C.device)), C, kept)
+    W = exact(weight)
+    C = exact(gram).to(W.device)
+    return regressed(W @ C.index_select(1, kept.to(C.device)), C, kept)
 
 
 def regressed(cross: Tensor, gram: Tensor, kept: Tensor) -> Tensor:

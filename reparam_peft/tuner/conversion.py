@@ -137,8 +137,9 @@ def standalone_model(
 
 
 def _config_of_active(model: nn.Module, configs: Mapping[str, PeftConfig]) -> Fields | None:
-    layer = next(module for module in model.modules() if isinstance(module, ReparamLayer))
-    active = (configs.get(name) for name in layer.active_adapters)
+    layer = next((module for module in model.modules() if isinstance(module, ReparamLayer)), None)
+    names = configs if layer is None else layer.active_adapters  # where every matrix stays as it is, there is no layer of ours
+    active = (configs.get(name) for name in names)
     return next((config for config in active if isinstance(config, Fields)), None)
 
 

@@ -76,7 +76,11 @@ def read(name: str, text: Path | None, windows: int) -> tuple[Any, list[dict[str
 
 
 def time_passes(model: Any, modules: dict[str, Any], batches: list[dict[str, Any]], repeats: int) -> None:
-    """Print medians of the bare passes and of those that gather statistics."""
+    """Print medians of the bare passes and of those that gather statistics.
+
+    The clock is the processor's, which other programs disturb less, or, where another device computes, that on the wall.
+    """
+    clock = time.process_time if model.device.type == "cpu" else time.perf_counter
 
     def forward() -> None:
         with torch.no_grad():
@@ -101,17 +105,18 @@ def time_passes(model: Any, modules: dict[str, Any], batches: list[dict[str, Any
     seconds: dict[str, list[float]] = {name: [] for name in runs}
     for repeat in range(repeats + 1):
         for name, run in runs.items():
-            start = time.process_time()
+            start = clock()
             run()
             if model.device.type != "cpu":
                 torch.accelerator.synchronize()
             if repeat:
-                seconds[name].append(time.process_time() - start)
+                seconds[name].append(clock() - start)
     tokens = sum(batch["input_ids"].numel() for batch in batches)
-    print(f"{torch.get_num_threads()} threads, {tokens} tokens, processor time, median of {repeats}")
+    what = f"{torch.get_num_threads()} threads, processor time" if model.device.type == "cpu" else f"{model.device.type}, time"
+    print(f"{what}, {tokens} tokens, median of {repeats}")
     for name, values in seconds.items():
         value = statistics.median(values)
-        print(f"{name}: {value:.1f} s, {tokens / value:.0f} tokens/s")
+        print(f"{name}: {value:.3g} s, {tokens / value:.0f} tokens/s")
 
     def ratio(one: str, other: str) -> float:
         """The median of the ratios within one round."""

@@ -51,7 +51,11 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    options = parser.parse_args()
+    print_table(parser.parse_args())
+
+
+def print_table(options: argparse.Namespace) -> None:
+    """Print the ratios of all shapes."""
     grouped_experts.DEVICES = grouped_experts.DEVICES | {torch.device(options.device).type}
     print(f"{torch.get_num_threads()} threads, keep {options.keep:g}, {options.dtype}, {options.device}\n")
     ratios_of = [(way, by) for by in FACTORISED for way in WAYS]
@@ -65,7 +69,7 @@ def main() -> None:
         for parameter in dense.parameters():
             nn.init.normal_(parameter, std=0.02)
         dense = dense.to(options.device, getattr(torch, options.dtype))
-        small = get_peft_model(copy.deepcopy(dense), _config(options.keep)).eval()
+        small = get_peft_model(copy.deepcopy(dense), _config(options.keep, dense.experts), autocast_adapter_dtype=False).eval()
         factors = sum(p.nbytes for name, p in small.named_parameters() if "reparam_factors" in name)
         for tokens in options.tokens:
             inputs = tuple(tensor.to(dense.experts.down_proj.device) for tensor in _inputs(tokens, hidden, experts, active))
@@ -77,8 +81,14 @@ def main() -> None:
             print(f"| {shape} | {tokens} | {' | '.join(ratios)} | {reached * factors / 2**20:.0f} MiB |", flush=True)
 
 
-def _config(keep: float) -> ReparamConfig:
-    return ReparamConfig(target_modules=[], target_parameters="all-experts", keep=keep, init_weights=False)
+def _config(keep: float, experts: MixtralExperts) -> ReparamConfig:
+    """Of one rank for each parameter, a multiple of 64 where it is large: others are slow on a GPU."""
+    ranks = {}
+    for name, parameter in experts.named_parameters():
+        rows, columns = parameter.shape[1:]
+        rank = int(keep * rows * columns / (rows + columns))
+        ranks[f".*{name}.*"] = rank // 64 * 64 if rank >= 128 else rank
+    return ReparamConfig(target_modules=[], target_parameters="all-experts", r=1, rank_pattern=ranks, init_weights=False)
 
 
 def _inputs(tokens: int, hidden: int, experts: int, active: int) -> tuple[Tensor, Tensor, Tensor]:

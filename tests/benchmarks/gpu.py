@@ -1,14 +1,17 @@
 """Everything that is worth measuring on a GPU, in one run: speed, calibration, memory, several processes and devices.
 
-    python tests/benchmarks/gpu.py [--sections speed calibration memory processes devices] [--model 2048x12] [--windows 16]
+    python tests/benchmarks/gpu.py [--sections speed compiled experts calibration memory processes devices] [--model 2048x12]
+        [--windows 16]
     python tests/benchmarks/gpu.py --device cpu --model 64x2 --layers 2 --windows 4 --repeats 1
 
 The first line needs one GPU, and some minutes; the last two sections need two, and say so where there is one. The second line
 tries the script itself without any: what needs two devices is left out. The model of all sections but the first is a Llama of
 random weights, WIDTHxDEPTH, that is fed random tokens in windows of 512. What is printed:
 
-- speed: prefill and decoding of whole models as ratios to the dense one, in bfloat16 and float16, as they are, compiled, and
-  compiled with CUDA graphs (`models_speed.py`);
+- speed: prefill and decoding of whole models as ratios to the dense one, in bfloat16 and float16, as they are, and recorded as
+  CUDA graphs (`models_speed.py`);
+- compiled: the same in bfloat16 of models of two layers, compiled, with and without CUDA graphs;
+- experts: layers of experts, one after the other and together, beside those of transformers (`expert_speed.py`);
 - calibration: time of gathering statistics beside bare passes (`calibration.py`);
 - memory: peak above the model and seconds of `compress`, without and with `max_memory`;
 - processes: seconds of `compress` in one process and in two, a device each, and how far their products are apart;
@@ -33,6 +36,7 @@ import torch.distributed as dist
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 from calibration import read, time_passes
+from expert_speed import print_table as print_experts
 from models_speed import SHAPES, print_tables
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -42,7 +46,7 @@ from reparam_peft.tuner.selection import select_targets
 
 CONFIG = {"target_modules": "all-linear", "keep": 0.8}
 FEW = "64MiB"  # for statistics, on a model that is only to try the script
-SECTIONS = ("speed", "calibration", "memory", "processes", "devices")
+SECTIONS = ("speed", "compiled", "experts", "calibration", "memory", "processes", "devices")
 
 
 def main() -> None:
@@ -71,12 +75,31 @@ def main() -> None:
 
 def speed(options: argparse.Namespace) -> None:
     """Whole models beside the dense one."""
+    for is_recorded in (False, True) if options.device == "cuda" else (False,):
+        print(f"CUDA graphs: {'yes' if is_recorded else 'no'}", flush=True)
+        print_tables(whole_models(options, graphs=is_recorded))
+
+
+def compiled(options: argparse.Namespace) -> None:
+    """The same of small models that are compiled: each block of each is, for each kind of work."""
+    for mode in ("reduce-overhead", "default"):
+        print(f"mode: {mode}", flush=True)
+        print_tables(whole_models(options, layers=2, dtypes=["bfloat16"], compile=mode))
+
+
+def whole_models(options: argparse.Namespace, **own: Any) -> argparse.Namespace:
+    """What `models_speed.py` is told, with arguments of its own in place of the usual ones."""
     models = {"shapes": list(SHAPES), "layers": options.layers, "forms": ["factors", "pivot", "neurons"], "keep": 0.6}
     models |= {"dtypes": ["bfloat16", "float16"], "threads": [torch.get_num_threads()], "multiple": 64, "adapter": False}
     work = {"prompt": 512, "batches": [1, 8], "repeats": options.repeats, "device": options.device}
-    for mode in (None, "default", "reduce-overhead"):
-        print(f"compiled: {mode or 'no'}", flush=True)
-        print_tables(argparse.Namespace(**models, **work, compile=mode))
+    return argparse.Namespace(**{**models, **work, "compile": None, "graphs": False, **own})
+
+
+def experts(options: argparse.Namespace) -> None:
+    """Layers of experts."""
+    shapes = ["128x768x2048x8", "8x14336x4096x2"] if options.device == "cuda" else ["8x48x64x2"]
+    work = {"tokens": [4096, 512, 1], "keep": 0.5, "rounds": options.repeats, "dtype": "bfloat16"}
+    print_experts(argparse.Namespace(shapes=shapes, device=options.device, **work))
 
 
 def calibration(options: argparse.Namespace) -> None:

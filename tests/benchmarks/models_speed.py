@@ -1,7 +1,8 @@
 """Speed of whole models in each form, beside the dense one: prefill, and decoding of one sequence and of a batch.
 
     python tests/benchmarks/models_speed.py [--shapes small wide] [--forms factors pivot] [--threads 1 2] [--dtypes float32]
-        [--keep 0.6] [--multiple 8] [--prompt 256] [--batches 1 8] [--repeats 7] [--adapter] [--compile [MODE]] [--device cuda]
+        [--keep 0.6] [--multiple 8] [--prompt 256] [--batches 1 8] [--repeats 7] [--adapter] [--compile [MODE]]
+        [--device cuda] [--graphs]
 
 Llamas of random weights with a small vocabulary, so that their blocks are what takes the time; `small` has the shapes of
 SmolLM2-135M. All linear layers of the blocks keep the same share of their numbers, or a little less, since ranks are multiples
@@ -9,7 +10,7 @@ of 8, as those that `compress` chooses: as plain factors, in the pivot form with
 `neurons`, in pivot form but for the MLPs, which keep that share of their neurons and stay matrices. `dense-8`, `factors-4` and
 so on have numbers in 8 or 4 bits, `corrected-4` whole matrices in 4 with a correction in 8 beside. `--adapter` adds the pivot
 form inside of PEFT's wrappers, `--compile` blocks compiled by `torch.compile` in a mode of it, such as `reduce-overhead`, which
-uses CUDA graphs.
+uses CUDA graphs, and `--graphs`, on a GPU, whole passes as they are, recorded as one CUDA graph each and played back.
 
 A step of decoding follows a cached prompt of 32 tokens. Weights come from memory, since a model is larger than the caches and
 reads all of itself in each run. The models of a row take turns in one process; printed are ratios of medians to the dense
@@ -74,6 +75,7 @@ def main() -> None:
     parser.add_argument("--adapter", action="store_true")
     parser.add_argument("--compile", nargs="?", const="default", metavar="MODE")
     parser.add_argument("--device", default="cpu")
+    parser.add_argument("--graphs", action="store_true")
     print_tables(parser.parse_args())
 
 
@@ -169,6 +171,8 @@ def print_rows(head: str, models: dict[str, Any], options: argparse.Namespace, w
     with torch.inference_mode():
         for prepare in works:
             steps = {name: prepare(model) for name, model in models.items()}
+            if options.graphs:
+                steps = {name: recorded(step) for name, step in steps.items()}
             seconds = timed(steps, options.repeats, clocks, options.device)
             for figure, (clock, typical) in figures.items():
                 times = {name: typical(seconds[clock, name]) for name in models}
@@ -196,15 +200,36 @@ def decode(batch: int, device: str) -> Callable[[Any], Step]:
     def prepare(model: Any) -> Step:
         cache = DynamicCache()
         model(input_ids=prompt, past_key_values=cache)
+        of_prompt = [(layer.keys, layer.values) for layer in cache.layers]
 
         def step() -> Tensor:
             logits: Tensor = model(input_ids=token, past_key_values=cache).logits
-            cache.crop(-1)
+            for layer, kept in zip(cache.layers, of_prompt, strict=True):
+                layer.keys, layer.values = kept
             return logits
 
         return step
 
     return prepare
+
+
+def recorded(step: Step) -> Step:
+    """A step that plays back the kernels of another, without what Python takes to start them."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        for _ in range(2):
+            step()
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+
+    def play() -> Step:
+        graph.replay()
+        return step  # whose tensors the graph reads
+
+    return play
 
 
 def timed(

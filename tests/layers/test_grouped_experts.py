@@ -109,6 +109,18 @@ def test_compressed_models_compute_together_as_their_config_says(products: list[
     assert_close(merged(**token_inputs()).logits, expected)
 
 
+def test_large_experts_are_left_to_the_loop(products: list[int], monkeypatch: pytest.MonkeyPatch) -> None:
+    experts = factorised("split", ["factors"] * EXPERTS, [NEURONS] * EXPERTS)
+    with torch.no_grad():
+        together = experts(*routing())
+        assert products
+        products.clear()
+        matrices = [parameter.nbytes for parameter in experts.parameters()]
+        monkeypatch.setattr(grouped_experts, "LARGEST", sum(matrices) / EXPERTS / 4)
+        assert_close(experts(*routing()), together)
+    assert not products
+
+
 def test_what_must_be_called_is_called(products: list[int]) -> None:
     config = ReparamConfig(target_modules=[], target_parameters="all-experts", keep=0.5, keep_base=True, init_weights=False)
     small = get_peft_model(qwen_moe(), config).eval()

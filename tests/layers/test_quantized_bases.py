@@ -17,6 +17,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedMod
 
 from reparam_peft import ReparamConfig, compress
 from reparam_peft.layers.coded import CodedLinear
+from reparam_peft.layers.factorized import FactorizedModule
 from reparam_peft.layers.kinds import QUANTIZED, is_quantized
 from reparam_peft.layers.quantized_bases import dequantized, stored_bytes, with_own_codes
 
@@ -153,6 +154,17 @@ def test_calibrated_compression_with_dense_matrices(load: Load, folder: Path, tm
     plain.save_pretrained(tmp_path)
     assert torch.equal(logits(AutoModelForCausalLM.from_pretrained(tmp_path)), logits(plain))
     assert torch.equal(logits(small), expected), "the PEFT model stays as it is"
+
+
+@OF_LATER_CODES
+@pytest.mark.parametrize("load", [nf4, nf4_with_nested_scales, torchao])
+def test_a_model_that_keeps_all_of_its_codes_becomes_standalone(load: Load, folder: Path) -> None:
+    """Nothing of it is factorised, so that it has no layer of the adapter."""
+    config = ReparamConfig(target_modules=TARGETS, keep=1.0, budget="bytes")
+    with pytest.warns(UserWarning, match="All 14 targets stay dense"):
+        small = compress(load(folder, torch.bfloat16), config, [{"input_ids": IDS}], progress=False)
+    plain = small.to_standalone()
+    assert sum(isinstance(module, FactorizedModule) for module in plain.modules()) == 14
 
 
 @BASES

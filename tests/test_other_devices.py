@@ -1,0 +1,393 @@
+"""The whole way on another device than the processor: what is computed there is what the processor computes, and stays there.
+
+It is a GPU, where there is one, and else a device for tests that refuses what a GPU refuses (`support/second_device.py`).
+"""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from accelerate import dispatch_model
+from accelerate.state import AcceleratorState
+from peft import PeftModel, get_peft_model
+from support.batches import text
+from support.block_by_block import TEXT as LONG
+from support.block_by_block import WAYS
+from support.compressing import ALL, batches_of, config_of, layers
+from support.experts import LAYOUTS, fused, routing
+from support.few_bits import FEW_BITS
+from support.healing import ROWS, falls, losses
+from support.healing import small as healed_case
+from support.models import CASES, Case, byte_tokenizer, gpt_oss, llama, mixture, qwen_moe, token_inputs
+from support.second_device import NAME, other_device
+from support.standalone import IDS, NARROW
+from support.standalone import small as standalone_case
+from support.tolerances import TOLERANCE, assert_close, relative_error
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, TrainingArguments
+
+from reparam_peft import HealingTrainer, ReparamConfig, Statistics, calibrate, compress, perplexity, self_written
+from reparam_peft.layers import grouped_experts
+from reparam_peft.layers.pivot_expansion import PivotExpansion
+from reparam_peft.numerics.methods import METHODS
+
+DEVICE = other_device()
+OF_DEVICE = 2e-3  # relative deviation of what another device computes in float32: cuDNN's convolutions take TF32
+CALIBRATED = sorted(set(METHODS) - {"svd"})
+
+
+@pytest.fixture(autouse=True)
+def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Has accelerate, and with it `Trainer`, find the second device as it finds a GPU."""
+    if DEVICE == NAME:
+        monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", f"{NAME}:0")
+        AcceleratorState._reset_state(reset_partial_state=True)
+
+
+def moved(value: Any, device: str = DEVICE) -> Any:
+    """A batch, or batches, on a device."""
+    if isinstance(value, Tensor):
+        return value.to(device)
+    return {key: moved(v, device) for key, v in value.items()} if isinstance(value, dict) else [moved(v, device) for v in value]
+
+
+def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
+    with torch.no_grad():
+        result = model(**moved(inputs))
+    made = result if isinstance(result, Tensor) else result.logits
+    assert made.device.type == DEVICE
+    return made.cpu()
+
+
+def assert_all_there(model: nn.Module) -> None:
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
+    assert {tensor.device.type for tensor in tensors.values()} == {DEVICE}
+
+
+def matrices(small: PeftModel) -> dict[str, Tensor]:
+    return {name: layer.dense_matrix("default").detach().cpu().float() for name, layer in layers(small).items()}
+
+
+def assert_same_products(got: PeftModel, expected: PeftModel, tolerance: float = OF_DEVICE) -> None:
+    """The same matrices, to rounding: ranks and pivots are chosen alike."""
+    here, there = matrices(expected), matrices(got)
+    assert here.keys() == there.keys()
+    errors = {name: relative_error(there[name], matrix) for name, matrix in here.items()}
+    assert max(errors.values()) <= tolerance, errors
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot"])
+@pytest.mark.parametrize("method", CALIBRATED)
+def test_a_compressed_model_is_the_same_and_goes_all_ways(case: Case, method: str, form: str, tmp_path: Path) -> None:
+    options = {"target_modules": case.target_modules, "method": method, "form": form, "allocation": "uniform", "neurons": False}
+    if method == "autoencoder" and case.kind == "Embedding":
+        pytest.skip("an embedding reads no activations")
+    expected = compress(case.model(), config_of(**options), batches_of(case), progress=False).eval()
+    small = compress(case.model().to(DEVICE), config_of(**options), moved(batches_of(case)), progress=False).eval()
+    assert_all_there(small)
+    if method != "autoencoder":  # which draws its rows where it trains
+        assert_same_products(small, expected)
+    whole = output(small, case.inputs())
+
+    small.save_pretrained(tmp_path)
+    assert_close(output(PeftModel.from_pretrained(case.model().to(DEVICE), tmp_path).eval(), case.inputs()), whole)
+    assert_close(output(PeftModel.from_pretrained(case.model(), tmp_path).to(DEVICE).eval(), case.inputs()), whole)
+    on_cpu = PeftModel.from_pretrained(case.model(), tmp_path, torch_device="cpu").eval()
+    assert relative_error(case.output(on_cpu), whole) <= OF_DEVICE
+
+    with small.disable_adapter() if small.peft_config["default"].keep_base else torch.no_grad():
+        assert output(small, case.inputs()).isfinite().all()
+    small.merge_adapter(safe_merge=True)
+    assert relative_error(output(small, case.inputs()), whole) <= OF_DEVICE
+    small.unmerge_adapter()
+    assert_close(output(small, case.inputs()), whole)
+    assert relative_error(output(small.merge_and_unload(), case.inputs()), whole) <= OF_DEVICE
+
+
+@pytest.mark.parametrize("options", [{}, {"keep": 0.35}, {"neurons": False, "budget": "flops"}, {"rank_multiple": 8}], ids=str)
+def test_ranks_are_chosen_alike(options: dict[str, Any]) -> None:
+    expected = compress(llama(), config_of(**ALL, **options), LONG, progress=False)
+    small = compress(llama().to(DEVICE), config_of(**ALL, **options), moved(LONG), progress=False)
+    ours, theirs = (model.peft_config["default"] for model in (small, expected))
+    assert abs(ours.stored_parameters - theirs.stored_parameters) <= 0.02 * theirs.dense_parameters
+    assert ours.predicted_loss == pytest.approx(theirs.predicted_loss, rel=0.05)
+    assert relative_error(output(small, token_inputs()), CASES[0].output(expected)) < 0.2
+
+
+def test_batches_that_are_elsewhere_are_moved_and_statistics_go_to_files(tmp_path: Path) -> None:
+    config = config_of(**ALL)
+    known = calibrate(llama().to(DEVICE), config, LONG, progress=False)
+    known.save(tmp_path / "statistics")
+    again = Statistics.load(tmp_path / "statistics")
+    for place in ("cpu", DEVICE):
+        small = compress(llama().to(DEVICE), config, again, progress=False)
+        other = compress(llama().to(place), config, known, progress=False)
+        assert_same_products(small, other)
+
+
+@pytest.mark.parametrize("seen", [{"max_memory": "1MiB"}, {}], ids=str)
+def test_little_memory_gives_the_same(seen: dict[str, Any]) -> None:
+    small = compress(llama().to(DEVICE), config_of(**ALL), moved(LONG), progress=False, **seen)
+    assert_all_there(small)
+    expected = compress(llama(), config_of(**ALL), LONG, progress=False)
+    assert_same_products(small, expected, 0.02)
+
+
+def test_pivots_are_set_from_anywhere() -> None:
+    for made_on, of in itertools.product([DEVICE, "cpu", "meta"], [DEVICE, "cpu"]):
+        expansion = PivotExpansion(None, 2, 5, -1, torch.device(made_on))
+        expansion.set_pivots(torch.tensor([1, 3], device=of))
+        assert expansion.mask.device.type == expansion.order.device.type == (of if made_on == "meta" else made_on)
+        assert expansion.pivots.tolist() == [1, 3]
+
+
+@pytest.mark.parametrize("place", ["cpu", DEVICE])
+@pytest.mark.parametrize("way", WAYS)
+def test_block_by_block_on_the_device(way: str, place: str) -> None:
+    """The model is there, or one block at a time goes there."""
+    arguments = WAYS[way] | ({"device": DEVICE} if place == "cpu" else {})
+    small = compress(llama().to(place), config_of(**ALL), moved(LONG, place), progress=False, **arguments).eval()
+    expected = compress(llama(), config_of(**ALL), LONG, progress=False, **WAYS[way]).eval()
+    assert {parameter.device.type for parameter in small.parameters()} == {torch.device(place).type}
+    got, wanted = (perplexity(model, moved(LONG, str(model.device))) for model in (small, expected))
+    assert got == pytest.approx(wanted, rel=0.02)
+
+
+def test_a_model_spread_over_devices_is_compressed_where_it_is() -> None:
+    """Half of its blocks on the processor, as `device_map="auto"` puts what does not fit."""
+    if DEVICE == "cpu":
+        pytest.skip("needs two devices")
+    parts = ("model.embed_tokens", "model.layers.0", "model.rotary_emb", "model.norm", "lm_head")
+    where = {**dict.fromkeys(parts, f"{DEVICE}:0"), "model.layers.1": "cpu"}
+    model = dispatch_model(llama(), where, main_device=f"{DEVICE}:0", force_hooks=True)
+    assert {parameter.device.type for parameter in model.parameters()} == {DEVICE, "meta"}
+    try:
+        small = compress(model, config_of(**ALL), moved(LONG), progress=False)
+    except ValueError as error:
+        assert "offload" in str(error) or "meta" in str(error)  # noqa: PT017  a refusal says why
+    else:
+        assert output(small, token_inputs()).isfinite().all()
+
+
+@pytest.mark.parametrize("quantize", [None, "int8", "int4"])
+@pytest.mark.parametrize("form", ["factors", "pivot", NARROW, FEW_BITS])
+def test_standalone_models_load_generate_and_compile(form: str, quantize: str | None, tmp_path: Path) -> None:
+    if quantize and form == FEW_BITS:
+        pytest.skip("is in few bits already")
+    model = standalone_case(form, llama(hidden_size=64, intermediate_size=128)).to(DEVICE)
+    expected = output(model, {"input_ids": IDS})
+    plain = model.to_standalone(**({"quantize": quantize} if quantize else {}))
+    assert_all_there(plain)
+    own = output(plain, {"input_ids": IDS})
+    assert relative_error(own, expected) <= (0.2 if quantize else OF_DEVICE)
+    plain.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map=DEVICE)
+    assert_all_there(loaded)
+    assert relative_error(output(loaded, {"input_ids": IDS}), own) <= OF_DEVICE
+    made = loaded.generate(IDS.to(DEVICE), max_new_tokens=5, do_sample=False)
+    assert made.shape == (2, 13)
+    static = loaded.generate(IDS.to(DEVICE), max_new_tokens=5, do_sample=False, cache_implementation="static")
+    assert static.shape == (2, 13)
+    if DEVICE == NAME:  # for which PyTorch has no compiler
+        return
+    for module in loaded.model.layers:
+        module.compile()
+    assert relative_error(output(loaded, {"input_ids": IDS}), own) <= OF_DEVICE
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("form", ["factors", "pivot", NARROW, FEW_BITS])
+def test_half_precision_computes_about_the_same(form: str, dtype: torch.dtype) -> None:
+    plain = standalone_case(form).to_standalone().to(DEVICE)
+    expected = output(plain, {"input_ids": IDS})
+    half = copy.deepcopy(plain).to(dtype)
+    got = output(half, {"input_ids": IDS})
+    assert got.dtype == dtype
+    assert relative_error(got, expected) <= 2 * TOLERANCE[dtype]
+    if DEVICE == "cuda":
+        with torch.autocast(DEVICE, dtype):
+            assert relative_error(output(plain, {"input_ids": IDS}), expected) <= 2 * TOLERANCE[dtype]
+
+
+def arguments(folder: Path, **options: Any) -> TrainingArguments:
+    usual = {"max_steps": 9, "per_device_train_batch_size": 4, "learning_rate": 3e-3, "report_to": "none", "logging_steps": 1}
+    usual |= {"use_cpu": DEVICE == "cpu", "save_strategy": "no", "disable_tqdm": True}
+    if DEVICE == NAME and "bf16" in options:
+        pytest.skip("`Trainer` knows no half precision of a device that it does not know")
+    return TrainingArguments(str(folder), **{**usual, **options})
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"hidden": 0.5, "distillation": 0.5},
+        {"quantize": "int8"},
+        {"quantize": "int4"},
+        {"minutes": 0.1},
+        {"teacher_cache": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}, {"gradient_checkpointing": True}], ids=str)
+def test_healing_trains_on_the_device(options: dict[str, Any], precision: dict[str, Any], tmp_path: Path) -> None:
+    options = dict(options)
+    if options.get("teacher_cache"):
+        options["teacher_cache"] = tmp_path / "cache"
+    small = healed_case()
+    how = arguments(tmp_path, **precision, **({"max_steps": -1} if "minutes" in options else {}))
+    trainer = HealingTrainer(small, how, train_dataset=ROWS, teacher=llama(), **options)
+    trainer.train()
+    assert falls(trainer) or "hidden" in options, losses(trainer)
+    assert all(loss == loss for loss in losses(trainer))
+    assert_all_there(small)
+    small.save_pretrained(tmp_path / "healed")
+    tolerance = TOLERANCE[torch.bfloat16] if "bf16" in precision else OF_DEVICE  # accelerate leaves autocast on the model
+    loaded = PeftModel.from_pretrained(llama(), tmp_path / "healed").to(DEVICE).eval()
+    assert relative_error(output(loaded, token_inputs()), output(small.eval(), token_inputs())) <= tolerance
+
+
+def test_healing_goes_on_from_a_checkpoint_on_the_device(tmp_path: Path) -> None:
+    def healed(folder: Path, **options: Any) -> PeftModel:
+        small = healed_case()
+        how = arguments(folder, save_strategy="steps", save_steps=3, **options)
+        HealingTrainer(small, how, train_dataset=ROWS, teacher=llama()).train(
+            resume_from_checkpoint=str(folder / "checkpoint-3") if (folder / "checkpoint-3").exists() else None
+        )
+        return small.eval()
+
+    expected = healed(tmp_path)
+    again = healed(tmp_path)
+    assert_same_products(again, expected)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_experts_are_computed_together_as_one_by_one(layout: str, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grouped_experts, "DEVICES", {DEVICE})
+    experts = fused(layout)
+    config = ReparamConfig(target_modules=[], target_parameters="all-experts", keep=0.6, init_weights=False)
+
+    class Layer(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.experts = experts
+
+        def forward(self, *inputs: Tensor) -> Tensor:
+            return self.experts(*inputs)
+
+    small = get_peft_model(Layer(), config, autocast_adapter_dtype=False).to(DEVICE, dtype)
+    inputs = [tensor.to(DEVICE) if not tensor.is_floating_point() else tensor.to(DEVICE, dtype) for tensor in routing(64)]
+    found = {}
+    for way in ("eager", "grouped_mm"):
+        small.get_base_model().experts.config._experts_implementation = way
+        small.zero_grad()
+        made = small(*inputs)
+        made.float().square().sum().backward()
+        found[way] = {"": made, **{name: p.grad for name, p in small.named_parameters() if p.requires_grad}}
+    for name, expected in found["eager"].items():
+        assert relative_error(found["grouped_mm"][name], expected) <= 4 * TOLERANCE[dtype], name
+
+
+@pytest.mark.parametrize("build", [qwen_moe, gpt_oss])
+def test_mixtures_are_compressed_healed_and_saved(build: Any, tmp_path: Path) -> None:
+    config = ReparamConfig(target_modules="all-linear", target_parameters="all-experts", keep=0.5, rank_multiple=1)
+    batches = [text([24, 20, 24, 17], 24)]
+    small = compress(build().to(DEVICE), config, moved(batches), progress=False).eval()
+    whole = output(small, token_inputs())
+    for way in ("eager", "grouped_mm"):
+        small.get_base_model().set_experts_implementation(way)
+        assert relative_error(output(small, token_inputs()), whole) <= OF_DEVICE
+    plain = small.to_standalone()
+    plain.save_pretrained(tmp_path / "standalone")
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "standalone", device_map=DEVICE)
+    assert relative_error(output(loaded, token_inputs()), whole) <= OF_DEVICE
+    teacher = build()
+    if DEVICE == NAME:
+        teacher.set_experts_implementation("eager")
+    before = {name: p.detach().clone() for name, p in small.named_parameters() if p.requires_grad}
+    trainer = HealingTrainer(small, arguments(tmp_path), train_dataset=ROWS, teacher=teacher)
+    trainer.train()
+    after = dict(small.named_parameters())
+    assert all(after[name].isfinite().all() for name in before)
+    assert sum(bool((after[name] != value).any()) for name, value in before.items()) > len(before) / 2
+
+
+def test_a_mixture_of_modules_is_compressed() -> None:
+    batches = [{"x": torch.randn(40, 16, generator=torch.Generator().manual_seed(seed))} for seed in (0, 1)]
+    config = config_of(target_modules="all-linear")
+    small = compress(mixture().to(DEVICE), config, moved(batches), progress=False)
+    expected = compress(mixture(), config, batches, progress=False)(**batches[0]).detach()
+    assert relative_error(output(small, batches[0]), expected) < 0.05
+
+
+BASES = {
+    "nf4": lambda dtype: BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype),
+    "nested": lambda dtype: BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_use_double_quant=True, bnb_4bit_quant_storage=dtype, bnb_4bit_compute_dtype=dtype
+    ),
+    "int8": lambda dtype: BitsAndBytesConfig(load_in_8bit=True),
+}
+
+
+def torchao_int8(_: torch.dtype) -> TorchAoConfig:
+    from torchao.quantization import Int8WeightOnlyConfig
+
+    return TorchAoConfig(Int8WeightOnlyConfig())
+
+
+@pytest.mark.parametrize("base", [*BASES, "torchao"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_quantised_bases_are_compressed_on_the_device(base: str, dtype: torch.dtype, tmp_path: Path) -> None:
+    pytest.importorskip("torchao" if base == "torchao" else "bitsandbytes")
+    if DEVICE == NAME and base == "int8":
+        pytest.skip("bitsandbytes does not know the device")
+    llama(intermediate_size=128).save_pretrained(tmp_path / "dense")
+
+    def load() -> Any:
+        how = {**BASES, "torchao": torchao_int8}[base](dtype)
+        return AutoModelForCausalLM.from_pretrained(tmp_path / "dense", quantization_config=how, device_map=DEVICE, dtype=dtype)
+
+    # bitsandbytes rounds inputs to 8 bits, and on some processors, scales to bfloat16.
+    tolerance = max(1e-2, 2 * TOLERANCE[dtype])
+    before = output(load(), {"input_ids": IDS}).float()
+    config = ReparamConfig(target_modules="all-linear", keep=0.8, neurons=False)
+    small = compress(load(), config, [{"input_ids": IDS.to(DEVICE)}], progress=False)
+    whole = output(small, {"input_ids": IDS})
+    assert relative_error(whole.float(), before) < 0.3
+    small.save_pretrained(tmp_path / "adapter")
+    loaded = PeftModel.from_pretrained(load(), tmp_path / "adapter")
+    assert relative_error(output(loaded, {"input_ids": IDS}), whole) <= tolerance
+    plain = small.to_standalone()
+    assert relative_error(output(plain, {"input_ids": IDS}), whole) <= tolerance
+    in_bits = ReparamConfig(target_modules="all-linear", keep=0.5, budget="bytes")
+    if dtype == torch.bfloat16:
+        few = compress(load(), in_bits, [{"input_ids": IDS.to(DEVICE)}], progress=False)
+        assert output(few, {"input_ids": IDS}).isfinite().all()
+        if base == "nested":  # whose codes have no standalone form
+            return
+        few.to_standalone().save_pretrained(tmp_path / "few")
+        again = AutoModelForCausalLM.from_pretrained(tmp_path / "few", device_map=DEVICE)
+        assert relative_error(output(again, {"input_ids": IDS}), output(few, {"input_ids": IDS})) <= 2 * TOLERANCE[dtype]
+
+
+def test_a_model_writes_its_own_text_on_the_device() -> None:
+    model = llama(vocab_size=259).to(DEVICE)
+    batches = self_written(model, byte_tokenizer(), 4, 16, progress=False)
+    assert sum(len(batch["input_ids"]) for batch in batches) == 4
+    small = compress(model, config_of(**ALL), batches, progress=False)
+    assert perplexity(small, batches) > 1
+
+
+def test_models_are_loaded_onto_the_device_and_compressed_in_one_call(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="auto" if DEVICE == "cuda" else DEVICE)
+    small = compress(model, config_of(**ALL), LONG, progress=False)
+    assert_all_there(small)
+    assert_all_there(small.to_standalone())
+    assert small.generate(input_ids=IDS.to(DEVICE), max_new_tokens=4, do_sample=False).shape == (2, 12)
