@@ -13,6 +13,7 @@ os.environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", "1")
 import pytest
 import torch
 from support.models import CASES, Case
+from support.second_device import found_by_accelerate  # noqa: F401  a fixture
 
 import reparam_peft  # noqa: F401  registers the method
 

@@ -169,6 +169,7 @@ MIRRORS = sorted(
     if path.parent.name not in ("support", "benchmarks", "hosts")
 )
 SEVERAL_FILES = {
+    "cli/test_other_devices.py",
     "tuner/test_nested.py",
     "tuner/test_peft_conformance.py",
 }

@@ -13,7 +13,6 @@ from typing import Any
 import pytest
 import torch
 from accelerate import dispatch_model
-from accelerate.state import AcceleratorState
 from peft import PeftModel, get_peft_model
 from support.batches import text
 from support.block_by_block import TEXT as LONG
@@ -37,16 +36,9 @@ from reparam_peft.layers.pivot_expansion import PivotExpansion
 from reparam_peft.numerics.methods import METHODS
 
 DEVICE = other_device()
+pytestmark = pytest.mark.usefixtures("found_by_accelerate")
 OF_DEVICE = 2e-3  # relative deviation of what another device computes in float32: cuDNN's convolutions take TF32
 CALIBRATED = sorted(set(METHODS) - {"svd"})
-
-
-@pytest.fixture(autouse=True)
-def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has accelerate, and with it `Trainer`, find the second device as it finds a GPU."""
-    if DEVICE == NAME:
-        monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", f"{NAME}:0")
-        AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def moved(value: Any, device: str = DEVICE) -> Any:
@@ -85,8 +77,8 @@ def assert_same_products(got: PeftModel, expected: PeftModel, tolerance: float =
 @pytest.mark.parametrize("method", CALIBRATED)
 def test_a_compressed_model_is_the_same_and_goes_all_ways(case: Case, method: str, form: str, tmp_path: Path) -> None:
     options = {"target_modules": case.target_modules, "method": method, "form": form, "allocation": "uniform", "neurons": False}
-    if method == "autoencoder" and case.kind == "Embedding":
-        pytest.skip("an embedding reads no activations")
+    if method == "autoencoder" and (case.kind, form) != ("Linear", "factors"):
+        pytest.skip("it trains for long, and one of them shows where")
     expected = compress(case.model(), config_of(**options), batches_of(case), progress=False).eval()
     small = compress(case.model().to(DEVICE), config_of(**options), moved(batches_of(case)), progress=False).eval()
     assert_all_there(small)

@@ -16,7 +16,11 @@ NEOX = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
 PHI3 = ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
 T5 = ["q", "k", "v", "o", "wi", "wi_0", "wi_1", "wo"]
 VIT = ["q_proj", "k_proj", "v_proj", "o_proj", "fc1", "fc2"]
-DINOV2 = [*VIT, "gate_proj", "up_proj", "down_proj"]
+# Its second line has the names that it has up to transformers 5.17.
+DINOV2 = [
+    *(*VIT, "gate_proj", "up_proj", "down_proj"),
+    *("query", "key", "value", "output.dense", "weights_in", "weights_out"),
+]
 _FAMILIES: list[tuple[list[str], list[str]]] = [
     (
         LLAMA,

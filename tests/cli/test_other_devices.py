@@ -6,24 +6,21 @@ import json
 from pathlib import Path
 
 import pytest
-from accelerate.state import AcceleratorState
 from support.command_line import Run, calibrated, quick
-from support.second_device import NAME, other_device
+from support.second_device import other_device
+
+from reparam_peft.evaluation import speed
 
 DEVICE = other_device()
+pytestmark = pytest.mark.usefixtures("found_by_accelerate")
 
 
-@pytest.fixture(autouse=True)
-def accelerated(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Has accelerate, and with it `Trainer`, find the second device as it finds a GPU."""
-    if DEVICE == NAME:
-        monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", f"{NAME}:0")
-        AcceleratorState._reset_state(reset_partial_state=True)
-
-
-def test_compress_evaluate_report_heal_and_export(run: Run, models: Path, tmp_path: Path) -> None:
+def test_compress_evaluate_report_heal_and_export(
+    run: Run, models: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(speed, "flush_caches", lambda _: None)  # which takes long, and no time is looked at
     there, small = ["--device", DEVICE], tmp_path / "small"
-    ways = ["--self-written", 1, "--calibration-windows", 2, "--length", 32, "--refine"]
+    ways = ["--self-written", 1, "--calibration-windows", 2, "--length", 32, "--sequential"]
     result = run("compress", models / "llama", small, "--keep", 0.5, *ways, "--text", models / "text.txt", *there, "--json")
     assert result.code == 0, result.err
     found = json.loads(result.out)["evaluation"]["perplexity"]

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
 NAME = "second"
 
@@ -21,6 +23,18 @@ NAME = "second"
 def other_device() -> str:
     """What tests of devices compute on: the device of `REPARAM_TEST_DEVICE`, a GPU where there is one, or the second one."""
     return os.environ.get("REPARAM_TEST_DEVICE") or ("cuda" if torch.cuda.is_available() else second_device())
+
+
+@pytest.fixture
+def found_by_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Has accelerate, and with it `Trainer`, find the second device as it finds a GPU."""
+    if other_device() != NAME:
+        yield
+        return
+    monkeypatch.setenv("ACCELERATE_TORCH_DEVICE", f"{NAME}:0")
+    AcceleratorState._reset_state(reset_partial_state=True)
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @cache
@@ -41,5 +55,5 @@ def second_device() -> str:
     for name, answer in answers.items():
         setattr(module, name, lambda *_, answer=answer, **__: answer)
     torch._register_device_module(NAME, module)
-    torch.utils.generate_methods_for_privateuse1_backend(for_storage=True)
+    torch.utils.generate_methods_for_privateuse1_backend(for_module=False, for_storage=True)
     return NAME

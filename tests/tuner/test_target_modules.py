@@ -29,7 +29,14 @@ from reparam_peft.tuner.target_modules import TARGET_MODULES
 VARIANTS: dict[str, list[set[str]]] = {
     **{model_type: [{"wi"}, {"wi_0", "wi_1"}] for model_type in ("t5", "mt5", "umt5", "longt5")},
     **{model_type: [set(), {"q_attn"}] for model_type in ("gpt2", "gpt_bigcode")},
-    "dinov2": [{"fc1", "fc2"}, {"gate_proj", "up_proj", "down_proj"}],
+    "dinov2": [
+        attention | mlp
+        for attention, gated in (
+            ({"q_proj", "k_proj", "v_proj", "o_proj"}, {"gate_proj", "up_proj", "down_proj"}),
+            ({"query", "key", "value", "output.dense"}, {"weights_in", "weights_out"}),
+        )
+        for mlp in ({"fc1", "fc2"}, gated)
+    ],
 }
 # Options of the config that change the names of a block's linear layers, by model type.
 OTHER_CONFIGS = [
