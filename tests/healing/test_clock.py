@@ -9,6 +9,7 @@ import pytest
 import torch
 from support.healing import ROWS, arguments, small, trainer
 from support.models import llama
+from support.versions import is_unable
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from reparam_peft import HealingTrainer
@@ -51,7 +52,8 @@ def test_it_ends_in_time_and_the_learning_rate_follows(tmp_path: Path) -> None:
     result = made.train()
     assert result.global_step == 5  # a sixth would be late
     assert rates(made) == pytest.approx([0.0, 1.0, 0.75, 0.5, 0.25])
-    assert result.metrics["train_steps_per_second"] < 1e6
+    # Up to some version `Trainer` counts the steps that were to be taken, and not those that were.
+    assert is_unable("transformers", "5.19") or result.metrics["train_steps_per_second"] < 1e6
     again = made.train()  # from the beginning of the time
     assert again.global_step == 5
 
