@@ -7,11 +7,13 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from accelerate import dispatch_model
 from peft import PeftModel, get_peft_model
 from support.batches import text
@@ -31,9 +33,12 @@ from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, TrainingArguments
 
 from reparam_peft import HealingTrainer, ReparamConfig, Statistics, calibrate, compress, perplexity, self_written
+from reparam_peft.blockwise.anchoring import Deviation
 from reparam_peft.layers import grouped_experts
 from reparam_peft.layers.pivot_expansion import PivotExpansion
+from reparam_peft.numerics import grams
 from reparam_peft.numerics.methods import METHODS
+from reparam_peft.numerics.neurons import eliminate, refitted
 
 DEVICE = other_device()
 pytestmark = pytest.mark.usefixtures("found_by_accelerate")
@@ -56,9 +61,9 @@ def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:
     return made.cpu()
 
 
-def assert_all_there(model: nn.Module) -> None:
+def assert_all_there(model: nn.Module, place: str = DEVICE) -> None:
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
-    assert {tensor.device.type for tensor in tensors.values()} == {DEVICE}
+    assert {tensor.device.type for tensor in tensors.values()} == {torch.device(place).type}
 
 
 def matrices(small: PeftModel) -> dict[str, Tensor]:
@@ -71,6 +76,28 @@ def assert_same_products(got: PeftModel, expected: PeftModel, tolerance: float =
     assert here.keys() == there.keys()
     errors = {name: relative_error(there[name], matrix) for name, matrix in here.items()}
     assert max(errors.values()) <= tolerance, errors
+
+
+CALLS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "product": torch.matmul,
+    "sum": torch.add,
+    "list": lambda x, y: torch.cat([x, y]),
+    "layer": F.linear,
+    "convolution": lambda x, y: F.conv1d(x[None], y[:, :, None]),
+    "rows": lambda x, y: x.index_select(0, y[0].long()),
+    "in place": lambda x, y: x.mul_(y),
+}
+
+
+@pytest.mark.parametrize("call", CALLS.values(), ids=CALLS)
+def test_the_device_refuses_tensors_of_another(call: Callable[[Tensor, Tensor], Tensor]) -> None:
+    if DEVICE == "cpu":
+        pytest.skip("needs two devices")
+    x, y = torch.ones(3, 3), torch.ones(3, 3)
+    assert call(x.to(DEVICE), y.to(DEVICE)).device.type == DEVICE
+    for first, second in ((x.to(DEVICE), y), (x.clone(), y.to(DEVICE))):
+        with pytest.raises(RuntimeError, match=r"same device|type"):
+            call(first, second)
 
 
 @pytest.mark.parametrize("form", ["factors", "pivot"])
@@ -111,6 +138,40 @@ def test_ranks_are_chosen_alike(options: dict[str, Any]) -> None:
     assert relative_error(output(small, token_inputs()), CASES[0].output(expected)) < 0.2
 
 
+@pytest.mark.parametrize("size", [1, 7, 40])
+def test_sums_in_several_blocks_are_those_of_the_processor(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grams, "WIDE_BLOCK", 8)
+    X, D = (torch.randn(30, count, generator=torch.Generator().manual_seed(count)) for count in (size, 20))
+    made = []
+    for place in ("cpu", DEVICE):
+        x, deviations = X.to(place), D.to(place)
+        for sums in (None, x.sum(0, dtype=torch.float64)):
+            total = grams.packed_zeros(size, x.device)
+            grams.add_gram(total, x, sums)
+            whole = grams.unpack(total)
+            assert torch.equal(grams.pack(whole), total)
+            between = Deviation.between(20, size, x.device)
+            between.add(deviations, x)
+            made.append((whole.cpu(), between.cross.cpu()))
+    for of_processor, of_device in zip(made[:2], made[2:], strict=True):
+        for expected, got in zip(of_processor, of_device, strict=True):
+            assert relative_error(got, expected) <= TOLERANCE[torch.float32]
+
+
+@pytest.mark.parametrize("place", ["cpu", DEVICE])
+def test_neurons_go_alike_wherever_the_metrics_are(place: str) -> None:
+    generator = torch.Generator().manual_seed(0)
+    W, X, G = (torch.randn(shape, generator=generator) for shape in ((6, 20), (60, 20), (40, 6)))
+    gram, fisher = (X.mT @ X).double() / 60, (G.mT @ G).double() / 40
+    expected = eliminate(W, gram, fisher, 5, spectra_at=[12])
+    got = eliminate(W.to(DEVICE), gram.to(place), fisher.to(place), 5, spectra_at=[12])
+    assert got.order.tolist() == expected.order.tolist()
+    assert_close(got.losses.cpu(), expected.losses)
+    assert_close(got.spectra[0].cpu(), expected.spectra[0])
+    kept = expected.kept(7)
+    assert_close(refitted(W.to(DEVICE), gram.to(place), kept.to(place)).cpu(), refitted(W, gram, kept))
+
+
 def test_batches_that_are_elsewhere_are_moved_and_statistics_go_to_files(tmp_path: Path) -> None:
     config = config_of(**ALL)
     known = calibrate(llama().to(DEVICE), config, LONG, progress=False)
@@ -145,32 +206,61 @@ def test_block_by_block_on_the_device(way: str, place: str) -> None:
     arguments = WAYS[way] | ({"device": DEVICE} if place == "cpu" else {})
     small = compress(llama().to(place), config_of(**ALL), moved(LONG, place), progress=False, **arguments).eval()
     expected = compress(llama(), config_of(**ALL), LONG, progress=False, **WAYS[way]).eval()
-    assert {parameter.device.type for parameter in small.parameters()} == {torch.device(place).type}
+    assert_all_there(small, place)
     got, wanted = (perplexity(model, moved(LONG, str(model.device))) for model in (small, expected))
     assert got == pytest.approx(wanted, rel=0.02)
 
 
-def test_a_model_spread_over_devices_is_compressed_where_it_is() -> None:
-    """Half of its blocks on the processor, as `device_map="auto"` puts what does not fit."""
+def test_a_model_that_is_offloaded_to_the_processor_is_refused() -> None:
+    """Half of its blocks, as `device_map="auto"` puts there what does not fit."""
     if DEVICE == "cpu":
         pytest.skip("needs two devices")
     parts = ("model.embed_tokens", "model.layers.0", "model.rotary_emb", "model.norm", "lm_head")
     where = {**dict.fromkeys(parts, f"{DEVICE}:0"), "model.layers.1": "cpu"}
     model = dispatch_model(llama(), where, main_device=f"{DEVICE}:0", force_hooks=True)
-    assert {parameter.device.type for parameter in model.parameters()} == {DEVICE, "meta"}
+    for way in ({}, {"sequential": True}):
+        with pytest.raises(ValueError, match="Load the model without offloading"):
+            compress(model, config_of(**ALL), moved(LONG), progress=False, **way)
+
+
+RUNS: dict[str, dict[str, Any]] = {
+    "one-shot": {},
+    "without neurons": {"neurons": False},
+    "bytes": {"budget": "bytes"},
+    "corrected": {"form": "corrected", "r": 4, "allocation": "uniform", "neurons": False},
+}
+
+
+@pytest.mark.parametrize("build", [llama, qwen_moe])
+@pytest.mark.parametrize("options", RUNS.values(), ids=RUNS)
+@pytest.mark.parametrize("first", ["cpu", DEVICE])
+def test_a_run_that_goes_on_leaves_all_on_the_device(build: Any, options: dict[str, Any], first: str, tmp_path: Path) -> None:
+    config = {**ALL, **options} | ({"target_parameters": "all-experts"} if build is qwen_moe else {})
+    for place in (first, DEVICE):
+        model, batches = build().to(place), moved(LONG, place)
+        small = compress(model, config_of(**config), batches, run_folder=tmp_path, progress=False).eval()
+    assert_all_there(small)
+    assert output(small, token_inputs()).isfinite().all()
+
+
+def test_the_default_device_may_be_another() -> None:
+    expected = compress(llama(), config_of(**ALL), LONG, progress=False)
+    model = llama()
+    torch.set_default_device(DEVICE)
     try:
-        small = compress(model, config_of(**ALL), moved(LONG), progress=False)
-    except ValueError as error:
-        assert "offload" in str(error) or "meta" in str(error)  # noqa: PT017  a refusal says why
-    else:
-        assert output(small, token_inputs()).isfinite().all()
+        small = compress(model, config_of(**ALL), LONG, progress=False)
+    finally:
+        torch.set_default_device(None)
+    assert_same_products(small, expected)
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 @pytest.mark.parametrize("form", ["factors", "pivot", NARROW, FEW_BITS])
-def test_standalone_models_load_generate_and_compile(form: str, quantize: str | None, tmp_path: Path) -> None:
+def test_standalone_models_load_and_generate(form: str, quantize: str | None, tmp_path: Path) -> None:
     if quantize and form == FEW_BITS:
         pytest.skip("is in few bits already")
+    if DEVICE == NAME and quantize == "int4":
+        pytest.skip("bitsandbytes takes half a minute to compile for this device")
     model = standalone_case(form, llama(hidden_size=64, intermediate_size=128)).to(DEVICE)
     expected = output(model, {"input_ids": IDS})
     plain = model.to_standalone(**({"quantize": quantize} if quantize else {}))
@@ -185,11 +275,17 @@ def test_standalone_models_load_generate_and_compile(form: str, quantize: str | 
     assert made.shape == (2, 13)
     static = loaded.generate(IDS.to(DEVICE), max_new_tokens=5, do_sample=False, cache_implementation="static")
     assert static.shape == (2, 13)
-    if DEVICE == NAME:  # for which PyTorch has no compiler
-        return
-    for module in loaded.model.layers:
+
+
+@pytest.mark.parametrize("form", ["factors", "pivot", NARROW])
+def test_standalone_models_compile(form: str) -> None:
+    if DEVICE == NAME:
+        pytest.skip("PyTorch has no compiler for this device")
+    plain = standalone_case(form).to_standalone().to(DEVICE)
+    expected = output(plain, {"input_ids": IDS})
+    for module in plain.model.layers:
         module.compile()
-    assert relative_error(output(loaded, {"input_ids": IDS}), own) <= OF_DEVICE
+    assert relative_error(output(plain, {"input_ids": IDS}), expected) <= OF_DEVICE
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
@@ -248,12 +344,13 @@ def test_healing_goes_on_from_a_checkpoint_on_the_device(tmp_path: Path) -> None
     def healed(folder: Path, **options: Any) -> PeftModel:
         small = healed_case()
         how = arguments(folder, save_strategy="steps", save_steps=3, **options)
-        HealingTrainer(small, how, train_dataset=ROWS, teacher=llama()).train(
-            resume_from_checkpoint=str(folder / "checkpoint-3") if (folder / "checkpoint-3").exists() else None
-        )
+        HealingTrainer(small, how, train_dataset=ROWS, teacher=llama()).train(resume_from_checkpoint=checkpoint)
         return small.eval()
 
+    checkpoint = None
     expected = healed(tmp_path)
+    checkpoint = str(tmp_path / "checkpoint-3")
+    assert Path(checkpoint).exists()
     again = healed(tmp_path)
     assert_same_products(again, expected)
 
@@ -357,15 +454,27 @@ def test_quantised_bases_are_compressed_on_the_device(base: str, dtype: torch.dt
     assert relative_error(output(loaded, {"input_ids": IDS}), whole) <= tolerance
     plain = small.to_standalone()
     assert relative_error(output(plain, {"input_ids": IDS}), whole) <= tolerance
-    in_bits = ReparamConfig(target_modules="all-linear", keep=0.5, budget="bytes")
-    if dtype == torch.bfloat16:
-        few = compress(load(), in_bits, [{"input_ids": IDS.to(DEVICE)}], progress=False)
-        assert output(few, {"input_ids": IDS}).isfinite().all()
-        if base == "nested":  # whose codes have no standalone form
-            return
-        few.to_standalone().save_pretrained(tmp_path / "few")
-        again = AutoModelForCausalLM.from_pretrained(tmp_path / "few", device_map=DEVICE)
-        assert relative_error(output(again, {"input_ids": IDS}), output(few, {"input_ids": IDS})) <= 2 * TOLERANCE[dtype]
+
+
+@pytest.mark.parametrize("base", ["nf4", "nested", "torchao"])
+def test_quantised_bases_keep_codes_within_a_budget_of_bytes(base: str, tmp_path: Path) -> None:
+    pytest.importorskip("torchao" if base == "torchao" else "bitsandbytes")
+    llama(intermediate_size=128).save_pretrained(tmp_path / "dense")
+    how = {**BASES, "torchao": torchao_int8}[base](torch.bfloat16)
+    model = AutoModelForCausalLM.from_pretrained(
+        tmp_path / "dense", quantization_config=how, device_map=DEVICE, dtype=torch.bfloat16
+    )
+    config = ReparamConfig(target_modules="all-linear", keep=0.5, budget="bytes")
+    small = compress(model, config, [{"input_ids": IDS.to(DEVICE)}], progress=False)
+    whole = output(small, {"input_ids": IDS})
+    assert whole.isfinite().all()
+    if base == "nested":  # all keep codes that are stored as bfloat16, for which a standalone model has no form
+        with pytest.raises(ValueError, match="the model is a dense one"):
+            small.to_standalone()
+    else:
+        small.to_standalone().save_pretrained(tmp_path / "small")
+        loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "small", device_map=DEVICE)
+        assert relative_error(output(loaded, {"input_ids": IDS}), whole) <= 2 * TOLERANCE[torch.bfloat16]
 
 
 def test_a_model_writes_its_own_text_on_the_device() -> None:

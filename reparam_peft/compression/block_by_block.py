@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from accelerate.utils import send_to_device
 from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten
 from tqdm.auto import tqdm
@@ -26,7 +25,7 @@ from ..blockwise.blocks import Call, Replay
 from ..blockwise.refinement import Refinement, Task, refine_block
 from ..blockwise.streams import Stream
 from ..calibration.self_written import SelfWritten, written
-from ..layers.kinds import layer_kind, stored_weight
+from ..layers.kinds import layer_kind
 from ..layers.product import Product
 from ..planning.plan import Plan
 from ..runtime.batches import Batch, fitting_mask, padding_masks, split_rows
@@ -40,6 +39,7 @@ from .job import Job
 from .parts import Part
 from .run_settings import settings_of
 from .student import (
+    beside,
     changed_parameters,
     factorized_layer,
     plain_modules,
@@ -228,13 +228,13 @@ class BlockByBlock:
             if done is None and self.folder.mapped:  # the file's pages in place of memory
                 student = copy.deepcopy(original).requires_grad_(False).eval()
                 restore(student, targets, self.folder.tensors(position))
-            home = self.replay.blocks[name]  # where the model has the block, which may be computed elsewhere
+            # Where the model has the block, which may have been computed elsewhere.
+            home = self.replay.blocks[name]
             for relative, product in products_of(student).items():
-                there = stored_weight(home.get_submodule(relative)).device
-                result.products[f"{name}.{relative}"] = send_to_device(product, there)
+                result.products[f"{name}.{relative}"] = beside(home.get_submodule(relative), product)
             for relative, values in changed_parameters(original, student).items():
                 of_model = dict(home.get_submodule(relative).named_parameters())
-                result.changed[f"{name}.{relative}"] = {k: value.to(of_model[k].device) for k, value in values.items()}
+                result.changed[f"{name}.{relative}"] = {key: value.to(of_model[key].device) for key, value in values.items()}
             if self.unfinished:
                 self.compressed.put(position, student)
                 self.original.forget(position)

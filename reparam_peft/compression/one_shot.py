@@ -21,6 +21,7 @@ from .grouping import gathered_by_block
 from .job import Job
 from .passes import bytes_of_statistics, room_beside
 from .run_settings import settings_of
+from .student import beside
 from .waiting import waiting
 
 
@@ -73,7 +74,7 @@ class OneShot:
             target = targets[name]
             if target.rank is None:
                 raise ValueError(f"{name}: `run_folder` has a product of what stays dense by its plan; delete the folder.")
-            products[name] = named_product(tensors, name, target.rank, target.storage)
+            products[name] = beside(target.module, named_product(tensors, name, target.rank, target.storage))
         return products
 
     def _statistics(self, group: Sequence[str], gather: Callable[[], Statistics]) -> Statistics:

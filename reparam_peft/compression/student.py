@@ -8,6 +8,7 @@ from itertools import chain
 
 import torch
 import torch.distributed as dist
+from accelerate.utils import send_to_device
 from torch import Tensor, nn
 
 from ..layers.kinds import stored_weight
@@ -42,6 +43,12 @@ def plain_modules(block: nn.Module) -> Iterator[tuple[str, nn.Module]]:
         childless = not any(True for _ in module.children())
         if name and childless and not name.startswith(inside) and any(True for _ in module.parameters()):
             yield name, module
+
+
+def beside(module: nn.Module, product: Product) -> Product:
+    """A product on the device of the module that it is to replace."""
+    moved: Product = send_to_device(product, stored_weight(module).device)
+    return moved
 
 
 def products_of(student: nn.Module) -> dict[str, Product]:

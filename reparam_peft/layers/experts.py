@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.modules import replace_forward, restore_forward
-from .grouped_experts import computes_together, parts_of, product, with_neurons
+from .grouped_experts import computes_together, is_small, parts_of, product, with_neurons
 from .neuron_groups import NeuronGroup, Producer
 
 # Names of transformers' experts interface: what reads the hidden states, with a gate and without, and what writes them.
@@ -224,6 +224,8 @@ def _grouped(
     if not len(tokens) or not are_open or not computes_together(hidden_states, implementation):
         return None
     layers = [[_kept(experts, key)[expert] for expert in computed] for key in (reader, WRITER)]
+    if not is_small([some[0] for some in layers]):
+        return None
     readers, writers = (parts_of(some, hidden_states) for some in layers)
     if readers is None or writers is None:
         return None

@@ -26,8 +26,9 @@ from .wrapper import Wrapper
 # alone take as long as the products of few rows: slower in every case that was measured (`tests/benchmarks/expert_speed.py`).
 DEVICES = frozenset({"cuda"})
 LOOPS = (None, "eager")  # transformers' names of ways to compute that go from expert to expert
-# Bytes of an expert's matrices, on average, beyond which copies take longer than products of one expert after the other: on an
-# H200 together was 1.3 to 2.2 times as fast at 9 MiB, and 0.4 to 0.9 times at 336 (`tests/benchmarks/expert_speed.py`).
+# Bytes of an expert's parameters beyond which copies take longer than products of one expert after the other: on an H200 it was
+# 1.3 to 2.2 times as fast together at 9 MiB, and 0.5 to 0.9 times at 336 (`tests/benchmarks/expert_speed.py`). Nothing between
+# them was measured.
 LARGEST = 48 * 2**20
 ALIGNED = 16  # bytes, to a multiple of which the kernels want rows of matrices to be long
 
@@ -71,15 +72,18 @@ def parts_of(layers: Sequence[nn.Module], x: Tensor) -> list[Parts] | None:
     """What each of some layers multiplies rows like x by.
 
     None where one must be called itself: it has hooks, is of a class that is not known here, holds numbers in few bits, has
-    several adapters active, or is of another dtype or device than the others; or where all are so large that each is better
-    multiplied by itself.
+    several adapters active, or is of another dtype or device than the others.
     """
     parts = [_parts(layer, None) for layer in layers]
     found = [part for part in parts if part is not None]
     tensors = [tensor for part in found for tensor in part if tensor is not None]
     is_alike = all(tensor.device == x.device and tensor.dtype == tensors[0].dtype for tensor in tensors)
-    is_small = sum(tensor.nbytes for tensor in tensors) <= LARGEST * len(layers)
-    return found if len(found) == len(parts) and is_alike and is_small else None
+    return found if len(found) == len(parts) and is_alike else None
+
+
+def is_small(layers: Sequence[nn.Module]) -> bool:
+    """Whether the layers of one expert, which stands for the others of its parameter, are small enough to be copied."""
+    return sum(parameter.nbytes for layer in layers for parameter in layer.parameters()) <= LARGEST
 
 
 def _parts(layer: nn.Module, bias: Tensor | None) -> Parts | None:

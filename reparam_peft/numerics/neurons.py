@@ -99,12 +99,13 @@ def eliminate(
         raise ValueError(f"`spectra_at` must be in [{least}, {neurons}], got {list(spectra_at)}.")
     W = exact(weight)
     T = Metric(exact(fisher).to(W.device))  # which may have come from a file
-    C, scale = _with_variance(exact(gram).to(W.device))
+    gram = exact(gram).to(W.device)
+    C, scale = _with_variance(gram)
     V = T.whiten(W).mT.contiguous()  # W'ᵀ T
     cross = C @ V  # C Wᵀ T, of which W' C_SS W'ᵀ is made without C, whose memory the inverse takes
     H = _inverse_in_place(C)
     if H is None:
-        H = torch.linalg.inv(_with_variance(exact(gram).to(W.device))[0]).contiguous()
+        H = torch.linalg.inv(_with_variance(gram)[0]).contiguous()
     del C
     stays = torch.arange(neurons, device=H.device)  # which neurons the rows and columns belong to
     is_left = torch.ones(neurons, dtype=torch.bool, device=H.device)
@@ -208,7 +209,7 @@ def _cheapest(K: Tensor, H: Tensor, count: int) -> tuple[Tensor, Tensor]:
     norms, variances = K.diagonal().clone(), H.diagonal().clone()
     R, W, pivots = H.new_empty(count, len(H)), H.new_empty(count, len(H)), H.new_empty(count)
     chosen, costs = [], []
-    is_gone = torch.zeros(len(H), dtype=torch.bool)
+    is_gone = torch.zeros(len(H), dtype=torch.bool, device=H.device)
     for step in range(count):
         cost, index = (norms / variances).masked_fill(is_gone, torch.inf).min(0)
         r, w = R[:step, index], W[:step, index]

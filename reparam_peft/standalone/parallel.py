@@ -60,9 +60,8 @@ def _distributing(original: Callable[..., Any]) -> Callable[..., Any]:
         if mesh_manager is not None:
             for plan_name, size_name in (("tp_plan", "tp_size"), ("ep_plan", "ep_size")):
                 given = getattr(distributed_config, plan_name, None)
-                rules = (
-                    {**(getattr(model, plan_name, None) or {} if given else {}), **given} if isinstance(given, dict) else None
-                )
+                of_model = (getattr(model, plan_name, None) or {}) if given else {}  # not every version has both
+                rules = {**of_model, **given} if isinstance(given, dict) else None
                 check_unsplit(model, getattr(distributed_config, size_name, None), rules, plan_name)
         return original(cls, model, distributed_config, mesh_manager, *more, **named)
 

@@ -1,7 +1,7 @@
 """Time of a layer of experts, factorised, beside the dense module of transformers.
 
-    python tests/benchmarks/expert_speed.py [--shapes 128x768x2048x8 8x14336x4096x2] [--tokens 512 1] [--keep 0.5] [--rounds 7]
-        [--device cpu] [--dtype float32]
+    python tests/benchmarks/expert_speed.py [--shapes 128x768x2048x8 8x14336x4096x2] [--tokens 512 1] [--keep 0.5]
+        [--multiple 1] [--rounds 7] [--device cpu] [--dtype float32]
 
 A shape is experts x neurons x hidden size x experts of each token. Weights are random, factors of plain form at one share of
 each matrix. The dense module computes in transformers' `eager` and `grouped_mm` ways; the factorised one by its loop over
@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -48,6 +49,7 @@ def main() -> None:
     parser.add_argument("--shapes", nargs="+", default=["128x768x2048x8", "8x14336x4096x2"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1])
     parser.add_argument("--keep", type=float, default=0.5)
+    parser.add_argument("--multiple", type=int, default=1, help="of ranks, rounded down")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
@@ -57,6 +59,7 @@ def main() -> None:
 def print_table(options: argparse.Namespace) -> None:
     """Print the ratios of all shapes."""
     grouped_experts.DEVICES = grouped_experts.DEVICES | {torch.device(options.device).type}
+    grouped_experts.LARGEST = math.inf
     print(f"{torch.get_num_threads()} threads, keep {options.keep:g}, {options.dtype}, {options.device}\n")
     ratios_of = [(way, by) for by in FACTORISED for way in WAYS]
     heads = " | ".join(f"{by} against {way}" for way, by in ratios_of)
@@ -69,7 +72,7 @@ def print_table(options: argparse.Namespace) -> None:
         for parameter in dense.parameters():
             nn.init.normal_(parameter, std=0.02)
         dense = dense.to(options.device, getattr(torch, options.dtype))
-        small = get_peft_model(copy.deepcopy(dense), _config(options.keep, dense.experts), autocast_adapter_dtype=False).eval()
+        small = get_peft_model(copy.deepcopy(dense), _config(options, dense.experts), autocast_adapter_dtype=False).eval()
         factors = sum(p.nbytes for name, p in small.named_parameters() if "reparam_factors" in name)
         for tokens in options.tokens:
             inputs = tuple(tensor.to(dense.experts.down_proj.device) for tensor in _inputs(tokens, hidden, experts, active))
@@ -81,13 +84,13 @@ def print_table(options: argparse.Namespace) -> None:
             print(f"| {shape} | {tokens} | {' | '.join(ratios)} | {reached * factors / 2**20:.0f} MiB |", flush=True)
 
 
-def _config(keep: float, experts: MixtralExperts) -> ReparamConfig:
-    """Of one rank for each parameter, a multiple of 64 where it is large: others are slow on a GPU."""
+def _config(options: argparse.Namespace, experts: MixtralExperts) -> ReparamConfig:
+    """Of one rank for each parameter."""
     ranks = {}
     for name, parameter in experts.named_parameters():
         rows, columns = parameter.shape[1:]
-        rank = int(keep * rows * columns / (rows + columns))
-        ranks[f".*{name}.*"] = rank // 64 * 64 if rank >= 128 else rank
+        rank = int(options.keep * rows * columns / (rows + columns))
+        ranks[f".*{name}.*"] = rank // options.multiple * options.multiple
     return ReparamConfig(target_modules=[], target_parameters="all-experts", r=1, rank_pattern=ranks, init_weights=False)
 
 

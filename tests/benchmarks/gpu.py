@@ -98,7 +98,7 @@ def whole_models(options: argparse.Namespace, **own: Any) -> argparse.Namespace:
 def experts(options: argparse.Namespace) -> None:
     """Layers of experts."""
     shapes = ["128x768x2048x8", "8x14336x4096x2"] if options.device == "cuda" else ["8x48x64x2"]
-    work = {"tokens": [4096, 512, 1], "keep": 0.5, "rounds": options.repeats, "dtype": "bfloat16"}
+    work = {"tokens": [4096, 512, 1], "keep": 0.5, "multiple": 8, "rounds": options.repeats, "dtype": "bfloat16"}
     print_experts(argparse.Namespace(shapes=shapes, device=options.device, **work))
 
 

@@ -76,7 +76,10 @@ def main() -> None:
     parser.add_argument("--compile", nargs="?", const="default", metavar="MODE")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--graphs", action="store_true")
-    print_tables(parser.parse_args())
+    options = parser.parse_args()
+    if options.graphs and options.device == "cpu":
+        parser.error("--graphs needs a GPU")
+    print_tables(options)
 
 
 def print_tables(options: argparse.Namespace) -> None:
@@ -225,9 +228,8 @@ def recorded(step: Step) -> Step:
     with torch.cuda.graph(graph):
         step()
 
-    def play() -> Step:
+    def play(reads_tensors_of: Step = step) -> None:
         graph.replay()
-        return step  # whose tensors the graph reads
 
     return play
 

@@ -115,8 +115,13 @@ def test_large_experts_are_left_to_the_loop(products: list[int], monkeypatch: py
         together = experts(*routing())
         assert products
         products.clear()
-        matrices = [parameter.nbytes for parameter in experts.parameters()]
-        monkeypatch.setattr(grouped_experts, "LARGEST", sum(matrices) / EXPERTS / 4)
+        layers = [experts.get_submodule(f"{key}.0") for key in ("gate_up_proj", "down_proj")]
+        size = sum(parameter.nbytes for layer in layers for parameter in layer.parameters())
+        monkeypatch.setattr(grouped_experts, "LARGEST", size)
+        experts(*routing())
+        assert products
+        products.clear()
+        monkeypatch.setattr(grouped_experts, "LARGEST", size - 1)
         assert_close(experts(*routing()), together)
     assert not products
 

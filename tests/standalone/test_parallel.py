@@ -40,6 +40,19 @@ def test_experts_are_not_split_either() -> None:
         getattr(PreTrainedModel, DISTRIBUTE)(plain, config, WHOLE)
 
 
+def test_a_model_may_have_no_plan_for_experts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As in transformers 5.17."""
+    if not hasattr(PreTrainedModel, DISTRIBUTE):
+        pytest.skip("this version of transformers splits models elsewhere")
+    for owner in PreTrainedModel.__mro__:
+        if "ep_plan" in vars(owner):
+            monkeypatch.delattr(owner, "ep_plan")
+    plain = small("factors").to_standalone()
+    config = SimpleNamespace(tp_plan=None, tp_size=1, ep_plan={"model.layers.*.mlp": "ep_dispatch_experts"}, ep_size=2)
+    with pytest.raises(ValueError, match="`ep_plan` would split them among 2 processes"):
+        getattr(PreTrainedModel, DISTRIBUTE)(plain, config, WHOLE)
+
+
 def test_models_that_no_rule_is_for_are_left_alone() -> None:
     plain = small("factors").to_standalone()
     check_unsplit(plain, 1)

@@ -12,6 +12,8 @@
 #include <torch/extension.h>
 #include <torch/library.h>
 
+#include <cstring>
+
 namespace {
 
 constexpr auto KIND = c10::DeviceType::PrivateUse1;
@@ -71,23 +73,27 @@ at::Tensor here(const at::Tensor& tensor) {
   return all.as_strided(tensor.sizes(), tensor.strides(), tensor.storage_offset());
 }
 
-at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<c10::Layout>, std::optional<c10::Device>,
-                 std::optional<bool>, std::optional<c10::MemoryFormat> format) {
-  return at::detail::empty_generic(size, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(dtype), format);
+const c10::DispatchKeySet KEYS(c10::DispatchKey::PrivateUse1);
+
+at::Tensor empty(c10::IntArrayRef size, std::optional<at::ScalarType> dtype, std::optional<c10::Layout>,
+                 std::optional<c10::Device>, std::optional<bool>, std::optional<c10::MemoryFormat> format) {
+  return at::detail::empty_generic(size, &memory, KEYS, c10::dtype_or_default(dtype), format);
 }
-at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype, std::optional<c10::Layout>,
-                         std::optional<c10::Device>, std::optional<bool>) {
-  return at::detail::empty_strided_generic(size, stride, &memory, c10::DispatchKeySet(c10::DispatchKey::PrivateUse1), c10::dtype_or_default(dtype));
+at::Tensor empty_strided(c10::IntArrayRef size, c10::IntArrayRef stride, std::optional<at::ScalarType> dtype,
+                         std::optional<c10::Layout>, std::optional<c10::Device>, std::optional<bool>) {
+  return at::detail::empty_strided_generic(size, stride, &memory, KEYS, c10::dtype_or_default(dtype));
 }
 at::Tensor copy_from(const at::Tensor& self, const at::Tensor& to, bool) { here(to).copy_(here(self)); return to; }
 at::Tensor copy_from_and_resize(const at::Tensor& self, const at::Tensor& to) {
   if (to.sizes() != self.sizes()) const_cast<at::Tensor&>(to).resize_(self.sizes());
   here(to).copy_(here(self)); return to;
 }
-at::Tensor as_strided(const at::Tensor& self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride, std::optional<c10::SymInt> offset) {
+at::Tensor as_strided(const at::Tensor& self, c10::SymIntArrayRef size, c10::SymIntArrayRef stride,
+                      std::optional<c10::SymInt> offset) {
   return at::cpu::as_strided_symint(self, size, stride, offset);
 }
-at::Tensor& set_source(at::Tensor& self, c10::Storage source, c10::SymInt offset, c10::SymIntArrayRef size, c10::SymIntArrayRef stride) {
+at::Tensor& set_source(at::Tensor& self, c10::Storage source, c10::SymInt offset, c10::SymIntArrayRef size,
+                       c10::SymIntArrayRef stride) {
   return at::cpu::set__symint(self, source, offset, size, stride);
 }
 at::Tensor& set_whole(at::Tensor& self, at::Storage source) {
@@ -109,37 +115,59 @@ const at::Tensor& resize(const at::Tensor& self, c10::SymIntArrayRef size, std::
   return self;
 }
 
-at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias, c10::IntArrayRef stride,
-                       c10::IntArrayRef padding, c10::IntArrayRef dilation, bool transposed, c10::IntArrayRef extra, int64_t groups) {
-  auto own = bias ? std::optional<at::Tensor>(here(*bias)) : std::nullopt;
-  return at::convolution(here(x), here(weight), own, stride, padding, dilation, transposed, extra, groups).to(x.device());
+// Refuses tensors of two devices. Numbers of no dimension may be the processor's, as they may on a GPU.
+class Places {
+ public:
+  void look(const at::Tensor& tensor) {
+    if (tensor.defined() && tensor.dim() > 0) (tensor.device().type() == KIND ? is_there_ : is_here_) = true;
+  }
+  void check(const std::string& name) const {
+    TORCH_CHECK(!(is_here_ && is_there_), "Expected all tensors to be on the same device, but found at least two devices, ",
+                "second:0 and cpu! (", name, ")");
+  }
+
+ private:
+  bool is_here_ = false, is_there_ = false;
+};
+
+at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
+                       c10::IntArrayRef stride, c10::IntArrayRef padding, c10::IntArrayRef dilation, bool transposed,
+                       c10::IntArrayRef extra, int64_t groups) {
+  Places places;
+  places.look(x);
+  places.look(weight);
+  if (bias) places.look(*bias);
+  places.check("aten::convolution");
+  auto bias_here = bias ? std::optional<at::Tensor>(here(*bias)) : std::nullopt;
+  auto y = at::convolution(here(x), here(weight), bias_here, stride, padding, dilation, transposed, extra, groups);
+  return y.to(x.device());
 }
 std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
     const at::Tensor& above, const at::Tensor& x, const at::Tensor& weight, c10::IntArrayRef stride, c10::IntArrayRef padding,
     c10::IntArrayRef dilation, bool transposed, c10::IntArrayRef extra, int64_t groups, std::array<bool, 3> wanted) {
-  auto made = at::convolution_backward(here(above), here(x), here(weight), at::OptionalIntArrayRef({weight.size(transposed ? 1 : 0)}),
-                                       stride, padding, dilation, transposed, extra, groups, wanted);
+  at::OptionalIntArrayRef bias({weight.size(transposed ? 1 : 0)});
+  auto gradients = at::convolution_backward(here(above), here(x), here(weight), bias, stride, padding, dilation, transposed,
+                                            extra, groups, wanted);
   auto there = [&](const at::Tensor& tensor) { return tensor.defined() ? tensor.to(x.device()) : tensor; };
-  return {there(std::get<0>(made)), there(std::get<1>(made)), there(std::get<2>(made))};
+  return {there(std::get<0>(gradients)), there(std::get<1>(gradients)), there(std::get<2>(gradients))};
 }
 
-// What an operator may be given of the processor's: numbers of no dimension, and indices of elements.
+// All other operators are the processor's. Indices of elements may be the processor's, as they may on a GPU.
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
-  auto name = op.schema().name();
-  bool takes_indices = name == "aten::index" || name == "aten::index_put" || name == "aten::index_put_" || name == "aten::_index_put_impl_";
-  const auto count = op.schema().arguments().size();
-  bool is_here = false, is_there = false;
-  auto look = [&](const at::Tensor& tensor) {
-    if (!tensor.defined() || tensor.dim() == 0) return;
-    (tensor.device().type() == KIND ? is_there : is_here) = true;
-  };
-  for (const auto& value : torch::jit::last(stack, count)) {
-    if (value.isTensor()) look(value.toTensor());
-    else if (value.isTensorList() && !takes_indices) for (const at::Tensor& tensor : value.toTensorVector()) look(tensor);
-    else if (value.isOptionalTensorList() && !takes_indices) for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector()) if (tensor) look(*tensor);
+  const auto& name = op.schema().name();
+  const bool takes_indices = name.rfind("aten::index", 0) == 0 && name.rfind("aten::index_", 0) != 0;
+  const bool puts = name.rfind("aten::index_put", 0) == 0 || name == "aten::_index_put_impl_";
+  Places places;
+  for (const auto& value : torch::jit::last(stack, op.schema().arguments().size())) {
+    if (value.isTensor()) places.look(value.toTensor());
+    if (takes_indices || puts) continue;
+    if (value.isTensorList()) {
+      for (const at::Tensor& tensor : value.toTensorVector()) places.look(tensor);
+    } else if (value.isOptionalTensorList()) {
+      for (const std::optional<at::Tensor>& tensor : value.toOptionalTensorVector()) if (tensor) places.look(*tensor);
+    }
   }
-  TORCH_CHECK(!(is_here && is_there), "Expected all tensors to be on the same device, but found at least two devices, ",
-              "second:0 and cpu! (", name, ")");
+  places.check(name);
   at::native::cpu_fallback(op, stack);
 }
 

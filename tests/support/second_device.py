@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import sys
 from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
@@ -40,11 +41,13 @@ def found_by_accelerate(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
 @cache
 def second_device() -> str:
     """The name of the device, which is compiled at the first call in an environment; skips the tests where nothing compiles."""
-    if shutil.which("c++") is None or shutil.which("ninja") is None:
-        pytest.skip("needs a C++ compiler and ninja", allow_module_level=True)
-    from torch.utils.cpp_extension import load
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", str(Path(sys.executable).parent), prepend=os.pathsep)  # of an environment that is not activated
+        if shutil.which("c++") is None or shutil.which("ninja") is None:
+            pytest.skip("needs a C++ compiler and ninja", allow_module_level=True)
+        from torch.utils.cpp_extension import load
 
-    backend = load("reparam_second_device", [Path(__file__).with_suffix(".cpp")], extra_cflags=["-O1"])
+        backend = load("reparam_second_device", [Path(__file__).with_suffix(".cpp")], extra_cflags=["-O1"])
     torch.utils.rename_privateuse1_backend(NAME)
     backend.start()
     module = ModuleType(f"torch.{NAME}")
