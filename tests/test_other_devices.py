@@ -24,15 +24,16 @@ from support.experts import LAYOUTS, fused, routing
 from support.few_bits import FEW_BITS
 from support.healing import ROWS, falls, losses
 from support.healing import small as healed_case
-from support.models import CASES, Case, byte_tokenizer, gpt_oss, llama, mixture, qwen_moe, token_inputs
+from support.models import CASES, Case, bert, byte_tokenizer, gpt_oss, llama, mixture, qwen_moe, token_inputs
 from support.second_device import NAME, other_device
 from support.standalone import IDS, NARROW
 from support.standalone import small as standalone_case
 from support.tolerances import TOLERANCE, assert_close, relative_error
+from support.versions import is_unable
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig, TrainingArguments
 
-from reparam_peft import HealingTrainer, ReparamConfig, Statistics, calibrate, compress, perplexity, self_written
+from reparam_peft import HealingTrainer, ReparamConfig, Statistics, calibrate, compress, perplexity, save_onnx, self_written
 from reparam_peft.blockwise.anchoring import Deviation
 from reparam_peft.layers import grouped_experts
 from reparam_peft.layers.pivot_expansion import PivotExpansion
@@ -483,6 +484,16 @@ def test_a_model_writes_its_own_text_on_the_device() -> None:
     assert sum(len(batch["input_ids"]) for batch in batches) == 4
     small = compress(model, config_of(**ALL), batches, progress=False)
     assert perplexity(small, batches) > 1
+
+
+def test_onnx_files_are_written_of_models_on_the_device(tmp_path: Path) -> None:
+    pytest.importorskip("onnxruntime")
+    if is_unable("torch", "2.10") or is_unable("transformers", "5.22"):
+        pytest.skip("they are too old for ONNX files")
+    plain = standalone_case("pivot", bert()).to_standalone().to(DEVICE)
+    save_onnx(plain, tmp_path)
+    assert (tmp_path / "model.onnx").exists()
+    assert_all_there(plain)
 
 
 def test_models_are_loaded_onto_the_device_and_compressed_in_one_call(tmp_path: Path) -> None:

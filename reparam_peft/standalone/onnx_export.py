@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
+from ..runtime.modules import input_device
 from .checkpoint import CheckpointConfig, check_closed, with_layers_in_config
 
 LARGEST_DIFFERENCE = 1e-3  # of outputs, relative to the largest of them; float32 gives about 1e-6
@@ -26,7 +27,8 @@ def save_onnx(model: PreTrainedModel, folder: str | Path) -> None:
     `transformers.exporters.ExportedModel.from_pretrained` reads them.
 
     Args:
-        model: what `to_standalone()` returns, of text or images; in float32 or float16.
+        model: what `to_standalone()` returns, of text or images; in float32 or float16. One that is not on the processor is
+            copied there.
         folder: where to write.
 
     Raises:
@@ -53,6 +55,8 @@ def save_onnx(model: PreTrainedModel, folder: str | Path) -> None:
             f"ONNX files need transformers 5.23, PyTorch 2.11 and the extra `onnx` ({error}): pip install --upgrade "
             "'transformers>=5.23' 'torch>=2.11' 'reparam_peft[onnx]'."
         ) from error
+    if input_device(model).type != "cpu":
+        model = copy.deepcopy(model).to("cpu")  # where the inputs are, and ONNX Runtime computes
     plain = with_layers_in_config(model, described) if isinstance(described, CheckpointConfig) else model
     with redirect_stdout(sys.stderr):  # PyTorch prints what it does
         if plain.can_generate():
