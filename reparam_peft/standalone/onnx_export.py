@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves
 from transformers import PreTrainedModel
 
@@ -56,7 +56,7 @@ def save_onnx(model: PreTrainedModel, folder: str | Path) -> None:
             "'transformers>=5.23' 'torch>=2.11' 'reparam_peft[onnx]'."
         ) from error
     if input_device(model).type != "cpu":
-        model = copy.deepcopy(model).to("cpu")  # where the inputs are, and ONNX Runtime computes
+        model = nn.Module.to(copy.deepcopy(model), "cpu")  # where the inputs are, and ONNX Runtime computes
     plain = with_layers_in_config(model, described) if isinstance(described, CheckpointConfig) else model
     with redirect_stdout(sys.stderr):  # PyTorch prints what it does
         if plain.can_generate():
