@@ -45,6 +45,11 @@ class Layer(nn.Module):
 
 def main() -> None:
     """Print the table."""
+    print_table(parser_of_options().parse_args())
+
+
+def parser_of_options() -> argparse.ArgumentParser:
+    """What the script is told."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", nargs="+", default=["128x768x2048x8", "8x14336x4096x2"])
     parser.add_argument("--tokens", nargs="+", type=int, default=[512, 1])
@@ -53,7 +58,7 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--dtype", default="float32")
-    print_table(parser.parse_args())
+    return parser
 
 
 def print_table(options: argparse.Namespace) -> None:

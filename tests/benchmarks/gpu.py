@@ -36,8 +36,10 @@ import torch.distributed as dist
 from accelerate import dispatch_model, infer_auto_device_map
 from accelerate.utils import get_balanced_memory
 from calibration import read, time_passes
+from expert_speed import parser_of_options as parser_of_experts
 from expert_speed import print_table as print_experts
-from models_speed import SHAPES, print_tables
+from models_speed import parser_of_options as parser_of_models
+from models_speed import print_tables
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
@@ -75,31 +77,31 @@ def main() -> None:
 
 def speed(options: argparse.Namespace) -> None:
     """Whole models beside the dense one."""
-    for is_recorded in (False, True) if options.device == "cuda" else (False,):
-        print(f"CUDA graphs: {'yes' if is_recorded else 'no'}", flush=True)
-        print_tables(whole_models(options, graphs=is_recorded))
+    for graphs in ([], ["--graphs"]) if options.device == "cuda" else ([],):
+        print(f"CUDA graphs: {'yes' if graphs else 'no'}", flush=True)
+        layers = ["--layers", str(options.layers)] if options.layers else []
+        print_whole_models(options, "--dtypes", "bfloat16", "float16", *layers, *graphs)
 
 
 def compiled(options: argparse.Namespace) -> None:
     """The same of small models that are compiled: each block of each is, for each kind of work."""
     for mode in ("reduce-overhead", "default"):
         print(f"mode: {mode}", flush=True)
-        print_tables(whole_models(options, layers=2, dtypes=["bfloat16"], compile=mode))
+        print_whole_models(options, "--dtypes", "bfloat16", "--layers", "2", "--compile", mode)
 
 
-def whole_models(options: argparse.Namespace, **own: Any) -> argparse.Namespace:
-    """What `models_speed.py` is told, with arguments of its own in place of the usual ones."""
-    models = {"shapes": list(SHAPES), "layers": options.layers, "forms": ["factors", "pivot", "neurons"], "keep": 0.6}
-    models |= {"dtypes": ["bfloat16", "float16"], "threads": [torch.get_num_threads()], "multiple": 64, "adapter": False}
-    work = {"prompt": 512, "batches": [1, 8], "repeats": options.repeats, "device": options.device}
-    return argparse.Namespace(**{**models, **work, "compile": None, "graphs": False, **own})
+def print_whole_models(options: argparse.Namespace, *arguments: str) -> None:
+    """The table of `models_speed.py`."""
+    models = ["--forms", "factors", "pivot", "neurons", "--multiple", "64", "--threads", str(torch.get_num_threads())]
+    work = ["--prompt", "512", "--repeats", str(options.repeats), "--device", options.device]
+    print_tables(parser_of_models().parse_args([*models, *work, *arguments]))
 
 
 def experts(options: argparse.Namespace) -> None:
     """Layers of experts."""
-    shapes = ["128x768x2048x8", "8x14336x4096x2"] if options.device == "cuda" else ["8x48x64x2"]
-    work = {"tokens": [4096, 512, 1], "keep": 0.5, "multiple": 8, "rounds": options.repeats, "dtype": "bfloat16"}
-    print_experts(argparse.Namespace(shapes=shapes, device=options.device, **work))
+    arguments = ["--tokens", "4096", "512", "1", "--multiple", "8", "--rounds", str(options.repeats), "--dtype", "bfloat16"]
+    shapes = [] if options.device == "cuda" else ["--shapes", "8x48x64x2"]
+    print_experts(parser_of_experts().parse_args([*arguments, *shapes, "--device", options.device]))
 
 
 def calibration(options: argparse.Namespace) -> None:

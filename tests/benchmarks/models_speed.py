@@ -25,6 +25,7 @@ import copy
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -61,6 +62,15 @@ Step = Callable[[], object]
 
 def main() -> None:
     """Print a table for each number of threads."""
+    parser = parser_of_options()
+    options = parser.parse_args()
+    if options.graphs and options.device == "cpu":
+        parser.error("--graphs needs a GPU")
+    print_tables(options)
+
+
+def parser_of_options() -> argparse.ArgumentParser:
+    """What the script is told."""
     parser = argparse.ArgumentParser()
     parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
     parser.add_argument("--layers", type=int, help="of each model, in place of 30 and 6")
@@ -76,10 +86,7 @@ def main() -> None:
     parser.add_argument("--compile", nargs="?", const="default", metavar="MODE")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--graphs", action="store_true")
-    options = parser.parse_args()
-    if options.graphs and options.device == "cpu":
-        parser.error("--graphs needs a GPU")
-    print_tables(options)
+    return parser
 
 
 def print_tables(options: argparse.Namespace) -> None:
@@ -228,10 +235,12 @@ def recorded(step: Step) -> Step:
     with torch.cuda.graph(graph):
         step()
 
-    def play(reads_tensors_of: Step = step) -> None:
-        graph.replay()
+    return partial(play, graph, step)
 
-    return play
+
+def play(graph: torch.cuda.CUDAGraph, step: Step) -> None:
+    """Play back a graph, which reads and writes the tensors of the step that it was recorded of."""
+    graph.replay()
 
 
 def timed(
