@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from accelerate import dispatch_model
+from accelerate.utils import send_to_device
 from peft import PeftModel, get_peft_model
 from support.batches import text
 from support.block_by_block import TEXT as LONG
@@ -47,11 +48,9 @@ OF_DEVICE = 2e-3  # relative deviation of what another device computes in float3
 CALIBRATED = sorted(set(METHODS) - {"svd"})
 
 
-def moved(value: Any, device: str = DEVICE) -> Any:
+def moved(batches: Any, device: str = DEVICE) -> Any:
     """A batch, or batches, on a device."""
-    if isinstance(value, Tensor):
-        return value.to(device)
-    return {key: moved(v, device) for key, v in value.items()} if isinstance(value, dict) else [moved(v, device) for v in value]
+    return send_to_device(batches, device)
 
 
 def output(model: nn.Module, inputs: dict[str, Tensor]) -> Tensor:

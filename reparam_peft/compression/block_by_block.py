@@ -233,8 +233,8 @@ class BlockByBlock:
             for relative, product in products_of(student).items():
                 result.products[f"{name}.{relative}"] = beside(home.get_submodule(relative), product)
             for relative, values in changed_parameters(original, student).items():
-                of_model = dict(home.get_submodule(relative).named_parameters())
-                result.changed[f"{name}.{relative}"] = {key: value.to(of_model[key].device) for key, value in values.items()}
+                places = {key: home.get_parameter(f"{relative}.{key}").device for key in values}
+                result.changed[f"{name}.{relative}"] = {key: value.to(places[key]) for key, value in values.items()}
             if self.unfinished:
                 self.compressed.put(position, student)
                 self.original.forget(position)

@@ -86,9 +86,7 @@ def restore(student: nn.Module, targets: Mapping[str, Target], state: Mapping[st
     for name, target in targets.items():
         if target.rank is not None:
             module = student.get_submodule(name)
-            device = stored_weight(module).device
-            tensors = {key: tensor.to(device) for key, tensor in state.items() if key.startswith(f"product/{name}/")}
-            product = named_product(tensors, f"product/{name}", target.rank, target.storage)
+            product = beside(module, named_product(state, f"product/{name}", target.rank, target.storage))
             set_module(student, name, factorized_layer(target, product, module))
     for key, value in state.items():
         part, _, place = key.partition("/")

@@ -223,9 +223,9 @@ def _grouped(
     are_open = is_open(experts, reader) and is_open(experts, WRITER)
     if not len(tokens) or not are_open or not computes_together(hidden_states, implementation):
         return None
-    layers = [[_kept(experts, key)[expert] for expert in computed] for key in (reader, WRITER)]
-    if not is_small([some[0] for some in layers]):
+    if not is_small([_kept(experts, key)[computed[0]] for key in (reader, WRITER)]):
         return None
+    layers = [[_kept(experts, key)[expert] for expert in computed] for key in (reader, WRITER)]
     readers, writers = (parts_of(some, hidden_states) for some in layers)
     if readers is None or writers is None:
         return None

@@ -155,12 +155,12 @@ std::tuple<at::Tensor, at::Tensor, at::Tensor> convolution_backward(
 // All other operators are the processor's. Indices of elements may be the processor's, as they may on a GPU.
 void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
   const auto& name = op.schema().name();
-  const bool takes_indices = name.rfind("aten::index", 0) == 0 && name.rfind("aten::index_", 0) != 0;
-  const bool puts = name.rfind("aten::index_put", 0) == 0 || name == "aten::_index_put_impl_";
+  const bool takes_indices =
+      name == "aten::index" || name == "aten::index_put" || name == "aten::index_put_" || name == "aten::_index_put_impl_";
   Places places;
   for (const auto& value : torch::jit::last(stack, op.schema().arguments().size())) {
     if (value.isTensor()) places.look(value.toTensor());
-    if (takes_indices || puts) continue;
+    if (takes_indices) continue;
     if (value.isTensorList()) {
       for (const at::Tensor& tensor : value.toTensorVector()) places.look(tensor);
     } else if (value.isOptionalTensorList()) {
