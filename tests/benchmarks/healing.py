@@ -1,11 +1,12 @@
 """One-shot, sequential, refined, healed: perplexity and excess loss at the same stored parameters, on two kinds of text.
 
     python tests/benchmarks/healing.py MODEL CALIBRATION TEST [--keep 0.6] [--rows one-shot sequential refined healed]
-        [--statistics FILE] [--run-folder FOLDER] [--minutes 30]
+        [--written 24] [--statistics FILE] [--run-folder FOLDER] [--minutes 30] [--healing-length 256]
 
 MODEL is a folder that `from_pretrained` opens, or `demo`; CALIBRATION and TEST are text files. Statistics take the first 48
-windows of 512 tokens of CALIBRATION; sequential factorisation and refinement the first `--windows`; healing goes on after
-those, in one pass, for `--minutes`. The test takes the first 16 windows of TEST, and of Python's language reference, which is
+windows of 512 tokens of CALIBRATION, the last `--written` of which the model writes itself instead; sequential factorisation
+and refinement the first `--windows`; healing goes on after those, in one pass, for `--minutes`, in windows of
+`--healing-length`. The test takes the first 16 windows of TEST, and of Python's language reference, which is
 never trained on. `--held-out N` tests on N windows of CALIBRATION from the 200th on instead, from which training then keeps
 away: what constants are chosen on. Prints a Markdown table, and the minutes that each step took.
 """
@@ -34,11 +35,12 @@ from reparam_peft import (
     compress,
     perplexity,
     plan,
+    self_written,
     text_batches,
 )
 from reparam_peft.cli.demo import demo_folder, reference_text
 
-STATISTICS_WINDOWS, HELD_OUT = 48, 200
+STATISTICS_WINDOWS, HELD_OUT, LENGTH = 48, 200, 512
 ROWS = ("one-shot", "sequential", "refined", "healed")
 
 
@@ -60,6 +62,8 @@ def main() -> None:
     parser.add_argument("--learning-rate", type=float, default=5e-5, help="of healing")
     parser.add_argument("--bf16", action="store_true", help="heal in bfloat16, which only some processors have")
     parser.add_argument("--seed", type=int, default=0, help="of the order of the windows of healing")
+    parser.add_argument("--healing-length", type=int, default=LENGTH, help="tokens of a window of healing, a part of 512")
+    parser.add_argument("--written", type=int, default=0, help="windows of the statistics that the model writes itself")
     parser.add_argument("--healing-batch-size", type=int, default=1, help="windows in a step of healing")
     parser.add_argument("--healing", type=json.loads, default={}, help="arguments of HealingTrainer, as JSON")
     parser.add_argument("--mixture", type=float, default=0.0, help="part of the healing windows that is of Python's reference")
@@ -74,7 +78,7 @@ def main() -> None:
         return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
 
     def windows(text: str, start: int, end: int | None, size: int = 4) -> list[dict[str, Tensor]]:
-        batches = text_batches(tokenizer, text, length=512, limit=end, batch_size=1)[start:]
+        batches = text_batches(tokenizer, text, length=LENGTH, limit=end, batch_size=1)[start:]
         return [
             {key: torch.cat([batch[key] for batch in batches[i : i + size]]) for key in batches[0]}
             for i in range(0, len(batches), size)
@@ -105,7 +109,10 @@ def main() -> None:
     if options.statistics is not None and options.statistics.exists():
         known = Statistics.load(options.statistics)
     else:
-        known = calibrate(base(), config, windows(calibration, 0, STATISTICS_WINDOWS, 2))
+        texts = windows(calibration, 0, STATISTICS_WINDOWS - options.written, 2)
+        if options.written:
+            texts += self_written(base(), tokenizer, options.written, LENGTH)
+        known = calibrate(base(), config, texts)
         if options.statistics is not None:
             known.save(options.statistics)
     print(f"statistics: {(time.perf_counter() - start) / 60:.1f} minutes")
@@ -130,7 +137,10 @@ def main() -> None:
                 raise SystemExit("`healed` needs another row before it")
             rows = windows(calibration, options.windows, HELD_OUT if options.held_out else None, 1)
             mixed = windows(other, 16, None, 1)[: round(len(rows) * options.mixture)]
-            examples = [{key: value[0] for key, value in window.items()} for window in [*rows, *mixed]]
+            parts = [
+                {key: value[0].split(options.healing_length) for key, value in window.items()} for window in [*rows, *mixed]
+            ]
+            examples = [dict(zip(part, row, strict=True)) for part in parts for row in zip(*part.values(), strict=True)]
             teacher = base(torch.bfloat16 if options.bf16 else torch.float32)
             training = {
                 "bf16": options.bf16,

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from support.healing import ROWS, arguments, small, trainer
+from support.healing import ROWS, Time, arguments, small, trainer
 from support.models import llama
 from support.versions import is_unable
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
@@ -23,17 +23,6 @@ TIMED = {
     "lr_scheduler_type": "linear",
     "warmup_steps": 0.2,
 }
-
-
-class Time:
-    """A clock that moves on by as much at each look."""
-
-    def __init__(self, seconds: float) -> None:
-        self.now, self.seconds = 100.0, seconds
-
-    def monotonic(self) -> float:
-        self.now += self.seconds
-        return self.now
 
 
 @pytest.fixture(autouse=True)
