@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -254,13 +254,19 @@ def test_the_default_device_may_be_another() -> None:
     assert_same_products(small, expected)
 
 
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """For devices that it does not know bitsandbytes compiles its functions, which takes half a minute."""
+    with torch.compiler.set_stance("force_eager" if DEVICE == NAME else "default"):
+        yield
+
+
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
 @pytest.mark.parametrize("form", ["factors", "pivot", NARROW, FEW_BITS])
 def test_standalone_models_load_and_generate(form: str, quantize: str | None, tmp_path: Path) -> None:
     if quantize and form == FEW_BITS:
         pytest.skip("is in few bits already")
-    if DEVICE == NAME and quantize == "int4":
-        pytest.skip("bitsandbytes takes half a minute to compile for this device")
     model = standalone_case(form, llama(hidden_size=64, intermediate_size=128)).to(DEVICE)
     expected = output(model, {"input_ids": IDS})
     plain = model.to_standalone(**({"quantize": quantize} if quantize else {}))
@@ -433,12 +439,13 @@ def torchao_int8(_: torch.dtype) -> TorchAoConfig:
     return TorchAoConfig(Int8WeightOnlyConfig())
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("base", [*BASES, "torchao"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 def test_quantised_bases_are_compressed_on_the_device(base: str, dtype: torch.dtype, tmp_path: Path) -> None:
     pytest.importorskip("torchao" if base == "torchao" else "bitsandbytes")
-    if DEVICE == NAME and base in ("int8", "nested"):
-        pytest.skip("bitsandbytes does not know the device, or takes half a minute for the scales of scales")
+    if DEVICE == NAME and base == "int8":
+        pytest.skip("bitsandbytes does not know the device")
     llama(intermediate_size=128).save_pretrained(tmp_path / "dense")
 
     def load() -> Any:
@@ -459,6 +466,7 @@ def test_quantised_bases_are_compressed_on_the_device(base: str, dtype: torch.dt
     assert relative_error(output(plain, {"input_ids": IDS}), whole) <= tolerance
 
 
+@pytest.mark.usefixtures("uncompiled")
 @pytest.mark.parametrize("base", ["nf4", "nested", "torchao"])
 def test_quantised_bases_keep_codes_within_a_budget_of_bytes(base: str, tmp_path: Path) -> None:
     pytest.importorskip("torchao" if base == "torchao" else "bitsandbytes")
