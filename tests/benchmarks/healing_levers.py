@@ -1,13 +1,14 @@
 """What makes healing faster: learning curves of levers, from one adapter, at the same number of steps, with the time of each.
 
-    python tests/benchmarks/healing_levers.py MODEL CALIBRATION ADAPTER [--statistics FILE] [--output FOLDER]
+    python tests/benchmarks/healing_levers.py MODEL CALIBRATION ADAPTER [--statistics FILE] [--output FOLDER] [--bf16]
         --lever '{"name": "adam", "learning_rate": 5e-5}' [--lever '{"name": "muon", "optimizer": "muon"}' …]
 
 MODEL is a folder that `from_pretrained` opens, CALIBRATION a text file, ADAPTER what `compress` made of MODEL. A lever is the
 fields of `Lever`, as JSON. Steps take windows of the text after the first 48 of 512 tokens, in order, all levers the same ones;
 windows 200 to 205 are held out, and so are the first 3 of Python's language reference, which is another kind of text. Time is
 that of the process, so that a busy machine counts little. The teacher's 256 likeliest classes are kept in FOLDER from one lever
-to the next; its time is printed apart. One thread, float32.
+to the next; its time is printed apart. One thread; float32, or with `--bf16` as `Trainer` has it: parameters in float32,
+products and the teacher in bfloat16.
 """
 
 from __future__ import annotations
@@ -210,7 +211,12 @@ def factor_at(lever: Lever, fraction: float) -> float:
     return {"cosine": (1 + math.cos(math.pi * rest)) / 2, "linear": 1 - rest, "constant": 1.0}[lever.schedule]
 
 
-def corrected(teacher: nn.Module, windows: Tensor, lever: Lever) -> nn.Module:
+def autocast(options: Any) -> torch.autocast:
+    """In what student and LoRA compute."""
+    return torch.autocast("cpu", torch.bfloat16, enabled=options.bf16)
+
+
+def corrected(teacher: nn.Module, windows: Tensor, lever: Lever, options: Any) -> nn.Module:
     """A teacher that a LoRA has fitted to the text."""
     config = LoraConfig(r=16, lora_alpha=32, target_modules="all-linear")
     model = get_peft_model(teacher, config)
@@ -219,7 +225,9 @@ def corrected(teacher: nn.Module, windows: Tensor, lever: Lever) -> nn.Module:
         rows = windows[[(step * lever.batch + i) % len(windows) for i in range(lever.batch)]]
         for group in optimizer.param_groups:
             group["lr"] = 5e-4 * (1 - step / lever.correction)
-        model(input_ids=rows, labels=rows).loss.backward()
+        with autocast(options):
+            loss = model(input_ids=rows, labels=rows).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad()
     return model.merge_and_unload().requires_grad_(False).eval()
@@ -231,7 +239,8 @@ def healed(lever: Lever, model: PeftModel, teacher: nn.Module, windows: Tensor, 
     windows = windows.reshape(-1, lever.length)
     if lever.correction:
         with times.of("correction"):
-            teacher = corrected(teacher, windows, lever)
+            teacher = corrected(teacher, windows, lever, options)
+    teacher = teacher.to(torch.bfloat16) if options.bf16 else teacher
     known = f"corrected {lever.correction} {lever.length}" if lever.correction else "dense"
     cache = TeacherCache(options.output / "teacher", 256, known)
     set_trained(model, ("factors", "norms", "biases"))
@@ -247,13 +256,14 @@ def healed(lever: Lever, model: PeftModel, teacher: nn.Module, windows: Tensor, 
                 cache.write(batch, teacher(**batch).logits)
                 taught = cache.read(batch)
         with times.of("passes"):
-            logits = model(**batch).logits
+            with autocast(options):
+                logits = model(**batch).logits
             mask = torch.ones_like(rows, dtype=torch.bool)
             mask[:, -1] = False
             loss = divergence(logits, taught, mask) / mask.sum()
             losses.append(float(loss.detach()))
             if lever.distillation < 1:
-                task = cross_entropy(logits[:, :-1].flatten(0, 1), rows[:, 1:].flatten())
+                task = cross_entropy(logits[:, :-1].flatten(0, 1).float(), rows[:, 1:].flatten())
                 loss = lever.distillation * loss + (1 - lever.distillation) * task
             loss.backward()
         with times.of("optimizer"):
@@ -277,6 +287,7 @@ def main() -> None:
     parser.add_argument("adapter")
     parser.add_argument("--lever", type=lambda text: Lever(**json.loads(text)), action="append", required=True, dest="levers")
     parser.add_argument("--statistics", type=Path, help="for optimizers in coordinates")
+    parser.add_argument("--bf16", action="store_true", help="which only some processors have")
     parser.add_argument("--curves-only", action="store_true", help="no perplexities at the end")
     parser.add_argument("--output", type=Path, default=Path("levers"))
     options = parser.parse_args()

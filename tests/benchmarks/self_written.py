@@ -57,6 +57,8 @@ def main() -> None:
     parser.add_argument("--heal", type=int, default=0, metavar="STEPS", help="of healing, one window each")
     parser.add_argument("--bf16", action="store_true", help="heal in bfloat16, which only some processors have")
     options = parser.parse_args()
+    if options.bf16 and not options.heal:
+        parser.error("--bf16 is for --heal")
     source = str(demo_folder()) if options.model == "demo" else options.model
     tokenizer = AutoTokenizer.from_pretrained(source)
     options.folder.mkdir(exist_ok=True)
