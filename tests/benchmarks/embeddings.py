@@ -26,6 +26,7 @@ ROWS = {
     "plain SVD, uniform, factors": {"method": "svd", "allocation": "uniform", "form": "factors"},
     "whitened, uniform, factors": {"output_metric": "none", "allocation": "uniform", "form": "factors"},
     "`compress`": {},
+    "`compress`, no neurons lost": {"neurons": False},
     "`compress`, factors": {"form": "factors"},
 }
 MANY_SIZES = {"keep": 1.0, "form": "factors", "ceiling": 0.999}

@@ -2,13 +2,14 @@
 
     python tests/benchmarks/healing.py MODEL CALIBRATION TEST [--keep 0.6] [--rows one-shot sequential refined healed]
         [--written 24] [--statistics FILE] [--run-folder FOLDER] [--minutes 30] [--healing-length 256]
+        [--config '{"neurons": false}'] [--training '{"max_steps": 80}'] [--healing '{"distillation": 0.5}']
 
 MODEL is a folder that `from_pretrained` opens, or `demo`; CALIBRATION and TEST are text files. Statistics take the first 48
-windows of 512 tokens of CALIBRATION, the last `--written` of which the model writes itself instead; sequential factorisation
-and refinement the first `--windows`; healing goes on after those, in one pass, for `--minutes`, in windows of
-`--healing-length`. The test takes the first 16 windows of TEST, and of Python's language reference, which is
-never trained on. `--held-out N` tests on N windows of CALIBRATION from the 200th on instead, from which training then keeps
-away: what constants are chosen on. Prints a Markdown table, and the minutes that each step took.
+windows of 512 tokens of CALIBRATION, or so many fewer and `--written` that the model writes itself; sequential factorisation
+and refinement take the first `--windows`; healing goes on after those, in one pass, for `--minutes` or `max_steps`, in windows of
+`--healing-length`. The test takes the first 16 windows of TEST, and of Python's language reference, which is never trained
+on. `--held-out N` tests on N windows of CALIBRATION from the 200th on instead, from which training then keeps away: what
+constants are chosen on. Prints a Markdown table, and the minutes that each step took.
 """
 
 from __future__ import annotations
@@ -58,19 +59,20 @@ def main() -> None:
     parser.add_argument("--residual", type=float, default=Anchoring.residual, help="gamma")
     parser.add_argument("--refine-one-shot", action="store_true", help="refine one-shot factors, not sequential ones")
     parser.add_argument("--refinement", type=json.loads, default={}, help="fields of Refinement, as JSON")
-    parser.add_argument("--minutes", type=float, default=30, help="of healing")
-    parser.add_argument("--learning-rate", type=float, default=5e-5, help="of healing")
+    parser.add_argument("--config", type=json.loads, default={}, help="fields of ReparamConfig, as JSON")
+    parser.add_argument("--minutes", type=float, default=30, help="of healing, where --training has no `max_steps`")
+    parser.add_argument("--training", type=json.loads, default={}, help="fields of TrainingArguments, as JSON")
     parser.add_argument("--bf16", action="store_true", help="heal in bfloat16, which only some processors have")
-    parser.add_argument("--seed", type=int, default=0, help="of the order of the windows of healing")
     parser.add_argument("--healing-length", type=int, default=LENGTH, help="tokens of a window of healing, a part of 512")
-    parser.add_argument("--written", type=int, default=0, help="windows of the statistics that the model writes itself")
-    parser.add_argument("--healing-batch-size", type=int, default=1, help="windows in a step of healing")
+    parser.add_argument("--written", type=int, default=0, help="windows that the model writes itself, of statistics to be made")
     parser.add_argument("--healing", type=json.loads, default={}, help="arguments of HealingTrainer, as JSON")
     parser.add_argument("--mixture", type=float, default=0.0, help="part of the healing windows that is of Python's reference")
     parser.add_argument("--statistics", type=Path, help="file to keep statistics in, from one run to the next")
     parser.add_argument("--run-folder", type=Path)
     parser.add_argument("--held-out", type=int, default=0)
     options = parser.parse_args()
+    if LENGTH % options.healing_length or not 0 <= options.written <= STATISTICS_WINDOWS:
+        parser.error(f"--healing-length must divide {LENGTH}, and --written be at most {STATISTICS_WINDOWS}")
     source = str(demo_folder()) if options.model == "demo" else options.model
     tokenizer = AutoTokenizer.from_pretrained(source)
 
@@ -96,7 +98,7 @@ def main() -> None:
         f"{torch.get_num_threads()} threads, keep {options.keep}, dense {dense['test']:.2f} and {dense['other']:.2f}",
         flush=True,
     )
-    config = ReparamConfig(target_modules="all-linear", keep=options.keep)
+    config = ReparamConfig(**{"target_modules": "all-linear", "keep": options.keep, **options.config})
     minutes = 0.0
 
     def report(row: str, model: Any) -> None:
@@ -109,9 +111,10 @@ def main() -> None:
     if options.statistics is not None and options.statistics.exists():
         known = Statistics.load(options.statistics)
     else:
-        texts = windows(calibration, 0, STATISTICS_WINDOWS - options.written, 2)
+        given = STATISTICS_WINDOWS - options.written
+        texts = windows(calibration, 0, given, 2) if given else []
         if options.written:
-            texts += self_written(base(), tokenizer, options.written, LENGTH)
+            texts += self_written(base(), tokenizer, options.written, LENGTH, progress=False)
         known = calibrate(base(), config, texts)
         if options.statistics is not None:
             known.save(options.statistics)
@@ -136,20 +139,17 @@ def main() -> None:
             if model is None:
                 raise SystemExit("`healed` needs another row before it")
             rows = windows(calibration, options.windows, HELD_OUT if options.held_out else None, 1)
-            mixed = windows(other, 16, None, 1)[: round(len(rows) * options.mixture)]
-            parts = [
-                {key: value[0].split(options.healing_length) for key, value in window.items()} for window in [*rows, *mixed]
+            rows += windows(other, 16, None, 1)[: round(len(rows) * options.mixture)]
+            size = options.healing_length
+            examples = [
+                {key: value[0, start : start + size] for key, value in window.items()}
+                for window in rows
+                for start in range(0, LENGTH, size)
             ]
-            examples = [dict(zip(part, row, strict=True)) for part in parts for row in zip(*part.values(), strict=True)]
-            teacher = base(torch.bfloat16 if options.bf16 else torch.float32)
-            training = {
-                "bf16": options.bf16,
-                "learning_rate": options.learning_rate,
-                "logging_steps": 0.1,
-                "seed": options.seed,
-            }
-            training["per_device_train_batch_size"] = options.healing_batch_size
-            trainer = heal(model, teacher, examples, training, minutes=options.minutes, **options.healing)
+            training = {"bf16": options.bf16, "logging_steps": 0.1, "seed": 0, **options.training}
+            teacher = base(torch.bfloat16 if training["bf16"] else torch.float32)
+            within = None if training.get("max_steps", -1) > 0 else options.minutes
+            trainer = heal(model, teacher, examples, training, minutes=within, **options.healing)
             losses = [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]
             print(f"{trainer.state.global_step} steps, losses {losses}", flush=True)
         minutes = (time.perf_counter() - start) / 60

@@ -7,8 +7,8 @@ MODEL is a folder that `from_pretrained` opens, CALIBRATION a text file, ADAPTER
 fields of `Lever`, as JSON. Steps take windows of the text after the first 48 of 512 tokens, in order, all levers the same ones;
 windows 200 to 205 are held out, and so are the first 3 of Python's language reference, which is another kind of text. Time is
 that of the process, so that a busy machine counts little. The teacher's 256 likeliest classes are kept in FOLDER from one lever
-to the next; its time is printed apart. One thread; float32, or with `--bf16` as `Trainer` has it: parameters in float32,
-products and the teacher in bfloat16.
+to the next; its time is printed apart. One thread; float32, or with `--bf16` products of the student, and all of the
+teacher, in bfloat16.
 """
 
 from __future__ import annotations
@@ -212,7 +212,7 @@ def factor_at(lever: Lever, fraction: float) -> float:
 
 
 def autocast(options: Any) -> torch.autocast:
-    """In what student and LoRA compute."""
+    """The precision in which the student computes, and a LoRA on the teacher."""
     return torch.autocast("cpu", torch.bfloat16, enabled=options.bf16)
 
 
@@ -242,6 +242,7 @@ def healed(lever: Lever, model: PeftModel, teacher: nn.Module, windows: Tensor, 
             teacher = corrected(teacher, windows, lever, options)
     teacher = teacher.to(torch.bfloat16) if options.bf16 else teacher
     known = f"corrected {lever.correction} {lever.length}" if lever.correction else "dense"
+    known += " in bfloat16" if options.bf16 else ""
     cache = TeacherCache(options.output / "teacher", 256, known)
     set_trained(model, ("factors", "norms", "biases"))
     with times.of("metrics"):
