@@ -6,10 +6,10 @@
 
 MODEL is a folder that `from_pretrained` opens, or `demo`; CALIBRATION and TEST are text files. Statistics take the first 48
 windows of 512 tokens of CALIBRATION, or so many fewer and `--written` that the model writes itself; sequential factorisation
-and refinement take the first `--windows`; healing goes on after those, in one pass, for `--minutes` or `max_steps`, in windows of
-`--healing-length`. The test takes the first 16 windows of TEST, and of Python's language reference, which is never trained
-on. `--held-out N` tests on N windows of CALIBRATION from the 200th on instead, from which training then keeps away: what
-constants are chosen on. Prints a Markdown table, and the minutes that each step took.
+and refinement take the first `--windows`; healing goes on after those, in one pass, for `--minutes` or `max_steps`, in
+windows of `--healing-length`. The test takes the first 16 windows of TEST, and of Python's language reference, which is never
+trained on. `--held-out N` tests on N windows of CALIBRATION from the 200th on instead, from which training then keeps away:
+what constants are chosen on. Prints a Markdown table, and the minutes that each step took.
 """
 
 from __future__ import annotations
