@@ -146,6 +146,17 @@ def called(tree: ast.AST) -> set[str]:
     return {ast.unparse(node.func) for node in ast.walk(tree) if isinstance(node, ast.Call)}
 
 
+def is_drawn_elsewhere(call: ast.Call) -> bool:
+    """Whether a function of torch draws a new tensor by a generator on a device that the call does not name."""
+    given = {keyword.arg for keyword in call.keywords}
+    return (
+        isinstance(call.func, ast.Attribute)
+        and ast.unparse(call.func.value) == "torch"
+        and "generator" in given
+        and "device" not in given
+    )
+
+
 @modules
 def test_what_no_file_holds(module: str) -> None:
     tree = parse(module)
@@ -159,6 +170,8 @@ def test_what_no_file_holds(module: str) -> None:
     assert not called(tree) & {"torch.load", "torch.save", "eval", "exec", "os.system"}
     keywords = [node for node in ast.walk(tree) if isinstance(node, ast.keyword)]
     assert {ast.unparse(node.value) for node in keywords if node.arg == "trust_remote_code"} <= {"False"}
+    drawn = {ast.unparse(node) for node in ast.walk(tree) if isinstance(node, ast.Call) and is_drawn_elsewhere(node)}
+    assert not drawn, "draws by a generator of the processor where the default device says"
     assert ast.get_docstring(tree), "says what it is for"
 
 

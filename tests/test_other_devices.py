@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -106,6 +107,14 @@ def test_the_device_refuses_tensors_of_another(call: Callable[[Tensor, Tensor], 
     for first, second in ((x.to(DEVICE), y), (x.clone(), y.to(DEVICE))):
         with pytest.raises(RuntimeError, match=r"same device|type"):
             call(first, second)
+
+
+@pytest.mark.parametrize("draw", [torch.rand, torch.randn, torch.randperm])
+def test_the_device_refuses_a_generator_of_the_processor(draw: Callable[..., Tensor]) -> None:
+    if DEVICE == "cpu":
+        pytest.skip("needs two devices")
+    with pytest.raises(RuntimeError, match="type for generator"):
+        draw(3, generator=torch.Generator(), device=DEVICE)
 
 
 @pytest.mark.parametrize("form", ["factors", "pivot"])
@@ -250,15 +259,26 @@ def test_a_run_that_goes_on_leaves_all_on_the_device(build: Any, options: dict[s
     assert output(small, token_inputs()).isfinite().all()
 
 
-def test_the_default_device_may_be_another() -> None:
-    expected = compress(llama(), config_of(**ALL), LONG, progress=False)
-    model = llama()
-    torch.set_default_device(DEVICE)
-    try:
-        small = compress(model, config_of(**ALL), LONG, progress=False)
-    finally:
-        torch.set_default_device(None)
-    assert_same_products(small, expected)
+DRAWING: dict[str, dict[str, Any]] = {  # ways that draw numbers, or make tensors, of their own
+    "one-shot": {},
+    "block by block": {"ways": WAYS["both"]},
+    "its own text": {"ways": {"batches": "self", "tokenizer": byte_tokenizer()}},
+    "few bits": {"config": {"budget": "bytes", "keep": 0.4}},
+    "experts": {"build": qwen_moe, "config": {"target_parameters": "all-experts"}},
+}
+
+
+@pytest.mark.parametrize("way", DRAWING.values(), ids=DRAWING)
+def test_the_default_device_may_be_another(way: dict[str, Any]) -> None:
+    build, config = way.get("build", partial(llama, vocab_size=259)), config_of(**ALL, **way.get("config", {}))
+
+    def small(model: nn.Module) -> PeftModel:
+        return compress(model, config, progress=False, **{"batches": LONG, **way.get("ways", {})})
+
+    expected, model = small(build()), build()
+    with torch.device(DEVICE):
+        got = small(model)
+    assert_same_products(got, expected)
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])

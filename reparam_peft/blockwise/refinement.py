@@ -190,7 +190,7 @@ def refine_block(
         epochs_without = 0  # improvement
         for _ in range(options.epochs):
             before_epoch()
-            for index in torch.randperm(len(train), generator=generator).tolist():
+            for index in torch.randperm(len(train), generator=generator, device="cpu").tolist():
                 with _autocast(options.autocast, trained[0].device):
                     loss = task.loss(master, train[index], precision)
                 if loss is not None:

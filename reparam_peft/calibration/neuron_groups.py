@@ -262,12 +262,13 @@ class _Players:
 
     def random(self, name: str, shape: tuple[int, ...], generator: torch.Generator | None = None) -> Tensor:
         """Normal numbers of the dtype and on the device of what a layer gives."""
-        return torch.randn(shape, generator=generator or self.generator).to(self.outputs.get(name, torch.empty(())))
+        drawn = torch.randn(shape, generator=generator or self.generator, device="cpu")
+        return drawn.to(self.outputs[name]) if name in self.outputs else drawn
 
     def changed(self, record: _Pass, name: str) -> tuple[Tensor, Tensor]:
         """What a layer gave in a pass, with about half of the numbers changed, and which ones, bool (tokens, rows)."""
         old = record.given[name]
-        cells = (torch.rand(old.shape, generator=self.generator) < 0.5).to(old.device)
+        cells = (torch.rand(old.shape, generator=self.generator, device="cpu") < 0.5).to(old.device)
         return torch.where(cells, self.random(name, tuple(old.shape)), old), cells.reshape(-1, old.shape[-1])
 
 
@@ -350,7 +351,7 @@ def _runs_smaller(players: _Players, before: _Pass, offered: list[NeuronGroup]) 
     values, kept = dict(before.given), {}
     for group in offered:
         size = max(1, group.neurons // 2 - 1 + group.neurons // 2 % 2)  # odd, so that no number of heads divides it
-        chosen = torch.randperm(group.neurons, generator=players.generator)[:size].sort().values
+        chosen = torch.randperm(group.neurons, generator=players.generator, device="cpu")[:size].sort().values
         kept[group.consumer] = chosen
         for name, layout in group.producers:
             value = before.given[name]

@@ -155,7 +155,8 @@ def _uniform(values: Tensor, mask: Tensor | None, width: int, first_row: int, st
     counts = [values[0].numel() // values.shape[-1]] * len(values) if mask is None else mask.sum(1).tolist()
     rows = []
     for row, count in enumerate(counts):
-        rows.append(torch.rand(count, width, generator=generator_of(*stream, first_row + row), dtype=torch.float64))
+        generator = generator_of(*stream, first_row + row)
+        rows.append(torch.rand(count, width, generator=generator, dtype=torch.float64, device="cpu"))
     device = values.device
     return torch.cat(rows).clamp(1e-15, 1 - 1e-15).to(device, torch.float32 if device.type == "mps" else torch.float64)
 

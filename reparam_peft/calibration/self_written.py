@@ -158,7 +158,8 @@ class _Draws(LogitsProcessor):
         logits = scores.float() / self.temperature
         if not torch.isfinite(logits.amax(-1)).all():
             raise ValueError("the model predicts NaN or infinite logits, from which no text can be drawn; check its weights.")
-        noise = torch.stack([torch.empty(logits.shape[-1]).exponential_(generator=own) for own in self.generators])
+        noises = [torch.empty(logits.shape[-1], device="cpu").exponential_(generator=own) for own in self.generators]
+        noise = torch.stack(noises)
         drawn = logits - noise.clamp_(min=torch.finfo(noise.dtype).tiny).log_().to(logits.device)
         ended = torch.isin(input_ids[:, -1], torch.tensor(self.ends, dtype=input_ids.dtype, device=input_ids.device))
         drawn[ended] = -torch.inf

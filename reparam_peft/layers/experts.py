@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from ..runtime.modules import replace_forward, restore_forward
+from .alike import random_tensor
 from .grouped_experts import computes_together, is_small, parts_of, product, with_neurons
 from .neuron_groups import NeuronGroup, Producer
 
@@ -152,7 +153,7 @@ def _layout_of(experts: Any, rows: int, neurons: int) -> str | None:
         return "rows" if rows == neurons else None
     if rows != 2 * neurons:
         return None
-    made = torch.randn(1, rows, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    made = random_tensor(1, rows).double()
     layouts = {"split": (0, neurons), "interleaved": (0, 1)}
     for layout, makes_first in layouts.items():
         other = made.clone()

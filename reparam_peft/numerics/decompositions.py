@@ -356,7 +356,7 @@ def leading_factors(weight: Tensor, rank: int, gram: Metric, output_gram: Metric
         output_gram: F of the outputs.
     """
     W, generator = weight.float(), torch.Generator().manual_seed(0)
-    subspace = torch.randn(W.shape[1], min(rank + OVERSAMPLED, *W.shape), generator=generator).to(W.device)
+    subspace = torch.randn(W.shape[1], min(rank + OVERSAMPLED, *W.shape), generator=generator, device="cpu").to(W.device)
     for _ in range(ITERATIONS):
         X = _orthonormal(W @ gram.times_narrow(subspace), output_gram)
         subspace = W.mT @ output_gram.times_narrow(X)

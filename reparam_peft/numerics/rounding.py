@@ -169,7 +169,7 @@ def rotated(factors: Factors, seed: int = 0) -> Factors:
     """
     A, B = map(exact, factors)
     generator = torch.Generator().manual_seed(seed)
-    R = torch.linalg.qr(torch.randn(len(B), len(B), generator=generator, dtype=torch.float64)).Q.to(B.device)
+    R = torch.linalg.qr(torch.randn(len(B), len(B), generator=generator, dtype=torch.float64, device="cpu")).Q.to(B.device)
     return Factors(A @ R, R.mT @ B)
 
 

@@ -1,7 +1,7 @@
 """Everything that is worth measuring on a GPU, in one run: speed, calibration, memory, several processes and devices.
 
-    python tests/benchmarks/gpu.py [--sections speed compiled experts calibration memory processes devices] [--model 2048x12]
-        [--windows 16]
+    python tests/benchmarks/gpu.py [--sections speed large compiled experts calibration memory processes devices]
+        [--model 2048x12] [--windows 16]
     python tests/benchmarks/gpu.py --device cpu --model 64x2 --layers 2 --windows 4 --repeats 1
 
 The first line needs one GPU, and some minutes; the last two sections need two, and say so where there is one. The second line
@@ -10,6 +10,7 @@ random weights, WIDTHxDEPTH, that is fed random tokens in windows of 512. What i
 
 - speed: prefill and decoding of whole models as ratios to the dense one, in bfloat16 and float16, as they are, and recorded as
   CUDA graphs (`models_speed.py`);
+- large: the same of two blocks of Llama 3 70B in bfloat16, with a prompt of 2048 tokens and a batch of 64;
 - compiled: the same in bfloat16 of models of two layers, compiled, with and without CUDA graphs;
 - experts: layers of experts, one after the other and together, beside those of transformers (`expert_speed.py`);
 - calibration: time of gathering statistics beside bare passes (`calibration.py`);
@@ -48,7 +49,7 @@ from reparam_peft.tuner.selection import select_targets
 
 CONFIG = {"target_modules": "all-linear", "keep": 0.8}
 FEW = "64MiB"  # for statistics, on a model that is only to try the script
-SECTIONS = ("speed", "compiled", "experts", "calibration", "memory", "processes", "devices")
+SECTIONS = ("speed", "large", "compiled", "experts", "calibration", "memory", "processes", "devices")
 
 
 def main() -> None:
@@ -77,10 +78,17 @@ def main() -> None:
 
 def speed(options: argparse.Namespace) -> None:
     """Whole models beside the dense one."""
-    for graphs in ([], ["--graphs"]) if options.device == "cuda" else ([],):
-        print(f"CUDA graphs: {'yes' if graphs else 'no'}", flush=True)
-        layers = ["--layers", str(options.layers)] if options.layers else []
-        print_whole_models(options, "--dtypes", "bfloat16", "float16", *layers, *graphs)
+    layers = ["--layers", str(options.layers)] if options.layers else []
+    print_with_and_without_graphs(options, "--dtypes", "bfloat16", "float16", *layers)
+
+
+def large(options: argparse.Namespace) -> None:
+    """Blocks of which the products take the time."""
+    if options.device == "cpu":
+        print("needs a GPU")
+        return
+    work = ["--prompt", "2048", "--batches", "1", "64"]
+    print_with_and_without_graphs(options, "--dtypes", "bfloat16", "--shapes", "large", *work)
 
 
 def compiled(options: argparse.Namespace) -> None:
@@ -88,6 +96,13 @@ def compiled(options: argparse.Namespace) -> None:
     for mode in ("reduce-overhead", "default"):
         print(f"mode: {mode}", flush=True)
         print_whole_models(options, "--dtypes", "bfloat16", "--layers", "2", "--compile", mode)
+
+
+def print_with_and_without_graphs(options: argparse.Namespace, *arguments: str) -> None:
+    """The table of `models_speed.py`, and on a GPU that of whole passes recorded."""
+    for graphs in ([], ["--graphs"]) if options.device == "cuda" else ([],):
+        print(f"CUDA graphs: {'yes' if graphs else 'no'}", flush=True)
+        print_whole_models(options, *arguments, *graphs)
 
 
 def print_whole_models(options: argparse.Namespace, *arguments: str) -> None:

@@ -2,7 +2,7 @@
 
     python tests/benchmarks/healing.py MODEL CALIBRATION TEST [--keep 0.6] [--rows one-shot sequential refined healed]
         [--written 24] [--statistics FILE] [--run-folder FOLDER] [--minutes 30] [--healing-length 256]
-        [--config '{"neurons": false}'] [--training '{"max_steps": 80}'] [--healing '{"distillation": 0.5}']
+        [--device cuda] [--config '{"neurons": false}'] [--training '{"max_steps": 80}'] [--healing '{"distillation": 0.5}']
 
 MODEL is a folder that `from_pretrained` opens, or `demo`; CALIBRATION and TEST are text files. Statistics take the first 48
 windows of 512 tokens of CALIBRATION, or so many fewer and `--written` that the model writes itself; sequential factorisation
@@ -63,6 +63,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30, help="of healing, where --training has no `max_steps`")
     parser.add_argument("--training", type=json.loads, default={}, help="fields of TrainingArguments, as JSON")
     parser.add_argument("--bf16", action="store_true", help="heal in bfloat16, which only some processors have")
+    parser.add_argument("--device", default="cpu")
     parser.add_argument("--healing-length", type=int, default=LENGTH, help="tokens of a window of healing, a part of 512")
     parser.add_argument("--written", type=int, default=0, help="windows that the model writes itself, of statistics to be made")
     parser.add_argument("--healing", type=json.loads, default={}, help="arguments of HealingTrainer, as JSON")
@@ -77,12 +78,12 @@ def main() -> None:
     tokenizer = AutoTokenizer.from_pretrained(source)
 
     def base(dtype: torch.dtype = torch.float32) -> Any:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval()
+        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval().to(options.device)
 
     def windows(text: str, start: int, end: int | None, size: int = 4) -> list[dict[str, Tensor]]:
         batches = text_batches(tokenizer, text, length=LENGTH, limit=end, batch_size=1)[start:]
         return [
-            {key: torch.cat([batch[key] for batch in batches[i : i + size]]) for key in batches[0]}
+            {key: torch.cat([batch[key] for batch in batches[i : i + size]]).to(options.device) for key in batches[0]}
             for i in range(0, len(batches), size)
         ]
 
@@ -142,7 +143,7 @@ def main() -> None:
             rows += windows(other, 16, None, 1)[: round(len(rows) * options.mixture)]
             size = options.healing_length
             examples = [
-                {key: value[0, start : start + size] for key, value in window.items()}
+                {key: value[0, start : start + size].cpu() for key, value in window.items()}
                 for window in rows
                 for start in range(0, LENGTH, size)
             ]
@@ -163,7 +164,7 @@ def heal(
 ) -> HealingTrainer:
     """Train in place. `training` goes before what `TrainingArguments` are here, `healing` to the trainer, which is returned."""
     usual = {"per_device_train_batch_size": 1, "learning_rate": 5e-5, "lr_scheduler_type": "cosine", "warmup_steps": 0.1}
-    usual |= {"use_cpu": True, "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
+    usual |= {"use_cpu": teacher.device.type == "cpu", "save_strategy": "no", "report_to": "none", "disable_tqdm": True}
     with tempfile.TemporaryDirectory() as folder:
         arguments = TrainingArguments(folder, **{**usual, **training})
         trainer = HealingTrainer(model, arguments, train_dataset=examples, teacher=teacher, **healing)

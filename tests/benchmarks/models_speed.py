@@ -1,16 +1,17 @@
 """Speed of whole models in each form, beside the dense one: prefill, and decoding of one sequence and of a batch.
 
-    python tests/benchmarks/models_speed.py [--shapes small wide] [--forms factors pivot] [--threads 1 2] [--dtypes float32]
-        [--keep 0.6] [--multiple 8] [--prompt 256] [--batches 1 8] [--repeats 7] [--adapter] [--compile [MODE]]
-        [--device cuda] [--graphs]
+    python tests/benchmarks/models_speed.py [--shapes small wide large] [--forms factors pivot] [--threads 1 2]
+        [--dtypes float32] [--keep 0.6] [--multiple 8] [--prompt 256] [--batches 1 8] [--repeats 7] [--adapter]
+        [--compile [MODE]] [--device cuda] [--graphs]
 
 Llamas of random weights with a small vocabulary, so that their blocks are what takes the time; `small` has the shapes of
-SmolLM2-135M. All linear layers of the blocks keep the same share of their numbers, or a little less, since ranks are multiples
-of 8, as those that `compress` chooses: as plain factors, in the pivot form with pivots spread over the outputs, or, as
-`neurons`, in pivot form but for the MLPs, which keep that share of their neurons and stay matrices. `dense-8`, `factors-4` and
-so on have numbers in 8 or 4 bits, `corrected-4` whole matrices in 4 with a correction in 8 beside. `--adapter` adds the pivot
-form inside of PEFT's wrappers, `--compile` blocks compiled by `torch.compile` in a mode of it, such as `reduce-overhead`, which
-uses CUDA graphs, and `--graphs`, on a GPU, whole passes as they are, recorded as one CUDA graph each and played back.
+SmolLM2-135M, and `large`, which takes 4 GB in 16 bits, those of two blocks of Llama 3 70B. All linear layers of the blocks
+keep the same share of their numbers, or a little less, since ranks are multiples of 8, as those that `compress` chooses: as
+plain factors, in the pivot form with pivots spread over the outputs, or, as `neurons`, in pivot form but for the MLPs, which
+keep that share of their neurons and stay matrices. `dense-8`, `factors-4` and so on have numbers in 8 or 4 bits, `corrected-4`
+whole matrices in 4 with a correction in 8 beside. `--adapter` adds the pivot form inside of PEFT's wrappers, `--compile`
+blocks compiled by `torch.compile` in a mode of it, such as `reduce-overhead`, which uses CUDA graphs, and `--graphs`, on a
+GPU, whole passes as they are, recorded as one CUDA graph each and played back.
 
 A step of decoding follows a cached prompt of 32 tokens. Weights come from memory, since a model is larger than the caches and
 reads all of itself in each run. The models of a row take turns in one process; printed are ratios of medians to the dense
@@ -54,7 +55,15 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_attention_heads": 32,
         "num_key_value_heads": 8,
     },
+    "large": {
+        "hidden_size": 8192,
+        "intermediate_size": 28672,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+    },
 }
+VOCABULARY = 1000
 CACHED = 32  # tokens before the one that is decoded
 CORRECTED = 16  # rank of a correction
 Step = Callable[[], object]
@@ -72,8 +81,8 @@ def main() -> None:
 def parser_of_options() -> argparse.ArgumentParser:
     """What the script is told."""
     parser = argparse.ArgumentParser()
-    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=list(SHAPES))
-    parser.add_argument("--layers", type=int, help="of each model, in place of 30 and 6")
+    parser.add_argument("--shapes", nargs="+", choices=SHAPES, default=["small", "wide"])
+    parser.add_argument("--layers", type=int, help="of each model, in place of 30, 6 and 2")
     parser.add_argument("--forms", nargs="+", default=["factors", "pivot"], help="factors, pivot, neurons; or in bits: pivot-4")
     parser.add_argument("--dtypes", nargs="+", default=["float32"])
     parser.add_argument("--threads", type=int, nargs="+", default=[1, 2])
@@ -106,7 +115,8 @@ def print_tables(options: argparse.Namespace) -> None:
 def models_of(shape: str, options: argparse.Namespace, dtype: torch.dtype) -> dict[str, Any]:
     """Models by what they are called in the table, the dense one first."""
     sizes = SHAPES[shape] | ({"num_hidden_layers": options.layers} if options.layers else {})
-    dense = LlamaForCausalLM(LlamaConfig(vocab_size=1000, **sizes)).to(options.device, dtype).eval()
+    with torch.device(options.device):
+        dense = LlamaForCausalLM(LlamaConfig(vocab_size=VOCABULARY, **sizes)).to(dtype).eval()
     models: dict[str, Any] = {"dense": dense}
     for form in options.forms:
         layers = layers_of(dense, form, options)
@@ -198,13 +208,13 @@ def print_rows(head: str, models: dict[str, Any], options: argparse.Namespace, w
 
 def prefill(tokens: int, device: str) -> Callable[[Any], Step]:
     """What makes a step of a model that reads a prompt."""
-    ids = torch.arange(tokens, device=device)[None]
+    ids = torch.arange(tokens, device=device)[None] % VOCABULARY
     return lambda model: lambda: model(input_ids=ids, use_cache=False)
 
 
 def decode(batch: int, device: str) -> Callable[[Any], Step]:
     """What makes a step of a model that decodes a token of each of several sequences after a cached prompt."""
-    prompt = torch.arange(batch * CACHED, device=device).view(batch, -1)
+    prompt = torch.arange(batch * CACHED, device=device).view(batch, -1) % VOCABULARY
     token = torch.ones(batch, 1, dtype=torch.long, device=device)
 
     def prepare(model: Any) -> Step:

@@ -1,5 +1,6 @@
 // A second device for tests, on machines that have none: PyTorch's PrivateUse1 backend, whose memory is the processor's and
-// whose operators are the processor's, too, but that refuses tensors of two devices in one call, as GPUs do.
+// whose operators are the processor's, too, but that refuses tensors of two devices in one call, and the processor's generators,
+// as GPUs do.
 #include <ATen/EmptyTensor.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/ops/as_strided_cpu_dispatch.h>
@@ -125,6 +126,10 @@ class Places {
     TORCH_CHECK(!(is_here_ && is_there_), "Expected all tensors to be on the same device, but found at least two devices, ",
                 "second:0 and cpu! (", name, ")");
   }
+  void check(const at::Generator& generator, const std::string& name) const {
+    TORCH_CHECK(!is_there_ || generator.device().type() == KIND, "Expected a 'second' device type for generator but found 'cpu' (",
+                name, ")");
+  }
 
  private:
   bool is_here_ = false, is_there_ = false;
@@ -168,6 +173,9 @@ void fallback(const c10::OperatorHandle& op, torch::jit::Stack* stack) {
     }
   }
   places.check(name);
+  for (const auto& value : torch::jit::last(stack, op.schema().arguments().size())) {
+    if (value.isGenerator()) places.check(value.toGenerator(), name);
+  }
   at::native::cpu_fallback(op, stack);
 }
 
