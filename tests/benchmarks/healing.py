@@ -2,7 +2,8 @@
 
     python tests/benchmarks/healing.py MODEL CALIBRATION TEST [--keep 0.6] [--rows one-shot sequential refined healed]
         [--written 24] [--statistics FILE] [--run-folder FOLDER] [--minutes 30] [--healing-length 256]
-        [--device cuda] [--config '{"neurons": false}'] [--training '{"max_steps": 80}'] [--healing '{"distillation": 0.5}']
+        [--teacher FOLDER] [--device cuda] [--config '{"neurons": false}'] [--training '{"max_steps": 80}']
+        [--healing '{"distillation": 0.5}']
 
 MODEL is a folder that `from_pretrained` opens, or `demo`; CALIBRATION and TEST are text files. Statistics take the first 48
 windows of 512 tokens of CALIBRATION, or so many fewer and `--written` that the model writes itself; sequential factorisation
@@ -67,6 +68,7 @@ def main() -> None:
     parser.add_argument("--healing-length", type=int, default=LENGTH, help="tokens of a window of healing, a part of 512")
     parser.add_argument("--written", type=int, default=0, help="windows that the model writes itself, of statistics to be made")
     parser.add_argument("--healing", type=json.loads, default={}, help="arguments of HealingTrainer, as JSON")
+    parser.add_argument("--teacher", help="of healing, in place of the model itself, such as one that has learnt the text")
     parser.add_argument("--mixture", type=float, default=0.0, help="part of the healing windows that is of Python's reference")
     parser.add_argument("--statistics", type=Path, help="file to keep statistics in, from one run to the next")
     parser.add_argument("--run-folder", type=Path)
@@ -77,8 +79,8 @@ def main() -> None:
     source = str(demo_folder()) if options.model == "demo" else options.model
     tokenizer = AutoTokenizer.from_pretrained(source)
 
-    def base(dtype: torch.dtype = torch.float32) -> Any:
-        return AutoModelForCausalLM.from_pretrained(source, dtype=dtype).eval().to(options.device)
+    def base(dtype: torch.dtype = torch.float32, folder: str = source) -> Any:
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).eval().to(options.device)
 
     def windows(text: str, start: int, end: int | None, size: int = 4) -> list[dict[str, Tensor]]:
         batches = text_batches(tokenizer, text, length=LENGTH, limit=end, batch_size=1)[start:]
@@ -148,7 +150,7 @@ def main() -> None:
                 for start in range(0, LENGTH, size)
             ]
             training = {"bf16": options.bf16, "logging_steps": 0.1, "seed": 0, **options.training}
-            teacher = base(torch.bfloat16 if training["bf16"] else torch.float32)
+            teacher = base(torch.bfloat16 if training["bf16"] else torch.float32, options.teacher or source)
             within = None if training.get("max_steps", -1) > 0 else options.minutes
             trainer = heal(model, teacher, examples, training, minutes=within, **options.healing)
             losses = [round(entry["loss"], 4) for entry in trainer.state.log_history if "loss" in entry]

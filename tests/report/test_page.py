@@ -97,7 +97,10 @@ def test_what_is_not_known_is_left_out(made: Plan, tmp_path: Path) -> None:
     assert "Search" not in page
 
 
-def test_a_report_replaces_an_earlier_one_and_nothing_else(record: Record, made: Plan, tmp_path: Path) -> None:
+def test_a_report_replaces_an_earlier_one_and_nothing_else(
+    record: Record, made: Plan, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(report, "_png", lambda draw: b"a picture")
     write_report(record, tmp_path / "report")
     (tmp_path / "report" / "own.png").write_bytes(b"mine")
     write_report(Record(made), tmp_path / "report")
@@ -143,13 +146,18 @@ def test_a_report_that_was_killed_is_written_again(record: Record, tmp_path: Pat
 
 
 def test_a_drawing_that_fails_leaves_what_was_there(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "_png", lambda draw: b"a picture")
     path = write_report(record, tmp_path / "report")
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
+    drawn: list[Any] = []
 
-    def fails(*_: object) -> None:
-        raise MemoryError("no picture")
+    def fails(draw: Any) -> bytes:
+        drawn.append(draw)
+        if len(drawn) == len(before) - 1:  # the last, beside the page
+            raise MemoryError("no picture")
+        return b"another picture"
 
-    monkeypatch.setattr(report, "plot_angles", fails)
+    monkeypatch.setattr(report, "_png", fails)
     with pytest.raises(MemoryError, match="no picture"):
         write_report(record, tmp_path / "report")
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before

@@ -12,7 +12,7 @@ from support.batches import text
 from support.compressing import config_of
 
 TEXT = [text([20, 9, 20, 5, 20, 20], 20, seed=seed) for seed in range(6)]
-REFINE = Refinement(epochs=3, batch_size=4, learning_rate=1e-3, autocast=None)
+REFINE = Refinement(epochs=2, batch_size=4, learning_rate=1e-3, autocast=None)
 ALL = {"target_modules": "all-linear"}
 WAYS: dict[str, dict[str, Any]] = {
     "sequential": {"sequential": True},
