@@ -30,7 +30,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 
 def pytest_collection_finish() -> None:
-    """Leave what was imported out of garbage collections, which `Trainer` asks for, too: each takes half a second else."""
+    """Keep what was imported out of garbage collections, which `Trainer` asks for, too: each would take half a second more."""
     gc.collect()
     gc.freeze()
 

@@ -147,14 +147,17 @@ def called(tree: ast.AST) -> set[str]:
 
 
 def is_drawn_elsewhere(call: ast.Call) -> bool:
-    """Whether a function of torch draws a new tensor by a generator on a device that the call does not name."""
-    given = {keyword.arg for keyword in call.keywords}
-    return (
-        isinstance(call.func, ast.Attribute)
-        and ast.unparse(call.func.value) == "torch"
-        and "generator" in given
-        and "device" not in given
-    )
+    """Whether a generator draws a tensor that is made on a device which the code does not name."""
+
+    def names_no_device(made: ast.AST) -> bool:
+        is_call = isinstance(made, ast.Call) and ast.unparse(made.func).startswith("torch.")
+        return is_call and not any(keyword.arg == "device" for keyword in made.keywords)
+
+    function = call.func
+    if not isinstance(function, ast.Attribute) or not any(keyword.arg == "generator" for keyword in call.keywords):
+        return False
+    in_place = function.attr.endswith("_")
+    return names_no_device(function.value if in_place else call) and function.attr != "multinomial"
 
 
 @modules

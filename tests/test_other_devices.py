@@ -38,6 +38,7 @@ from transformers import AutoModelForCausalLM, BitsAndBytesConfig, TorchAoConfig
 from reparam_peft import HealingTrainer, ReparamConfig, Statistics, calibrate, compress, perplexity, save_onnx, self_written
 from reparam_peft.blockwise.anchoring import Deviation
 from reparam_peft.healing import clock
+from reparam_peft.healing.teacher_cache import TeacherCache
 from reparam_peft.layers import grouped_experts
 from reparam_peft.layers.pivot_expansion import PivotExpansion
 from reparam_peft.numerics import autoencoder, grams
@@ -269,22 +270,37 @@ DRAWING: dict[str, dict[str, Any]] = {  # ways that draw numbers, or make tensor
     "one-shot": {},
     "block by block": {"ways": WAYS["both"]},
     "its own text": {"ways": {"batches": "self", "tokenizer": byte_tokenizer()}},
+    "little memory": {"ways": {"max_memory": "1MiB"}},
     "few bits": {"config": {"budget": "bytes", "keep": 0.4}},
     "experts": {"build": qwen_moe, "config": {"target_parameters": "all-experts"}},
 }
 
 
+@pytest.mark.parametrize("place", ["cpu", DEVICE])
 @pytest.mark.parametrize("way", DRAWING.values(), ids=DRAWING)
-def test_the_default_device_may_be_another(way: dict[str, Any]) -> None:
+def test_the_default_device_may_be_another(way: dict[str, Any], place: str, tmp_path: Path) -> None:
     build, config = way.get("build", partial(llama, vocab_size=259)), config_of(**ALL, **way.get("config", {}))
 
-    def small(model: nn.Module) -> PeftModel:
-        return compress(model, config, progress=False, **{"batches": LONG, **way.get("ways", {})})
+    def small(model: nn.Module, batches: Any, **more: Any) -> PeftModel:
+        return compress(model, config, progress=False, **{"batches": batches, **way.get("ways", {}), **more})
 
-    expected, model = small(build()), build()
+    expected, model = small(build(), LONG), build().to(place)
     with torch.device(DEVICE):
-        got = small(model)
+        got = small(model, moved(LONG, place), run_folder=tmp_path)
+    assert_all_there(got, place)
     assert_same_products(got, expected)
+
+
+def test_a_teacher_is_remembered_whatever_the_default_device(tmp_path: Path) -> None:
+    cache, rows = TeacherCache(tmp_path, 8, "known"), text([12, 7], 12)
+    logits = llama()(**rows).logits.detach()
+    with torch.device(DEVICE):
+        cache.write(moved(rows), logits.to(DEVICE))
+        read = cache.read(rows)
+    assert read is not None
+    assert read.indices.device.type == "cpu"
+    top = logits.log_softmax(-1).topk(8).values.sort(-1).values
+    assert_close(read.log_probabilities.sort(-1).values[0, :-1], top[0, :-1])
 
 
 @pytest.mark.parametrize("quantize", [None, "int8", "int4"])
@@ -525,7 +541,8 @@ def test_onnx_files_are_written_of_models_on_the_device(tmp_path: Path) -> None:
     if is_unable("torch", "2.10") or is_unable("transformers", "5.22"):
         pytest.skip("they are too old for ONNX files")
     plain = standalone_case("pivot", bert()).to_standalone().to(DEVICE)
-    save_onnx(plain, tmp_path)
+    with torch.device(DEVICE):
+        save_onnx(plain, tmp_path)
     assert (tmp_path / "model.onnx").exists()
     assert_all_there(plain)
 

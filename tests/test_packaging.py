@@ -1,38 +1,31 @@
-"""What the built package says of itself, which depends on where it is published."""
+"""What is built for the place where the package is published."""
 
 from __future__ import annotations
 
+import configparser
 import re
-from importlib import import_module
+import runpy
+import shutil
 from pathlib import Path
-from typing import Any
-
-import pytest
 
 ROOT = Path(__file__).parents[1]
+ADDRESS = "https://example.org/some/where"
 
 
-def metadata(monkeypatch: pytest.MonkeyPatch, repository: str) -> Any:
-    """What setup.py and setup.cfg give."""
-    import_module("setuptools")  # which brings distutils along
-    run_setup = import_module("distutils.core").run_setup
-    monkeypatch.setenv("REPARAM_REPOSITORY", repository)
-    monkeypatch.chdir(ROOT)
-    return run_setup("setup.py", stop_after="config").metadata
+def test_urls_and_links_lead_to_the_repository_that_is_named(tmp_path: Path) -> None:
+    for name in ("setup.cfg", "README.md"):
+        shutil.copy(ROOT / name, tmp_path)
+    runpy.run_path(str(ROOT / ".ci" / "build.py"))["publish"](tmp_path, f"{ADDRESS}/")
+    before, after = configparser.ConfigParser(), configparser.ConfigParser()
+    before.read(ROOT / "setup.cfg", encoding="utf-8")
+    after.read(tmp_path / "setup.cfg", encoding="utf-8")
+    assert after["metadata"].pop("url") == ADDRESS
+    urls = dict(line.split(" = ") for line in after["metadata"].pop("project_urls").strip().splitlines())
+    assert urls["Source"] == ADDRESS
+    assert after == before
 
-
-def test_links_lead_to_the_repository_that_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = metadata(monkeypatch, "https://example.org/some/where/")
-    assert built.project_urls["Source"] == built.url == "https://example.org/some/where"
-    links = re.findall(r"\]\(([^)#]+)", built.long_description)
-    assert len(links) > 10
-    for link in links:
-        inside = link.removeprefix("https://example.org/some/where/blob/main/")
-        assert link.startswith("https://")
-        assert inside == link or (ROOT / inside).exists()
-
-
-def test_without_a_repository_the_description_is_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    built = metadata(monkeypatch, "")
-    assert not built.project_urls
-    assert built.long_description == (ROOT / "README.md").read_text(encoding="utf-8")
+    links = re.findall(r"\]\(([^)#]+)", (tmp_path / "README.md").read_text(encoding="utf-8"))
+    inside = [link.removeprefix(f"{ADDRESS}/blob/main/") for link in links]
+    assert all(link.startswith("https://") for link in links)
+    assert [link for link in inside if not link.startswith("https://")]
+    assert all(link.startswith("https://") or (ROOT / link).exists() for link in inside)

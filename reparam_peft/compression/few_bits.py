@@ -207,7 +207,7 @@ class Matrix:
                 break
             compute(max(worth, key=worth.__getitem__))
         losses = [loss if sure else math.inf for loss, sure in zip(expected, is_known, strict=True)]
-        return torch.tensor(losses, dtype=torch.float64)
+        return torch.tensor(losses, dtype=torch.float64, device="cpu")
 
     def _bounds(self, options: Sequence[ByteOption], directions: Tensor) -> list[float]:
         """What options lose at least, without what rounding their factors adds."""

@@ -39,5 +39,5 @@ def text_batches(
     windows = [bos + tokens[i : i + step] for i in range(0, len(tokens) - step + 1, step)][:limit]
     if not windows:
         raise ValueError(f"`text` must hold at least one window of {step} tokens, got {len(tokens)}; use a smaller `length`.")
-    rows = torch.tensor(windows)
+    rows = torch.tensor(windows, device="cpu")
     return [{"input_ids": part, "attention_mask": torch.ones_like(part)} for part in rows.split(batch_size)]

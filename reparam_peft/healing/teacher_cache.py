@@ -42,8 +42,8 @@ class TeacherCache:
         places = [None if single else _real(inputs, row, _PREDICTED) for row in range(len(rows))]
         shape = places[0].shape if places[0] is not None else rows[0].indices.shape[:-1]
         # Files hold positions that are no padding, so that a row may be padded otherwise the next time.
-        indices = torch.zeros(len(rows), *shape, rows[0].indices.shape[-1], dtype=torch.int32)
-        log_probabilities = torch.full(indices.shape, -torch.inf)
+        indices = torch.zeros(len(rows), *shape, rows[0].indices.shape[-1], dtype=torch.int32, device="cpu")
+        log_probabilities = torch.full(indices.shape, -torch.inf, device="cpu")
         for row, (kept, place) in enumerate(zip(rows, places, strict=True)):
             where = (row,) if place is None else (row, place.cpu())
             indices[where], log_probabilities[where] = kept.indices, kept.log_probabilities

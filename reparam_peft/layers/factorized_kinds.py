@@ -91,5 +91,5 @@ def embedding_scale(layer: nn.Embedding, dtype: torch.dtype) -> float:
     """What an embedding multiplies its rows by: BART a number, Gemma a tensor in the table's dtype, which may be on meta."""
     scale = getattr(layer, "embed_scale", 1.0)
     if isinstance(scale, Tensor):
-        scale = torch.tensor(float(getattr(layer, "scalar_embed_scale", scale)), dtype=dtype)
+        scale = torch.tensor(float(getattr(layer, "scalar_embed_scale", scale)), dtype=dtype, device="cpu")
     return float(scale)

@@ -162,9 +162,11 @@ class RankChooser:
         if not self.by_loss:
             self.ranks(Losses())
             return
-        nothing = {name: torch.zeros(storage.full_rank, dtype=torch.float64) for name, storage in self.storages.items()}
+        nothing = {
+            name: torch.zeros(storage.full_rank, dtype=torch.float64, device="cpu") for name, storage in self.storages.items()
+        }
         options = {} if self.bytes is None else self.bytes.options
-        falling = {name: torch.arange(len(offered), 0.0, -1.0) for name, offered in options.items()}
+        falling = {name: torch.arange(len(offered), 0.0, -1.0, device="cpu") for name, offered in options.items()}
         self.least_loss(Losses(nothing, options=falling), self.prescribed)
 
     def ranks(self, losses: Losses) -> Allotment:
@@ -263,7 +265,7 @@ class RankChooser:
         """
         factorised = {module.name: module.rank for module in plan.modules if module.rank is not None}
         held = {module.name: module.rank for module in plan.modules if module.rank is None or not any(module.spectrum)}
-        losses = {module.name: torch.tensor(module.spectrum, dtype=torch.float64) for module in plan.modules}
+        losses = {module.name: torch.tensor(module.spectrum, dtype=torch.float64, device="cpu") for module in plan.modules}
         sizes: dict[float, Ranks] = {}
         for step in range(math.ceil(plan.keep * 20 - 1e-9) - 1, 0, -1):
             keep = step / 20

@@ -77,16 +77,13 @@ def _inputs(model: PreTrainedModel, rows: int, length: int) -> dict[str, Any]:
     if model.main_input_name == "pixel_values":
         size = model.config.image_size
         height, width = size if isinstance(size, (list, tuple)) else (size, size)
-        return {
-            "pixel_values": torch.linspace(-1, 1, rows * model.config.num_channels * height * width).view(
-                rows, -1, height, width
-            )
-        }
+        count = rows * model.config.num_channels * height * width
+        return {"pixel_values": torch.linspace(-1, 1, count, device="cpu").view(rows, -1, height, width)}
     if model.main_input_name != "input_ids":
         raise TypeError(
             f"a {type(model).__name__} takes {model.main_input_name}; ONNX files are made of tokens and images only."
         )
-    tokens = torch.arange(rows * length).view(rows, length) % model.config.get_text_config().vocab_size
+    tokens = torch.arange(rows * length, device="cpu").view(rows, length) % model.config.get_text_config().vocab_size
     mask = torch.ones_like(tokens)
     mask[0, : length // 4] = 0
     return {"input_ids": tokens, "attention_mask": mask}

@@ -45,8 +45,11 @@ def main() -> None:
     """Print a line for each."""
     clients = {"lm_eval": lm_eval, "serve": serve, "timm": of_timm, "diffusers": of_diffusers}
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("clients", nargs="*", choices=[*clients, []], default=list(clients))
-    for name in parser.parse_args().clients:
+    parser.add_argument("clients", nargs="*", metavar="CLIENT", help=f"of {', '.join(clients)}; all, where none is given")
+    options = parser.parse_args()
+    if unknown := set(options.clients) - set(clients):
+        parser.error(f"there is no {', '.join(sorted(unknown))} here")
+    for name in options.clients or clients:
         with tempfile.TemporaryDirectory() as folder:
             print(f"{name}: {clients[name](Path(folder))}", flush=True)
 
@@ -114,8 +117,8 @@ def serve(folder: Path) -> str:
         "temperature": 0.0,
         "stream": False,
     }
-    with running("transformers", "serve", str(folder / "standalone"), "--port", str(port), "--device", "cpu"):
-        answer = answered(f"http://localhost:{port}/v1/chat/completions", request)
+    with running("transformers", "serve", str(folder / "standalone"), "--port", str(port), "--device", "cpu") as server:
+        answer = answered(f"http://localhost:{port}/v1/chat/completions", request, server)
     got = answer["choices"][0]["message"]["content"]
     ids = tokenizer(PROMPT, return_tensors="pt")["input_ids"]
     made = model.generate(ids, max_new_tokens=NEW_TOKENS, do_sample=False)
@@ -139,17 +142,17 @@ def environment() -> dict[str, str]:
 
 
 @contextlib.contextmanager
-def running(*command: str) -> Iterator[None]:
+def running(*command: str) -> Iterator[subprocess.Popen[bytes]]:
     """Within this block a program runs."""
     process = subprocess.Popen(program(*command), env=environment())
     try:
-        yield
+        yield process
     finally:
         process.terminate()
         process.wait(30)
 
 
-def answered(address: str, request: dict[str, Any]) -> Any:
+def answered(address: str, request: dict[str, Any], server: subprocess.Popen[bytes]) -> Any:
     """The answer of a server, which may be yet to start."""
     body = urllib.request.Request(address, json.dumps(request).encode(), {"Content-Type": "application/json"})
     start = time.monotonic()
@@ -160,7 +163,7 @@ def answered(address: str, request: dict[str, Any]) -> Any:
         except urllib.error.HTTPError as error:
             raise SystemExit(f"{error}: {error.read().decode()}") from error
         except urllib.error.URLError:
-            if time.monotonic() - start > SECONDS:
+            if time.monotonic() - start > SECONDS or server.poll() is not None:
                 raise
             time.sleep(1)
 

@@ -64,7 +64,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=30, help="of healing, where --training has no `max_steps`")
     parser.add_argument("--training", type=json.loads, default={}, help="fields of TrainingArguments, as JSON")
     parser.add_argument("--bf16", action="store_true", help="heal in bfloat16, which only some processors have")
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", choices=["cpu", "cuda"], default="cpu", help="for all that is computed")
     parser.add_argument("--healing-length", type=int, default=LENGTH, help="tokens of a window of healing, a part of 512")
     parser.add_argument("--written", type=int, default=0, help="windows that the model writes itself, of statistics to be made")
     parser.add_argument("--healing", type=json.loads, default={}, help="arguments of HealingTrainer, as JSON")

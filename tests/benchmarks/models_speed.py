@@ -5,7 +5,7 @@
         [--compile [MODE]] [--device cuda] [--graphs]
 
 Llamas of random weights with a small vocabulary, so that their blocks are what takes the time; `small` has the shapes of
-SmolLM2-135M, and `large`, which takes 4 GB in 16 bits, those of two blocks of Llama 3 70B. All linear layers of the blocks
+SmolLM2-135M, and `large`, which takes 3.5 GB in 16 bits, those of two blocks of Llama 3 70B. All linear layers of the blocks
 keep the same share of their numbers, or a little less, since ranks are multiples of 8, as those that `compress` chooses: as
 plain factors, in the pivot form with pivots spread over the outputs, or, as `neurons`, in pivot form but for the MLPs, which
 keep that share of their neurons and stay matrices. `dense-8`, `factors-4` and so on have numbers in 8 or 4 bits, `corrected-4`

@@ -1,6 +1,6 @@
 // A second device for tests, on machines that have none: PyTorch's PrivateUse1 backend, whose memory is the processor's and
-// whose operators are the processor's, too, but that refuses tensors of two devices in one call, and the processor's generators,
-// as GPUs do.
+// whose operators are the processor's, too, but that refuses tensors of two devices in one call, and the processor's
+// generators, as GPUs do.
 #include <ATen/EmptyTensor.h>
 #include <ATen/native/CPUFallback.h>
 #include <ATen/ops/as_strided_cpu_dispatch.h>
@@ -120,19 +120,21 @@ const at::Tensor& resize(const at::Tensor& self, c10::SymIntArrayRef size, std::
 class Places {
  public:
   void look(const at::Tensor& tensor) {
-    if (tensor.defined() && tensor.dim() > 0) (tensor.device().type() == KIND ? is_there_ : is_here_) = true;
+    if (!tensor.defined()) return;
+    any_is_there_ |= tensor.device().type() == KIND;
+    if (tensor.dim() > 0) (tensor.device().type() == KIND ? is_there_ : is_here_) = true;
   }
   void check(const std::string& name) const {
     TORCH_CHECK(!(is_here_ && is_there_), "Expected all tensors to be on the same device, but found at least two devices, ",
                 "second:0 and cpu! (", name, ")");
   }
   void check(const at::Generator& generator, const std::string& name) const {
-    TORCH_CHECK(!is_there_ || generator.device().type() == KIND, "Expected a 'second' device type for generator but found 'cpu' (",
-                name, ")");
+    TORCH_CHECK(!any_is_there_ || generator.device().type() == KIND,
+                "Expected a 'second' device type for generator but found 'cpu' (", name, ")");
   }
 
  private:
-  bool is_here_ = false, is_there_ = false;
+  bool is_here_ = false, is_there_ = false, any_is_there_ = false;
 };
 
 at::Tensor convolution(const at::Tensor& x, const at::Tensor& weight, const std::optional<at::Tensor>& bias,
