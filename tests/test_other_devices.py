@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from functools import cache, partial
 from pathlib import Path
 from typing import Any
@@ -288,6 +289,16 @@ def test_the_default_device_may_be_another(way: dict[str, Any], place: str, tmp_
     with torch.device(DEVICE):
         got = small(model, moved(LONG, place), run_folder=tmp_path)
     assert_all_there(got, place)
+    assert_same_products(got, expected)
+
+
+@pytest.mark.parametrize("default", [None, DEVICE])
+def test_rows_may_be_on_the_device(default: str | None) -> None:
+    rows = [{"input_ids": batch["input_ids"][i]} for batch in LONG for i in range(2)]
+    ragged = [{name: row[: 20 - i] for name, row in row.items()} for i, row in enumerate(rows)]
+    expected = compress(llama(), config_of(**ALL), ragged, progress=False)
+    with torch.device(default) if default else nullcontext():
+        got = compress(llama(), config_of(**ALL), moved(ragged), progress=False)
     assert_same_products(got, expected)
 
 

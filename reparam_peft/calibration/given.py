@@ -135,11 +135,11 @@ class _Given:
     def _together(self, rows: Sequence[Mapping[str, Any]], index: int) -> Batch:
         """Rows as one batch, padded at their ends where they have different lengths, with a mask that says so."""
         columns = [name for name in rows[0] if name in self.takes and all(row.get(name) is not None for row in rows)]
-        tensors = {name: [torch.as_tensor(np.asarray(row[name])) for row in rows] for name in columns}
+        tensors = {name: [_on_the_processor(row[name]) for row in rows] for name in columns}
         main = next((name for name in INPUTS if name in tensors), "")
         takes_mask = MASK in self.takes and MASK not in tensors
         if takes_mask and INPUTS.get(main) == 1 and len({len(row) for row in tensors[main]}) > 1:
-            tensors[MASK] = [torch.ones(len(row), dtype=torch.int64) for row in tensors[main]]
+            tensors[MASK] = [torch.ones(len(row), dtype=torch.int64, device="cpu") for row in tensors[main]]
         batch = {}
         for name, values in tensors.items():
             shapes = {tuple(value.shape) for value in values}
@@ -161,6 +161,11 @@ class _Given:
             return 0
         found = (getattr(source, "pad_token_id", None) for source in (self.tokenizer, self.config))
         return next((token for token in found if isinstance(token, int)), 0)  # what is masked may be any token
+
+
+def _on_the_processor(value: Any) -> Tensor:
+    """What a row holds, where rows are put together."""
+    return value.detach().cpu() if isinstance(value, Tensor) else torch.as_tensor(np.asarray(value), device="cpu")
 
 
 def _is_row(item: Mapping[str, Any]) -> bool:

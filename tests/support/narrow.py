@@ -34,7 +34,7 @@ GROUPS: dict[str, Groups] = {
 def kept_neurons(total: int, seed: int) -> Tensor:
     """Indices of the neurons that stay, ascending."""
     generator = torch.Generator().manual_seed(seed)
-    return torch.randperm(total, generator=generator)[: int(LEFT * total)].sort().values
+    return torch.randperm(total, generator=generator, device="cpu")[: int(LEFT * total)].sort().values
 
 
 def as_one(position: int, producers: int, group: int) -> bool:
