@@ -7,6 +7,7 @@ archives.
 
 from __future__ import annotations
 
+import argparse
 import configparser
 import re
 import subprocess
@@ -20,13 +21,15 @@ PAGES = {"Source": "", "Documentation": "/blob/main/docs/index.md", "Changelog":
 
 def main() -> None:
     """Build from what is committed."""
-    repository, *folder = sys.argv[1:]
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("repository", help="the address where the package is published")
+    parser.add_argument("folder", nargs="?", default="dist", help="for the archives")
+    options = parser.parse_args()
     with tempfile.TemporaryDirectory() as copied:
         archive = subprocess.run(["git", "archive", "HEAD"], cwd=ROOT, check=True, stdout=subprocess.PIPE).stdout
         subprocess.run(["tar", "-x", "-C", copied], input=archive, check=True)
-        publish(Path(copied), repository)
-        out = Path(*folder or ["dist"]).resolve()
-        subprocess.run([sys.executable, "-m", "build", "--outdir", out, copied], check=True)
+        publish(Path(copied), options.repository)
+        subprocess.run([sys.executable, "-m", "build", "--outdir", options.folder, copied], check=True)
 
 
 def publish(copied: Path, repository: str) -> None:

@@ -125,8 +125,6 @@ def test_a_compressed_model_is_the_same_and_goes_all_ways(
     case: Case, method: str, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     options = {"target_modules": case.target_modules, "method": method, "form": form, "allocation": "uniform", "neurons": False}
-    if method == "autoencoder" and (case.kind, form) != ("Linear", "factors"):
-        pytest.skip("it trains for long, and one of them shows where")
     monkeypatch.setattr(autoencoder, "train_autoencoder", partial(autoencoder.train_autoencoder, steps=20))
     small = compress(case.model().to(DEVICE), config_of(**options), moved(batches_of(case)), progress=False).eval()
     assert_all_there(small)
@@ -303,11 +301,11 @@ def test_rows_may_be_on_the_device(default: str | None) -> None:
 
 
 def test_a_teacher_is_remembered_whatever_the_default_device(tmp_path: Path) -> None:
-    cache, rows = TeacherCache(tmp_path, 8, "known"), text([12, 7], 12)
+    known, rows = TeacherCache(tmp_path, 8, "known"), text([12, 7], 12)
     logits = llama()(**rows).logits.detach()
     with torch.device(DEVICE):
-        cache.write(moved(rows), logits.to(DEVICE))
-        read = cache.read(rows)
+        known.write(moved(rows), logits.to(DEVICE))
+        read = known.read(rows)
     assert read is not None
     assert read.indices.device.type == "cpu"
     top = logits.log_softmax(-1).topk(8).values.sort(-1).values

@@ -213,7 +213,7 @@ class Job:
 
         def room(name: str) -> list[Tensor]:
             sizes = [self.targets[name].storage.full_rank, *([len(options[name])] if name in options else [])]
-            return [torch.empty(size, dtype=torch.float64) for size in sizes]
+            return [torch.empty(size, dtype=torch.float64, device="cpu") for size in sizes]
 
         for names_of_pass in list(self.passes) if self.weigher.gradients or self.leaves_unreached else ():
             names = self.reached(names_of_pass)

@@ -80,7 +80,7 @@ class Neurons:
         def room(name: str) -> list[Tensor]:
             mlp = self.mlps[self.consumers[name]]
             ranks = [self.narrowed(mlp, count)[name].full_rank for count in self._computed(mlp.consumer)]
-            return [torch.empty(rank, dtype=torch.float64) for rank in ranks]
+            return [torch.empty(rank, dtype=torch.float64, device="cpu") for rank in ranks]
 
         members = [n for n in names if self.consumers.get(n) in self._eliminations and n not in self._spectra]
         self._spectra |= self.share_out(members, "Weighing neurons", compute, room)
@@ -169,7 +169,8 @@ class Neurons:
         def room(consumer: str) -> list[Tensor]:
             gone = self.mlps[consumer].neurons - least[consumer]
             sizes = (gone + 1, *ranks(consumer))
-            return [torch.empty(gone, dtype=torch.int64), *(torch.empty(size, dtype=torch.float64) for size in sizes)]
+            losses = [torch.empty(size, dtype=torch.float64, device="cpu") for size in sizes]
+            return [torch.empty(gone, dtype=torch.int64, device="cpu"), *losses]
 
         new = [name for name in names if name in self.mlps and name not in self._eliminations]
         # A plan that is given may leave fewer neurons than are offered.

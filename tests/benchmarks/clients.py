@@ -31,9 +31,12 @@ import torch
 from accelerate import init_empty_weights
 from peft import PeftModel
 from safetensors.torch import load_file, save_file
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from torch import Tensor, nn
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+from transformers import PreTrainedTokenizerFast
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+from support.models import byte_tokenizer, llama
 
 from reparam_peft import ReparamConfig, compress
 
@@ -56,17 +59,11 @@ def main() -> None:
 
 def language_model() -> tuple[Any, PreTrainedTokenizerFast]:
     """A compressed Llama, and a tokenizer of bytes."""
-    torch.manual_seed(0)
-    sizes = {"hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 2, "vocab_size": 259}
-    dense = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4, num_key_value_heads=2, eos_token_id=2)).eval()
-    letters = {letter: 3 + i for i, letter in enumerate(sorted(pre_tokenizers.ByteLevel.alphabet()))}
-    tokenizer = Tokenizer(models.BPE({"<pad>": 0, "<s>": 1, "</s>": 2, **letters}, []))
-    tokenizer.pre_tokenizer, tokenizer.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<s>", eos_token="</s>")
-    fast.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    tokenizer = byte_tokenizer(bos=False)
+    tokenizer.chat_template = "{% for message in messages %}{{ message['content'] }}{% endfor %}"
     batches = [{"input_ids": torch.randint(3, 259, (4, 32))} for _ in range(4)]
     config = ReparamConfig(target_modules="all-linear", keep=0.7)
-    return compress(dense, config, batches, progress=False).to_standalone().eval(), fast
+    return compress(llama(vocab_size=259), config, batches, progress=False).to_standalone().eval(), tokenizer
 
 
 def lm_eval(folder: Path) -> str:

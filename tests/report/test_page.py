@@ -146,18 +146,21 @@ def test_a_report_that_was_killed_is_written_again(record: Record, tmp_path: Pat
 
 
 def test_a_drawing_that_fails_leaves_what_was_there(record: Record, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    png = report._png
     monkeypatch.setattr(report, "_png", lambda draw: b"a picture")
     path = write_report(record, tmp_path / "report")
     before = {file.name: file.read_bytes() for file in path.parent.iterdir()}
     drawn: list[Any] = []
 
-    def fails(draw: Any) -> bytes:
+    def only_the_last(draw: Any) -> bytes:
         drawn.append(draw)
-        if len(drawn) == len(before) - 1:  # the last, beside the page
-            raise MemoryError("no picture")
-        return b"another picture"
+        return png(draw) if len(drawn) == len(before) - 1 else b"another picture"  # beside the page
 
-    monkeypatch.setattr(report, "_png", fails)
+    def fails(*_: object) -> None:
+        raise MemoryError("no picture")
+
+    monkeypatch.setattr(report, "_png", only_the_last)
+    monkeypatch.setattr(report, "plot_angles", fails)
     with pytest.raises(MemoryError, match="no picture"):
         write_report(record, tmp_path / "report")
     assert {file.name: file.read_bytes() for file in path.parent.iterdir()} == before
